@@ -1,0 +1,85 @@
+# Every target sets up what it needs in .venv; the first run installs, later ones do not call pip.
+# Overridable: PYTHON, the interpreter for the environment; ARGS, further arguments for the tool.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+# No byte code ahead of time: most of what is installed here is never imported.
+INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
+# The stamp holds the checkout's path: an environment does not survive a move or a copy.
+STAMP := $(VENV)/installed
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-deep lint format bench clean FORCE
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP)  ## Create .venv with all that development needs
+
+demo: $(STAMP)  ## Train, convert, verify, save and run a BiPer net on real digits
+	@$(BIN)/biper demo $(ARGS)
+
+# Tests run in one process per core, each with one thread.
+test: $(STAMP)  ## Run the tests
+	@echo "==> Tests"
+	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 -p no:benchmark $(ARGS)
+
+# pytest exits with 5 where it selects no test.
+test-deep: $(STAMP)  ## Run the slow tests, and those in need of a compiler or a build
+	@echo "==> Deep tests"
+	@$(RUN) pytest tests --no-header -m deep -p no:benchmark -rs $(ARGS) || \
+	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
+
+lint: $(STAMP)  ## Check style, formatting and types
+	@echo "==> ruff check"
+	@$(RUN) ruff check --quiet .
+	@echo "==> ruff format --check"
+	@$(RUN) ruff format --quiet --check . || { echo "Run: make format"; exit 1; }
+	@echo "==> mypy --strict biper_engine"
+	@$(RUN) mypy --strict --no-error-summary biper_engine
+ifneq ($(NATIVE),)
+	@echo "==> clang-format --dry-run"
+	@$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+endif
+
+format: $(STAMP)  ## Format the code, and fix what can be fixed safely
+	@$(RUN) ruff check --quiet --fix-only .
+	@$(RUN) ruff format .
+ifneq ($(NATIVE),)
+	@$(BIN)/clang-format -i $(NATIVE)
+endif
+
+bench: $(STAMP)  ## Run the benchmarks
+	@echo "==> Benchmarks"
+	@$(RUN) pytest benchmarks --no-header --benchmark-only $(ARGS) || \
+	  { status=$$?; [ $$status -eq 5 ] && echo "No benchmark to run."; }
+
+clean:  ## Remove builds and caches; .venv stays
+	@echo "==> Removing builds and caches"
+	@rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+# torch goes first and alone: a resolve of everything at once may take another build of it. It brings
+# the setuptools that then builds this package, so that no second, isolated environment is needed.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; \
+	  exit 1; }
+	@if [ "$$(cat $(STAMP) 2>/dev/null)" != "$(CURDIR)" ]; then \
+	  echo "==> Creating $(VENV)"; \
+	  $(PYTHON) -m venv --clear $(VENV); fi
+	@rm -f $(STAMP)
+	@echo "==> Installing torch (the largest download)"
+	@$(INSTALL) torch setuptools
+	@echo "==> Installing biper-engine with its training and development tools"
+	@$(INSTALL) --no-build-isolation -e ".[train,dev]"
+	@printf '%s\n' "$(CURDIR)" > $(STAMP)

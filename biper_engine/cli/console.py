@@ -1,0 +1,93 @@
+"""Where output goes: results to stdout; progress, warnings and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = [
+    "command_line",
+    "print_json",
+    "progress",
+    "results",
+    "show_error",
+    "shown_warnings",
+    "status",
+]
+
+_T = TypeVar("_T")
+
+
+def results(*, json_output: bool = False) -> Console:
+    """Return the console for what a command found; with `--json`, stdout is for the JSON alone."""
+    return Console(stderr=json_output, highlight=False, emoji=False)
+
+
+def _messages() -> Console:
+    return Console(stderr=True, highlight=False, emoji=False)
+
+
+def print_json(values: Any) -> None:
+    """Print JSON to stdout."""
+    typer.echo(json.dumps(values, indent=2))
+
+
+def show_error(error: Exception) -> None:
+    """Print one error to stderr, without a traceback."""
+    console = _messages()
+    text = str(error) or type(error).__name__
+    console.print(f"[bold red]Error:[/bold red] [red]{escape(text)}[/red]", soft_wrap=True)
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Print the warnings raised inside to stderr, one line each, without a source line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    console = _messages()
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            text = f"[yellow]Warning:[/yellow] {escape(str(warning.message))}"
+            console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show a spinner on stderr; nothing where that is no terminal."""
+    console = _messages()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(escape(text)):
+        yield
+
+
+def progress(items: Sequence[_T], text: str) -> Iterator[_T]:
+    """Yield the items under a progress bar on stderr; without one where that is no terminal."""
+    console = _messages()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        yield from bar.track(items, description=escape(text))
+
+
+def command_line(*words: str | Path) -> str:
+    """Return a command to copy into a shell."""
+    return shlex.join(["biper", *map(str, words)])

@@ -1,0 +1,188 @@
+"""`biper convert`: a checkpoint or a model in code, into a `.biper` file."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from biper_engine.cli.console import command_line, print_json, results, shown_warnings, status
+from biper_engine.cli.sources import (
+    Arch,
+    Frequency,
+    ModelSource,
+    Stage,
+    Weights,
+    example_input,
+    load_model,
+)
+from biper_engine.errors import ConversionError
+
+if TYPE_CHECKING:
+    from biper_engine import ConversionReport, VerifyReport
+
+__all__ = ["convert", "summary"]
+
+
+class Unconverted(StrEnum):
+    """What to do about a binary layer that stays float."""
+
+    WARN = "warn"
+    RAISE = "raise"
+    IGNORE = "ignore"
+
+
+class ZeroWeights(StrEnum):
+    """What to do about a layer with exact zeros among its weights."""
+
+    FLOAT = "float"
+    POSITIVE = "positive"
+
+
+class ComputeType(StrEnum):
+    """Type of the float maps between layers."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Checkpoint (ours or the official code's), or module:callable."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write; else named after SOURCE.", show_default=False),
+    ] = None,
+    arch: Arch = None,
+    frequency: Frequency = None,
+    stage: Stage = None,
+    weights: Weights = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option("--input", metavar="N,C,H,W", help="Shape of the input.", show_default=False),
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers to leave in float, repeatable.", show_default=False),
+    ] = None,
+    unconverted: Annotated[
+        Unconverted, typer.Option(help="Binary layers that stay float.")
+    ] = Unconverted.WARN,
+    zero_weights: Annotated[
+        ZeroWeights, typer.Option(help="Layers with exact zero weights.")
+    ] = ZeroWeights.FLOAT,
+    dtype: Annotated[
+        ComputeType, typer.Option(help="Float maps; float32 is exact.")
+    ] = ComputeType.FLOAT32,
+    check: Annotated[bool, typer.Option(help="Compare with the model before writing.")] = True,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every layer.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
+) -> None:
+    """Convert a binary network into a .biper file of packed bits.
+
+    The model is recognised by what it computes; its code needs no change.
+
+    [bold]Examples[/bold]
+
+    biper convert biper-train/stage2.pt
+
+    biper convert model_best.pth.tar --frequency 20 --stage 2
+
+    biper convert mynet:build --weights mynet.pt --input 1,3,224,224 -v
+    """
+    import torch
+
+    import biper_engine
+
+    wanted = ModelSource(
+        text=source, weights=weights, arch=arch, frequency=frequency, stage=stage
+    )
+    with status("Loading the model"):
+        model = load_model(wanted)
+        example = example_input(model, input_shape)
+    target = output or _default_output(wanted)
+    with status("Converting"), shown_warnings():
+        engine = biper_engine.convert(
+            model,
+            example,
+            keep_float=keep_float or (),
+            unconverted=unconverted.value,
+            zero_weights=zero_weights.value,
+            compute_dtype=getattr(torch, dtype.value),
+            check=check,
+        )
+    verified = None
+    if check:
+        with status("Comparing with the model"):
+            verified = biper_engine.verify(engine, model, example)
+        if not verified.ok:
+            raise ConversionError(f"No file was written.\n{verified.table()}")
+    with status(f"Writing {target}"):
+        engine.save(target)
+
+    following = command_line("verify", target)
+    line = summary(engine.report, target.stat().st_size, verified)
+    if json_output:
+        print_json(
+            {
+                "file": str(target),
+                "file_bytes": target.stat().st_size,
+                "packed": engine.report.packed,
+                "layers": len(engine.report.layers),
+                "report": engine.report.to_dict(),
+                "verify": json.loads(verified.to_json()) if verified else None,
+                "next": following,
+            }
+        )
+    elif verbose:
+        results().print(_table(engine.report))
+    console = results(json_output=json_output)
+    console.print(f"{line}; next: {following}", soft_wrap=True, markup=False)
+
+
+def _default_output(source: ModelSource) -> Path:
+    if source.reference is None:
+        path = Path(source.text)
+        return path.with_name(path.name.split(".")[0] + ".biper")
+    return Path(source.reference[1] + ".biper")
+
+
+def summary(report: ConversionReport, file_bytes: int, verified: VerifyReport | None) -> str:
+    """Return what conversion did, in one line."""
+    sizes = f"packed {report.packed}/{len(report.layers)} layers, "
+    sizes += f"{report.bytes_before:,} -> {file_bytes:,} bytes"
+    if verified is None:
+        return f"{sizes}, not compared with the model"
+    return (
+        f"{sizes}, {verified.layers_equal}/{verified.layers} layers equal, "
+        f"logit error {verified.logit_error:.1e}"
+    )
+
+
+def _table(report: ConversionReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("runs on")
+    table.add_column("weight", justify="right")
+    table.add_column("MMACs", justify="right")
+    table.add_column("why float", overflow="fold")
+    for row in report.layers:
+        table.add_row(
+            escape(row.name),
+            "bits" if row.packed else "float",
+            "x".join(map(str, row.shape)),
+            f"{row.macs / 1e6:,.2f}",
+            escape(row.reason),
+        )
+    return table

@@ -1,0 +1,169 @@
+"""`biper verify`: a `.biper` file against the reference and its own proof, or against its model."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.images import find_images, image_batches, preprocessing_of
+from biper_engine.cli.sources import Arch, Frequency, ModelSource, Stage, Weights, load_model
+
+if TYPE_CHECKING:
+    from biper_engine import Engine
+    from biper_engine.serialization import BackendReport, ProofReport
+
+__all__ = ["verify"]
+
+_BATCH = 32
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .biper file.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="Checkpoint or module:callable to compare with.", show_default=False),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Images for --against, found recursively.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Compare at most this many images.", show_default=False)
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Check this backend, not the usual one.", show_default=False)
+    ] = None,
+    arch: Arch = None,
+    frequency: Frequency = None,
+    stage: Stage = None,
+    weights: Weights = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every layer.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
+) -> None:
+    """Prove that a .biper file computes what it should; exit code 0 only if it does.
+
+    Alone, the file needs no model: each operator is compared with the reference, and the
+    proof that was stored with the file is replayed. With --against, every layer is compared
+    with the model it was made from, on your images.
+
+    [bold]Examples[/bold]
+
+    biper verify digits.biper
+
+    biper verify digits.biper --against stage2.pt --images digits --limit 100
+    """
+    import biper_engine
+
+    source = None
+    if against is not None:
+        if images is None:
+            raise typer.BadParameter("--against needs images to compare on: pass --images DIR.")
+        source = ModelSource(
+            text=against, weights=weights, arch=arch, frequency=frequency, stage=stage
+        )
+    elif any(value is not None for value in (images, limit, arch, frequency, stage, weights)):
+        raise typer.BadParameter(
+            "--images, --limit, --arch, --frequency, --stage and --weights are for --against."
+        )
+    with status("Loading"):
+        engine = biper_engine.load(file)
+    if source is None or images is None:
+        ok = _alone(engine, file, backend, verbose, json_output)
+    else:
+        with biper_engine.use_backend(backend) if backend else nullcontext():
+            ok = _against(engine, file, source, images, limit, verbose, json_output)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _alone(
+    engine: Engine, file: Path, backend: str | None, verbose: bool, json_output: bool
+) -> bool:
+    from biper_engine.serialization import check_backend, replay
+
+    with status("Comparing each operator with the reference"):
+        operators = check_backend(engine, backend)
+    with status("Replaying the proof"):
+        proof = replay(engine, backend=backend)
+    ok = operators.ok and proof.ok
+    if json_output:
+        print_json(
+            {
+                "file": str(file),
+                "ok": ok,
+                "operators": operators.to_dict(),
+                "proof": proof.to_dict(),
+            }
+        )
+        return ok
+    console = results()
+    if verbose:
+        console.print(operators.table(), markup=False, soft_wrap=True)
+        console.print(proof.table(), markup=False, soft_wrap=True)
+    verdict = _verdict(operators, proof)
+    console.print(f"{file}: {verdict}", markup=False, soft_wrap=True, style="" if ok else "red")
+    return ok
+
+
+def _verdict(operators: BackendReport, proof: ProofReport) -> str:
+    if operators.ok and proof.bit_identical:
+        ran = ", ".join(sorted({node.backend for node in operators.nodes}))
+        return (
+            f"bit-identical on backend {ran}: {len(operators.nodes)} of {len(operators.nodes)} "
+            f"operators equal the reference; the proof's {proof.maps} packed maps and its outputs "
+            "are as recorded"
+        )
+    difference = proof.max_output_difference
+    logits = "" if difference is None else f"; the logits differ by up to {difference:.3g}"
+    first = operators.first_different
+    if first is not None:
+        return (
+            f"NOT identical: {first.node} ({first.op} on {first.backend}) differs first, in "
+            f"{first.different:,} of {first.total:,} elements{logits}"
+        )
+    if not proof.maps_identical:
+        bits = "" if proof.bits_differ is None else f", in {proof.bits_differ:,} bits"
+        cause = (
+            "; the reference differs there, too: float layers round differently on this machine"
+            if proof.reference_agrees is False
+            else ""
+        )
+        return f"NOT as recorded: {proof.node} differs first{bits}{logits}{cause}"
+    kind = "within rounding" if proof.ok else "NOT as recorded"
+    return f"every packed map is bit-identical; the outputs are {kind}{logits}"
+
+
+def _against(
+    engine: Engine,
+    file: Path,
+    source: ModelSource,
+    images: Path,
+    limit: int | None,
+    verbose: bool,
+    json_output: bool,
+) -> bool:
+    import biper_engine
+
+    metadata = preprocessing_of(engine, file)
+    paths = find_images([images])[:limit]
+    with status("Loading the model"):
+        model = load_model(source)
+    report = biper_engine.verify(
+        engine, model, (batch for _, batch in image_batches(paths, metadata, _BATCH))
+    )
+    if json_output:
+        values = {"file": str(file), "against": source.text, **json.loads(report.to_json())}
+        print_json({**values, "layers": report.layers, "layers_equal": report.layers_equal})
+        return report.ok
+    console = results()
+    lines = report.table().splitlines()
+    shown = lines if verbose or not report.ok else lines[-2:]
+    for line in chain(shown):
+        console.print(line, markup=False, soft_wrap=True, style="" if report.ok else "red")
+    return report.ok

@@ -1,0 +1,282 @@
+"""Fuse: pull what follows a binary convolution into its epilogue, and BatchNorm into float layers.
+
+Parameters are folded in float64 here and rounded once, in `lower`. An operator is absorbed when the
+convolution's value has no other user and the epilogue's order (see `biper_engine.ops.epilogue`)
+allows it: scale and bias, then one residual, then one activation, then a shift. A max pool moves in
+front of all of it, onto the accumulators, because the epilogue is monotone in them: it takes the
+maximum where the multiplier is >= 0 and the minimum where it is negative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from biper_engine.conversion import ir
+from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, shape, substitute
+from biper_engine.conversion.ir import BinaryConv
+from biper_engine.conversion.recognize import pool_geometry
+
+__all__ = ["fuse"]
+
+aten = torch.ops.aten
+
+_CLAMPS = (aten.hardtanh.default, aten.clamp.default, aten.relu.default)
+
+
+def fuse(graph_module: fx.GraphModule) -> None:
+    """Rewrite `graph_module` in place; see the module."""
+    _collapse_reshapes(graph_module)
+    for node in list(graph_module.graph.nodes):
+        if ir.is_marker(node, ir.binary_conv):
+            while (grown := _absorb(graph_module, node)) is not None:
+                node = grown
+    _fold_batch_norms(graph_module)
+    _collapse_reshapes(graph_module)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _collapse_reshapes(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if not is_call(node, aten.reshape.default):
+            continue
+        inner = node.args[0]
+        while is_call(inner, aten.reshape.default):
+            inner = inner.args[0]
+        node.update_arg(0, inner)
+        if [str(size) for size in shape(inner)] == [str(size) for size in shape(node)]:
+            substitute(node, inner)
+
+
+# -- epilogues ------------------------------------------------------------------------------------
+
+
+def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """Absorb the only user of a binary convolution; return the new node, or None at the end."""
+    user = _only_user(node)
+    flattened = user if user is not None and _flattens(user) else None
+    if flattened is not None:
+        user = _only_user(flattened)
+    if user is None or user.op != "call_function":
+        return None
+    value = flattened or node
+    conv: BinaryConv = node.meta["conv"]
+    residual = node.args[1] if len(node.args) > 1 else None
+    fused = _affine(graph_module, user, value, conv, residual is None)
+    fused = fused or _activation(graph_module, user, value, conv)
+    if fused is None and residual is None and flattened is None:
+        fused = _pool(user, conv)
+        if fused is None:
+            residual = _residual(graph_module, user, node, conv)
+            fused = conv if residual is not None else None
+    return None if fused is None else _replace(graph_module, node, flattened, user, fused, residual)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _flattens(user: fx.Node) -> bool:
+    """Whether `user` drops the two dimensions of size 1 that a linear layer's map has."""
+    if not is_call(user, aten.reshape.default):
+        return False
+    parent = user.args[0]
+    return isinstance(parent, fx.Node) and tuple(shape(parent)[1:]) == (shape(user)[-1], 1, 1) and len(shape(user)) == 2
+
+
+def _replace(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    flattened: fx.Node | None,
+    user: fx.Node,
+    conv: BinaryConv,
+    residual: Any,
+) -> fx.Node:
+    args = (node.args[0],) if residual is None else (node.args[0], residual)
+    new = call(graph_module.graph, user, ir.binary_conv, *args, like=user)
+    new.meta |= {"conv": conv, "layer": node.meta["layer"]}
+    result = new
+    if flattened is not None:
+        new.meta["val"] = node.meta["val"]
+        result = call(graph_module.graph, user, aten.reshape.default, new, flattened.args[1], like=user)
+    substitute(user, result)
+    for dead in (flattened, node):
+        if dead is not None:
+            graph_module.graph.erase_node(dead)
+    return new
+
+
+def _per_channel(value: Any, graph_module: fx.GraphModule, like: fx.Node, channels: int) -> Tensor | None:
+    """Return a constant operand as float64 [channels], or None where it is none per channel."""
+    if isinstance(value, (int, float)):
+        return ir.float64(float(value), channels)
+    tensor = constant(graph_module, value)
+    if tensor is None or not tensor.dtype.is_floating_point:
+        return None
+    if tensor.numel() == 1 and tensor.dim() <= len(shape(like)):
+        return ir.float64(tensor, channels)
+    wanted = [1] * len(shape(like))
+    wanted[1] = channels
+    padded = [1] * (len(wanted) - tensor.dim()) + list(tensor.shape)
+    return ir.float64(tensor, channels) if padded == wanted else None
+
+
+def _affine(
+    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, conv: BinaryConv, before_residual: bool
+) -> BinaryConv | None:
+    channels = conv.geometry.out_channels
+    if is_call(user, aten.batch_norm.default) and user.args[0] is value:
+        if conv.activated or not before_residual:
+            return None
+        scale, offset = batch_norm_affine(graph_module, user)
+        return replace(conv, multiplier=conv.multiplier * scale, bias=conv.bias * scale + offset)
+    if not is_call(user, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default):
+        return None
+    if is_call(user, aten.neg.default):
+        factor: Tensor | None = ir.float64(-1.0, channels)
+    else:
+        named = arguments(user)
+        if named.get("alpha", 1) != 1:
+            return None
+        left, right = named["self"], named["other"]
+        commutes = is_call(user, aten.mul.Tensor, aten.add.Tensor)
+        if left is not value and not commutes:
+            return None
+        factor = _per_channel(right if left is value else left, graph_module, user, channels)
+    if factor is None:
+        return None
+    if is_call(user, aten.add.Tensor, aten.sub.Tensor):
+        return _add(conv, factor if is_call(user, aten.add.Tensor) else -factor)
+    if conv.activated or not before_residual:
+        return None
+    factor = 1 / factor if is_call(user, aten.div.Tensor) else factor
+    return replace(conv, multiplier=conv.multiplier * factor, bias=conv.bias * factor)
+
+
+def _add(conv: BinaryConv, term: Tensor) -> BinaryConv:
+    if not conv.activated:
+        return replace(conv, bias=conv.bias + term)
+    return replace(conv, shift=term if conv.shift is None else conv.shift + term)
+
+
+def batch_norm_affine(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
+    """Return scale and offset, float64 [C], of an evaluated batch norm."""
+    named = arguments(node)
+    tensors = {
+        name: constant(graph_module, named[name])
+        for name in ("weight", "bias", "running_mean", "running_var")
+    }
+    mean, var = tensors["running_mean"], tensors["running_var"]
+    assert mean is not None and var is not None
+    scale = (var.double() + named["eps"]).rsqrt()
+    if tensors["weight"] is not None:
+        scale = scale * tensors["weight"].double()
+    offset = -mean.double() * scale
+    if tensors["bias"] is not None:
+        offset = offset + tensors["bias"].double()
+    return scale, offset
+
+
+def _activation(
+    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, conv: BinaryConv
+) -> BinaryConv | None:
+    if conv.activated or not user.args or user.args[0] is not value:
+        return None
+    if is_call(user, *_CLAMPS):
+        return replace(conv, clamp=_limits(user))
+    channels = conv.geometry.out_channels
+    if is_call(user, aten.leaky_relu.default):
+        return replace(conv, slope=ir.float64(arguments(user)["negative_slope"], channels))
+    if is_call(user, aten._prelu_kernel.default):
+        slope = constant(graph_module, user.args[1])
+        return None if slope is None else replace(conv, slope=ir.float64(slope, channels))
+    return None
+
+
+def _limits(node: fx.Node) -> tuple[float, float]:
+    named = arguments(node)
+    if is_call(node, aten.relu.default):
+        return 0.0, math.inf
+    names = ("min_val", "max_val") if is_call(node, aten.hardtanh.default) else ("min", "max")
+    low, high = (named[name] for name in names)
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
+    if not is_call(user, aten.max_pool2d.default) or not conv.monotone or not conv.pool.is_identity:
+        return None
+    pool = pool_geometry(user)
+    return None if pool is None else replace(conv, pool=pool, pool_min=conv.multiplier < 0)
+
+
+def _residual(
+    graph_module: fx.GraphModule, user: fx.Node, node: fx.Node, conv: BinaryConv
+) -> fx.Node | None:
+    """Return the other operand of an add, where it is a float map of the same shape."""
+    if not is_call(user, aten.add.Tensor) or conv.activated or arguments(user)["alpha"] != 1:
+        return None
+    other = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(other, fx.Node) or other is node or constant(graph_module, other) is not None:
+        return None
+    same = [str(size) for size in shape(other)] == [str(size) for size in shape(node)]
+    return other if same and other.meta["val"].dtype.is_floating_point else None
+
+
+# -- float layers ---------------------------------------------------------------------------------
+
+
+def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if not is_call(node, aten.batch_norm.default):
+            continue
+        before = node.args[0]
+        after = _only_user(node)
+        if is_call(before, aten.conv2d.default, aten.linear.default) and len(before.users) == 1:
+            _fold_behind(graph_module, before, node)
+        elif is_call(after, aten.linear.default) and len(shape(node)) == 2:
+            assert after is not None
+            _fold_in_front(graph_module, node, after)
+    graph_module.graph.eliminate_dead_code()
+
+
+def _layer_constants(graph_module: fx.GraphModule, layer: fx.Node) -> tuple[Tensor, Tensor] | None:
+    named = arguments(layer)
+    weight, bias = constant(graph_module, named["weight"]), constant(graph_module, named["bias"])
+    if weight is None or (named["bias"] is not None and bias is None):
+        return None
+    zeros = torch.zeros(weight.shape[0], dtype=torch.float64)
+    return weight.double(), zeros if bias is None else bias.double()
+
+
+def _rewrite_layer(
+    graph_module: fx.GraphModule, layer: fx.Node, x: Any, weight: Tensor, bias: Tensor, old: fx.Node
+) -> None:
+    constants = [constant_node(graph_module, old, value.float()) for value in (weight, bias)]
+    args = (x, *constants, *layer.args[3:])
+    new = call(graph_module.graph, old, layer.target, *args, like=old)  # type: ignore[arg-type]
+    new.meta["layer"] = layer.meta.get("layer", layer.name)
+    substitute(old, new)
+
+
+def _fold_behind(graph_module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
+    held = _layer_constants(graph_module, layer)
+    if held is None:
+        return
+    weight, bias = held
+    scale, offset = batch_norm_affine(graph_module, norm)
+    weight = weight * scale.view([-1] + [1] * (weight.dim() - 1))
+    _rewrite_layer(graph_module, layer, layer.args[0], weight, bias * scale + offset, norm)
+
+
+def _fold_in_front(graph_module: fx.GraphModule, norm: fx.Node, layer: fx.Node) -> None:
+    held = _layer_constants(graph_module, layer)
+    if held is None:
+        return
+    weight, bias = held
+    scale, offset = batch_norm_affine(graph_module, norm)
+    _rewrite_layer(graph_module, layer, norm.args[0], weight * scale, bias + weight @ offset, layer)

@@ -1,0 +1,218 @@
+"""Lower: write the fused graph in `torch.ops.biper` and float operators, with its tensors named.
+
+Here float64 parameters are rounded to float32, once; here it is decided for each convolution
+whether floats, bits or both leave it, by looking at who uses them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from biper_engine import bits as contract
+from biper_engine.conversion import ir
+from biper_engine.conversion.graphs import constant
+from biper_engine.conversion.ir import BinaryConv, StepRule
+from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.functional import epilogue_options, geometry_options
+
+__all__ = ["lower"]
+
+aten = torch.ops.aten
+biper = torch.ops.biper
+
+
+def lower(graph_module: fx.GraphModule, compute_dtype: torch.dtype) -> fx.GraphModule:
+    """Return a new graph module of operators alone; `meta` of its nodes is what `verify` reads."""
+    return _Lowering(graph_module, compute_dtype).run()
+
+
+class _Lowering:
+    def __init__(self, graph_module: fx.GraphModule, compute_dtype: torch.dtype) -> None:
+        self._old = graph_module
+        self._dtype = compute_dtype
+        self._root = nn.Module()
+        self._graph = fx.Graph()
+        self._new: dict[fx.Node, fx.Node] = {}
+        self._bits: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self._old.graph.nodes:
+            if node in self._bits:
+                self._new[node] = self._bits[node]
+            elif node.op == "placeholder":
+                self._new[node] = self._placeholder(node)
+            elif node.op == "output":
+                self._output(node)
+            elif ir.is_marker(node, ir.binary_conv):
+                self._conv(node)
+            elif ir.is_marker(node, ir.binarize):
+                self._new[node] = self._binarize(node)
+            elif ir.is_marker(node, ir.binary_max_pool):
+                self._new[node] = self._max_pool(node)
+            elif node.op == "call_function":
+                self._new[node] = self._float_op(node)
+        result = fx.GraphModule(self._root, self._graph)
+        result.graph.lint()
+        return result
+
+    # -- nodes ------------------------------------------------------------------------------------
+
+    def _placeholder(self, node: fx.Node) -> fx.Node:
+        position = sum(old.op == "placeholder" for old in self._new)
+        new = self._graph.placeholder(f"input_{position}")
+        new.meta["source"] = node.name
+        if self._dtype != torch.float32 and node.meta["val"].dtype.is_floating_point:
+            new = self._graph.call_function(aten._to_copy.default, (new,), {"dtype": self._dtype})
+        return new
+
+    def _output(self, node: fx.Node) -> None:
+        leaves = list(node.args[0])  # type: ignore[arg-type]
+        results = []
+        for leaf in leaves:
+            new = self._operand(leaf, "constants.output")
+            if self._dtype != torch.float32 and leaf.meta["val"].dtype == torch.float32:
+                new = self._graph.call_function(aten._to_copy.default, (new,), {"dtype": torch.float32})
+            results.append(new)
+        self._graph.output(tuple(results))
+
+    def _float_op(self, node: fx.Node) -> fx.Node:
+        layer = node.meta.get("layer")
+        schema = node.target._schema  # type: ignore[union-attr]
+        names = [argument.name for argument in schema.arguments]
+        owner = str(layer) if layer else "constants"
+
+        def convert(value: Any, name: str) -> Any:
+            if isinstance(value, fx.Node):
+                return self._operand(value, f"{owner}.{name}" if layer else f"constants.{node.name}_{name}")
+            if isinstance(value, (list, tuple)):
+                return [convert(item, f"{name}{index}") for index, item in enumerate(value)]
+            return value
+
+        args = tuple(convert(value, name) for value, name in zip(node.args, names, strict=False))
+        kwargs = {name: convert(value, name) for name, value in node.kwargs.items()}
+        new = self._named(str(layer) if layer else node.name, node.target, args, kwargs)
+        return self._keep(new, node)
+
+    def _binarize(self, node: fx.Node) -> fx.Node:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        threshold, sense = self._step(node.meta["rule"], f"{self._owner(node)}.input")
+        args = (self._operand(source, "constants.binarized"), threshold, sense)
+        new = self._named(f"{self._owner(node)}_bits", biper.binarize.default, args, {})
+        new.meta["rule"] = node.meta["rule"]
+        return new
+
+    def _owner(self, node: fx.Node) -> str:
+        """Return the path of the first layer that uses some bits."""
+        for user in node.users:
+            if ir.is_marker(user, ir.binary_conv):
+                return str(user.meta["layer"])
+            if ir.is_marker(user, ir.binary_max_pool):
+                return self._owner(user)
+        return str(node.name)
+
+    def _step(self, rule: StepRule, owner: str) -> tuple[fx.Node | None, fx.Node | None]:
+        """Return the nodes of a rule's tensors; None where the default says the same."""
+        sense = self._hold(f"{owner}.sense", rule.sense) if bool(rule.sense.any()) else None
+        plain = sense is None and bool((rule.threshold == 0).all())
+        return None if plain else self._hold(f"{owner}.threshold", rule.threshold), sense
+
+    def _max_pool(self, node: fx.Node) -> fx.Node:
+        pool = node.meta["pool"]
+        options = {"stride": list(pool.stride), "padding": list(pool.padding)}
+        args = (self._operand(node.args[0], ""), node.meta["channels"], list(pool.kernel_size))
+        return self._named(f"{self._owner(node)}_pool", biper.bmaxpool2d.default, args, options)
+
+    def _conv(self, node: fx.Node) -> None:
+        conv: BinaryConv = node.meta["conv"]
+        layer = str(node.meta["layer"])
+        steps = [user for user in node.users if ir.is_marker(user, ir.binarize)]
+        floats_leave = len(steps) < len(node.users) or not steps
+        epilogue = self._epilogue(conv, steps[0].meta["rule"] if steps else None)
+        held = {name: self._hold(f"{layer}.{name}", value) for name, value in epilogue.tensors().items()}
+        weight = self._hold(f"{layer}.weight", contract.pack_weight(conv.positive))
+        args: list[Any] = [self._operand(node.args[0], ""), weight, held.pop("multiplier"), held.pop("bias")]
+        if steps:
+            args += [held.pop("threshold"), held.pop("sense")]
+        options = {**epilogue_options(epilogue), **held, **geometry_options(conv.geometry)}
+        if len(node.args) > 1:
+            options["residual"] = self._operand(node.args[1], f"{layer}.residual")
+        if floats_leave:
+            options["dtype"] = self._dtype
+        options = {name: value for name, value in options.items() if value is not None}
+        target = _TARGETS[floats_leave, bool(steps)]
+        new = self._keep(self._named(layer, target, tuple(args), options), node)
+        new.meta |= {"conv": conv, "tie": bool(steps) and steps[0].meta["rule"].tie}
+        self._bind(node, new, steps, floats_leave)
+
+    def _bind(self, node: fx.Node, new: fx.Node, steps: list[fx.Node], floats_leave: bool) -> None:
+        """Map a convolution and its binarize users to what leaves the new node."""
+        floats, bits = new, new
+        if floats_leave and steps:
+            floats = self._graph.call_function(operator.getitem, (new, 0))
+            bits = self._graph.call_function(operator.getitem, (new, 1))
+            floats.meta["source"] = new.meta.get("source")
+        self._new[node] = floats
+        if steps:
+            self._bits[steps[0]] = bits
+
+    def _epilogue(self, conv: BinaryConv, rule: StepRule | None) -> Epilogue:
+        low, high = conv.clamp or (-math.inf, math.inf)
+        return Epilogue(
+            multiplier=conv.multiplier.float(),
+            bias=conv.bias.float(),
+            pool=conv.pool,
+            pool_min=conv.pool_min if conv.pool_min is not None and bool(conv.pool_min.any()) else None,
+            clamp_min=low if math.isfinite(low) else None,
+            clamp_max=high if math.isfinite(high) else None,
+            slope=None if conv.slope is None else conv.slope.float(),
+            shift=None if conv.shift is None else conv.shift.float(),
+            threshold=None if rule is None else rule.threshold,
+            sense=None if rule is None else rule.sense,
+        )
+
+    # -- names and tensors ------------------------------------------------------------------------
+
+    def _keep(self, new: fx.Node, old: fx.Node) -> fx.Node:
+        new.meta |= {key: old.meta[key] for key in ("source", "layer") if key in old.meta}
+        return new
+
+    def _named(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        readable = "".join(c if c.isalnum() else "_" for c in name)
+        return self._graph.create_node("call_function", target, args, kwargs, name=readable)
+
+    def _operand(self, node: Any, name: str) -> Any:
+        if not isinstance(node, fx.Node) or node in self._new:
+            return self._new.get(node, node) if isinstance(node, fx.Node) else node
+        tensor = constant(self._old, node)
+        assert tensor is not None, f"{node} has no value"
+        if tensor.dtype == torch.float32 and self._dtype != torch.float32:
+            tensor = tensor.to(self._dtype)
+        return self._hold(name, tensor)
+
+    def _hold(self, path: str, tensor: Tensor) -> fx.Node:
+        """Register a tensor as a buffer under a dotted path, made unique, and return its get_attr."""
+        *parents, leaf = path.replace("#", "_").strip(".").split(".")
+        owner = self._root
+        for part in parents:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        unique, count = leaf, 1
+        while hasattr(owner, unique):
+            count += 1
+            unique = f"{leaf}_{count}"
+        owner.register_buffer(unique, tensor.detach().contiguous())
+        return self._graph.get_attr(".".join([*parents, unique]))
+
+
+_TARGETS = {
+    (True, False): biper.bconv2d_float.default,
+    (False, True): biper.bconv2d_bits.default,
+    (True, True): biper.bconv2d_float_bits.default,
+}

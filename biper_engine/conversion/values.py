@@ -1,0 +1,311 @@
+"""Value analysis: is a value binary, and where is its step?
+
+A value is binary by the values that it can take, not by the operator that made it. The cone of
+elementwise operators above it is grown, one operator at a time, until it has a single float source;
+then it is evaluated, per channel, from -1e30 to 1e30. Two levels with one step make it binary. The
+step is located exactly, by bisection over the float32 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from biper_engine.conversion.graphs import constant, evaluate, is_call, shape
+from biper_engine.conversion.ir import StepRule
+
+__all__ = ["Step", "find_step"]
+
+aten = torch.ops.aten
+
+MAX_CONE = 64
+EXTREME = 1e30
+
+_ELEMENTWISE = frozenset(
+    getattr(aten, name)
+    for name in (
+        "abs add bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copysign "
+        "div elu eq erf exp floor full_like ge gelu gt hardsigmoid hardswish hardtanh heaviside le "
+        "leaky_relu logical_and logical_not logical_or lt masked_fill maximum minimum mul ne neg "
+        "ones_like pow _prelu_kernel reciprocal relu relu6 round rsub sgn sigmoid sign silu softplus "
+        "sqrt square sub tanh threshold trunc where zeros_like _to_copy batch_norm sin cos "
+        "bitwise_left_shift fill hardshrink signbit isnan remainder"
+    ).split()
+)
+_CREATED = (aten.full.default, aten.scalar_tensor.default, aten.ones.default, aten.zeros.default)
+_PASS_THROUGH = (
+    aten.max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten._adaptive_avg_pool2d.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.mean.dim,
+    aten.constant_pad_nd.default,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A binary value: its float source and the rule from source to bit."""
+
+    source: fx.Node
+    rule: StepRule
+
+
+class _NotElementwise(Exception):
+    pass
+
+
+def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | str:
+    """Find the step of a value.
+
+    Args:
+        graph_module: the graph, simplified.
+        node: the value.
+        axis: its channel dimension; constants that vary along any other make it no function of one
+            number per channel.
+
+    Returns:
+        The step, or the reason why the value is not binary, as a clause after "its input".
+    """
+    cone = _Cone(graph_module, node, axis)
+    reason = f"is {describe(node)}"
+    while cone.grow():
+        if cone.source is None:
+            continue
+        found = _analyse(cone)
+        if isinstance(found, StepRule):
+            if found.tie and _rests_on_step(cone, found):
+                return "is a sign whose argument rests at 0 (a ReLU before it?), so it takes three values, -1, 0 and +1"
+            return Step(cone.source, found)
+        if found is not None:
+            reason = found
+    return reason
+
+
+def describe(node: fx.Node) -> str:
+    """Name a node's operator for a message."""
+    names = {"relu": "a ReLU", "hardtanh": "a clamp", "clamp": "a clamp", "add": "a sum", "batch_norm": "a batch norm"}
+    names |= {"max_pool2d": "a max pool", "avg_pool2d": "an average pool", "conv2d": "a convolution", "linear": "a linear layer"}
+    if is_call(node, aten.reshape.default, aten.permute.default, aten.constant_pad_nd.default):
+        parent = node.args[0]
+        assert isinstance(parent, fx.Node)
+        return describe(parent)
+    if node.op == "placeholder":
+        return "the network's input"
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
+    return names.get(name, f"a float map made by {name}")
+
+
+class _Cone:
+    """The elementwise operators between a value and what it is computed from."""
+
+    def __init__(self, graph_module: fx.GraphModule, top: fx.Node, axis: int) -> None:
+        self._graph_module = graph_module
+        self._order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+        self.top = top
+        self.axis = axis
+        self.rank = len(shape(top))
+        self.channels = int(shape(top)[axis])
+        self.members: list[fx.Node] = []
+        self._frontier: list[fx.Node] = [top]
+
+    @property
+    def source(self) -> fx.Node | None:
+        """The single input of the cone, or None while it has several."""
+        return self._frontier[0] if len(self._frontier) == 1 else None
+
+    def grow(self) -> bool:
+        """Take the latest operator of the frontier into the cone; return whether that was possible."""
+        latest = max(self._frontier, key=self._order.__getitem__, default=None)
+        if latest is None or len(self.members) >= MAX_CONE or not _elementwise(latest):
+            return False
+        self._frontier.remove(latest)
+        self.members.append(latest)
+        for parent in latest.all_input_nodes:
+            if self._is_constant(parent) or parent in self._frontier or parent in self.members:
+                continue
+            self._frontier.append(parent)
+        return bool(self._frontier)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return constant(self._graph_module, node) is not None or is_call(node, *_CREATED) or _is_size(node)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate on probes [P, C]; return [P, C] float64."""
+        assert self.source is not None
+        layout = [x.shape[0]] + [1] * (self.rank - 1)
+        layout[self.axis] = self.channels
+        values = {self.source: x.reshape(layout)}
+        for node in sorted(self.members, key=self._order.__getitem__):
+            for parent in node.all_input_nodes:
+                if parent not in values:
+                    values[parent] = self._constant(parent)
+            try:
+                values[node] = evaluate(node, values)
+            except (RuntimeError, TypeError, ValueError) as cause:
+                raise _NotElementwise from cause
+        result = values[self.top]
+        if list(result.shape) != layout:
+            raise _NotElementwise
+        return result.reshape(x.shape).double()
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        held = constant(self._graph_module, node)
+        if held is not None:
+            return held
+        if is_call(node, aten.full.default):
+            return torch.tensor(node.args[1], dtype=node.meta["val"].dtype)
+        if is_call(node, aten.ones.default):
+            return torch.ones((), dtype=node.meta["val"].dtype)
+        if is_call(node, aten.zeros.default):
+            return torch.zeros((), dtype=node.meta["val"].dtype)
+        if is_call(node, aten.scalar_tensor.default):
+            return evaluate(node, {})
+        raise _NotElementwise
+
+    def extended(self) -> _Cone | None:
+        """Return a larger cone with one operator more, if it again has a single source."""
+        larger = _Cone(self._graph_module, self.top, self.axis)
+        larger.members, larger._frontier = list(self.members), list(self._frontier)
+        while larger.grow():
+            if larger.source is not None:
+                return larger
+        return None
+
+
+def _is_size(node: fx.Node) -> bool:
+    return is_call(node, aten.sym_size.int)
+
+
+def _elementwise(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _ELEMENTWISE
+
+
+def _probes(channels: int) -> Tensor:
+    powers = torch.exp2(torch.arange(-148, 99, 3, dtype=torch.float64)).float()
+    grid = torch.linspace(-8, 8, 257)
+    positive = torch.cat([powers, torch.tensor([EXTREME])])
+    column = torch.cat([-positive, torch.tensor([-0.0, 0.0]), positive, grid]).sort().values
+    return column[:, None].expand(-1, channels)
+
+
+def _analyse(cone: _Cone) -> StepRule | str | None:
+    """Return the rule, a reason against, or None where the cone cannot be evaluated."""
+    probes = _probes(cone.channels)
+    try:
+        values = cone(probes)
+        levels = values.unique()
+        if levels.isnan().any() or len(levels) > 3:
+            return None
+        if len(levels) == 1:
+            return "is constant"
+        low, high = float(levels[0]), float(levels[-1])
+        last_start, first_end = _bracket(cone)
+    except _NotElementwise:
+        return None
+    ends = cone(torch.full((1, cone.channels), EXTREME))[0]
+    starts = cone(torch.full((1, cone.channels), -EXTREME))[0]
+    steady = ends == starts
+    sense = torch.where(steady, False, starts == high)
+    always = torch.where(ends == high, -torch.inf, torch.inf).float()
+    middle = len(levels) == 3
+    # A third value sits between the last float of one level and the first of the other.
+    at_tie = _next(last_start) if middle else None
+    if at_tie is None:
+        threshold = torch.where(sense, last_start, first_end)
+    else:
+        threshold = at_tie
+    threshold = torch.where(steady, always, threshold) + 0.0
+    rule = StepRule(threshold, sense, low, high, tie=middle)
+    return rule if _holds(cone, rule, probes, values) else _reason_against(levels)
+
+
+def _reason_against(levels: Tensor) -> str:
+    listed = ", ".join(f"{value:g}" for value in levels.tolist())
+    return f"takes the values {listed} with more than one step"
+
+
+def _holds(cone: _Cone, rule: StepRule, probes: Tensor, values: Tensor) -> bool:
+    """Check the rule on all probes and close to the step; a third value only at the step itself."""
+    keys = _to_key(rule.threshold.nan_to_num(posinf=EXTREME, neginf=-EXTREME))
+    near = torch.stack([_from_key(keys + offset) for offset in (-1000, -2, -1, 0, 1, 2, 1000)])
+    for x, y in ((probes, values), (near, cone(near))):
+        bit = torch.where(rule.sense, x <= rule.threshold, x >= rule.threshold)
+        expected = torch.where(bit, rule.high, rule.low).double()
+        wrong = y != expected
+        allowed = (x == rule.threshold) if rule.tie or bool((rule.threshold == 0).any()) else torch.zeros_like(wrong)
+        if bool((wrong & ~allowed).any()):
+            return False
+    return True
+
+
+def _bracket(cone: _Cone) -> tuple[Tensor, Tensor]:
+    """Return, per channel, the last float of the first level and the first float of the last."""
+    start = cone(torch.full((1, cone.channels), -EXTREME))
+    end = cone(torch.full((1, cone.channels), EXTREME))
+    last = _bisect(cone.channels, lambda x: cone(x) != start)
+    first = _bisect(cone.channels, lambda x: cone(x) == end)
+    return _from_key(last - 1), _from_key(first)
+
+
+def _bisect(channels: int, after: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the key of the first float where `after` holds, per channel."""
+    low = _to_key(torch.full((channels,), -EXTREME))
+    high = _to_key(torch.full((channels,), EXTREME))
+    for _ in range(33):
+        middle = (low + high) // 2
+        holds = after(_from_key(middle)[None])[0]
+        high = torch.where(holds, middle, high)
+        low = torch.where(holds, low, middle)
+    return high
+
+
+def _to_key(values: Tensor) -> Tensor:
+    """Map float32 to int64 in numeric order; -0.0 is -1 and 0.0 is 0."""
+    raw = values.float().contiguous().view(torch.int32).long()
+    return torch.where(raw < 0, -(raw & 0x7FFFFFFF) - 1, raw)
+
+
+def _from_key(keys: Tensor) -> Tensor:
+    raw = torch.where(keys < 0, (-(keys + 1)) - (1 << 31), keys)
+    return raw.to(torch.int32).view(torch.float32)
+
+
+def _next(values: Tensor) -> Tensor:
+    return _from_key(_to_key(values) + 1)
+
+
+def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
+    """Whether what computes the source sits exactly at the step on a whole interval, as ReLU does."""
+    larger: _Cone | None = cone
+    while larger is not None:
+        try:
+            values = larger(_probes(larger.channels))
+        except _NotElementwise:
+            break
+        third = (values != rule.low) & (values != rule.high)
+        if int(third.sum(0).max()) > 3:  # -0.0, 0.0 and the grid's 0.0 are one point
+            return True
+        source = larger.source
+        larger = larger.extended()
+    else:
+        return bool((rule.threshold == 0).all()) and source is not None and _rests_at_zero(cone, source)
+    return False
+
+
+def _rests_at_zero(cone: _Cone, node: fx.Node) -> bool:
+    if is_call(node, *_PASS_THROUGH):
+        parent = node.args[0]
+        return isinstance(parent, fx.Node) and _rests_at_zero(cone, parent)
+    if is_call(node, aten.relu.default):
+        return True
+    if is_call(node, aten.clamp.default, aten.hardtanh.default):
+        return 0 in node.args[1:]
+    if is_call(node, aten.add.Tensor):
+        parents = node.all_input_nodes
+        return len(parents) == 2 and all(_rests_at_zero(cone, parent) for parent in parents)
+    return False

@@ -1,0 +1,214 @@
+"""The engine: a converted network as a `torch.nn.Module` for inference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from biper_engine import ops as _ops  # noqa: F401  (registers the operators that graphs call)
+from biper_engine.metadata import Metadata, Provenance
+from biper_engine.report import ConversionReport
+from biper_engine.runtime import (
+    InputSpec,
+    PlanSlot,
+    Signature,
+    from_portable,
+    isolate_outputs,
+    output_values,
+    to_portable,
+)
+
+__all__ = ["Engine", "InputSpec", "Signature"]
+
+
+class Engine(nn.Module):
+    """A binary network that runs on packed bits: called as the model was, for inference.
+
+    Calls are safe from several threads. A returned tensor is never written to again and shares no
+    memory with an input.
+
+    Args:
+        graph_module: the converted network; the engine owns it from now on.
+        signature: how it is called.
+        report: what conversion did to every layer.
+        metadata: preprocessing and labels, or None.
+        provenance: where the weights came from, or None.
+        options: the arguments of the `convert` call, as JSON values.
+
+    Attributes:
+        proof: a proof that a file carried (see `biper_engine.serialization`), or None.
+
+    Raises:
+        ValueError: `signature` does not fit the graph.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        *,
+        signature: Signature,
+        report: ConversionReport,
+        metadata: Metadata | None = None,
+        provenance: Provenance | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _require_fit(graph_module, signature)
+        isolate_outputs(graph_module)
+        graph_module.requires_grad_(False)
+        super().train(False)
+        self.graph_module = graph_module.eval()
+        self.signature = signature
+        self.report = report
+        self.metadata = metadata
+        self.provenance = provenance
+        self.options = dict(options or {})
+        self.proof: Any = None
+        self._plan = PlanSlot()
+        self._returns_tensor = signature.out_spec == pytree.tree_structure(0)
+        self._refresh()
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image, without the batch, of an engine that takes a single tensor.
+
+        Raises:
+            ValueError: the engine takes several tensors.
+        """
+        if len(self.signature.inputs) != 1:
+            raise ValueError(
+                f"This engine takes {len(self.signature.inputs)} tensors ({self.signature}), so it "
+                "has no single `input_shape`; see `engine.signature.inputs`."
+            )
+        return tuple(size for size in self.signature.inputs[0].shape if size is not None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the engine's tensors are; None for a network without any."""
+        return self._device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network; takes and returns what the model took and returned.
+
+        Raises:
+            TypeError: other arguments, or another dtype, than the engine was converted for.
+            GeometryError: another image size, number of channels or rank.
+            ValueError: an input is on another device than the engine.
+            RuntimeError: an input requires grad while grad is enabled.
+            BackendUnavailableError: a backend is forced that cannot run the network.
+        """
+        inputs = self.signature.flatten(args, kwargs)
+        self.signature.check(inputs, self._device)
+        outputs = self._run(inputs)
+        if self._returns_tensor:
+            return outputs[0]
+        return pytree.tree_unflatten(outputs, self.signature.out_spec)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.biper` file, atomically; `biper_engine.load` reads it.
+
+        Raises:
+            FileFormatError: the network has an operator, an argument or a structure of inputs or
+                outputs that files cannot hold; no file is written.
+            OSError: the file cannot be written; an older one stays as it was.
+        """
+        from biper_engine.serialization import save
+
+        save(self, path)
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: an engine is always in evaluation mode, also inside a model that trains."""
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the packed layers, the bytes and the inputs."""
+        report = self.report
+        return (
+            f"packed {report.packed}/{len(report.layers)} layers, "
+            f"{report.bytes_before:,} -> {report.bytes_after:,} bytes, input {self.signature}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Engine({self.extra_repr()})"
+
+    # -- a call -----------------------------------------------------------------------------------
+
+    def _run(self, inputs: list[Tensor]) -> Any:
+        kind = inputs[0].device.type if inputs else "cpu"
+        autocast = torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            if torch.compiler.is_compiling() or _is_traced(inputs):
+                return self.graph_module.forward(*inputs)
+            return self._plan.get(self.graph_module, self._device)(*inputs)
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Recompute what depends on the tensors, and drop the plan made from them."""
+        tensors = [*self.graph_module.buffers(), *self.graph_module.parameters()]
+        self._device = tensors[0].device if tensors else None
+        self._dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
+        self._plan.drop()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for dtype in self._dtypes:
+            changed = fn(torch.empty(0, dtype=dtype, device=self._device)).dtype
+            if changed != dtype:
+                raise TypeError(
+                    f"This call would change {dtype} tensors of an engine to {changed}, but its "
+                    "dtypes are fixed when it is converted. Use `.to(device)` without a dtype, or "
+                    "convert the model again with `compute_dtype=torch.float16` (or bfloat16, "
+                    "float32)."
+                )
+
+        def keep_layout(tensor: Tensor) -> Tensor:
+            # `.to(memory_format=...)` is for float maps: packed words have one layout only.
+            changed = fn(tensor)
+            return changed if changed.is_floating_point() else changed.contiguous()
+
+        super()._apply(keep_layout, recurse)  # type: ignore[no-untyped-call]
+        self._refresh()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A GraphModule pickles as Python source and loses its nodes' names.
+        modules = {**self._modules}
+        del modules["graph_module"]
+        graph = to_portable(self.graph_module)
+        return {**self.__dict__, "_modules": modules, "_portable_graph": graph}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        graph = state.pop("_portable_graph")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.graph_module = from_portable(graph).eval()
+
+
+def _after_load(engine: Engine, _incompatible_keys: Any) -> None:
+    engine._refresh()
+
+
+def _is_traced(inputs: list[Tensor]) -> bool:
+    """Whether a call is only watched (FakeTensor, make_fx), not run for good."""
+    plain = all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ for x in inputs)
+    return not plain or _get_current_dispatch_mode() is not None
+
+
+def _require_fit(module: fx.GraphModule, signature: Signature) -> None:
+    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    wanted = [spec.name for spec in signature.inputs]
+    if names != wanted:
+        raise ValueError(f"`signature` names the inputs {wanted}, but the graph's are {names}.")
+    outputs = len(output_values(module.graph))
+    if outputs != signature.out_spec.num_leaves:
+        raise ValueError(
+            f"`signature.out_spec` has {signature.out_spec.num_leaves} leaves, but the graph "
+            f"returns {outputs} values."
+        )

@@ -1,0 +1,43 @@
+"""Exceptions of biper_engine: one class per kind of failure a caller may want to handle.
+
+Every message names what came, what was wanted and what to do next. Plain misuse of an argument
+raises `ValueError` or `TypeError`; the classes here derive from the nearest built-in one.
+"""
+
+__all__ = [
+    "BackendUnavailableError",
+    "BiperError",
+    "CheckpointError",
+    "ConversionError",
+    "FileFormatError",
+    "GeometryError",
+    "UnconvertedWarning",
+]
+
+
+class BiperError(Exception):
+    """Base class of every error that biper_engine defines."""
+
+
+class GeometryError(BiperError, ValueError):
+    """Tensor shapes disagree with each other or with a convolution's geometry."""
+
+
+class BackendUnavailableError(BiperError, RuntimeError):
+    """The requested backend is unknown, not installed, or cannot run this call."""
+
+
+class ConversionError(BiperError, ValueError):
+    """A model cannot be converted; the message names the layer and the reason."""
+
+
+class CheckpointError(BiperError, ValueError):
+    """A training checkpoint is unreadable, incomplete or contradicts what the caller said."""
+
+
+class FileFormatError(BiperError, ValueError):
+    """A `.biper` file is truncated, edited, foreign or of an unknown version."""
+
+
+class UnconvertedWarning(UserWarning):
+    """A layer with binary weights or binary inputs stays in floating point."""

@@ -1,0 +1,333 @@
+"""Read and write training checkpoints: our own format and that of the official code.
+
+Our format is a plain dict in a `torch.save` file, so that `torch.load(weights_only=True)` reads it:
+
+    format       "biper_engine.checkpoint"
+    version      0
+    model        name for `build`
+    num_classes  int
+    frequency    float
+    stage        1 or 2
+    state_dict   the official names and shapes
+    metadata     dict of `Metadata`, or None
+    config       dict of JSON values: how the network was trained; may be empty
+    metrics      dict of JSON values: what was measured; may be empty
+
+The official format is a dict with `state_dict` and `model`, or a bare state dict; frequency and
+stage stand only in the `config.txt` that the official training script writes beside the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from biper_engine.errors import CheckpointError
+from biper_engine.metadata import Metadata
+from biper_engine.models.network import Network
+from biper_engine.models.registry import architecture, available, build, state_dict_shapes
+from biper_engine.models.torch_file import read_config_txt, read_torch_file
+from biper_engine.nn import binary_layers
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+_T = TypeVar("_T", float, int)
+
+_FORMAT = "biper_engine.checkpoint"
+_VERSION = 0
+# Entries that do not change what the network computes; older checkpoints lack some of them.
+_OPTIONAL = ("beta", "tau", "num_batches_tracked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What a file says, before it is compared with what the caller says.
+
+    `frequency` and `stage` are None where the file is silent; `source` names who spoke.
+    """
+
+    path: str
+    state: dict[str, Tensor]
+    model: str | None = None
+    frequency: float | None = None
+    stage: int | None = None
+    source: str = "the file"
+    metadata: Metadata | None = None
+    own: bool = False
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    frequency: float | None = None,
+    stage: int | None = None,
+) -> Network:
+    """Build the network that a training checkpoint holds, with its weights, in eval mode.
+
+    Reads our own files and the official repository's: nested or bare state dicts, with or without
+    a `module.` prefix; `tau` of shape [] or [1]; `beta` there or not; optimizer and scheduler
+    entries are ignored. Nothing but tensors and plain values is ever unpickled.
+
+    Args:
+        path: the checkpoint file.
+        arch: one of `models.available()`; None takes it from the file's `model` entry and shapes.
+        frequency: w0 that the network was trained with. Needed where neither the file nor the
+            `freq:` line of a `config.txt` beside it says so; must agree where one does.
+        stage: 1 or 2. Needed where neither the file nor the `stage2:` line of `config.txt` says
+            so; must agree where one does.
+
+    Returns:
+        Network on the CPU in float32. `metadata` comes from the file; for an official checkpoint
+        with the classes of the task in the network's name, it is that task's.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or no checkpoint; frequency or stage is
+            missing or contradictory; the shapes are another network's (the message names the
+            first entries that differ).
+        ValueError: `arch` is unknown.
+    """
+    contents = _read(os.fspath(path))
+    name = _choose_architecture(contents, arch)
+    settings: dict[str, Any] = {
+        "num_classes": _num_classes(contents.state, name),
+        "frequency": _agree("frequency", contents.frequency, frequency, contents),
+        "stage": _agree("stage", contents.stage, stage, contents),
+    }
+    try:
+        network = build(name, **settings)
+    except ValueError as error:
+        raise CheckpointError(f"'{contents.path}': {error}") from error
+    state = dict(contents.state)
+    for key, value in network.state_dict().items():
+        if key.rpartition(".")[2] in _OPTIONAL:
+            state[key] = state[key].reshape(value.shape) if key in state else value
+    network.load_state_dict(state)
+    network.metadata = contents.metadata
+    if not contents.own and _num_classes(state, name) == architecture(name).num_classes:
+        network.metadata = architecture(name).metadata
+    return network.eval()
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    config: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network of `build` to a file that `load_checkpoint` reads.
+
+    The file appears whole or not at all: it is written under a temporary name in the same
+    directory, synced, and renamed over `path`.
+
+    Args:
+        path: file to write; an existing one is replaced.
+        model: a network from `models.build` or `load_checkpoint`, on any device.
+        config: JSON values that describe the training.
+        metrics: JSON values that were measured.
+
+    Raises:
+        ValueError: `model` is not from `build`, or its layers differ in frequency or stage.
+        TypeError: `config` or `metrics` holds something that JSON cannot.
+    """
+    name = model.provenance.architecture if isinstance(model, Network) else None
+    if not isinstance(model, Network) or name is None:
+        raise ValueError(
+            f"`model` is a {type(model).__name__} that biper_engine.models.build did not make, so "
+            "its architecture has no name to store. Save it with torch.save(model.state_dict())."
+        )
+    frequency, stage = _common_settings(model)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    contents = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "model": name,
+        "num_classes": _num_classes(state, name),
+        "frequency": frequency,
+        "stage": stage,
+        "state_dict": state,
+        "metadata": None if model.metadata is None else model.metadata.to_dict(),
+        "config": json.loads(json.dumps(dict(config or {}))),
+        "metrics": json.loads(json.dumps(dict(metrics or {}))),
+    }
+    _write_atomically(Path(path), contents)
+
+
+def _read(path: str) -> _Contents:
+    raw = read_torch_file(path)
+    if "pytorch-lightning_version" in raw:
+        raise CheckpointError(
+            f"'{path}' is Lightning's resume state, not a network. Pass the stage1.pt or stage2.pt "
+            "that training wrote when the stage was finished."
+        )
+    if raw.get("format") == _FORMAT:
+        return _read_own(path, raw)
+    nested = raw.get("state_dict", raw)
+    model = raw.get("model")
+    contents = _Contents(
+        path=path,
+        state=_state_dict(path, nested),
+        model=model if isinstance(model, str) and nested is not raw else None,
+    )
+    config = read_config_txt(Path(path).with_name("config.txt"))
+    if config is None:
+        return contents
+    return replace(
+        contents, frequency=config.frequency, stage=config.stage, source=f"'{config.path}'"
+    )
+
+
+def _read_own(path: str, raw: Mapping[str, Any]) -> _Contents:
+    version = raw.get("version")
+    if version != _VERSION:
+        raise CheckpointError(
+            f"'{path}' has checkpoint version {version!r}; this biper_engine reads {_VERSION}. "
+            "Load it with the version that wrote it, or train again."
+        )
+    for key, kind in (("model", str), ("frequency", float), ("stage", int)):
+        if not isinstance(raw.get(key), kind):
+            raise CheckpointError(
+                f"'{path}': entry '{key}' is {raw.get(key)!r}, wanted {kind.__name__}. "
+                "The file was edited or written by something else."
+            )
+    if raw["model"] not in available():
+        raise CheckpointError(
+            f"'{path}' holds a network that this biper_engine does not know, {raw['model']!r}. "
+            f"Known: {', '.join(available())}."
+        )
+    return _Contents(
+        path=path,
+        state=_state_dict(path, raw.get("state_dict")),
+        model=raw["model"],
+        frequency=raw["frequency"],
+        stage=raw["stage"],
+        metadata=_metadata(path, raw.get("metadata")),
+        own=True,
+    )
+
+
+def _metadata(path: str, value: Any) -> Metadata | None:
+    if value is None:
+        return None
+    try:
+        return Metadata.from_dict(value)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"'{path}': entry 'metadata' is invalid: {error}") from error
+
+
+def _state_dict(path: str, value: Any) -> dict[str, Tensor]:
+    """Check that `value` is a state dict and strip the prefix of nn.DataParallel."""
+    if not isinstance(value, Mapping) or not value:
+        raise CheckpointError(f"'{path}' has no state dict: found {type(value).__name__}.")
+    for key, entry in value.items():
+        if not isinstance(key, str) or not isinstance(entry, Tensor):
+            raise CheckpointError(
+                f"'{path}' has no state dict: entry {key!r} is {type(entry).__name__}, wanted a "
+                "tensor. Wanted a dict of tensors, or a dict with one under 'state_dict'."
+            )
+    if all(key.startswith("module.") for key in value):
+        return {key.removeprefix("module."): entry for key, entry in value.items()}
+    return dict(value)
+
+
+def _choose_architecture(contents: _Contents, arch: str | None) -> str:
+    if arch is not None:
+        architecture(arch)
+        candidates = [arch]
+    else:
+        named = [name for name in available() if contents.model in (name, name.split("/")[1])]
+        candidates = named or list(available())
+    differences = {name: _differences(contents.state, name) for name in candidates}
+    matching = [name for name in candidates if not differences[name]]
+    if matching:
+        return matching[0]
+
+    said = f" (the file itself says '{contents.model}')" if contents.model else ""
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"'{contents.path}' fits no known network{said}: {', '.join(candidates)}. "
+            f"Against {candidates[0]}: {_listing(differences[candidates[0]])}"
+        )
+    raise CheckpointError(
+        f"'{contents.path}' is not a checkpoint of {candidates[0]}{said}: "
+        f"{_listing(differences[candidates[0]])}"
+    )
+
+
+def _listing(differences: list[str]) -> str:
+    shown = "; ".join(differences[:3])
+    rest = len(differences) - 3
+    return f"{shown}; and {rest} more." if rest > 0 else f"{shown}."
+
+
+def _num_classes(state: Mapping[str, Tensor], name: str) -> int:
+    weight = state.get(f"{architecture(name).classifier}.weight")
+    if weight is None or weight.dim() != 2 or len(weight) == 0:
+        return architecture(name).num_classes
+    return len(weight)
+
+
+def _differences(state: Mapping[str, Tensor], name: str) -> list[str]:
+    """Describe each entry of `state` that network `name` would not accept, in network order."""
+    wanted = state_dict_shapes(name, _num_classes(state, name))
+    found = []
+    for key, shape in wanted.items():
+        last = key.rpartition(".")[2]
+        if key not in state:
+            if last not in _OPTIONAL:
+                found.append(f"{key} is missing")
+        elif state[key].shape != shape and not (last == "tau" and state[key].numel() == 1):
+            found.append(f"{key} is {list(state[key].shape)}, wanted {list(shape)}")
+    return found + [f"{key} is unknown" for key in state if key not in wanted]
+
+
+def _agree(what: str, stored: _T | None, given: _T | None, file: _Contents) -> _T:
+    """Return the one value that file and caller agree on."""
+    if stored is not None and given is not None and stored != given:
+        raise CheckpointError(
+            f"'{file.path}': `{what}` (={given}) contradicts {file.source}, which says {stored}. "
+            f"Leave `{what}` out, or check that this is the right file."
+        )
+    value = stored if stored is not None else given
+    if value is not None:
+        return value
+    advice = {
+        "frequency": "Pass frequency=20.0 if it was trained with the official scripts' value "
+        "(their evaluation default of 30 is wrong for it)",
+        "stage": "Pass stage=2 for sign(sin(w)) weights or stage=1 for sin(w) weights",
+    }[what]
+    raise CheckpointError(
+        f"'{file.path}' does not say its {what}, and neither does a config.txt beside it. "
+        f"{advice}, or put the config.txt of its training beside it."
+    )
+
+
+def _common_settings(model: nn.Module) -> tuple[float, int]:
+    settings = {(layer.frequency, layer.stage) for _, layer in binary_layers(model)}
+    if len(settings) != 1:
+        raise ValueError(
+            f"`model` mixes (frequency, stage) pairs: {sorted(settings)}; a checkpoint stores one."
+        )
+    return settings.pop()
+
+
+def _write_atomically(path: Path, contents: Mapping[str, Any]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

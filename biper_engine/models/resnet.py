@@ -1,0 +1,145 @@
+"""The CIFAR ResNets of BiPer: ResNet-20 and ResNet-18 with binary 3x3 convolutions.
+
+The first convolution and the classifier stay real. Parameter names and shapes equal those of the
+official cifar10/models_cifar/resnet.py (ResNet-20) and resnet2.py (ResNet-18).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from biper_engine.models.network import Network
+from biper_engine.nn import BinaryConv2d
+
+__all__ = ["ResNet18", "ResNet20"]
+
+
+class PaddingShortcut(nn.Module):
+    """Option A of the ResNet paper: halve the map by averaging, add zero channels on both sides.
+
+    Input channel c lands at channel c + out_channels // 4, not c.
+    """
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.padding = out_channels // 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, self.padding, self.padding))
+
+
+class _Block(nn.Module):
+    """Two binary 3x3 convolutions, each with BatchNorm, and the parameters of both block kinds."""
+
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, *, frequency: float, stage: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = BinaryConv2d(
+            in_channels, channels, 3, stride, padding=1, frequency=frequency, stage=stage
+        )
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = BinaryConv2d(
+            channels, channels, 3, padding=1, frequency=frequency, stage=stage
+        )
+        self.bn2 = nn.BatchNorm2d(channels)
+        changes_shape = stride != 1 or in_channels != channels
+        self.shortcut = PaddingShortcut(channels) if changes_shape else nn.Identity()
+
+
+class DenseShortcutBlock(_Block):
+    """A shortcut around every convolution, as in Bi-Real Net; used by ResNet-20."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        y += self.shortcut(x)
+        y = F.hardtanh(y, inplace=True)
+        z = self.bn2(self.conv2(y))
+        z += y
+        return F.hardtanh(z, inplace=True)
+
+
+class BasicBlock(_Block):
+    """One shortcut around both convolutions; used by ResNet-18."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardtanh(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += self.shortcut(x)
+        return F.hardtanh(y, inplace=True)
+
+
+def _layers(
+    block: type[_Block],
+    widths: Sequence[int],
+    blocks_per_layer: int,
+    *,
+    frequency: float,
+    stage: int,
+) -> list[nn.Sequential]:
+    """One Sequential per width; all but the first halve the map in their first block."""
+    layers = []
+    in_channels = widths[0]
+    for index, channels in enumerate(widths):
+        blocks = []
+        for position in range(blocks_per_layer):
+            stride = 2 if index > 0 and position == 0 else 1
+            blocks.append(block(in_channels, channels, stride, frequency=frequency, stage=stage))
+            in_channels = channels
+        layers.append(nn.Sequential(*blocks))
+    return layers
+
+
+def _initialize(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+
+
+class ResNet20(Network):
+    """16, 32 and 64 channels, three blocks each; hardtanh after the first BatchNorm."""
+
+    def __init__(self, num_classes: int = 10, *, frequency: float = 20.0, stage: int = 2) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1, self.layer2, self.layer3 = _layers(
+            DenseShortcutBlock, (16, 32, 64), 3, frequency=frequency, stage=stage
+        )
+        self.bn2 = nn.BatchNorm1d(64)
+        self.linear = nn.Linear(64, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [N, num_classes] for images [N, 3, 32, 32]."""
+        x = F.hardtanh(self.bn1(self.conv1(x)), inplace=True)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        x = F.avg_pool2d(x, x.size(3)).flatten(1)
+        logits: Tensor = self.linear(self.bn2(x))
+        return logits
+
+
+class ResNet18(Network):
+    """64 to 512 channels, two blocks each; no hardtanh after the first BatchNorm."""
+
+    def __init__(self, num_classes: int = 10, *, frequency: float = 20.0, stage: int = 2) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1, self.layer2, self.layer3, self.layer4 = _layers(
+            BasicBlock, (64, 128, 256, 512), 2, frequency=frequency, stage=stage
+        )
+        self.linear = nn.Linear(512, num_classes)
+        self.bn2 = nn.BatchNorm1d(512)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [N, num_classes] for images [N, 3, 32, 32]."""
+        x = self.bn1(self.conv1(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = F.avg_pool2d(x, 4).flatten(1)
+        logits: Tensor = self.linear(self.bn2(x))
+        return logits

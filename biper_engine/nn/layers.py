@@ -1,0 +1,207 @@
+"""BinaryConv2d and BinaryLinear: PyTorch's layers with BiPer's weights and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from biper_engine.nn.functional import binarize_activation, binarize_weight
+
+__all__ = ["BinaryConv2d", "BinaryLinear", "binary_layers", "regularizer", "set_tau"]
+
+
+class _Periodic:
+    """State that both layers share: frequency, stage, alpha, beta, tau. Mixed into nn.Module."""
+
+    weight: Tensor
+    alpha: nn.Parameter
+    beta: nn.Parameter
+    tau: Tensor
+    frequency: float
+    _stage: int
+
+    @property
+    def stage(self) -> int:
+        """1: weights sin(frequency*w). 2: weights sign(sin(frequency*w))."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: int) -> None:
+        if stage not in (1, 2):
+            raise ValueError(f"`stage` (={stage!r}) must be 1 or 2.")
+        self._stage = stage
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weights that the forward pass multiplies with, before `alpha`."""
+        return binarize_weight(self.weight, frequency=self.frequency, stage=self._stage)
+
+    def extra_repr(self) -> str:
+        """Add frequency and stage to PyTorch's description of the layer."""
+        described: str = super().extra_repr()  # type: ignore[misc]
+        return f"{described}, frequency={self.frequency}, stage={self.stage}"
+
+    def _set_up(self: Any, alpha_shape: tuple[int, ...], frequency: float, stage: int) -> None:
+        if not (isfinite(frequency) and frequency > 0):
+            raise ValueError(f"`frequency` (={frequency}) must be a positive number.")
+        options = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.alpha = nn.Parameter(torch.rand(alpha_shape, **options))
+        self.beta = nn.Parameter(torch.ones(alpha_shape, **options), requires_grad=False)
+        self.register_buffer("tau", torch.ones((), **options))
+        self.frequency = float(frequency)
+        self.stage = stage
+
+
+class BinaryConv2d(_Periodic, nn.Conv2d):
+    """Convolve binary activations with periodic binary weights, scaled per output channel.
+
+    In eval mode, with w0 = `frequency`, exactly
+
+        F.conv2d(sign(x), sign(sin(w0 * weight)), bias, ...) * alpha        (stage 2)
+        F.conv2d(sign(x), sin(w0 * weight), bias, ...) * alpha              (stage 1)
+
+    In training mode x is first divided by sqrt(var + 1e-5) of its own sample, which changes no
+    value, only the window of the surrogate gradient (`binarize_activation`), and alpha multiplies
+    the weights and bias instead of the result: the same function up to rounding, and one fewer
+    pass over the feature map. Padding is zeros after the sign: a padded tap adds 0.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as nn.Conv2d.
+        bias: add a learned bias before `alpha`; off by default, unlike nn.Conv2d.
+        padding_mode, device, dtype: as nn.Conv2d.
+        frequency: w0; the official scripts train with 20.
+        stage: 1 or 2; may be assigned later.
+
+    Attributes:
+        weight: latent weights, any real value; their sign means nothing.
+        alpha: [out_channels, 1, 1] learned scale, uniform in [0, 1) at first, of either sign later.
+        beta: [out_channels, 1, 1] unused; kept because official checkpoints have it.
+        tau: 0-d buffer, weight of this layer in `regularizer`.
+
+    Source: BiPer, CVPR 2024; BinarizeConv2d in the official cifar10/modules/binarized_modules.py.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        frequency: float = 20.0,
+        stage: int = 2,
+    ) -> None:
+        nn.Conv2d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type, unused-ignore]
+            device,
+            dtype,
+        )
+        self._set_up((out_channels, 1, 1), frequency, stage)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
+        weight, bias = self.quantized_weight(), self.bias
+        dims: tuple[int, ...] = ()
+        if self.training:
+            dims = (-3, -2, -1)
+            weight = weight * self.alpha.unsqueeze(-1)
+            bias = None if bias is None else bias * self.alpha.flatten()
+        bits = binarize_activation(input, scale_dims=dims)
+        output: Tensor = self._conv_forward(bits, weight, bias)
+        return output if self.training else output * self.alpha
+
+
+class BinaryLinear(_Periodic, nn.Linear):
+    """Multiply binary activations with periodic binary weights, scaled per output feature.
+
+    In eval mode, with w0 = `frequency` and in stage 2, exactly
+    `F.linear(sign(x), sign(sin(w0 * weight)), bias) * alpha`; stage 1 drops the outer sign of the
+    weights. In training mode each row of x is divided by sqrt(var + 1e-5) of its own features
+    first, with the effect described at `BinaryConv2d`.
+
+    Args:
+        in_features, out_features, device, dtype: as nn.Linear.
+        bias: add a learned bias before `alpha`; off by default, unlike nn.Linear.
+        frequency: w0.
+        stage: 1 or 2; may be assigned later.
+
+    Attributes:
+        alpha, beta: [out_features]; weight, tau: as in `BinaryConv2d`.
+
+    Source: the analogue of BinarizeConv2d; the official code has no binary linear layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        frequency: float = 20.0,
+        stage: int = 2,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._set_up((out_features,), frequency, stage)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the scaled product of [..., in_features]."""
+        dims = (-1,) if self.training else ()
+        bits = binarize_activation(input, scale_dims=dims)
+        return F.linear(bits, self.quantized_weight(), self.bias) * self.alpha
+
+
+def binary_layers(module: nn.Module) -> Iterator[tuple[str, BinaryConv2d | BinaryLinear]]:
+    """Yield (name, layer) for every binary layer in `module`, in `named_modules` order."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, BinaryConv2d | BinaryLinear):
+            yield name, layer
+
+
+def set_tau(module: nn.Module, tau: float) -> None:
+    """Set the regulariser's weight in every binary layer of `module`."""
+    for _, layer in binary_layers(module):
+        layer.tau.fill_(tau)
+
+
+def regularizer(module: nn.Module) -> Tensor:
+    """Return the periodic weight decay of BiPer, to be added to the loss in both stages.
+
+    The sum over binary layers of `tau * mean(0.5 - 0.5*cos(2*w0*w))`, which is
+    `tau * mean(sin(w0*w)**2)`, with each layer's own `tau` buffer (1 until `set_tau`) and w0.
+    It is smallest, 0, where every sine is 0. No gradient reaches `tau`.
+
+    Args:
+        module: anything that contains binary layers; without one the result is 0.
+
+    Returns:
+        0-d tensor.
+
+    Source: loss_reg in the official cifar10/main.py, where tau is a buffer of each layer as well.
+    """
+    total = torch.zeros(())
+    for _, layer in binary_layers(module):
+        wave = torch.cos(2 * layer.frequency * layer.weight)
+        total = total.to(wave.device) + layer.tau * torch.mean(0.5 - 0.5 * wave)
+    return total

@@ -1,0 +1,33 @@
+"""The `torch.ops.biper` vocabulary: schemas, shape functions, the reference and the backends.
+
+Importing this package registers the operators. `functional` has the typed front, `reference` the
+definitions, `backends` the choice of who runs a call.
+"""
+
+from biper_engine.ops import registration as _registration  # noqa: F401  (registers the operators)
+from biper_engine.ops.backends import BackendInfo, use_backend
+from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.functional import (
+    bconv2d,
+    bconv2d_bits,
+    bconv2d_float,
+    bconv2d_float_bits,
+    binarize,
+    bmaxpool2d,
+    prepack,
+    unbinarize,
+)
+
+__all__ = [
+    "BackendInfo",
+    "Epilogue",
+    "bconv2d",
+    "bconv2d_bits",
+    "bconv2d_float",
+    "bconv2d_float_bits",
+    "binarize",
+    "bmaxpool2d",
+    "prepack",
+    "unbinarize",
+    "use_backend",
+]

@@ -1,0 +1,186 @@
+"""Who runs an operator: the backends, what each can do, and the choice between them.
+
+Backends are tried in the order of `PREFERENCE`; the first that is available, serves the device and
+supports the call runs it. `use_backend` or the environment variable `BIPER_BACKEND` forces one: a
+forced backend that cannot serve raises with its reason, and nothing is ever chosen instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from biper_engine.errors import BackendUnavailableError
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops.epilogue import Epilogue
+
+__all__ = ["PREFERENCE", "Backend", "BackendInfo", "backends", "by_name", "select", "use_backend"]
+
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
+
+
+class Backend(ABC):
+    """One implementation of the vocabulary, as `functional` says; arguments arrive checked."""
+
+    name: str
+
+    @abstractmethod
+    def unavailable_reason(self) -> str | None:
+        """Return why this backend cannot run here at all, or None."""
+
+    @abstractmethod
+    def unsupported_reason(
+        self, op: str, geometry: Conv2dGeometry | None, device: torch.device
+    ) -> str | None:
+        """Return why this backend cannot run `op` with `geometry` on `device`, or None."""
+
+    @abstractmethod
+    def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of `prepack`'s result."""
+
+    @abstractmethod
+    def prepack(self, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+        """Re-lay canonical packed weights for this backend."""
+
+    @abstractmethod
+    def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
+        """Float map to packed map."""
+
+    @abstractmethod
+    def unbinarize(self, bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+        """Packed map to +-1 float map."""
+
+    @abstractmethod
+    def bmaxpool2d(
+        self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
+    ) -> Tensor:
+        """Max pool of a packed map."""
+
+    @abstractmethod
+    def bconv2d(
+        self, bits: Tensor, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
+    ) -> Tensor:
+        """Integer accumulators."""
+
+    @abstractmethod
+    def bconv2d_fused(
+        self,
+        bits: Tensor,
+        weight: Tensor,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        residual: Tensor | None,
+        prepacked: Tensor | None,
+        float_dtype: torch.dtype | None,
+        want_bits: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Accumulators through the epilogue; a float map, a packed map, or both."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One row of `backends()`: a name, whether it can run here, and if not, why."""
+
+    name: str
+    available: bool
+    reason: str | None
+
+
+_REGISTERED: dict[str, Backend] = {}
+_forced: ContextVar[str | None] = ContextVar("biper_backend", default=None)
+
+
+def register(backend: Backend) -> None:
+    """Make a backend known; called once per adapter, when the vocabulary is registered."""
+    _REGISTERED[backend.name] = backend
+
+
+def _unavailable_reason(name: str) -> str | None:
+    backend = _REGISTERED.get(name)
+    if backend is None:
+        return f"this version of biper_engine has no {name} kernels"
+    return backend.unavailable_reason()
+
+
+def backends() -> tuple[BackendInfo, ...]:
+    """Return every backend in order of preference, with the reason where one cannot run here."""
+    reasons = {name: _unavailable_reason(name) for name in PREFERENCE}
+    return tuple(BackendInfo(name, reason is None, reason) for name, reason in reasons.items())
+
+
+def by_name(name: str) -> Backend:
+    """Return the backend called `name`.
+
+    Raises:
+        BackendUnavailableError: the name is unknown or the backend cannot run here.
+    """
+    if name not in PREFERENCE:
+        close = difflib.get_close_matches(name, PREFERENCE, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise BackendUnavailableError(
+            f"Unknown backend {name!r}; the known ones are {', '.join(PREFERENCE)}.{hint}"
+        )
+    reason = _unavailable_reason(name)
+    if reason is not None:
+        usable = ", ".join(info.name for info in backends() if info.available)
+        raise BackendUnavailableError(
+            f"Backend {name!r} cannot run here: {reason}. Available: {usable}."
+        )
+    return _REGISTERED[name]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every operator called inside the `with` block, in this thread.
+
+    Args:
+        name: a name from `backends()`.
+
+    Raises:
+        BackendUnavailableError: at once, if the backend is unknown or cannot run here; inside the
+            block, if it cannot run an operator that is called.
+    """
+    by_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_name() -> str | None:
+    """Return the name that `use_backend` or `BIPER_BACKEND` forces, or None."""
+    return _forced.get() or os.environ.get("BIPER_BACKEND") or None
+
+
+def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Backend:
+    """Return the backend that runs this call.
+
+    Raises:
+        BackendUnavailableError: a backend is forced that cannot, or none can.
+    """
+    forced = forced_name()
+    if forced is not None:
+        backend = by_name(forced)
+        reason = backend.unsupported_reason(op, geometry, device)
+        if reason is not None:
+            raise BackendUnavailableError(f"Backend {forced!r} cannot run {op}: {reason}.")
+        return backend
+    refusals = []
+    for name in PREFERENCE:
+        reason = _unavailable_reason(name)
+        if reason is None:
+            backend = _REGISTERED[name]
+            reason = backend.unsupported_reason(op, geometry, device)
+            if reason is None:
+                return backend
+        refusals.append(f"{name}: {reason}")
+    raise BackendUnavailableError(f"No backend can run {op} on {device}. " + "; ".join(refusals))

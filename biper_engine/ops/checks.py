@@ -1,0 +1,138 @@
+"""Validation of operator arguments, once, at the operator's entry; shared by kernels and fakes.
+
+Every function raises `GeometryError` or `TypeError` with what came and what was wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from biper_engine.bits import WORD_BITS, words
+from biper_engine.errors import GeometryError
+from biper_engine.geometry import Conv2dGeometry
+from biper_engine.ops.epilogue import Epilogue
+
+__all__ = [
+    "check_conv",
+    "check_epilogue",
+    "check_float_map",
+    "check_packed_map",
+    "check_per_channel",
+    "check_prepacked",
+    "check_residual",
+]
+
+_STREAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Require a dtype that a float map may have."""
+    if dtype not in _STREAM_DTYPES:
+        raise TypeError(f"`{name}` (={dtype}) must be float32, float16 or bfloat16.")
+
+
+def check_float_map(name: str, x: Tensor) -> None:
+    """Require a float map `[N, C, H, W]` with at least one channel."""
+    check_dtype(f"{name}.dtype", x.dtype)
+    if x.dim() != 4:
+        raise GeometryError(f"`{name}` must be [N, C, H, W], but its shape is {tuple(x.shape)}.")
+    if x.shape[1] < 1:
+        raise GeometryError(f"`{name}` must have channels, but its shape is {tuple(x.shape)}.")
+
+
+def check_packed_map(name: str, bits: Tensor, channels: int) -> None:
+    """Require int32 `[N, H, W, ceil(channels / 32)]`."""
+    if bits.dtype != torch.int32:
+        raise TypeError(f"`{name}` must be int32 words, but its dtype is {bits.dtype}.")
+    if channels < 1:
+        raise GeometryError(f"`channels` (={channels}) must be at least 1.")
+    if bits.dim() != 4 or bits.shape[3] != words(channels):
+        raise GeometryError(
+            f"`{name}` must be [N, H, W, {words(channels)}] for {channels} channels "
+            f"({WORD_BITS} in a word), but its shape is {tuple(bits.shape)}."
+        )
+
+
+def check_per_channel(
+    tensors: Mapping[str, Tensor | None], channels: int, device: torch.device
+) -> None:
+    """Require `[channels]` vectors on `device`: bool for senses and directions, else float32."""
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        wanted = torch.bool if name in ("sense", "pool_min", "take_and") else torch.float32
+        if value.dtype != wanted:
+            raise TypeError(f"`{name}` must be {wanted}, but its dtype is {value.dtype}.")
+        if value.dim() != 1 or value.shape[0] != channels:
+            raise GeometryError(
+                f"`{name}` must be [{channels}], one value per channel, but its shape is "
+                f"{tuple(value.shape)}."
+            )
+        _check_device(name, value, device)
+
+
+def check_conv(
+    bits: Tensor,
+    weight: Tensor,
+    geometry: Conv2dGeometry,
+    prepacked: Tensor | None,
+) -> tuple[int, int]:
+    """Require operands that fit `geometry`; return (OH, OW)."""
+    check_packed_map("bits", bits, geometry.in_channels)
+    if weight.dtype != torch.int32:
+        raise TypeError(f"`weight` must be int32 words, but its dtype is {weight.dtype}.")
+    if tuple(weight.shape) != geometry.weight_shape:
+        raise GeometryError(
+            f"`weight` must be {list(geometry.weight_shape)}, [O, KH, KW, words of "
+            f"{geometry.group_channels} channels], but its shape is {tuple(weight.shape)}."
+        )
+    _check_device("weight", weight, bits.device)
+    if prepacked is not None:
+        _check_device("prepacked", prepacked, bits.device)
+    return geometry.output_size(bits.shape[1], bits.shape[2])
+
+
+def check_prepacked(
+    prepacked: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> None:
+    """Require the layout that `prepack` makes for the backend that runs."""
+    if prepacked is not None and (tuple(prepacked.shape) != shape or prepacked.dtype != dtype):
+        raise GeometryError(
+            f"`prepacked` must be {dtype} {list(shape)} for the {backend} backend, which runs this "
+            f"call, but it is {prepacked.dtype} {list(prepacked.shape)}; make it with "
+            f"`prepack(weight, geometry, {backend!r})`."
+        )
+
+
+def check_epilogue(
+    epilogue: Epilogue, out_channels: int, device: torch.device, *, wants_bits: bool
+) -> None:
+    """Require per-channel vectors of the right shape and at most one activation."""
+    check_per_channel(epilogue.tensors(), out_channels, device)
+    if wants_bits and (epilogue.threshold is None or epilogue.sense is None):
+        raise ValueError("`threshold` and `sense` must be given where bits leave, but one is None.")
+    clamped = epilogue.clamp_min is not None or epilogue.clamp_max is not None
+    if clamped and epilogue.slope is not None:
+        raise ValueError("`slope` and `clamp_min`/`clamp_max` exclude each other.")
+
+
+def check_residual(residual: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """Require a float map of exactly the output's shape."""
+    if residual is None:
+        return
+    check_float_map("residual", residual)
+    if tuple(residual.shape) != shape:
+        raise GeometryError(
+            f"`residual` must have the output's shape {shape}, but it is {tuple(residual.shape)}."
+        )
+    _check_device("residual", residual, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"`{name}` is on {tensor.device}, but the input is on {device}; move one with `.to()`."
+        )

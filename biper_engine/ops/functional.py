@@ -1,0 +1,315 @@
+"""The vocabulary for Python callers: typed, with geometry and epilogue as dataclasses.
+
+Each function is one call of the operator of the same name in `torch.ops.biper`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops.backends import use_backend
+from biper_engine.ops.epilogue import Epilogue
+
+__all__ = [
+    "bconv2d",
+    "bconv2d_bits",
+    "bconv2d_float",
+    "bconv2d_float_bits",
+    "binarize",
+    "bmaxpool2d",
+    "prepack",
+    "unbinarize",
+]
+
+
+def _on(backend: str | None) -> Any:
+    return nullcontext() if backend is None else use_backend(backend)
+
+
+def geometry_options(geometry: Conv2dGeometry) -> dict[str, Any]:
+    """Return the operator's keyword arguments for a geometry."""
+    return {
+        "in_channels": geometry.in_channels,
+        "stride": list(geometry.stride),
+        "padding": list(geometry.padding),
+        "dilation": list(geometry.dilation),
+        "groups": geometry.groups,
+    }
+
+
+def epilogue_options(epilogue: Epilogue) -> dict[str, Any]:
+    """Return the operator's keyword arguments for an epilogue, apart from its operands."""
+    pool: dict[str, Any] = {}
+    if not epilogue.pool.is_identity:
+        pool = {
+            "pool_kernel_size": list(epilogue.pool.kernel_size),
+            "pool_stride": list(epilogue.pool.stride),
+            "pool_padding": list(epilogue.pool.padding),
+            "pool_min": epilogue.pool_min,
+        }
+    return pool | {
+        "clamp_min": epilogue.clamp_min,
+        "clamp_max": epilogue.clamp_max,
+        "slope": epilogue.slope,
+        "shift": epilogue.shift,
+    }
+
+
+def binarize(
+    x: Tensor,
+    threshold: Tensor | None = None,
+    sense: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Pack the signs of a float map.
+
+    Equivalent to packing `x >= threshold`, or `x <= threshold` where `sense`, along channels (see
+    `biper_engine.bits`). -0.0 counts as 0, NaN gives 0.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16, any strides.
+        threshold: [C] float32; None means 0.
+        sense: [C] bool; None means False.
+        backend: a name from `biper_engine.backends()`; None takes the first that can.
+
+    Returns:
+        [N, H, W, ceil(C / 32)] int32.
+
+    Raises:
+        GeometryError: shapes disagree.
+        BackendUnavailableError: `backend` cannot run this call.
+    """
+    with _on(backend):
+        return torch.ops.biper.binarize(x, threshold, sense)  # type: ignore[no-any-return]
+
+
+def unbinarize(
+    bits: Tensor,
+    channels: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """Unpack a packed map into +1 and -1.
+
+    Args:
+        bits: [N, H, W, ceil(channels / 32)] int32.
+        channels: unpacked channels, C.
+        dtype: float32, float16 or bfloat16.
+        backend: as for `binarize`.
+
+    Returns:
+        [N, C, H, W] of `dtype`, channels_last.
+
+    Raises:
+        GeometryError: `bits` does not hold `channels`.
+    """
+    with _on(backend):
+        return torch.ops.biper.unbinarize(bits, channels, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def bmaxpool2d(
+    bits: Tensor,
+    channels: int,
+    pool: Pool2dGeometry,
+    take_and: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Max pool a packed map: OR of the window's bits, or AND where `take_and`.
+
+    Equivalent to `F.max_pool2d(x, ...)` of the +-1 map, or `-F.max_pool2d(-x, ...)` where
+    `take_and`. Padding never wins.
+
+    Args:
+        bits: [N, H, W, ceil(channels / 32)] int32.
+        channels: unpacked channels, C.
+        pool: window, stride and padding.
+        take_and: [C] bool; None means False.
+        backend: as for `binarize`.
+
+    Returns:
+        [N, OH, OW, ceil(channels / 32)] int32.
+
+    Raises:
+        GeometryError: the window does not fit, or shapes disagree.
+    """
+    with _on(backend):
+        return torch.ops.biper.bmaxpool2d(  # type: ignore[no-any-return]
+            bits,
+            channels,
+            list(pool.kernel_size),
+            stride=list(pool.stride),
+            padding=list(pool.padding),
+            take_and=take_and,
+        )
+
+
+def prepack(weight: Tensor, geometry: Conv2dGeometry, backend: str) -> Tensor:
+    """Re-lay canonical packed weights for one backend.
+
+    Args:
+        weight: [O, KH, KW, ceil(C / groups / 32)] int32.
+        geometry: the convolution that will use them.
+        backend: a name from `biper_engine.backends()`.
+
+    Returns:
+        A tensor whose layout is the backend's own; pass it as `prepacked`.
+
+    Raises:
+        BackendUnavailableError: `backend` is unknown or cannot run here.
+        GeometryError: `weight` does not fit `geometry`.
+    """
+    return torch.ops.biper.prepack(  # type: ignore[no-any-return]
+        weight, backend=backend, **geometry_options(geometry)
+    )
+
+
+def bconv2d(
+    bits: Tensor,
+    weight: Tensor,
+    geometry: Conv2dGeometry,
+    *,
+    prepacked: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve a packed map with packed weights into integer accumulators.
+
+    Equivalent to `F.conv2d(unbinarize(bits), +-1 weights, stride=..., padding=...)` with zeros at
+    the padding.
+
+    Args:
+        bits: [N, H, W, ceil(in_channels / 32)] int32.
+        weight: [O, KH, KW, ceil(in_channels / groups / 32)] int32, canonical.
+        geometry: kernel, stride, padding, dilation, groups and unpacked channels.
+        prepacked: the result of `prepack` for the backend that runs, or None.
+        backend: as for `binarize`.
+
+    Returns:
+        [N, O, OH, OW] int32, channels_last; every value in [-K, K].
+
+    Raises:
+        GeometryError: shapes disagree with `geometry`.
+        BackendUnavailableError: `backend` cannot run this call; the message says why.
+    """
+    with _on(backend):
+        return torch.ops.biper.bconv2d(  # type: ignore[no-any-return]
+            bits, weight, prepacked=prepacked, **geometry_options(geometry)
+        )
+
+
+def bconv2d_float(
+    bits: Tensor,
+    weight: Tensor,
+    geometry: Conv2dGeometry,
+    epilogue: Epilogue,
+    *,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    prepacked: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve packed operands and return the epilogue's float map.
+
+    Args:
+        bits: as for `bconv2d`, and so are `weight`, `geometry`, `prepacked` and `backend`.
+        weight: see `bits`.
+        geometry: see `bits`.
+        epilogue: scale, pool, activation; the steps stand in `biper_engine.ops.epilogue`.
+        residual: float map of the output's shape, added after the scale, or None.
+        dtype: float32, float16 or bfloat16 of the result; arithmetic is float32.
+        prepacked: see `bits`.
+        backend: see `bits`.
+
+    Returns:
+        [N, O, OH, OW] of `dtype`, channels_last.
+
+    Raises:
+        GeometryError: shapes disagree.
+        BackendUnavailableError: `backend` cannot run this call.
+    """
+    with _on(backend):
+        return torch.ops.biper.bconv2d_float(  # type: ignore[no-any-return]
+            bits,
+            weight,
+            epilogue.multiplier,
+            epilogue.bias,
+            dtype=dtype,
+            residual=residual,
+            prepacked=prepacked,
+            **epilogue_options(epilogue),
+            **geometry_options(geometry),
+        )
+
+
+def bconv2d_bits(
+    bits: Tensor,
+    weight: Tensor,
+    geometry: Conv2dGeometry,
+    epilogue: Epilogue,
+    *,
+    residual: Tensor | None = None,
+    prepacked: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve packed operands and return the epilogue's bits.
+
+    Arguments and errors as for `bconv2d_float`; `epilogue` needs `threshold` and `sense`.
+
+    Returns:
+        [N, OH, OW, ceil(O / 32)] int32.
+    """
+    with _on(backend):
+        return torch.ops.biper.bconv2d_bits(  # type: ignore[no-any-return]
+            bits,
+            weight,
+            epilogue.multiplier,
+            epilogue.bias,
+            epilogue.threshold,
+            epilogue.sense,
+            residual=residual,
+            prepacked=prepacked,
+            **epilogue_options(epilogue),
+            **geometry_options(geometry),
+        )
+
+
+def bconv2d_float_bits(
+    bits: Tensor,
+    weight: Tensor,
+    geometry: Conv2dGeometry,
+    epilogue: Epilogue,
+    *,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    prepacked: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve packed operands and return both the epilogue's float map and its bits.
+
+    Arguments and errors as for `bconv2d_float`; `epilogue` needs `threshold` and `sense`. The bits
+    come from the float32 value, before it is rounded to `dtype`.
+
+    Returns:
+        [N, O, OH, OW] of `dtype`, channels_last, and [N, OH, OW, ceil(O / 32)] int32.
+    """
+    with _on(backend):
+        return torch.ops.biper.bconv2d_float_bits(  # type: ignore[no-any-return]
+            bits,
+            weight,
+            epilogue.multiplier,
+            epilogue.bias,
+            epilogue.threshold,
+            epilogue.sense,
+            dtype=dtype,
+            residual=residual,
+            prepacked=prepacked,
+            **epilogue_options(epilogue),
+            **geometry_options(geometry),
+        )

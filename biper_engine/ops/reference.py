@@ -1,0 +1,171 @@
+"""The vocabulary in plain PyTorch: the definition that every kernel is tested against.
+
+Works on every device. The convolution runs in float32 on +-1 values and is rounded to the integers
+that it stands for: products are +-1 and sums stay below 2^24, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from biper_engine import bits as contract
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops.backends import Backend
+from biper_engine.ops.epilogue import Epilogue
+
+__all__ = ["ReferenceBackend", "apply_epilogue", "fma", "to_channels_last"]
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """Copy a logical NCHW tensor into freshly allocated channels_last memory.
+
+    Strides are those of channels_last also where sizes of 1 would leave them open, so that the
+    shape functions can promise them.
+    """
+    n, c, h, w = x.shape
+    out = x.new_empty((n, h, w, c))
+    out.copy_(x.permute(0, 2, 3, 1))
+    return out.permute(0, 3, 1, 2)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def _signs(positive: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return positive.to(dtype) * 2 - 1  # not `where` of two numbers: its dtype is torch's default
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a * b + c of float32 tensors, rounded once to float32.
+
+    The product of two float32 is exact in float64. The float64 sum is rounded to odd (its last bit
+    set whenever the exact sum, known from the error term, is no float64), after which rounding to
+    float32 gives the correctly rounded result, since 53 >= 24 + 2 bits.
+    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008.
+    """
+    product = a.double() * b.double()
+    addend = c.double()
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    even = (total.view(torch.int64) & 1) == 0
+    toward = torch.where(error > 0, torch.inf, -torch.inf).to(total.dtype)
+    inexact = (error != 0) & error.isfinite() & total.isfinite()
+    return torch.where(inexact & even, torch.nextafter(total, toward), total).float()
+
+
+def _pool(dot: Tensor, epilogue: Epilogue) -> Tensor:
+    pool = epilogue.pool
+    if pool.is_identity:
+        return dot
+    values = dot.float()
+    if epilogue.pool_min is not None:
+        sign = _per_channel(_signs(~epilogue.pool_min))
+        values = values * sign
+    pooled = F.max_pool2d(values, pool.kernel_size, pool.stride, pool.padding)
+    if epilogue.pool_min is not None:
+        pooled = pooled * sign
+    return pooled.to(torch.int32)
+
+
+def apply_epilogue(dot: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
+    """Return v, float32 `[N, O, OH, OW]`, of int32 accumulators; see `epilogue` for the steps."""
+    dot = _pool(dot, epilogue)
+    v = fma(_per_channel(epilogue.multiplier), dot.float(), _per_channel(epilogue.bias))
+    if residual is not None:
+        v = v + residual.float()
+    if epilogue.clamp_min is not None:
+        v = torch.where(v < epilogue.clamp_min, epilogue.clamp_min, v)
+    if epilogue.clamp_max is not None:
+        v = torch.where(v > epilogue.clamp_max, epilogue.clamp_max, v)
+    if epilogue.slope is not None:
+        v = torch.where(v < 0, v * _per_channel(epilogue.slope), v)
+    if epilogue.shift is not None:
+        v = v + _per_channel(epilogue.shift)
+    return v
+
+
+class ReferenceBackend(Backend):
+    """Plain PyTorch, on any device."""
+
+    name = "reference"
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def unsupported_reason(
+        self, op: str, geometry: Conv2dGeometry | None, device: torch.device
+    ) -> str | None:
+        return None
+
+    def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:
+        shape = (geometry.out_channels, geometry.group_channels, *geometry.kernel_size)
+        return shape, torch.float32
+
+    def prepack(self, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+        positive = contract.unpack_weight(weight, geometry.group_channels)
+        # `contiguous()` would keep odd strides where a size is 1, unlike the shape function's.
+        shape, dtype = self.prepack_layout(geometry)
+        return weight.new_empty(shape, dtype=dtype).copy_(_signs(positive, dtype))
+
+    def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
+        nhwc = x.permute(0, 2, 3, 1)
+        return contract.pack_channels(contract.binarize(nhwc, threshold, sense))
+
+    def unbinarize(self, bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+        positive = contract.unpack_channels(bits, channels)
+        return to_channels_last(_signs(positive, dtype).permute(0, 3, 1, 2))
+
+    def bmaxpool2d(
+        self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
+    ) -> Tensor:
+        values = self.unbinarize(bits, channels, torch.float32)
+        if take_and is not None:
+            sign = _per_channel(_signs(~take_and))
+            values = values * sign
+        pooled = F.max_pool2d(values, pool.kernel_size, pool.stride, pool.padding)
+        if take_and is not None:
+            pooled = pooled * sign
+        return self.binarize(pooled, None, None)
+
+    def bconv2d(
+        self, bits: Tensor, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
+    ) -> Tensor:
+        return to_channels_last(self._accumulate(bits, weight, geometry, prepacked))
+
+    def bconv2d_fused(
+        self,
+        bits: Tensor,
+        weight: Tensor,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        residual: Tensor | None,
+        prepacked: Tensor | None,
+        float_dtype: torch.dtype | None,
+        want_bits: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dot = self._accumulate(bits, weight, geometry, prepacked)
+        v = apply_epilogue(dot, epilogue, residual)
+        stored = None if float_dtype is None else to_channels_last(v.to(float_dtype))
+        packed = self.binarize(v, epilogue.threshold, epilogue.sense) if want_bits else None
+        return stored, packed
+
+    def _accumulate(
+        self, bits: Tensor, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
+    ) -> Tensor:
+        signs = self.unbinarize(bits, geometry.in_channels, torch.float32)
+        if prepacked is None:
+            prepacked = self.prepack(weight, geometry)
+        top, bottom, left, right = geometry.padding
+        padding = (top, left)
+        if top != bottom or left != right:
+            signs = F.pad(signs, (left, right, top, bottom))
+            padding = (0, 0)
+        with torch.autocast(bits.device.type, enabled=False):
+            sums = F.conv2d(
+                signs, prepacked, None, geometry.stride, padding, geometry.dilation, geometry.groups
+            )
+        return sums.round().to(torch.int32)

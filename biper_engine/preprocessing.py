@@ -1,0 +1,129 @@
+"""Turn an image into the tensor that a network was trained on.
+
+Training and inference share this one function, so that an engine sees what its network saw.
+"""
+
+from __future__ import annotations
+
+import os
+from math import floor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from biper_engine.metadata import Interpolation, Metadata
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["image_to_tensor"]
+
+_EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+
+
+def image_to_tensor(image: Image | str | os.PathLike[str], metadata: Metadata) -> Tensor:
+    """Convert, resize, crop and normalise one image, by the convention of timm and torchvision.
+
+    With `input_size` = (C, H, W), in this order and exactly:
+
+    1. Convert to grey (C = 1) or RGB (C = 3). Transparency is dropped, not blended; EXIF
+       orientation is ignored, as in timm.
+    2. Resize with Pillow's antialiased filter. With (h, w) the size of the image and
+       (H', W') = (floor(H / crop_pct), floor(W / crop_pct)): if H' = W', the shorter side becomes
+       H' and the longer one floor(H' * longer / shorter); if not, both sides are divided by
+       min(h / H', w / W') and rounded. An image that has its size already is not resampled.
+    3. Crop H x W with top = round((h - H) / 2) and left = round((w - W) / 2), ties to even.
+    4. In float32: (pixel / 255 - mean[c]) / std[c].
+
+    Args:
+        image: a PIL image of 8 bits per channel, or the path of a file that Pillow can read.
+        metadata: its `input_size`, `interpolation`, `crop_pct`, `mean` and `std` are used.
+
+    Returns:
+        [C, H, W] float32 tensor, contiguous.
+
+    Raises:
+        ValueError: unreadable file (the message has its path), more than 8 bits per channel, or
+            metadata without `input_size`, with channels other than 1 or 3, or whose `mean` has
+            another number of channels.
+    """
+    channels, height, width = _checked_input_size(metadata)
+    pixels = _open(image) if isinstance(image, str | os.PathLike) else image
+    pixels = _convert(pixels, "L" if channels == 1 else "RGB")
+    pixels = _resize(pixels, height, width, metadata)
+    left, top = round((pixels.width - width) / 2), round((pixels.height - height) / 2)
+    pixels = pixels.crop((left, top, left + width, top + height))
+
+    raw = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    values = raw.view(height, width, channels).permute(2, 0, 1).to(torch.float32).div(255)
+    mean, std = torch.tensor(metadata.mean), torch.tensor(metadata.std)
+    return ((values - mean[:, None, None]) / std[:, None, None]).contiguous()
+
+
+def _checked_input_size(metadata: Metadata) -> tuple[int, int, int]:
+    if metadata.input_size is None:
+        raise ValueError(
+            "`metadata.input_size` is None, so the size to resize to is unknown. "
+            "Pass Metadata(input_size=(channels, height, width), ...)."
+        )
+    if metadata.input_size[0] not in (1, 3):
+        raise ValueError(
+            f"`metadata.input_size` (={metadata.input_size}) must have 1 or 3 channels."
+        )
+    if len(metadata.mean) != metadata.input_size[0]:
+        raise ValueError(
+            f"`metadata.mean` (={metadata.mean}) must have one entry for each of the "
+            f"{metadata.input_size[0]} channels of `input_size`."
+        )
+    return metadata.input_size
+
+
+def _open(path: str | os.PathLike[str]) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return file
+    # Pillow reports broken files by several built-in types; SyntaxError comes from its PNG reader.
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError) as error:
+        raise ValueError(f"Cannot read an image from '{os.fspath(path)}': {error}.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"Refusing the image '{os.fspath(path)}': {error}") from error
+
+
+def _convert(image: Image, mode: str) -> Image:
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise ValueError(
+            f"`image` has Pillow mode '{image.mode}', which is not 8 bits per channel. "
+            "Scale it to 8 bits first: converting here would clip it."
+        )
+    if image.mode in ("P", "PA"):
+        # A palette may hold transparency; only by way of RGBA does Pillow drop it in silence.
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _resize(image: Image, height: int, width: int, metadata: Metadata) -> Image:
+    target_height = floor(height / metadata.crop_pct)
+    target_width = floor(width / metadata.crop_pct)
+    if target_height == target_width:
+        shorter = min(image.height, image.width)
+        size = (image.width * target_width // shorter, image.height * target_height // shorter)
+    else:
+        ratio = min(image.height / target_height, image.width / target_width)
+        size = (round(image.width / ratio), round(image.height / ratio))
+    if size == image.size:
+        return image
+    return image.resize(size, _resampling(metadata.interpolation))
+
+
+def _resampling(interpolation: Interpolation) -> int:
+    from PIL.Image import Resampling
+
+    return {
+        "nearest": Resampling.NEAREST,
+        "bilinear": Resampling.BILINEAR,
+        "bicubic": Resampling.BICUBIC,
+    }[interpolation]

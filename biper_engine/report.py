@@ -1,0 +1,109 @@
+"""What conversion did to every convolution and linear layer: plain data, printed as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["ConversionReport", "LayerReport"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One convolution or linear layer.
+
+    Attributes:
+        name: module path in the model; numbered when one module is called more than once.
+        kind: "conv2d" or "linear".
+        packed: whether it runs on bits.
+        reason: why it stays in floating point; empty where packed.
+        shape: weight shape, as in the model.
+        macs: multiply-accumulates for one image, padded taps counted.
+        weight_bits_before: bits of the float weight.
+        weight_bits_after: bits of the weight as stored now.
+        zero_weights: weights that are exactly 0.
+        binary: whether its weight or its input is binary, so that staying float has a cost.
+    """
+
+    name: str
+    kind: str
+    packed: bool
+    reason: str
+    shape: tuple[int, ...]
+    macs: int
+    weight_bits_before: int
+    weight_bits_after: int
+    zero_weights: int = 0
+    binary: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """Every convolution and linear layer of a converted network, in order of execution.
+
+    Attributes:
+        layers: one row per layer.
+        bytes_before: bytes of the model's parameters and buffers.
+        bytes_after: bytes of the engine's tensors.
+    """
+
+    layers: tuple[LayerReport, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def packed(self) -> int:
+        """Number of layers that run on bits."""
+        return sum(layer.packed for layer in self.layers)
+
+    @property
+    def binary_macs(self) -> int:
+        """Multiply-accumulates of one image that run on bits."""
+        return sum(layer.macs for layer in self.layers if layer.packed)
+
+    @property
+    def float_macs(self) -> int:
+        """Multiply-accumulates of one image that stay in floating point."""
+        return sum(layer.macs for layer in self.layers if not layer.packed)
+
+    def table(self) -> str:
+        """Return the report as aligned text, one line per layer, 80 columns where names allow."""
+        width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':{width}}  {'runs on':7}  {'weight':>15}  {'MMACs':>8}  why float"]
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.shape))
+            runs = "bits" if layer.packed else "float"
+            lines.append(
+                f"{layer.name:{width}}  {runs:7}  {shape:>15}  {layer.macs / 1e6:8.2f}  "
+                f"{layer.reason}".rstrip()
+            )
+        lines.append(
+            f"{self.packed} of {len(self.layers)} layers packed; MACs on bits "
+            f"{self.binary_macs:,}, in float {self.float_macs:,}; "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
+        )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict of JSON values; `from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ConversionReport:
+        """Build from a dict that `to_dict` made.
+
+        Raises:
+            TypeError, KeyError: the dict has other keys.
+        """
+        layers = tuple(
+            LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"]
+        )
+        return cls(
+            layers=layers,
+            bytes_before=values["bytes_before"],
+            bytes_after=values["bytes_after"],
+        )

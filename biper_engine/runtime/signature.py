@@ -1,0 +1,161 @@
+"""How a converted network is called: the form of its arguments, and the checks of every call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from biper_engine.errors import GeometryError
+
+__all__ = ["InputSpec", "Signature"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One tensor that an engine takes.
+
+    Attributes:
+        name: of the graph's placeholder.
+        dtype: the only one accepted.
+        shape: sizes; None for the batch, which may be any.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        sizes = ", ".join("N" if size is None else str(size) for size in self.shape)
+        return f"{self.name}: {_dtype_name(self.dtype)} [{sizes}]"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a network is called, and the form of what it returns.
+
+    Attributes:
+        in_spec: pytree of `(args, kwargs)`; its leaves are `inputs`, in order.
+        out_spec: pytree of the result; its leaves are the graph's outputs, in order.
+        inputs: one entry per tensor.
+    """
+
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    inputs: tuple[InputSpec, ...]
+    _keywords: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    _takes_tensor: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.in_spec.num_leaves != len(self.inputs):
+            raise ValueError(
+                f"`in_spec` has {self.in_spec.num_leaves} leaves, but `inputs` describes "
+                f"{len(self.inputs)} tensors."
+            )
+        # Not functools.cached_property, whose lock `torch.compile` cannot trace in Python 3.11.
+        args, kwargs = pytree.tree_unflatten(range(len(self.inputs)), self.in_spec)
+        object.__setattr__(self, "_keywords", tuple(kwargs))
+        object.__setattr__(self, "_takes_tensor", args == (0,) and not kwargs)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.inputs))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Trees of positions stand for the specs, whose own pickles depend on torch's version.
+        trees = [
+            pytree.tree_unflatten(range(spec.num_leaves), spec)
+            for spec in (self.in_spec, self.out_spec)
+        ]
+        return _from_trees, (*trees, self.inputs)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the leaves of a call's arguments in the order of `inputs`.
+
+        Raises:
+            TypeError: their number or structure is another.
+        """
+        if self._takes_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return [args[0]]
+        if set(kwargs) == set(self._keywords):
+            kwargs = {key: kwargs[key] for key in self._keywords}
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            try:  # dicts with the same keys in another order are the same structure
+                inputs = self.in_spec.flatten_up_to((args, kwargs))
+            except ValueError:
+                self._refuse_structure(inputs, args, kwargs)
+        return inputs
+
+    def _refuse_structure(
+        self, inputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> NoReturn:
+        wanted, got = len(self.inputs), len(inputs)
+        form = pytree.tree_unflatten([spec.name for spec in self.inputs], self.in_spec)
+        came = pytree.tree_map(lambda leaf: type(leaf).__name__, (args, kwargs))
+        raise TypeError(
+            f"The engine takes {wanted} tensor{'s' * (wanted != 1)} as (args, kwargs) = {form}; "
+            f"got {got} value{'s' * (got != 1)} as {came}. Call it as the model was called when it "
+            f"was converted: {self}."
+        )
+
+    def check(self, inputs: list[Any], device: torch.device | None) -> None:
+        """Require flat inputs that the network can run on; `device` is the engine's.
+
+        Raises:
+            TypeError: a leaf is no tensor, or has another dtype.
+            GeometryError: a shape is another, apart from the batch.
+            ValueError: a tensor is on another device.
+            RuntimeError: a tensor requires grad while grad is enabled.
+        """
+        for value, spec in zip(inputs, self.inputs, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"`{spec.name}` must be a tensor, but it is {type(value)}.")
+            if value.dtype != spec.dtype:
+                _refuse_dtype(value, spec)
+            if value.dim() != len(spec.shape) or any(
+                size is not None and value.shape[axis] != size
+                for axis, size in enumerate(spec.shape)
+            ):
+                _refuse_shape(value, spec)
+            if device is not None and value.device != device:
+                raise ValueError(
+                    f"`{spec.name}` is on {value.device}, but the engine is on {device}; move one "
+                    "of them with `.to()`."
+                )
+            if value.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"An engine is inference only, but `{spec.name}` requires grad: call it under "
+                    "`torch.no_grad()` or pass `x.detach()`, and train the original model instead."
+                )
+
+
+def _from_trees(takes: Any, returns: Any, inputs: tuple[InputSpec, ...]) -> Signature:
+    return Signature(pytree.tree_structure(takes), pytree.tree_structure(returns), inputs)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_dtype(value: Tensor, spec: InputSpec) -> NoReturn:
+    raise TypeError(
+        f"`{spec.name}` must be {_dtype_name(spec.dtype)}, but it is {_dtype_name(value.dtype)}; "
+        f"pass it with `.to({spec.dtype})`, after the same preprocessing as in training."
+    )
+
+
+def _refuse_shape(value: Tensor, spec: InputSpec) -> NoReturn:
+    wanted = spec.shape[1:] if spec.shape and spec.shape[0] is None else spec.shape
+    kind = "images" if len(spec.shape) == 4 else "inputs"
+    hint = "convert again with an example of that size"
+    if tuple(value.shape) == wanted:
+        hint = "add the batch dimension with `x.unsqueeze(0)`"
+    elif value.dim() != len(spec.shape):
+        hint = f"pass {len(spec.shape)} dimensions, the batch first"
+    raise GeometryError(
+        f"The engine was converted for {kind} of {'x'.join(map(str, wanted))} (one engine per "
+        f"image size); got `{spec.name}` of shape {list(value.shape)}; {hint}."
+    )

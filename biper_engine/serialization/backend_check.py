@@ -1,0 +1,85 @@
+"""A backend compared with the reference, operator by operator, with no model and no record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from biper_engine.engine import Engine
+from biper_engine.ops.backends import by_name, forced_name, select, use_backend
+from biper_engine.runtime import biper_op, conv_geometry, get_constant, interpret, named_arguments
+from biper_engine.serialization.execution import call_node, digest, exactly, forced
+from biper_engine.serialization.proof import example_inputs
+from biper_engine.serialization.reports import BackendReport, NodeReport
+
+__all__ = ["check_backend"]
+
+
+def check_backend(
+    engine: Engine,
+    backend: str | None = None,
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> BackendReport:
+    """Compare a backend with the reference, operator by operator, each on the reference's inputs.
+
+    Args:
+        engine: any engine; no proof is needed.
+        backend: a name from `biper_engine.backends()`; None takes what the engine would.
+        inputs: the engine's flat inputs; None makes them from `seed`.
+        seed: see `example_inputs`.
+
+    Returns:
+        One row for every `torch.ops.biper` node.
+
+    Raises:
+        BackendUnavailableError: `backend` is unknown or cannot run the network.
+    """
+    if backend is not None:
+        by_name(backend)
+    device = engine.device or torch.device("cpu")
+    if inputs is None:
+        inputs = example_inputs(engine.signature.inputs, seed)
+    module, rows = engine.graph_module, []
+
+    def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        op = biper_op(node)
+        if op is None:
+            return call_node(node, args, kwargs, prepack=False)
+        with forced(backend):
+            name = _selected(module, node, op, device)
+            got = call_node(node, args, kwargs, prepack=True)
+        with use_backend("reference"):
+            wanted = call_node(node, args, kwargs, prepack=False)
+        rows.append(_compare(node.name, op, name, got, wanted))
+        return wanted
+
+    with exactly():
+        interpret(module, [value.to(device) for value in inputs], call)
+    return BackendReport(backend=backend or forced_name() or "automatic", nodes=tuple(rows))
+
+
+def _selected(module: fx.GraphModule, node: fx.Node, op: str, device: torch.device) -> str:
+    geometry = None
+    arguments = named_arguments(node)
+    if op.startswith("bconv2d") and arguments["weight"].op == "get_attr":
+        geometry = conv_geometry(arguments, get_constant(module, arguments["weight"].target))
+    return select(op, geometry, device).name
+
+
+def _compare(node: str, op: str, backend: str, got: Any, wanted: Any) -> NodeReport:
+    pairs = list(zip(got, wanted, strict=True)) if isinstance(got, tuple) else [(got, wanted)]
+    different, total, largest = 0, 0, 0.0
+    for a, b in pairs:
+        total += b.numel()
+        if a.dtype != b.dtype or a.shape != b.shape:
+            different += b.numel()
+        elif digest(a) != digest(b):
+            different += int((a != b).sum())
+            largest = max(largest, float((a.double() - b.double()).abs().max()))
+            different = max(different, 1)  # NaN, or -0.0 for 0.0
+    return NodeReport(node, op, backend, different, total, largest)

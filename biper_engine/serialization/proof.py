@@ -1,0 +1,236 @@
+"""Proofs: what a network computes, recorded when it is saved and replayed when it is trusted.
+
+A proof is a seed, and for the input made from it the SHA-256 of every packed map and of the
+outputs, computed by the reference backend. `replay` repeats it on any backend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from biper_engine.engine import Engine, InputSpec
+from biper_engine.errors import FileFormatError
+from biper_engine.ops.backends import forced_name
+from biper_engine.runtime import interpret, packed_map
+from biper_engine.serialization.execution import call_node, digest, exactly, forced
+from biper_engine.serialization.reports import ProofReport
+
+__all__ = ["BATCH", "Proof", "example_inputs", "make_proof", "replay"]
+
+BATCH = 2
+_MAX_STORED_VALUES = 65_536
+_TENSOR_PREFIX = "proof/output/"
+
+# Outputs may differ from the record by the rounding of float layers, which torch computes in
+# another order on another machine: thousands of terms of 2^-24 each, far less than a flipped bit.
+_OUTPUT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the reference backend computed from a seed when an engine was saved.
+
+    Attributes:
+        seed: makes the inputs; see `example_inputs`.
+        maps: SHA-256 of every packed map, int32 little endian, by node name, in order.
+        outputs: SHA-256 of every output's bytes, None for one that is no tensor.
+        values: the outputs that are small enough to be kept, by position.
+    """
+
+    seed: int
+    maps: Mapping[str, str]
+    outputs: tuple[str | None, ...]
+    values: Mapping[int, Tensor]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the header entry; `tensors` has the rest."""
+        return {
+            "seed": self.seed,
+            "maps": [[name, digest] for name, digest in self.maps.items()],
+            "outputs": list(self.outputs),
+            "values": sorted(self.values),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the stored outputs by their names in files."""
+        return {f"{_TENSOR_PREFIX}{i}": value for i, value in self.values.items()}
+
+    @classmethod
+    def from_dict(cls, entry: Any, tensors: dict[str, Tensor]) -> Proof:
+        """Build from a header entry, taking its tensors out of `tensors`.
+
+        Raises:
+            FileFormatError: the entry is not what `to_dict` makes.
+        """
+        try:
+            values = {i: tensors.pop(f"{_TENSOR_PREFIX}{int(i)}") for i in entry["values"]}
+            proof = cls(
+                entry["seed"],
+                {name: digest for name, digest in entry["maps"]},  # noqa: C416  (checks the pairs)
+                tuple(entry["outputs"]),
+                values,
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise FileFormatError(
+                f"The file's header has a wrong proof: {error!r:.200}."
+            ) from error
+        strings = [*proof.maps, *proof.maps.values(), *(o for o in proof.outputs if o is not None)]
+        if type(proof.seed) is not int or any(type(text) is not str for text in strings):
+            raise FileFormatError("The file's header has a wrong proof: it is no seed and hashes.")
+        return proof
+
+
+def example_inputs(inputs: Sequence[InputSpec], seed: int) -> list[Tensor]:
+    """Make a network's inputs from a seed, the same on every machine and in every version.
+
+    The bytes are those of SHAKE-256 of "seed:name"; a float is `byte / 127.5 - 1`, computed in
+    float32, an integer the byte itself, a bool its lowest bit. The batch is 2.
+    """
+    return [_example_input(spec, seed) for spec in inputs]
+
+
+def _example_input(spec: InputSpec, seed: int) -> Tensor:
+    shape = tuple(BATCH if size is None else size for size in spec.shape)
+    count = int(torch.Size(shape).numel())
+    stream = bytearray(hashlib.shake_256(f"{seed}:{spec.name}".encode()).digest(count))
+    data = (
+        torch.frombuffer(stream, dtype=torch.uint8) if count else torch.empty(0, dtype=torch.uint8)
+    )
+    data = data.reshape(shape)
+    if spec.dtype == torch.bool:
+        return (data & 1).bool()
+    return (
+        (data.float() / 127.5 - 1).to(spec.dtype)
+        if spec.dtype.is_floating_point
+        else data.to(spec.dtype)
+    )
+
+
+def make_proof(module: fx.GraphModule, inputs: Sequence[InputSpec], seed: int) -> Proof:
+    """Run a network on the reference backend and record what it computes."""
+    maps, outputs = _run(module, example_inputs(inputs, seed), "reference")
+    stored = {
+        position: value
+        for position, value in enumerate(outputs)
+        if isinstance(value, Tensor) and value.numel() <= _MAX_STORED_VALUES
+    }
+    return Proof(
+        seed,
+        {name: digest(value) for name, value in maps.items()},
+        tuple(digest(value) if isinstance(value, Tensor) else None for value in outputs),
+        stored,
+    )
+
+
+def _run(
+    module: fx.GraphModule, inputs: Sequence[Tensor], backend: str | None
+) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
+    """Return the packed maps by node name, and the outputs."""
+    maps: dict[str, Tensor] = {}
+
+    def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        result = call_node(node, args, kwargs, prepack=backend != "reference")
+        packed = packed_map(node, result)
+        if packed is not None:
+            maps[node.name] = packed
+        return result
+
+    with forced(backend), exactly():
+        return maps, interpret(module, inputs, call)
+
+
+def replay(
+    engine: Engine, proof: Proof | None = None, *, backend: str | None = None
+) -> ProofReport:
+    """Repeat a proof and compare with what was recorded.
+
+    Args:
+        engine: a loaded engine, on any device.
+        proof: None means the engine's own.
+        backend: a name from `biper_engine.backends()`; None takes what the engine would.
+
+    Returns:
+        Whether every packed map and output has the recorded bytes; if not, the first map that
+        differs, in how many bits from the reference on this machine, and how far the outputs are.
+
+    Raises:
+        ValueError: there is no proof, since the engine was not loaded from a file.
+        BackendUnavailableError: `backend` cannot run the network.
+    """
+    proof = engine.proof if proof is None else proof
+    if not isinstance(proof, Proof):
+        raise ValueError(
+            "This engine has no proof: it was not loaded from a file. Save and load it."
+        )
+    device = engine.device or torch.device("cpu")
+    inputs = [value.to(device) for value in example_inputs(engine.signature.inputs, proof.seed)]
+    maps, outputs = _run(engine.graph_module, inputs, backend)
+    got = {name: digest(value) for name, value in maps.items()}
+    digests = tuple(digest(value) if isinstance(value, Tensor) else None for value in outputs)
+    report = ProofReport(
+        backend=backend or forced_name() or "automatic",
+        seed=proof.seed,
+        maps=len(proof.maps),
+        maps_identical=got == dict(proof.maps),
+        outputs_identical=digests == proof.outputs,
+        max_output_difference=_output_difference(outputs, proof.values),
+        outputs_close=_outputs_close(outputs, proof.values) or digests == proof.outputs,
+    )
+    first = next((name for name in proof.maps if got.get(name) != proof.maps[name]), None)
+    if first is None:
+        return report
+    return _locate(engine.graph_module, inputs, maps, replace(report, node=first), proof)
+
+
+def _locate(
+    module: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    maps: Mapping[str, Tensor],
+    report: ProofReport,
+    proof: Proof,
+) -> ProofReport:
+    """Add how many bits of the first different map differ, which hashes alone cannot tell."""
+    assert report.node is not None
+    if report.node not in maps:
+        return report
+    wanted = _run(module, inputs, "reference")[0][report.node]
+    return replace(
+        report,
+        bits_differ=_different_bits(maps[report.node], wanted),
+        reference_agrees=digest(wanted) == proof.maps[report.node],
+    )
+
+
+def _different_bits(a: Tensor, b: Tensor) -> int:
+    changed = torch.bitwise_xor(a, b).cpu().contiguous().numpy().view("uint8")
+    return int.from_bytes(changed.tobytes(), "little").bit_count()
+
+
+def _pairs(outputs: Sequence[Any], values: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return (output, recorded) in float64, where there is a record of the same shape."""
+    found = [(outputs[i], wanted) for i, wanted in values.items() if i < len(outputs)]
+    return [
+        (got.cpu().double(), wanted.double())
+        for got, wanted in found
+        if isinstance(got, Tensor) and got.shape == wanted.shape
+    ]
+
+
+def _output_difference(outputs: Sequence[Any], values: Mapping[int, Tensor]) -> float | None:
+    pairs = _pairs(outputs, values)
+    differences = [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs]
+    return max(differences) if differences else None
+
+
+def _outputs_close(outputs: Sequence[Any], values: Mapping[int, Tensor]) -> bool:
+    pairs = _pairs(outputs, values)
+    return len(pairs) == len(outputs) and all(
+        not a.numel() or bool((a - b).abs().max() <= _OUTPUT_TOLERANCE * b.abs().max())
+        for a, b in pairs
+    )

@@ -1,0 +1,17 @@
+"""Two-stage BiPer training in one call; needs the extra `train`.
+
+Lightning and scikit-learn are imported when `fit` runs, not when this package is imported.
+"""
+
+from biper_engine.training.config import RunOptions, StageConfig, TrainingConfig
+from biper_engine.training.fit import fit
+from biper_engine.training.result import StageResult, TrainingResult
+
+__all__ = [
+    "RunOptions",
+    "StageConfig",
+    "StageResult",
+    "TrainingConfig",
+    "TrainingResult",
+    "fit",
+]

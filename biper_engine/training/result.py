@@ -1,0 +1,80 @@
+"""What a training run leaves behind, as data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["StageResult", "TrainingResult", "read_json", "write_json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """One finished stage.
+
+    Attributes:
+        path: checkpoint for `models.load_checkpoint`.
+        epochs: epochs trained.
+        seconds: wall-clock training time, summed over interruptions.
+        validation_accuracy: in [0, 1], on the held-out part; None when nothing was held out.
+        test_accuracy: in [0, 1]; None when images were held out, so that no choice sees the test
+            images.
+    """
+
+    path: Path
+    epochs: int
+    seconds: float
+    validation_accuracy: float | None
+    test_accuracy: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values without the path; `from_dict` is the inverse."""
+        return {
+            "epochs": self.epochs,
+            "seconds": self.seconds,
+            "validation_accuracy": self.validation_accuracy,
+            "test_accuracy": self.test_accuracy,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: Path) -> StageResult:
+        """Build from `to_dict` and the path of the checkpoint."""
+        return cls(path=path, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """A finished run: both stages."""
+
+    output_dir: Path
+    stage1: StageResult
+    stage2: StageResult
+
+    @property
+    def seconds(self) -> float:
+        """Training time of both stages."""
+        return self.stage1.seconds + self.stage2.seconds
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of both stages."""
+        return self.stage1.epochs + self.stage2.epochs
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in `path`, or None where there is no such file."""
+    if not path.exists():
+        return None
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object so that `path` is never half written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

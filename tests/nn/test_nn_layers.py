@@ -1,0 +1,90 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from biper_engine.nn import BinaryConv2d, BinaryLinear, binary_layers, regularizer, set_tau
+
+
+def quantized(weight, stage, frequency=20.0):
+    wave = torch.sin(frequency * weight)
+    return wave if stage == 1 else wave.sign()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv_in_eval_mode_is_its_equation(stage, bias):
+    torch.manual_seed(0)
+    conv = BinaryConv2d(4, 6, (3, 2), 2, 1, groups=2, bias=bias, stage=stage).eval()
+    x = torch.randn(2, 4, 7, 9)
+    convolved = F.conv2d(x.sign(), quantized(conv.weight, stage), conv.bias, 2, 1, groups=2)
+    assert torch.equal(conv(x), convolved * conv.alpha)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv_computes_the_same_in_both_modes(stage, bias):
+    torch.manual_seed(0)
+    conv = BinaryConv2d(4, 6, 3, padding=1, bias=bias, stage=stage).double()
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(conv.train()(x), conv.eval()(x))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_linear_is_its_equation_in_both_modes(stage):
+    torch.manual_seed(0)
+    linear = BinaryLinear(9, 5, bias=True, stage=stage)
+    x = torch.randn(2, 3, 9)
+    expected = F.linear(x.sign(), quantized(linear.weight, stage), linear.bias) * linear.alpha
+    assert torch.equal(linear.eval()(x), expected)
+    assert torch.equal(linear.train()(x), expected)
+
+
+def test_state_dict_has_the_official_names_and_shapes():
+    conv, linear = BinaryConv2d(4, 6, 3), BinaryLinear(4, 6)
+    shapes = {name: tuple(value.shape) for name, value in conv.state_dict().items()}
+    assert shapes == {"weight": (6, 4, 3, 3), "alpha": (6, 1, 1), "beta": (6, 1, 1), "tau": ()}
+    assert list(shapes) == ["weight", "alpha", "beta", "tau"]
+    assert linear.alpha.shape == linear.beta.shape == (6,)
+
+
+def test_beta_takes_no_part():
+    conv = BinaryConv2d(4, 6, 3)
+    conv(torch.randn(2, 4, 5, 5)).sum().backward()
+    assert not conv.beta.requires_grad
+    assert conv.beta.grad is None
+
+
+def test_regularizer_sums_each_layers_mean_times_its_tau():
+    network = nn.Sequential(BinaryConv2d(2, 3, 3, frequency=7.0), nn.ReLU(), BinaryLinear(4, 5))
+    set_tau(network, 0.5)
+    network[2].tau.fill_(0.25)
+    expected = 0.5 * torch.sin(7.0 * network[0].weight).square().mean()
+    expected = expected + 0.25 * torch.sin(20.0 * network[2].weight).square().mean()
+    torch.testing.assert_close(regularizer(network), expected)
+    regularizer(network).backward()
+    assert network[0].weight.grad is not None
+    assert [name for name, _ in binary_layers(network)] == ["0", "2"]
+
+
+def test_regularizer_without_binary_layers_is_zero():
+    assert regularizer(nn.Linear(2, 2)).item() == 0
+
+
+def test_stage_can_be_changed():
+    conv = BinaryConv2d(4, 6, 3, stage=1).eval()
+    conv.stage = 2
+    assert set(conv.quantized_weight().unique().tolist()) == {-1.0, 1.0}
+    assert "frequency=20.0, stage=2" in repr(conv)
+
+
+@pytest.mark.parametrize("stage", [0, 3, None])
+def test_unknown_stage_is_refused(stage):
+    with pytest.raises(ValueError, match="must be 1 or 2"):
+        BinaryConv2d(4, 6, 3, stage=stage)
+
+
+@pytest.mark.parametrize("frequency", [0.0, -1.0, float("nan"), float("inf")])
+def test_frequency_that_is_not_positive_is_refused(frequency):
+    with pytest.raises(ValueError, match="positive number"):
+        BinaryLinear(4, 6, frequency=frequency)

@@ -1,0 +1,150 @@
+"""Every backend in turn, random operands, and an exact fused multiply-add."""
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from biper_engine import bits as contract
+from biper_engine.geometry import Conv2dGeometry
+from biper_engine.ops.backends import PREFERENCE, backends, by_name, use_backend
+
+DEVICES = {
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "cpu": ("cpu",),
+    "reference": ("cpu", "cuda"),
+}
+RUNS = [
+    pytest.param((name, device), id=name if len(DEVICES[name]) == 1 else f"{name}-{device}")
+    for name in PREFERENCE
+    for device in DEVICES[name]
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BIPER_BACKEND", raising=False)
+
+
+@pytest.fixture(params=RUNS)
+def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.device]]:
+    """Force every backend in turn; give its name and the device that it runs on."""
+    name, device = request.param
+    reason = {info.name: info.reason for info in backends()}[name]
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"{name} on {device}: no CUDA GPU")
+    with use_backend(name):
+        yield name, torch.device(device)
+
+
+@pytest.fixture
+def backend(run: tuple[str, torch.device]) -> str:
+    """Name of the forced backend."""
+    return run[0]
+
+
+@pytest.fixture
+def device(run: tuple[str, torch.device]) -> torch.device:
+    """Device that the forced backend runs on."""
+    return run[1]
+
+
+@pytest.fixture
+def need(run: tuple[str, torch.device]) -> Callable[..., None]:
+    """Return a function that skips, with the backend's reason, where it cannot run a call."""
+
+    def skip_unless_supported(op: str, geometry: Conv2dGeometry | None = None) -> None:
+        reason = by_name(run[0]).unsupported_reason(op, geometry, run[1])
+        if reason is not None:
+            pytest.skip(f"{run[0]} cannot run {op}: {reason}")
+
+    return skip_unless_supported
+
+
+def _random_signs(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
+
+
+def _float64_convolution(signs: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+    top, bottom, left, right = geometry.padding
+    padded = F.pad(signs, (left, right, top, bottom))
+    dilation, groups = geometry.dilation, geometry.groups
+    return F.conv2d(padded, weight, None, geometry.stride, 0, dilation, groups)
+
+
+class Operands:
+    """Random operands of a binary convolution, and the accumulators that they must give.
+
+    Attributes:
+        signs: float64 +-1 `[N, C, H, W]`.
+        weight_signs: float64 +-1 `[O, C / groups, KH, KW]`.
+        bits: packed map.
+        weight: packed weights, canonical.
+        dot: int32 accumulators, by a float64 convolution with true zero padding.
+    """
+
+    def __init__(
+        self, geometry: Conv2dGeometry, size: tuple[int, int], batch: int, seed: int = 0
+    ) -> None:
+        shape = (geometry.out_channels, geometry.group_channels, *geometry.kernel_size)
+        self.signs = _random_signs(batch, geometry.in_channels, *size, seed=seed)
+        self.weight_signs = _random_signs(*shape, seed=seed + 1)
+        self.bits = contract.pack_channels((self.signs > 0).permute(0, 2, 3, 1))
+        self.weight = contract.pack_weight(self.weight_signs > 0)
+        self.dot = _float64_convolution(self.signs, self.weight_signs, geometry).to(torch.int32)
+
+
+@pytest.fixture(scope="session")
+def operands() -> type[Operands]:
+    """Return the class that makes operands of a geometry."""
+    return Operands
+
+
+def _round_to_float32(exact: Fraction) -> float:
+    if exact == 0:
+        return 0.0
+    size = abs(exact)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    if size < Fraction(2) ** exponent:
+        exponent -= 1
+    quantum = Fraction(2) ** (max(exponent, -126) - 23)
+    rounded = round(size / quantum) * quantum  # to nearest, ties to even
+    value = math.inf if rounded >= 2**128 else float(rounded)
+    return math.copysign(value, exact.numerator)
+
+
+def _exact_fma(a: float, b: float, c: float) -> float:
+    product = Fraction(a) * Fraction(b)
+    exact = product + Fraction(c)
+    if exact != 0:
+        return _round_to_float32(exact)
+    negative = math.copysign(1, a) * math.copysign(1, b) < 0
+    return -0.0 if product == 0 and negative and math.copysign(1, c) < 0 else 0.0
+
+
+@pytest.fixture(scope="session")
+def exact_fma() -> Callable[[float, float, float], float]:
+    """Return a * b + c of float32 values in rational arithmetic, rounded once to float32."""
+    return _exact_fma
+
+
+@pytest.fixture(scope="session")
+def same_bytes() -> Callable[[Tensor, Tensor], bool]:
+    """Return a comparison of float tensors that tells -0.0 from 0.0."""
+
+    def compare(a: Tensor, b: Tensor) -> bool:
+        integer: Any = torch.int32 if a.dtype == torch.float32 else torch.int16
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return torch.equal(a.cpu().contiguous().view(integer), b.cpu().contiguous().view(integer))
+
+    return compare

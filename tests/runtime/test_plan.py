@@ -1,0 +1,181 @@
+"""The default plan: prepacked once, dropped when its tensors or the forced backend change."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from biper_engine.bits import unpack_weight
+from biper_engine.engine import Engine
+from biper_engine.ops.backends import use_backend
+from biper_engine.runtime import (
+    PlanSlot,
+    biper_op,
+    from_portable,
+    interpret,
+    isolate_outputs,
+    output_values,
+    packed_map,
+    to_portable,
+)
+from tests.networks_by_hand import GraphBuilder, classifier, classifier_graph
+
+_aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BIPER_BACKEND", raising=False)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def planned(engine: Engine) -> fx.GraphModule:
+    """Return the graph that an engine's plan runs; bound methods remember it."""
+    run = engine._plan.get(engine.graph_module, engine.device)
+    module = run.__self__  # type: ignore[attr-defined]
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def test_a_plan_is_made_at_the_first_call_and_kept(images: Tensor) -> None:
+    engine = classifier()
+    assert engine._plan.is_empty
+    engine(images)
+    first = planned(engine)
+    engine(images)
+    assert planned(engine) is first
+
+
+def test_every_binary_convolution_gets_prepacked_weights() -> None:
+    module = planned(classifier())
+    convolutions = [n for n in module.graph.nodes if (biper_op(n) or "").startswith("bconv2d")]
+    assert len(convolutions) == 3
+    for node in convolutions:
+        prepacked = getattr(module, node.kwargs["prepacked"].target)
+        weight = getattr(module, node.args[1].target)
+        positive = unpack_weight(weight, node.kwargs["in_channels"])
+        assert torch.equal(prepacked > 0, positive)
+
+
+def test_prepacked_weights_are_the_ones_that_run(images: Tensor) -> None:
+    engine = classifier()
+    before = engine(images)
+    for name, buffer in planned(engine).named_buffers():
+        if buffer.dtype == torch.float32 and buffer.shape == (40, 33, 3, 3):
+            planned(engine).get_buffer(name).neg_()
+    assert not torch.equal(engine(images), before)
+
+
+def test_a_plan_shares_the_engines_tensors() -> None:
+    engine = classifier()
+    own = {value.data_ptr() for value in engine.state_dict().values()}
+    held = {value.data_ptr() for value in planned(engine).state_dict().values()}
+    assert own <= held
+    assert len(held) == len(own) + 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e.to("cpu"),
+        lambda e: e.float(),
+        lambda e: nn.Sequential(e).cpu(),
+        lambda e: e.load_state_dict(classifier(1).state_dict()),
+        lambda e: nn.Sequential(e).load_state_dict(nn.Sequential(classifier(1)).state_dict()),
+    ],
+)
+def test_a_plan_is_dropped_when_tensors_may_change(
+    change: Callable[[Engine], object], images: Tensor
+) -> None:
+    engine = classifier()
+    engine(images)
+    change(engine)
+    assert engine._plan.is_empty
+    assert torch.equal(engine(images), engine.graph_module(images)[0])
+
+
+def test_a_forced_backend_gets_a_plan_of_its_own(images: Tensor) -> None:
+    engine = classifier()
+    engine(images)
+    first = planned(engine)
+    with use_backend("reference"):
+        engine(images)
+        assert planned(engine) is not first
+    engine(images)
+    assert planned(engine) is not first
+
+
+def test_a_plan_made_while_tensors_changed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = classifier()
+    original = torch.fx.GraphModule.__init__
+
+    def drop_meanwhile(self: fx.GraphModule, *args: object, **kwargs: object) -> None:
+        original(self, *args, **kwargs)  # type: ignore[arg-type]
+        engine._plan.drop()
+
+    monkeypatch.setattr(torch.fx.GraphModule, "__init__", drop_meanwhile)
+    planned(engine)
+    assert engine._plan.is_empty
+
+
+def test_copies_of_a_slot_are_empty() -> None:
+    slot = PlanSlot()
+    slot.get(classifier_graph(), torch.device("cpu"))
+    assert not slot.is_empty
+    assert copy.deepcopy(slot).is_empty
+    assert pickle.loads(pickle.dumps(slot)).is_empty
+
+
+# -- graphs ---------------------------------------------------------------------------------------
+
+
+def test_a_portable_graph_keeps_names_and_shares_tensors(images: Tensor) -> None:
+    module = classifier_graph()
+    rebuilt = from_portable(to_portable(module))
+    assert str(rebuilt.graph) == str(module.graph)
+    weights = (m.get_buffer("layer1.0.conv1.weight") for m in (module, rebuilt))
+    assert len({weight.data_ptr() for weight in weights}) == 1
+    assert torch.equal(rebuilt(images)[0], module(images)[0])
+
+
+def test_interpret_visits_every_call_and_returns_the_outputs(images: Tensor) -> None:
+    module = classifier_graph()
+    maps: dict[str, torch.Size] = {}
+
+    def call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        packed = packed_map(node, result)
+        if packed is not None:
+            maps[node.name] = packed.shape
+        return result
+
+    (logits,) = interpret(module, [images], call)
+    assert torch.equal(logits, module(images)[0])
+    assert maps == {
+        "stem_bits": (2, 8, 8, 2),
+        "layer1_0": (2, 8, 8, 2),
+        "layer1_1": (2, 8, 8, 2),
+        "pool": (2, 4, 4, 2),
+    }
+
+
+def test_only_outputs_that_alias_inputs_or_constants_are_cloned() -> None:
+    g = GraphBuilder()
+    x = g.input("x")
+    fresh = g.call("fresh", _aten.relu.default, x)
+    view = g.call("view", _aten.permute.default, fresh, [0, 2, 1])
+    alias = g.call("alias", _aten.permute.default, x, [0, 2, 1])
+    module = g.module(fresh, view, alias, None)
+    isolate_outputs(module)
+    isolate_outputs(module)
+    fresh_out, view_out, alias_out, nothing = output_values(module.graph)
+    assert (fresh_out, view_out, nothing) == (fresh, view, None)
+    assert alias_out.target is _aten.clone.default
+    assert sum(node.target is _aten.clone.default for node in module.graph.nodes) == 1

@@ -1,0 +1,185 @@
+"""Small runs: 48 images, one or two epochs per stage."""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+
+import lightning
+import pytest
+import torch
+
+from biper_engine.models import load_checkpoint
+from biper_engine.training import RunOptions, StageConfig, TrainingConfig, data, fit
+from biper_engine.training.module import StageModule, augment, learning_rate_factor
+
+QUIET = RunOptions(progress_bar=False, accelerator="cpu")
+STAGE1 = StageConfig(epochs=2, lr=0.05, weight_decay=1e-3, tau=0.02)
+STAGE2 = StageConfig(epochs=2, lr=0.02, weight_decay=1e-4, tau=0.03)
+CONFIG = TrainingConfig(stage1=STAGE1, stage2=STAGE2, batch_size=16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_digits():
+    """48 + 16 images of 8x8 noise in place of the digits: an epoch takes a blink."""
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(64) % 10
+    small = data.DataSet(
+        train=data.Part(images[:48], labels[:48]),
+        validation_count=16,
+        test=data.Part(images[48:], labels[48:]),
+        metadata=data.DIGITS_METADATA,
+        num_classes=10,
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(data._DATASETS, "digits", lambda: small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(few_digits, tmp_path_factory):
+    return fit(CONFIG, output_dir=tmp_path_factory.mktemp("whole"), options=QUIET)
+
+
+def weights(path):
+    return load_checkpoint(path).state_dict()
+
+
+def same(first, second):
+    return all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_both_stages_leave_loadable_networks(uninterrupted):
+    first = load_checkpoint(uninterrupted.stage1.path)
+    second = load_checkpoint(uninterrupted.stage2.path)
+    assert (first.provenance.stage, second.provenance.stage) == (1, 2)
+    assert second.provenance.frequency == CONFIG.frequency
+    assert second.metadata == data.DIGITS_METADATA
+    assert second.layer1[0].conv1.tau.item() == pytest.approx(STAGE2.tau)
+    assert uninterrupted.epochs == 4
+    assert uninterrupted.seconds > 0
+    assert 0 <= uninterrupted.stage2.test_accuracy <= 1
+    assert uninterrupted.stage2.validation_accuracy is None
+
+
+def test_config_and_measurements_are_in_the_checkpoints(uninterrupted):
+    contents = torch.load(uninterrupted.stage2.path, weights_only=True)
+    assert TrainingConfig.from_dict(contents["config"]) == CONFIG
+    assert contents["metrics"] == uninterrupted.stage2.to_dict()
+    state = uninterrupted.output_dir / "checkpoints" / "stage1.ckpt"
+    assert torch.load(state, weights_only=False)["biper_config"] == CONFIG.to_dict()
+
+
+def test_losses_are_logged_by_epoch(uninterrupted):
+    with (uninterrupted.output_dir / "logs" / "stage1" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train_loss"]]
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+
+
+@pytest.mark.parametrize(("stage", "epoch"), [(1, 1), (2, 0), (2, 1)])
+def test_interrupted_run_resumes_to_the_same_weights(
+    uninterrupted, tmp_path, monkeypatch, stage, epoch
+):
+    step = StageModule.training_step
+
+    def interrupted_step(self, batch, batch_index):
+        if (self.stage_number, self.current_epoch, batch_index) == (stage, epoch, 1):
+            raise KeyboardInterrupt
+        return step(self, batch, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageModule, "training_step", interrupted_step)
+        with pytest.raises(KeyboardInterrupt):
+            fit(CONFIG, output_dir=tmp_path, options=QUIET)
+    assert (tmp_path / "stage1.pt").exists() == (stage == 2)
+
+    resumed = fit(CONFIG, output_dir=tmp_path, resume=True, options=QUIET)
+    assert same(weights(uninterrupted.stage1.path), weights(resumed.stage1.path))
+    assert same(weights(uninterrupted.stage2.path), weights(resumed.stage2.path))
+    assert resumed.stage2.test_accuracy == uninterrupted.stage2.test_accuracy
+
+
+def test_finished_run_resumes_to_its_result(uninterrupted, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(lightning.Trainer, "fit", never)
+    again = fit(CONFIG, output_dir=uninterrupted.output_dir, resume=True, options=QUIET)
+    assert again == uninterrupted
+
+
+def test_resume_with_another_config_is_refused(uninterrupted):
+    other = dataclasses.replace(CONFIG, seed=7, batch_size=8)
+    with pytest.raises(ValueError, match="batch_size was 16, now 8; seed was 0, now 7"):
+        fit(other, output_dir=uninterrupted.output_dir, resume=True, options=QUIET)
+
+
+def test_directory_with_a_run_is_not_overwritten(uninterrupted):
+    with pytest.raises(FileExistsError, match="resume=True"):
+        fit(CONFIG, output_dir=uninterrupted.output_dir, options=QUIET)
+
+
+def test_held_out_run_measures_on_the_held_out_part_only(tmp_path):
+    stage = dataclasses.replace(STAGE1, epochs=1)
+    config = dataclasses.replace(CONFIG, stage1=stage, stage2=stage, hold_out=True)
+    options = dataclasses.replace(QUIET, tensorboard=True)
+    result = fit(config, output_dir=tmp_path, resume=True, options=options)
+    assert result.stage2.test_accuracy is None
+    assert 0 <= result.stage2.validation_accuracy <= 1
+    assert list((tmp_path / "logs" / "stage1" / "tensorboard").glob("events*"))
+
+
+def test_unknown_dataset_and_network_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="Unknown dataset 'mnist'"):
+        fit(TrainingConfig(dataset="mnist"), output_dir=tmp_path / "a", options=QUIET)
+    with pytest.raises(ValueError, match="Unknown network 'resnet'"):
+        fit(TrainingConfig(architecture="resnet"), output_dir=tmp_path / "a", options=QUIET)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["lightning", "sklearn"])
+def test_missing_extra_says_how_to_install_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'pip install "biper-engine\[train\]"'):
+        fit(CONFIG, output_dir=tmp_path, options=QUIET)
+
+
+def test_random_state_of_the_caller_is_kept(tmp_path):
+    stage = dataclasses.replace(STAGE1, epochs=1)
+    config = dataclasses.replace(CONFIG, stage1=stage, stage2=stage)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    fit(config, output_dir=tmp_path, options=QUIET)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_models_and_training_import_without_the_extra():
+    code = (
+        "import sys, biper_engine.models, biper_engine.training\n"
+        "loaded = {'lightning', 'sklearn', 'PIL', 'tensorboard'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    factors = [learning_rate_factor(step, 4, 20) for step in range(20)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert 0 < factors[-1] < 0.02
+
+
+def test_augmentation_moves_by_whole_pixels_as_by_indexing(monkeypatch):
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    # No angle, no zoom, the largest shifts.
+    draws = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *_, **__: self.copy_(draws))
+    moved = augment(image, TrainingConfig(max_shift_px=2), torch.Generator())
+    torch.testing.assert_close(moved[..., :6, :6], image[..., 2:, 2:])
+
+
+def test_augmentation_of_nothing_is_the_identity():
+    image = torch.rand(2, 3, 8, 8)
+    config = TrainingConfig(max_shift_px=0, max_rotation_deg=0, max_zoom=0)
+    assert augment(image, config, torch.Generator()) is image
