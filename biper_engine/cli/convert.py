@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "summary"]
 
 
-class Unconverted(StrEnum):
+class UnconvertedChoice(StrEnum):
     """What to do about a binary layer that stays float."""
 
     WARN = "warn"
@@ -62,7 +62,9 @@ def convert(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write; else named after SOURCE.", show_default=False),
+        typer.Option(
+            "--output", "-o", help="File to write; else named after SOURCE.", show_default=False
+        ),
     ] = None,
     arch: Arch = None,
     frequency: Frequency = None,
@@ -74,16 +76,19 @@ def convert(
     ] = None,
     keep_float: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Layers to leave in float, repeatable.", show_default=False),
+        typer.Option(
+            metavar="PATTERN", help="Layers to leave in float, repeatable.", show_default=False
+        ),
     ] = None,
     unconverted: Annotated[
-        Unconverted, typer.Option(help="Binary layers that stay float.")
-    ] = Unconverted.WARN,
+        UnconvertedChoice, typer.Option(help="Binary layers that stay float.")
+    ] = UnconvertedChoice.WARN,
     zero_weights: Annotated[
         ZeroWeights, typer.Option(help="Layers with exact zero weights.")
     ] = ZeroWeights.FLOAT,
     dtype: Annotated[
-        ComputeType, typer.Option(help="Float maps; float32 is exact.")
+        ComputeType,
+        typer.Option(metavar="TYPE", help="Of float maps: float32 (exact), float16, bfloat16."),
     ] = ComputeType.FLOAT32,
     check: Annotated[bool, typer.Option(help="Compare with the model before writing.")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every layer.")] = False,
@@ -94,24 +99,21 @@ def convert(
     The model is recognised by what it computes; its code needs no change.
 
     [bold]Examples[/bold]
-
     biper convert biper-train/stage2.pt
-
     biper convert model_best.pth.tar --frequency 20 --stage 2
-
     biper convert mynet:build --weights mynet.pt --input 1,3,224,224 -v
     """
     import torch
 
     import biper_engine
 
-    wanted = ModelSource(
-        text=source, weights=weights, arch=arch, frequency=frequency, stage=stage
-    )
+    wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
+    target = output or _default_output(wanted)
+    if not target.parent.is_dir():
+        raise ValueError(f"Cannot write '{target}': there is no directory '{target.parent}'.")
     with status("Loading the model"):
         model = load_model(wanted)
         example = example_input(model, input_shape)
-    target = output or _default_output(wanted)
     with status("Converting"), shown_warnings():
         engine = biper_engine.convert(
             model,

@@ -38,7 +38,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         )
         if not inside:
             raise ValueError(
-                f"No image file in '{path}' or below. Wanted one of: {', '.join(sorted(_SUFFIXES))}."
+                f"No image file in '{path}' or below. "
+                f"Wanted one of: {', '.join(sorted(_SUFFIXES))}."
             )
         found += inside
     return found

@@ -35,9 +35,7 @@ def run(
     """Classify images, prepared as the file says and named by its classes.
 
     [bold]Examples[/bold]
-
     biper run digits.biper digits/7_0.png
-
     biper run digits.biper digits --top 1 --json
     """
     import torch

@@ -31,7 +31,7 @@ __all__ = [
 
 Arch = Annotated[
     str | None,
-    typer.Option(help="Network of a checkpoint, such as cifar10/resnet20_1w1a.", show_default=False),
+    typer.Option(help="Network of a checkpoint, where the file is silent.", show_default=False),
 ]
 Frequency = Annotated[
     float | None,
@@ -39,7 +39,9 @@ Frequency = Annotated[
 ]
 Stage = Annotated[
     int | None,
-    typer.Option(help="Training stage, where the file is silent.", min=1, max=2, show_default=False),
+    typer.Option(
+        help="Training stage, where the file is silent.", min=1, max=2, show_default=False
+    ),
 ]
 Weights = Annotated[
     Path | None,
@@ -106,9 +108,7 @@ def _from_checkpoint(source: ModelSource) -> nn.Module:
             f"'{path}' is a converted network, wanted what it was made from: a checkpoint or "
             f"module:callable. To check the file itself: biper verify {path}"
         )
-    return load_checkpoint(
-        path, arch=source.arch, frequency=source.frequency, stage=source.stage
-    )
+    return load_checkpoint(path, arch=source.arch, frequency=source.frequency, stage=source.stage)
 
 
 def _from_reference(module_name: str, attribute: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,16 +59,15 @@ def train(
     """Train a BiPer network in two stages; interrupted runs can be resumed.
 
     [bold]Examples[/bold]
-
     biper train
-
     biper train --resume --output biper-train
-
     biper train --model cifar10/vgg_small_1w1a -o vgg --stage1-epochs 20
     """
     from biper_engine.training import RunOptions, TrainingConfig
 
-    config = _with_epochs(TrainingConfig(dataset=data, architecture=model), (stage1_epochs, stage2_epochs))
+    config = _with_epochs(
+        TrainingConfig(dataset=data, architecture=model), (stage1_epochs, stage2_epochs)
+    )
     given = {
         "frequency": frequency,
         "batch_size": batch_size,
@@ -104,8 +103,8 @@ def fit_quietly(
     """Train with whatever the trainer prints on stderr, so that stdout has the result alone."""
     from biper_engine import training
 
-    with status("Loading the trainer"):
-        import lightning  # noqa: F401  (takes seconds; absent, `fit` says what to install)
+    with status("Loading the trainer"), suppress(ImportError):  # `fit` says what to install
+        import lightning  # noqa: F401  (takes seconds)
     with redirect_stdout(sys.stderr):
         return training.fit(config, output_dir=output, resume=resume, options=options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,14 +26,21 @@ def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .biper file.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Checkpoint or module:callable to compare with.", show_default=False),
+        typer.Option(
+            metavar="SOURCE",
+            help="Checkpoint or module:callable to compare with.",
+            show_default=False,
+        ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Images for --against, found recursively.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Images for --against, found recursively.", show_default=False
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Compare at most this many images.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Compare at most this many images.", show_default=False),
     ] = None,
     backend: Annotated[
         str | None, typer.Option(help="Check this backend, not the usual one.", show_default=False)
@@ -48,14 +54,13 @@ def verify(
 ) -> None:
     """Prove that a .biper file computes what it should; exit code 0 only if it does.
 
-    Alone, the file needs no model: each operator is compared with the reference, and the
-    proof that was stored with the file is replayed. With --against, every layer is compared
-    with the model it was made from, on your images.
+    Alone, the file needs no model: each operator is compared with the
+    reference, and the proof that was stored with the file is replayed. With
+    --against, every layer is compared with the model it was made from, on
+    your images.
 
     [bold]Examples[/bold]
-
     biper verify digits.biper
-
     biper verify digits.biper --against stage2.pt --images digits --limit 100
     """
     import biper_engine
@@ -164,6 +169,6 @@ def _against(
     console = results()
     lines = report.table().splitlines()
     shown = lines if verbose or not report.ok else lines[-2:]
-    for line in chain(shown):
+    for line in shown:
         console.print(line, markup=False, soft_wrap=True, style="" if report.ok else "red")
     return report.ok

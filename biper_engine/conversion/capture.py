@@ -146,6 +146,7 @@ def _trace(
         with (
             torch.no_grad(),
             enable_python_dispatcher(),
+            fake_mode,  # for results whose only symbolic argument is a size: zeros(n, 3), expand_as
             warnings.catch_warnings(),
             _module_paths(private, trace),
         ):

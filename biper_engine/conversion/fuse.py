@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, shape, substitute
+from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, parent, same_shape, shape, substitute
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.recognize import pool_geometry
 
@@ -45,11 +45,11 @@ def _collapse_reshapes(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if not is_call(node, aten.reshape.default):
             continue
-        inner = node.args[0]
+        inner = parent(node)
         while is_call(inner, aten.reshape.default):
-            inner = inner.args[0]
+            inner = parent(inner)
         node.update_arg(0, inner)
-        if [str(size) for size in shape(inner)] == [str(size) for size in shape(node)]:
+        if same_shape(inner, node):
             substitute(node, inner)
 
 
@@ -85,8 +85,8 @@ def _flattens(user: fx.Node) -> bool:
     """Whether `user` drops the two dimensions of size 1 that a linear layer's map has."""
     if not is_call(user, aten.reshape.default):
         return False
-    parent = user.args[0]
-    return isinstance(parent, fx.Node) and tuple(shape(parent)[1:]) == (shape(user)[-1], 1, 1) and len(shape(user)) == 2
+    before = shape(parent(user))
+    return len(shape(user)) == 2 and tuple(before[1:]) == (shape(user)[-1], 1, 1)
 
 
 def _replace(
@@ -223,8 +223,7 @@ def _residual(
     other = user.args[1] if user.args[0] is node else user.args[0]
     if not isinstance(other, fx.Node) or other is node or constant(graph_module, other) is not None:
         return None
-    same = [str(size) for size in shape(other)] == [str(size) for size in shape(node)]
-    return other if same and other.meta["val"].dtype.is_floating_point else None
+    return other if same_shape(other, node) and other.meta["val"].dtype.is_floating_point else None
 
 
 # -- float layers ---------------------------------------------------------------------------------
@@ -234,14 +233,19 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if not is_call(node, aten.batch_norm.default):
             continue
-        before = node.args[0]
+        before = parent(node)
         after = _only_user(node)
-        if is_call(before, aten.conv2d.default, aten.linear.default) and len(before.users) == 1:
+        if _folds_behind(before):
             _fold_behind(graph_module, before, node)
-        elif is_call(after, aten.linear.default) and len(shape(node)) == 2:
-            assert after is not None
+        elif after is not None and is_call(after, aten.linear.default) and len(shape(node)) == 2:
             _fold_in_front(graph_module, node, after)
     graph_module.graph.eliminate_dead_code()
+
+
+def _folds_behind(layer: fx.Node) -> bool:
+    """Whether a batch norm of the layer's result is one of its output channels."""
+    linear = is_call(layer, aten.linear.default) and len(shape(layer)) == 2
+    return len(layer.users) == 1 and (linear or is_call(layer, aten.conv2d.default))
 
 
 def _layer_constants(graph_module: fx.GraphModule, layer: fx.Node) -> tuple[Tensor, Tensor] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "constant_node",
     "evaluate",
     "is_call",
+    "parent",
+    "repeat_call",
+    "same_shape",
     "shape",
     "substitute",
 ]
@@ -26,9 +30,21 @@ def is_call(node: object, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def parent(node: fx.Node, position: int = 0) -> fx.Node:
+    """Return the node that is a positional argument of a call."""
+    value = node.args[position]
+    assert isinstance(value, fx.Node), f"argument {position} of {node} is no node"
+    return value
+
+
 def shape(node: fx.Node) -> tuple[Any, ...]:
     """Return the shape of a node's value; the batch may be symbolic."""
     return tuple(node.meta["val"].shape)
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have one shape; symbolic sizes are compared as expressions."""
+    return [str(size) for size in shape(a)] == [str(size) for size in shape(b)]
 
 
 def constant(graph_module: fx.GraphModule, node: object) -> Tensor | None:
@@ -54,7 +70,8 @@ def constant_node(graph_module: fx.GraphModule, before: fx.Node, tensor: Tensor)
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of an ATen call by schema name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    assert isinstance(node.target, OpOverload), f"{node.target} has no schema"
+    schema = node.target._schema
     values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     values |= {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
     return values | dict(node.kwargs)
@@ -67,6 +84,14 @@ def call(
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
     node.meta = dict(like.meta)
+    return node
+
+
+def repeat_call(graph: fx.Graph, before: fx.Node, original: fx.Node, x: fx.Node) -> fx.Node:
+    """Insert a copy of a call before a node, on another first argument."""
+    with graph.inserting_before(before):
+        node = graph.node_copy(original, lambda argument: argument)
+    node.update_arg(0, x)
     return node
 
 

@@ -77,6 +77,7 @@ class BinaryConv:
         positive: weight bits, bool [O, C / groups, KH, KW].
         multiplier: float64 [O].
         bias: float64 [O].
+        filled: bool [O], channels with exact zeros that count as positive weights.
         pool: max pool of accumulators.
         pool_min: bool [O], or None without a pool.
         clamp: (lo, hi), either may be infinite, or None.
@@ -92,6 +93,7 @@ class BinaryConv:
     positive: Tensor
     multiplier: Tensor
     bias: Tensor
+    filled: Tensor
     pool: Pool2dGeometry = field(default_factory=Pool2dGeometry)
     pool_min: Tensor | None = None
     clamp: tuple[float, float] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from biper_engine import bits as contract
 from biper_engine.conversion import ir
@@ -82,8 +83,7 @@ class _Lowering:
 
     def _float_op(self, node: fx.Node) -> fx.Node:
         layer = node.meta.get("layer")
-        schema = node.target._schema  # type: ignore[union-attr]
-        names = [argument.name for argument in schema.arguments]
+        names = _argument_names(node)
         owner = str(layer) if layer else "constants"
 
         def convert(value: Any, name: str) -> Any:
@@ -132,7 +132,8 @@ class _Lowering:
         conv: BinaryConv = node.meta["conv"]
         layer = str(node.meta["layer"])
         steps = [user for user in node.users if ir.is_marker(user, ir.binarize)]
-        floats_leave = len(steps) < len(node.users) or not steps
+        # Bits of one rule leave the convolution; a second rule reads the floats.
+        floats_leave = len(node.users) > len(steps[:1])
         epilogue = self._epilogue(conv, steps[0].meta["rule"] if steps else None)
         held = {name: self._hold(f"{layer}.{name}", value) for name, value in epilogue.tensors().items()}
         weight = self._hold(f"{layer}.weight", contract.pack_weight(conv.positive))
@@ -199,7 +200,9 @@ class _Lowering:
         """Register a tensor as a buffer under a dotted path, made unique, and return its get_attr."""
         *parents, leaf = path.replace("#", "_").strip(".").split(".")
         owner = self._root
-        for part in parents:
+        for index, part in enumerate(parents):
+            if not isinstance(getattr(owner, part, owner), nn.Module):
+                parents[index] = part = f"{part}_"  # a tensor of the layer above has the name
             if not hasattr(owner, part):
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
@@ -209,6 +212,13 @@ class _Lowering:
             unique = f"{leaf}_{count}"
         owner.register_buffer(unique, tensor.detach().contiguous())
         return self._graph.get_attr(".".join([*parents, unique]))
+
+
+def _argument_names(node: fx.Node) -> list[str]:
+    """Return the schema's argument names; numbers for functions of Python's `operator`."""
+    if isinstance(node.target, OpOverload):
+        return [argument.name for argument in node.target._schema.arguments]
+    return [f"arg{index}" for index in range(len(node.args))]
 
 
 _TARGETS = {

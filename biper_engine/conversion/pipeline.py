@@ -57,6 +57,8 @@ def build(
     simplify(graph_module)
     for node in graph_module.graph.nodes:
         node.meta["source"] = node.name
+        if str(node.meta.get("layer", "x")).partition("#")[0] == "":
+            node.meta["layer"] = node.name  # a functional call in the outermost forward
     float_graph = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     rows = recognize(graph_module, keep_float=keep_float, zero_weights=zero_weights)
     fuse(graph_module)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, shape, substitute
+from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, parent, repeat_call, shape, substitute
 from biper_engine.conversion.ir import BinaryConv, StepRule
 from biper_engine.conversion.values import Step, find_step
 from biper_engine.conversion.weights import BinaryWeight, analyse_weight
@@ -34,6 +34,9 @@ from biper_engine.report import LayerReport
 __all__ = ["recognize"]
 
 aten = torch.ops.aten
+
+_MOVES = (aten.reshape.default, aten.permute.default, aten.slice.Tensor)
+"""Operators that move or drop values."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ def _layer(
     split = analyse_weight(weight, zero_weights)
     operand = _operand(graph_module, node, kind)
     binary_weight = isinstance(split, BinaryWeight)
+    # One weight per channel is always +-s; that alone makes no layer binary.
+    binary_weight = binary_weight and math.prod(weight_shape[1:]) > 1
     row = replace(row, binary=binary_weight or isinstance(operand, _Operand))
-    if any(fnmatchcase(name, pattern) for pattern in keep_float):
+    path = name.partition("#")[0]  # numbered where a module is called again
+    if any(fnmatchcase(path, pattern) or fnmatchcase(name, pattern) for pattern in keep_float):
         return replace(row, reason="kept by `keep_float`")
     if isinstance(split, str) or isinstance(operand, str):
         clauses = [f"its input {operand}"] if isinstance(operand, str) else []
@@ -172,7 +178,7 @@ def _moved(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Operand | No
     """Recognise a binary value behind an operator that moves values, or return None."""
     if is_call(x, aten.max_pool2d.default) and axis == 1:
         return _pooled(graph_module, x)
-    if is_call(x, aten.reshape.default, aten.permute.default):
+    if is_call(x, *_MOVES):
         return _rearranged(graph_module, x, axis)
     if is_call(x, aten.cat.default) and axis == arguments(x)["dim"] % len(shape(x)):
         return _concatenated(graph_module, x, axis)
@@ -183,7 +189,7 @@ def _moved(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Operand | No
 
 def _pooled(graph_module: fx.GraphModule, x: fx.Node) -> _Operand | None:
     pool = pool_geometry(x)
-    inner = _binary_value(graph_module, _first(x), 1) if pool is not None else "is a general pool"
+    inner = _binary_value(graph_module, parent(x), 1) if pool is not None else "is a general pool"
     if isinstance(inner, str):
         return None
 
@@ -195,12 +201,6 @@ def _pooled(graph_module: fx.GraphModule, x: fx.Node) -> _Operand | None:
         return node
 
     return _Operand(x, inner.rule, build)
-
-
-def _first(x: fx.Node) -> fx.Node:
-    parent = x.args[0]
-    assert isinstance(parent, fx.Node)
-    return parent
 
 
 def pool_geometry(x: fx.Node) -> Pool2dGeometry | None:
@@ -220,18 +220,20 @@ def _pair(value: Any) -> tuple[int, int]:
 
 def _rearranged(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Operand | None:
     """sign(x) rearranged is x rearranged, then sign, if all elements share one step."""
-    inner_node = _first(x)
-    if is_call(inner_node, aten.reshape.default, aten.permute.default):
-        return None
-    rank = len(shape(inner_node))
-    step = find_step(graph_module, inner_node, 1 if rank > 1 else 0)
+    moves, root = [x], parent(x)
+    while is_call(root, *_MOVES):
+        moves.append(root)
+        root = parent(root)
+    step = find_step(graph_module, root, 1 if len(shape(root)) > 1 else 0)
     if isinstance(step, str) or not step.rule.uniform:
         return None
     rule = step.rule.resized(int(shape(x)[axis]))
 
     def build(before: fx.Node) -> fx.Node:
-        moved = call(graph_module.graph, before, x.target, step.source, *x.args[1:], like=x)  # type: ignore[arg-type]
-        moved.meta.pop("source", None)
+        moved = step.source
+        for move in reversed(moves):
+            moved = repeat_call(graph_module.graph, before, move, moved)
+            moved.meta.pop("source", None)
         source = _as_map(graph_module, before, moved, axis)
         return _bits(graph_module, before, source, Step(source, rule))
 
@@ -239,7 +241,8 @@ def _rearranged(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Operand
 
 
 def _concatenated(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Operand | None:
-    parts = [find_step(graph_module, part, axis) for part in x.args[0]]  # type: ignore[union-attr]
+    joined_nodes: Sequence[fx.Node] = arguments(x)["tensors"]
+    parts = [find_step(graph_module, part, axis) for part in joined_nodes]
     steps = [part for part in parts if isinstance(part, Step)]
     if len(steps) < len(parts) or len({(s.rule.low, s.rule.high) for s in steps}) != 1:
         return None
@@ -308,6 +311,7 @@ def _pack(
         positive=positive,
         multiplier=split.scale * scale,
         bias=torch.zeros(channels, dtype=torch.float64) if bias is None else ir.float64(bias, channels),
+        filled=split.filled,
     )
     bits = operand.build(node)
     result = _emit(graph_module, node, bits, conv)
@@ -364,10 +368,10 @@ def _whole_map(
     graph_module: fx.GraphModule, node: fx.Node, operand: _Operand, split: BinaryWeight
 ) -> tuple[_Operand, BinaryWeight] | None:
     """Turn a linear layer on a flattened [N, C, H, W] map into a convolution by the whole map."""
-    flat = _first(node)
+    flat = parent(node)
     if not is_call(flat, aten.reshape.default):
         return None
-    inner = _first(flat)
+    inner = parent(flat)
     sizes = shape(inner)
     if len(sizes) != 4 or len(shape(flat)) != 2 or math.prod(sizes[1:]) != split.positive.shape[1]:
         return None
@@ -420,7 +424,7 @@ def _weight_sums(
     graph_module: fx.GraphModule, node: fx.Node, geometry: Conv2dGeometry, split: BinaryWeight
 ) -> Tensor:
     """Return the sum of weights over the valid taps of each position, float64 [1, O, OH, OW]."""
-    x = _first(node)
+    x = parent(node)
     if is_call(node, aten.conv2d.default):
         height, width = (int(size) for size in shape(_peel_padding(x)[1])[2:])
     else:

@@ -7,13 +7,15 @@ training trick, becomes `a`.
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, shape, substitute
+from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, parent, repeat_call, same_shape, shape, substitute
 
 __all__ = ["simplify"]
 
@@ -37,6 +39,9 @@ _ASSERTS = (
 """Calls without a result that is used; `copy_` writes a mutated input back, which engines never do."""
 
 
+_BROADCASTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+
 def simplify(graph_module: fx.GraphModule) -> None:
     """Rewrite `graph_module` in place; see the module."""
     for rewrite in (
@@ -48,6 +53,9 @@ def simplify(graph_module: fx.GraphModule) -> None:
         _reshapes,
         _share_equal_calls,
         _undo_straight_through,
+        _pads_behind,
+        _reversed_differences,
+        _broadcast_operands,
     ):
         rewrite(graph_module)
         graph_module.graph.eliminate_dead_code()
@@ -86,7 +94,7 @@ def _single_results(graph_module: fx.GraphModule) -> None:
     for node in _calls(graph_module):
         if not is_call(node, operator.getitem) or node.args[1] != 0:
             continue
-        producer = node.args[0]
+        producer = parent(node)
         if is_call(producer, aten._native_batch_norm_legit_no_training.default):
             x, weight, bias, mean, var, momentum, eps = producer.args
             args = (x, weight, bias, mean, var, False, momentum, eps, False)
@@ -125,17 +133,21 @@ def _layers(graph_module: fx.GraphModule) -> None:
     """Convolutions become conv2d, products with a constant matrix become linear."""
     for node in _calls(graph_module):
         if is_call(node, aten.convolution.default):
-            x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
-            if transposed or len(shape(weight)) != 4:
+            named = arguments(node)
+            if named["transposed"] or len(shape(named["weight"])) != 4:
                 continue
-            stride, padding, dilation = (
-                list(v) * 2 if len(v) == 1 else list(v) for v in (stride, padding, dilation)
-            )
-            args: tuple[Any, ...] = (x, weight, bias, stride, padding, dilation, groups)
+            sizes = [_pair(named[name]) for name in ("stride", "padding", "dilation")]
+            args = (named["input"], named["weight"], named["bias"], *sizes, named["groups"])
             new = call(graph_module.graph, node, aten.conv2d.default, *args, like=node)
             substitute(node, new)
         elif is_call(node, aten.addmm.default, aten.mm.default):
             _linear(graph_module, node)
+        elif is_call(node, aten.bmm.default):
+            _batched_linear(graph_module, node)
+
+
+def _pair(values: Sequence[int]) -> list[int]:
+    return list(values) * 2 if len(values) == 1 else list(values)
 
 
 def _linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -163,6 +175,7 @@ def _reshapes(graph_module: fx.GraphModule) -> None:
         aten.unsqueeze.default,
         aten.expand.default,
     )
+    _transposes(graph_module)
     for node in _calls(graph_module):
         if not is_call(node, *spellings):
             continue
@@ -172,22 +185,56 @@ def _reshapes(graph_module: fx.GraphModule) -> None:
         sizes = [size if isinstance(size, int) else -1 for size in target]
         if sizes.count(-1) > 1:
             continue
-        if _same_shape(source, node):
+        if same_shape(source, node):
             substitute(node, source)
-        elif is_call(node, aten.expand.default):
-            args = (source, sizes)
-            substitute(node, call(graph_module.graph, node, aten.expand.default, *args, like=node))
-        else:
+        elif not is_call(node, aten.expand.default):
             args = (source, sizes)
             substitute(node, call(graph_module.graph, node, aten.reshape.default, *args, like=node))
+        elif _keeps_batch(source, node):
+            args = (source, sizes)
+            substitute(node, call(graph_module.graph, node, aten.expand.default, *args, like=node))
+
+
+def _batched_linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """`x @ w` of a 3-d x that is not contiguous comes as a product with w repeated per sample."""
+    matrix = parent(node, 1)
+    wanted = shape(matrix)[1:]
+    while is_call(matrix, aten.expand.default, aten.view.default, aten._unsafe_view.default):
+        matrix = parent(matrix)
+    weight = constant(graph_module, matrix)
+    if weight is None or tuple(weight.shape[-2:]) != wanted or weight.numel() != math.prod(wanted):
+        return
+    transposed = constant_node(graph_module, node, weight.reshape(wanted).t().contiguous())
+    layer = call(graph_module.graph, node, aten.linear.default, parent(node), transposed, None, like=node)
+    substitute(node, layer)
+
+
+def _transposes(graph_module: fx.GraphModule) -> None:
+    for node in _calls(graph_module):
+        if is_call(node, aten.transpose.int, aten.t.default):
+            order = list(range(len(shape(node))))
+            first, second = (0, 1) if len(node.args) == 1 else _integers(node.args[1:])
+            order[first], order[second] = order[second], order[first]
+            args = (parent(node), order)
+            substitute(node, call(graph_module.graph, node, aten.permute.default, *args, like=node))
+
+
+def _integers(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
+
+
+def _keeps_batch(source: fx.Node, expanded: fx.Node) -> bool:
+    """Whether -1, which means "as before", may stand for each symbolic size of an expand."""
+    old, new = shape(source), shape(expanded)
+    padded = [1] * (len(new) - len(old)) + list(old)
+    return all(
+        isinstance(size, int) or str(size) == str(before)
+        for before, size in zip(padded, new, strict=True)
+    )
 
 
 def _same_value_type(a: fx.Node, b: fx.Node) -> bool:
-    return _same_shape(a, b) and a.meta["val"].dtype == b.meta["val"].dtype
-
-
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return [str(size) for size in shape(a)] == [str(size) for size in shape(b)]
+    return same_shape(a, b) and bool(a.meta["val"].dtype == b.meta["val"].dtype)
 
 
 def _share_equal_calls(graph_module: fx.GraphModule) -> None:
@@ -206,20 +253,71 @@ def _undo_straight_through(graph_module: fx.GraphModule) -> None:
     for node in _calls(graph_module):
         if not is_call(node, aten.add.Tensor) or arguments(node)["alpha"] != 1:
             continue
-        for difference, c in (node.args[:2], node.args[1::-1]):
+        left, right = node.args[:2]
+        for difference, c in ((left, right), (right, left)):
             value = _minuend(difference, c)
-            if value is not None and _same_shape(value, node):
+            if value is not None and same_shape(value, node):
                 substitute(node, value)
                 break
 
 
 def _minuend(difference: object, c: object) -> fx.Node | None:
     """Return a when `difference` is `a - c`."""
+    if not isinstance(difference, fx.Node) or not isinstance(c, fx.Node):
+        return None
     if not is_call(difference, aten.sub.Tensor):
         return None
-    assert isinstance(difference, fx.Node)
     named = arguments(difference)
     matches = named["other"] is c and named["alpha"] == 1
     return named["self"] if matches and isinstance(named["self"], fx.Node) else None
 
 
+def _pads_behind(graph_module: fx.GraphModule) -> None:
+    """`f(pad(x))` becomes `pad(f(x))` for zero pads and the `f` with f(0) = 0 that nets put there.
+
+    After this, zeros that a model pads before its sign are the zero padding of a convolution.
+    """
+    for node in _calls(graph_module):
+        if not _maps_zero_to_zero(node):
+            continue
+        pad = parent(node)
+        if not is_call(pad, aten.constant_pad_nd.default) or arguments(pad)["value"] != 0:
+            continue
+        inner = repeat_call(graph_module.graph, node, node, parent(pad))
+        inner.meta["val"] = parent(pad).meta["val"]
+        outer = repeat_call(graph_module.graph, node, pad, inner)
+        substitute(node, outer)
+
+
+def _maps_zero_to_zero(node: fx.Node) -> bool:
+    if is_call(node, aten.sign.default, aten.sgn.default, aten.relu.default, aten.tanh.default):
+        return True
+    if not is_call(node, aten.hardtanh.default, aten.clamp.default):
+        return False
+    named = arguments(node)
+    low = named.get("min_val", named.get("min"))
+    high = named.get("max_val", named.get("max"))
+    return (low is None or low <= 0) and (high is None or high >= 0)
+
+
+def _reversed_differences(graph_module: fx.GraphModule) -> None:
+    """`s - x` with a number s becomes `-x + s`, which rounds the same."""
+    for node in _calls(graph_module):
+        if not is_call(node, aten.rsub.Scalar) or arguments(node)["alpha"] != 1:
+            continue
+        graph = graph_module.graph
+        negated = call(graph, node, aten.neg.default, parent(node), like=node)
+        substitute(node, call(graph, node, aten.add.Tensor, negated, node.args[1], like=node))
+
+
+def _broadcast_operands(graph_module: fx.GraphModule) -> None:
+    """`x + c.expand_as(x)` becomes `x + c`."""
+    for node in _calls(graph_module):
+        if not is_call(node, *_BROADCASTING):
+            continue
+        for position, other in ((0, 1), (1, 0)):
+            operand, wide = node.args[position], node.args[other]
+            if not isinstance(operand, fx.Node) or not isinstance(wide, fx.Node):
+                continue
+            if is_call(operand, aten.expand.default) and same_shape(wide, node):
+                node.update_arg(position, parent(operand))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from biper_engine.conversion.graphs import constant, evaluate, is_call, shape
+from biper_engine.conversion.graphs import arguments, constant, evaluate, is_call, parent, same_shape, shape
 from biper_engine.conversion.ir import StepRule
 
 __all__ = ["Step", "find_step"]
@@ -43,6 +43,7 @@ _PASS_THROUGH = (
     aten.reshape.default,
     aten.permute.default,
     aten.mean.dim,
+    aten.slice.Tensor,
     aten.constant_pad_nd.default,
 )
 
@@ -78,6 +79,8 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
             continue
         found = _analyse(cone)
         if isinstance(found, StepRule):
+            if not same_shape(cone.source, node):  # a threshold that widens its input
+                continue
             if found.tie and _rests_on_step(cone, found):
                 return "is a sign whose argument rests at 0 (a ReLU before it?), so it takes three values, -1, 0 and +1"
             return Step(cone.source, found)
@@ -91,9 +94,7 @@ def describe(node: fx.Node) -> str:
     names = {"relu": "a ReLU", "hardtanh": "a clamp", "clamp": "a clamp", "add": "a sum", "batch_norm": "a batch norm"}
     names |= {"max_pool2d": "a max pool", "avg_pool2d": "an average pool", "conv2d": "a convolution", "linear": "a linear layer"}
     if is_call(node, aten.reshape.default, aten.permute.default, aten.constant_pad_nd.default):
-        parent = node.args[0]
-        assert isinstance(parent, fx.Node)
-        return describe(parent)
+        return describe(parent(node))
     if node.op == "placeholder":
         return "the network's input"
     name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
@@ -125,10 +126,10 @@ class _Cone:
             return False
         self._frontier.remove(latest)
         self.members.append(latest)
-        for parent in latest.all_input_nodes:
-            if self._is_constant(parent) or parent in self._frontier or parent in self.members:
+        for operand in latest.all_input_nodes:
+            if self._is_constant(operand) or operand in self._frontier or operand in self.members:
                 continue
-            self._frontier.append(parent)
+            self._frontier.append(operand)
         return bool(self._frontier)
 
     def _is_constant(self, node: fx.Node) -> bool:
@@ -141,9 +142,9 @@ class _Cone:
         layout[self.axis] = self.channels
         values = {self.source: x.reshape(layout)}
         for node in sorted(self.members, key=self._order.__getitem__):
-            for parent in node.all_input_nodes:
-                if parent not in values:
-                    values[parent] = self._constant(parent)
+            for operand in node.all_input_nodes:
+                if operand not in values:
+                    values[operand] = self._constant(operand)
             try:
                 values[node] = evaluate(node, values)
             except (RuntimeError, TypeError, ValueError) as cause:
@@ -198,7 +199,7 @@ def _analyse(cone: _Cone) -> StepRule | str | None:
     probes = _probes(cone.channels)
     try:
         values = cone(probes)
-        levels = values.unique()
+        levels = torch.unique(values)  # type: ignore[no-untyped-call, unused-ignore]
         if levels.isnan().any() or len(levels) > 3:
             return None
         if len(levels) == 1:
@@ -283,29 +284,39 @@ def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
     """Whether what computes the source sits exactly at the step on a whole interval, as ReLU does."""
     larger: _Cone | None = cone
     while larger is not None:
-        try:
-            values = larger(_probes(larger.channels))
-        except _NotElementwise:
-            break
-        third = (values != rule.low) & (values != rule.high)
+        third = _third_values(larger, rule, _probes(larger.channels))
+        if third is None:
+            return False
         if int(third.sum(0).max()) > 3:  # -0.0, 0.0 and the grid's 0.0 are one point
             return True
-        source = larger.source
-        larger = larger.extended()
-    else:
-        return bool((rule.threshold == 0).all()) and source is not None and _rests_at_zero(cone, source)
-    return False
+        largest, larger = larger, larger.extended()
+    at_zero = _third_values(largest, rule, torch.zeros(1, largest.channels))
+    assert at_zero is not None and largest.source is not None
+    return bool(at_zero.any()) and _rests_at_zero(largest.source)
 
 
-def _rests_at_zero(cone: _Cone, node: fx.Node) -> bool:
-    if is_call(node, *_PASS_THROUGH):
-        parent = node.args[0]
-        return isinstance(parent, fx.Node) and _rests_at_zero(cone, parent)
+def _third_values(cone: _Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
+    """Return where a cone takes neither level; None where it cannot be evaluated."""
+    try:
+        values = cone(probes)
+    except _NotElementwise:
+        return None
+    return (values != rule.low) & (values != rule.high)
+
+
+def _rests_at_zero(node: fx.Node) -> bool:
+    """Whether a map is exactly 0 in many places, whatever the input is like."""
     if is_call(node, aten.relu.default):
         return True
+    if is_call(node, aten.constant_pad_nd.default) and arguments(node)["value"] == 0:
+        return True
+    if is_call(node, *_PASS_THROUGH):
+        return _rests_at_zero(parent(node))
     if is_call(node, aten.clamp.default, aten.hardtanh.default):
         return 0 in node.args[1:]
+    if is_call(node, aten.cat.default, aten.mul.Tensor):
+        return any(_rests_at_zero(operand) for operand in node.all_input_nodes)
     if is_call(node, aten.add.Tensor):
         parents = node.all_input_nodes
-        return len(parents) == 2 and all(_rests_at_zero(cone, parent) for parent in parents)
+        return len(parents) == 2 and all(_rests_at_zero(operand) for operand in parents)
     return False

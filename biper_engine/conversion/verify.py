@@ -8,35 +8,45 @@ rounding of its threshold,
 
 and each one is counted. A float map must agree within the rounding of its dtype. Where the model's
 own sign met an exact 0, which no bit can hold, the contract says +1: such inputs are counted, and
-the outputs they reach are left out of the comparison of bits and floats. Logit error and top-1
+the outputs they reach are left out of the comparison of bits and floats, as are output channels
+whose zero weights the caller chose to count as positive. Logit error and top-1
 agreement of the whole network are reported, not judged: one legitimate flip moves logits.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from biper_engine import bits as contract
 from biper_engine import ops
+from biper_engine.conversion.graphs import arguments, is_call, parent
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.pipeline import Built, build
 from biper_engine.engine import Engine
 from biper_engine.errors import ConversionError
 from biper_engine.ops.reference import apply_epilogue
 from biper_engine.ops.registration import _split
+from biper_engine.runtime import isolate_outputs
 
 __all__ = ["SegmentReport", "VerifyReport", "check_segments", "verify"]
 
 _FLOAT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest error of a float map over its largest magnitude: rounding of sums of up to 2^16 terms."""
+
+
+_CHUNK = 64
 
 
 @dataclass
@@ -174,27 +184,30 @@ def verify(
         ConversionError: the model cannot be captured with the engine's input size.
         ValueError: `data` holds no image.
     """
-    batches = list(_batches(data, len(engine.signature.inputs), limit))
-    if not batches:
+    batches = _batches(data, len(engine.signature.inputs), limit)
+    first = next(batches, None)
+    if first is None:
         raise ValueError("`data` holds no image; pass a tensor [N, ...] or an iterable of batches.")
-    built = _rebuild(engine, model, batches[0])
+    built = _rebuild(engine, model, first)
     mismatch = _mismatch(engine.graph_module, built.lowered)
     if mismatch:
         return VerifyReport(mismatch=mismatch)
-    return check_segments(engine, built, batches)
+    return check_segments(engine, built, chain([first], batches))
 
 
 def _batches(
     data: Tensor | Iterable[Any], inputs: int, limit: int | None
-) -> Iterable[tuple[Tensor, ...]]:
-    left = limit if limit is not None else 1 << 62
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield flat inputs of at most `_CHUNK` images, since every map of a batch is kept."""
+    left = limit if limit is not None else sys.maxsize
     for batch in [data] if isinstance(data, Tensor) else data:
         leaves = pytree.tree_leaves(batch)[:inputs]
         count = min(left, leaves[0].shape[0])
-        if count < 1:
-            return
-        yield tuple(leaf[:count] for leaf in leaves)
+        for start in range(0, count, _CHUNK):
+            yield tuple(leaf[start : min(start + _CHUNK, count)] for leaf in leaves)
         left -= count
+        if left < 1:
+            return
 
 
 def _rebuild(engine: Engine, model: nn.Module, batch: tuple[Tensor, ...]) -> Built:
@@ -221,12 +234,56 @@ def _mismatch(own: fx.GraphModule, fresh: fx.GraphModule) -> str:
         same = value.shape == other.shape and value.dtype == other.dtype
         if not same or not torch.equal(value.cpu(), other.cpu()):
             return f"the engine was not made from this model: {name} differs"
-    targets = [[str(n.target) for n in g.graph.nodes if "biper" in str(n.target)] for g in (own, fresh)]
-    return "" if targets[0] == targets[1] else "the engine's operators are not the model's"
+    isolated = fx.GraphModule(fresh, copy.deepcopy(fresh.graph))
+    isolate_outputs(isolated)
+    return _graph_difference(_operators(own), _operators(isolated))
+
+
+def _operators(graph_module: fx.GraphModule) -> list[tuple[str, Any]]:
+    """Return every node's operator and arguments, with positions in place of names."""
+    positions: dict[fx.Node, str] = {}
+    listed = []
+    for index, node in enumerate(graph_module.graph.nodes):
+        positions[node] = f"%{index}"
+        values: dict[str, Any] = {str(place): value for place, value in enumerate(node.args)}
+        if node.op == "call_function" and isinstance(node.target, OpOverload):
+            values = arguments(node)
+        values = {name: _plain(value, positions) for name, value in values.items()}
+        listed.append((node.op if node.op in ("placeholder", "output") else str(node.target), values))
+    return listed
+
+
+def _plain(value: Any, positions: dict[fx.Node, str]) -> Any:
+    if isinstance(value, fx.Node):
+        return positions[value]
+    if isinstance(value, list | tuple):
+        return [_plain(item, positions) for item in value]
+    return value
+
+
+def _graph_difference(own: list[tuple[str, Any]], fresh: list[tuple[str, Any]]) -> str:
+    if len(own) != len(fresh):
+        return f"the engine has {len(own)} operators and tensors, the model {len(fresh)}"
+    for (mine, my_arguments), (theirs, their_arguments) in zip(own, fresh, strict=True):
+        if mine != theirs:
+            return f"the engine has {mine} where the model has {theirs}"
+        for name, value in my_arguments.items():
+            if _scalar_lists(value) != _scalar_lists(their_arguments.get(name)):
+                return (
+                    f"`{name}` of {mine} is {value} in the engine and "
+                    f"{their_arguments.get(name)} in the model"
+                )
+    return ""
+
+
+def _scalar_lists(value: Any) -> Any:
+    """A list that repeats one number and the number itself are one argument to PyTorch."""
+    repeated = isinstance(value, list) and len(value) > 0 and all(v == value[0] for v in value)
+    return value[0] if repeated and not isinstance(value[0], str) else value
 
 
 def check_segments(
-    engine: Engine, built: Built, batches: Sequence[tuple[Tensor, ...]]
+    engine: Engine, built: Built, batches: Iterable[tuple[Tensor, ...]]
 ) -> VerifyReport:
     """Run the comparison on flat inputs, with the float graph of `built` as the truth."""
     report = VerifyReport()
@@ -281,20 +338,33 @@ class _Segments(fx.Interpreter):
         self._truth = truth
         self._graph = built.float_graph
         self._segments = segments
+        self._affected: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if "conv" in n.meta:
             return self._conv(n)
         value = super().run_node(n)
+        affected = self._inherited(n, value)
         if "rule" in n.meta:
             self._count_zeros(n)
         source = n.meta.get("source")
         if n.op != "call_function" or source is None or not isinstance(value, Tensor):
+            if affected is not None:
+                self._affected[n] = affected
             return value
         wanted = self._truth.values[source].reshape(value.shape).to(value.dtype)
         if "getitem" not in str(n.target):
-            self._compare_floats(self._segment(n), value, wanted, None)
+            self._compare_floats(self._segment(n), value, wanted, affected)
         return wanted
+
+    def _inherited(self, n: fx.Node, value: Any) -> Tensor | None:
+        """Return what exact zeros reached before `n`, where no float node stood in between."""
+        reached = [self._affected[node] for node in n.all_input_nodes if node in self._affected]
+        if not reached or not isinstance(value, Tensor):
+            return None
+        if is_call(n, torch.ops.aten.reshape.default):
+            return reached[0].reshape(value.shape)
+        return torch.stack([mask.expand(value.shape) for mask in reached]).any(0)
 
     def _segment(self, n: fx.Node) -> SegmentReport:
         name = str(n.meta.get("layer", n.name))
@@ -303,7 +373,7 @@ class _Segments(fx.Interpreter):
     def _count_zeros(self, n: fx.Node) -> None:
         rule = n.meta["rule"]
         if rule.tie:
-            x = self.env[n.args[0]].float()
+            x = self.env[parent(n)].float()
             zeros = int((x == rule.threshold.to(x.device).view(1, -1, 1, 1)).sum())
             if zeros:
                 segment = self._segments.setdefault(n.name, SegmentReport(n.name))
@@ -340,6 +410,8 @@ class _Segments(fx.Interpreter):
         result = n.target(*args, **kwargs)  # type: ignore[operator]
         source = n.meta.get("source")
         if source is None:
+            if affected is not None:
+                self._affected[n] = affected
             return result
         v = apply_epilogue(dot, epilogue, residual)
         truth = self._truth.values[source].reshape(v.shape)
@@ -375,10 +447,10 @@ class _Segments(fx.Interpreter):
         weight = torch.where(conv.positive, 1.0, -1.0).to(value.device)
         padded = F.pad(unit, (left, right, top, bottom)).float()
         wanted = F.conv2d(padded, weight, *shared).round().to(torch.int32)
-        if not bool(zero.any()):
+        if not bool(zero.any()) and not bool(conv.filled.any()):
             return wanted, None
         reached = F.conv2d(F.pad(zero.float(), (left, right, top, bottom)), weight.abs(), *shared)
-        return wanted, reached > 0
+        return wanted, (reached > 0) | conv.filled.view(1, -1, 1, 1).to(value.device)
 
     def _compare_bits(
         self,

@@ -19,11 +19,13 @@ class BinaryWeight:
         scale: float64 [O], at least 0.
         offset: float64 [O]; 0 for the usual +-s.
         zeros: weights that are exactly 0 and were counted as +s.
+        filled: bool [O], the output channels that have such weights.
     """
 
     positive: Tensor
     scale: Tensor
     offset: Tensor
+    filled: Tensor
     zeros: int = 0
 
 
@@ -45,12 +47,11 @@ def analyse_weight(weight: Tensor, zero_weights: str) -> BinaryWeight | str:
     zeros = int((flat == 0).sum())
     largest = flat.abs().amax(1, keepdim=True)
     split = _symmetric(flat, largest)
-    if split is None and zeros and zero_weights == "positive":
-        filled = torch.where(flat == 0, largest, flat)
-        split = _symmetric(filled, largest)
-        return _shaped(split, weight, zeros) if split is not None else _reason(flat, zeros)
     if split is None:
         split = _asymmetric(flat, largest) if _few_values(flat) else None
+    if split is None and zeros and zero_weights == "positive":
+        split = _symmetric(torch.where(flat == 0, largest, flat), largest)
+        return _shaped(split, weight, zeros) if split is not None else _reason(flat, zeros)
     return _reason(flat, zeros) if split is None else _shaped(split, weight, 0)
 
 
@@ -83,13 +84,16 @@ def _few_values(flat: Tensor) -> bool:
 
 def _shaped(split: tuple[Tensor, Tensor, Tensor], weight: Tensor, zeros: int) -> BinaryWeight:
     positive, scale, offset = split
-    return BinaryWeight(positive.reshape(weight.shape), scale, offset, zeros)
+    zero = (weight == 0).flatten(1).any(1)
+    filled = zero if zeros else torch.zeros_like(zero)
+    return BinaryWeight(positive.reshape(weight.shape), scale, offset, filled, zeros)
 
 
 def _reason(flat: Tensor, zeros: int) -> str:
-    distinct = len(flat.unique())
-    ternary = distinct > 2 and zeros and _symmetric(torch.where(flat == 0, flat.abs().amax(1, keepdim=True), flat), flat.abs().amax(1, keepdim=True))
-    if ternary:
+    distinct = len(torch.unique(flat))  # type: ignore[no-untyped-call, unused-ignore]
+    largest = flat.abs().amax(1, keepdim=True)
+    filled = _symmetric(torch.where(flat == 0, largest, flat), largest)
+    if distinct > 2 and zeros and filled is not None:
         plural = "is" if zeros == 1 else "are"
         return (
             f"has {zeros} of {flat.numel()} values that {plural} exactly 0, which no bit can hold "

@@ -103,7 +103,8 @@ def load_checkpoint(
         "stage": _agree("stage", contents.stage, stage, contents),
     }
     try:
-        network = build(name, **settings)
+        with torch.random.fork_rng(devices=()):  # fresh weights are drawn, then replaced
+            network = build(name, **settings)
     except ValueError as error:
         raise CheckpointError(f"'{contents.path}': {error}") from error
     state = dict(contents.state)
@@ -233,6 +234,11 @@ def _state_dict(path: str, value: Any) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"'{path}' has no state dict: entry {key!r} is {type(entry).__name__}, wanted a "
                 "tensor. Wanted a dict of tensors, or a dict with one under 'state_dict'."
+            )
+        if entry.layout != torch.strided or entry.is_quantized or entry.is_complex():
+            raise CheckpointError(
+                f"'{path}': entry '{key}' is {entry.dtype}, {entry.layout}; wanted a dense tensor "
+                "of real numbers. Only latent weights as training keeps them can be read."
             )
     if all(key.startswith("module.") for key in value):
         return {key.removeprefix("module."): entry for key, entry in value.items()}

@@ -41,14 +41,21 @@ def _signs(positive: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a * b + c of float32 tensors, rounded once to float32.
 
-    The product of two float32 is exact in float64. The float64 sum is rounded to odd (its last bit
-    set whenever the exact sum, known from the error term, is no float64), after which rounding to
-    float32 gives the correctly rounded result, since 53 >= 24 + 2 bits.
+    The product of two float32 is exact in float64, so that the float64 sum carries one rounding.
+    Rounding it again to float32 is harmless unless it lies exactly halfway between two float32: on
+    every other side of a halfway point the exact sum and the float64 sum agree. A sum on such a
+    point is first rounded to odd (its last bit set whenever the exact sum, known from the error
+    term, is no float64), which puts it on the side of the exact sum.
     Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008.
     """
     product = a.double() * b.double()
     addend = c.double()
     total = product + addend
+    # 29 bits of a float64 are dropped; subnormal results drop more and go the long way.
+    halfway = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
+    halfway |= (total.abs() < 2.0**-125) & (total != 0)
+    if total.device.type == "cpu" and not bool(halfway.any()):
+        return total.float()
     back = total - product
     error = (product - (total - back)) + (addend - back)
     even = (total.view(torch.int64) & 1) == 0

@@ -149,7 +149,7 @@ def _run_stage(
             trainer.fit(
                 module,
                 data.loader(train, batch_size=config.batch_size, shuffle_seed=seed),
-                held_out and data.loader(held_out, batch_size=_EVALUATION_BATCH),
+                None if held_out is None else data.loader(held_out, batch_size=_EVALUATION_BATCH),
                 ckpt_path=latest if latest.exists() else None,
             )
     result = StageResult(

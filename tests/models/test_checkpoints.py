@@ -71,6 +71,12 @@ class TestOwnFormat:
         assert contents["metrics"] == {"accuracy": 0.5}
         assert (contents["format"], contents["version"]) == ("biper_engine.checkpoint", 0)
 
+    def test_loading_leaves_the_random_state_alone(self, network, tmp_path):
+        save_checkpoint(tmp_path / "net.pt", network)
+        before = torch.random.get_rng_state()
+        load_checkpoint(tmp_path / "net.pt")
+        assert torch.equal(torch.random.get_rng_state(), before)
+
     def test_agreeing_arguments_are_accepted(self, network, tmp_path):
         save_checkpoint(tmp_path / "net.pt", network)
         loaded = load_checkpoint(tmp_path / "net.pt", arch=NAME, frequency=20, stage=2)
@@ -101,6 +107,8 @@ class TestOwnFormat:
             ("model", "imagenet/nothing", "does not know"),
             ("state_dict", [], "no state dict"),
             ("state_dict", {"a": 1}, "entry 'a' is int"),
+            ("state_dict", {"a": torch.eye(2).to_sparse()}, "wanted a dense tensor"),
+            ("state_dict", {"a": torch.ones(2, dtype=torch.complex64)}, "wanted a dense tensor"),
             ("metadata", {"crop_pct": 7}, "entry 'metadata' is invalid"),
             ("metadata", 3, "entry 'metadata' is invalid"),
         ],

@@ -10,6 +10,15 @@ from biper_engine.nn import regularizer, set_tau
 from tests.golden import weights
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """PyTorch's float64 convolutions on eight images gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def network_of(case, stage):
     network = build("cifar10/resnet20_1w1a", frequency=case["freq"], stage=stage).double()
     shapes = {name: list(value.shape) for name, value in network.state_dict().items()}

@@ -20,6 +20,15 @@ CONFIG = TrainingConfig(stage1=STAGE1, stage2=STAGE2, batch_size=16)
 
 
 @pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On maps this small a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def few_digits():
     """48 + 16 images of 8x8 noise in place of the digits: an epoch takes a blink."""
     images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -37,7 +46,7 @@ def few_digits():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(few_digits, tmp_path_factory):
+def uninterrupted(few_digits, one_thread, tmp_path_factory):
     return fit(CONFIG, output_dir=tmp_path_factory.mktemp("whole"), options=QUIET)
 
 

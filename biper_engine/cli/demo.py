@@ -1,0 +1,271 @@
+"""The demo, step by step: train, convert, verify, save, reload in a new process, time.
+
+Every number in its result is measured in the run that reports it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import biper_engine
+from biper_engine.cli.console import status
+from biper_engine.cli.train import fit_quietly
+from biper_engine.training import RunOptions, TrainingConfig, TrainingResult, data
+
+__all__ = ["DemoResult", "Timing", "run_demo"]
+
+_TIMED_BATCHES = (1, 64)
+_ROUNDS = (5, 60)
+"""Fewest and most calls of each network that are timed."""
+_SECONDS_PER_TIMING = 4.0
+_IMAGES_PER_CLASS = 2
+_VERIFIED_BATCH = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Median wall-clock time of one call at one batch size, both networks in turn."""
+
+    batch: int
+    rounds: int
+    float_ms: float
+    engine_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        train_images, test_images: sizes of the fixed split.
+        train_seconds: wall-clock time of both stages, of earlier runs where those began them.
+        float_accuracy, engine_accuracy: share of test images classified right.
+        top1_equal: test images on which both networks name the same class.
+        packed, layers: layers on bits, and all.
+        verified: the verdict of `biper_engine.verify` on all test images.
+        layers_equal, layers_compared: binary layers whose accumulators are all equal.
+        logit_error: largest difference of a logit between the two networks.
+        reload_identical: whether a new process got the same bits from the saved file.
+        float_bytes: the float network's parameters and buffers.
+        file_bytes: the whole `.biper` file.
+        timings: one per batch size.
+        backends: those that ran the engine's operators.
+        machine: what it was measured on.
+    """
+
+    architecture: str
+    train_images: int
+    test_images: int
+    train_epochs: int
+    train_seconds: float
+    float_accuracy: float
+    engine_accuracy: float
+    top1_equal: int
+    packed: int
+    layers: int
+    verified: bool
+    layers_equal: int
+    layers_compared: int
+    logit_error: float
+    reload_identical: bool
+    float_bytes: int
+    file_bytes: int
+    timings: tuple[Timing, ...]
+    backends: tuple[str, ...]
+    machine: dict[str, Any]
+
+    @property
+    def failures(self) -> list[str]:
+        """What is not as it must be; empty for a demo that succeeded."""
+        checks = {
+            f"top-1 is equal on {self.top1_equal} of {self.test_images} images only": (
+                self.top1_equal == self.test_images
+            ),
+            "the reloaded file gives other logits": self.reload_identical,
+            f"verify: {self.layers_equal} of {self.layers_compared} layers are equal, or a "
+            "float segment differs": self.verified,
+        }
+        return [text for text, passed in checks.items() if not passed]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**asdict(self), "ok": not self.failures, "failures": self.failures}
+
+
+def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool) -> DemoResult:
+    """Run every step, in `directory`: digits.biper, digits/*.png and training/ are left there.
+
+    Args:
+        directory: made if missing. A finished training in it is used again.
+        say: called with a line about each step.
+        progress_bar: show the trainer's.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = TrainingConfig()
+    dataset = data.load(config.dataset)
+    images, labels = dataset.test
+
+    trained = _train(config, directory / "training", say, progress_bar)
+    model = biper_engine.load_checkpoint(trained.stage2.path)
+
+    with status("Converting"):
+        engine = biper_engine.convert(model)
+    report = engine.report
+    say(f"2. convert: {report.packed} of {len(report.layers)} layers packed into bits")
+
+    with status(f"Verifying layer by layer on {len(labels)} images"):
+        verified = biper_engine.verify(engine, model, _batches(images))
+    say(
+        f"3. verify: {verified.layers_equal} of {verified.layers} binary layers equal on "
+        f"{verified.images} images, logit error {verified.logit_error:.1e}"
+    )
+
+    file = directory / "digits.biper"
+    with status("Saving, and loading again in a new process"):
+        engine.save(file)
+        logits, float_logits = _logits(engine, images), _logits(model, images)
+        identical = _same_in_new_process(file, images, logits)
+        _write_digits(directory / "digits", len(dataset.train.labels))
+    outcome = "the same logits, bit by bit" if identical else "OTHER LOGITS"
+    say(f"4. save and reload in a new process: {outcome}")
+
+    with status("Timing both networks in turn"):
+        timings = tuple(_time(engine, model, images[:batch]) for batch in _TIMED_BATCHES)
+    return DemoResult(
+        architecture=config.architecture,
+        train_images=len(dataset.train.labels),
+        test_images=len(labels),
+        train_epochs=trained.epochs,
+        train_seconds=trained.seconds,
+        float_accuracy=_accuracy(float_logits, labels),
+        engine_accuracy=_accuracy(logits, labels),
+        top1_equal=int((logits.argmax(1) == float_logits.argmax(1)).sum()),
+        packed=report.packed,
+        layers=len(report.layers),
+        verified=verified.ok,
+        layers_equal=verified.layers_equal,
+        layers_compared=verified.layers,
+        logit_error=verified.logit_error,
+        reload_identical=identical,
+        float_bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+        file_bytes=file.stat().st_size,
+        timings=timings,
+        backends=_backends(engine),
+        machine=_machine(),
+    )
+
+
+def _train(
+    config: TrainingConfig, directory: Path, say: Callable[[str], None], progress_bar: bool
+) -> TrainingResult:
+    found = (directory / "config.json").exists()
+    epochs = config.stage1.epochs + config.stage2.epochs
+    say(f"1. train: {config.architecture} on {config.dataset}, two stages, {epochs} epochs ...")
+    options = RunOptions(accelerator="cpu", devices=1, progress_bar=progress_bar)
+    trained = fit_quietly(config, directory, resume=True, options=options)
+    earlier = f", earlier runs included; delete {directory} to start anew"
+    say(f"   {trained.seconds:.0f} s of training{earlier if found else ''}")
+    return trained
+
+
+def _batches(images: Tensor) -> list[Tensor]:
+    return [
+        images[start : start + _VERIFIED_BATCH] for start in range(0, len(images), _VERIFIED_BATCH)
+    ]
+
+
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        result: Tensor = network(images)
+    return result
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def _same_in_new_process(file: Path, images: Tensor, wanted: Tensor) -> bool:
+    """Run the file in a fresh interpreter; compare every bit of its logits with `wanted`."""
+    root = str(Path(biper_engine.__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with tempfile.TemporaryDirectory() as scratch:
+        given, got = Path(scratch, "images.npy"), Path(scratch, "logits.npy")
+        np.save(given, images.numpy())
+        program = [
+            sys.executable,
+            "-m",
+            "biper_engine.cli.demo_reload",
+            *map(str, (file, given, got)),
+        ]
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(
+                f"The new process that loads '{file}' ended with code {done.returncode}:\n"
+                f"{done.stderr.strip()}"
+            )
+        logits = np.load(got)
+    same_bytes: bool = logits.tobytes() == wanted.numpy().tobytes()
+    return same_bytes and logits.shape == tuple(wanted.shape)
+
+
+def _write_digits(directory: Path, first_test_image: int) -> None:
+    """Write the first test images of each class as `<label>_<number>.png`, 8x8 pixels."""
+    directory.mkdir(exist_ok=True)
+    written: dict[int, int] = {}
+    images, labels = data.digit_images()
+    for image, label in zip(images[first_test_image:], labels[first_test_image:], strict=True):
+        number = written.get(label, 0)
+        if number < _IMAGES_PER_CLASS:
+            image.save(directory / f"{label}_{number}.png")
+            written[label] = number + 1
+
+
+def _time(engine: nn.Module, model: nn.Module, images: Tensor) -> Timing:
+    """Call both networks in turn, so that whatever else the machine does hits both alike."""
+    networks = (model, engine)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    fewest, most = _ROUNDS
+    with torch.inference_mode():
+        for network in networks * 2:
+            network(images)
+        end = perf_counter() + _SECONDS_PER_TIMING
+        while len(seconds[0]) < most and (len(seconds[0]) < fewest or perf_counter() < end):
+            for network, measured in zip(networks, seconds, strict=True):
+                start = perf_counter()
+                network(images)
+                measured.append(perf_counter() - start)
+    float_ms, engine_ms = (statistics.median(measured) * 1e3 for measured in seconds)
+    return Timing(batch=len(images), rounds=len(seconds[0]), float_ms=float_ms, engine_ms=engine_ms)
+
+
+def _backends(engine: biper_engine.Engine) -> tuple[str, ...]:
+    from biper_engine.serialization import check_backend
+
+    return tuple(sorted({node.backend for node in check_backend(engine).nodes}))
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "biper_engine": biper_engine.__version__,
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,100 @@
+"""The demo's picture: accuracy, bytes and time, float net beside engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from biper_engine.cli.demo import DemoResult
+
+__all__ = ["write_plot"]
+
+_FLOAT, _ENGINE, _INK = "#9aa5b1", "#2563eb", "#1f2933"
+
+
+def write_plot(result: DemoResult, path: Path) -> None:
+    """Draw three panels into a PNG, without a display.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError(
+            f"The demo's plot needs matplotlib, which cannot be imported: {error}. "
+            'Run: pip install "biper-engine[train]"'
+        ) from error
+
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1, wspace=0.04)
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout=layout)
+    FigureCanvasAgg(figure)
+    accuracy, size, time = figure.subplots(1, 3, width_ratios=(1, 1, 1.35))
+    count = result.test_images
+    _bars(
+        accuracy,
+        [""],
+        [[100 * result.float_accuracy], [100 * result.engine_accuracy]],
+        lambda value: f"{value:.1f} %",
+    )
+    _label(accuracy, "Accuracy", f"top-1 equal on {result.top1_equal} of {count} test digits")
+    _bars(
+        size,
+        [""],
+        [[result.float_bytes / 1e3], [result.file_bytes / 1e3]],
+        lambda value: f"{value:,.0f} kB",
+    )
+    ratio = result.float_bytes / result.file_bytes
+    _label(size, "Size", f"float weights, .biper file: {ratio:.1f} times smaller")
+    _bars(
+        time,
+        [f"batch {timing.batch}" for timing in result.timings],
+        [
+            [timing.float_ms / timing.batch for timing in result.timings],
+            [timing.engine_ms / timing.batch for timing in result.timings],
+        ],
+        lambda value: f"{value:.2f} ms",
+    )
+    threads = result.machine["torch_threads"]
+    threads = f"{threads} thread{'s' * (threads != 1)}"
+    ran = ", ".join(result.backends)
+    _label(time, "Time per image", f"backend: {ran}; {threads}, median")
+    handles, labels = accuracy.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK
+    )
+    figure.suptitle(
+        f"{result.architecture} on handwritten digits "
+        f"({result.train_images:,} train, {count} test)",
+        color=_INK,
+        fontsize=12,
+        fontweight="bold",
+    )
+    figure.savefig(path)
+
+
+def _bars(
+    axes: Any, groups: Sequence[str], series: Sequence[list[float]], text: Callable[[float], str]
+) -> None:
+    width = 0.36
+    styles = zip((-0.2, 0.2), (_FLOAT, _ENGINE), ("float net", "engine"), series, strict=True)
+    for offset, color, name, values in styles:
+        places = [group + offset for group in range(len(groups))]
+        bars = axes.bar(places, values, width, color=color, label=name)
+        axes.bar_label(bars, [text(value) for value in values], padding=3, fontsize=9, color=_INK)
+    axes.set_xticks(range(len(groups)), groups, color=_INK)
+    axes.set_xlim(-0.55, len(groups) - 0.45)
+    axes.set_ylim(0, 1.15 * max(max(values) for values in series))
+
+
+def _label(axes: Any, title: str, subtitle: str) -> None:
+    axes.set_title(f"{title}\n", loc="left", fontsize=11, fontweight="bold", color=_INK)
+    axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=8, color="#52606d")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#cbd2d9")
+    axes.set_yticks([])
+    axes.tick_params(length=0)

@@ -1,0 +1,131 @@
+"""`biper demo`: its plumbing on a tiny network, and, deep, the whole of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import biper_engine
+from biper_engine.cli.demo import DemoResult, Timing
+from biper_engine.cli.demo_plot import write_plot
+from biper_engine.training import StageResult, TrainingConfig, TrainingResult
+
+from .conftest import Biper, tiny_network
+
+steps = sys.modules["biper_engine.cli.demo"]
+
+RESULT = DemoResult(
+    architecture="cifar10/resnet20_1w1a",
+    train_images=1297,
+    test_images=500,
+    train_epochs=22,
+    train_seconds=60.0,
+    float_accuracy=0.95,
+    engine_accuracy=0.95,
+    top1_equal=500,
+    packed=18,
+    layers=20,
+    verified=True,
+    layers_equal=18,
+    layers_compared=18,
+    logit_error=1e-6,
+    reload_identical=True,
+    float_bytes=1_000_000,
+    file_bytes=90_000,
+    timings=(
+        Timing(batch=1, rounds=5, float_ms=8.0, engine_ms=10.0),
+        Timing(batch=64, rounds=5, float_ms=80.0, engine_ms=400.0),
+    ),
+    backends=("reference",),
+    machine={"torch_threads": 2},
+)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the demo small: no training, a tiny network, twelve test images, one timed call."""
+    model = tiny_network()
+    model.input_shape = (3, 32, 32)
+    stage = StageResult(
+        path=Path("stage2.pt"), epochs=1, seconds=1.0, validation_accuracy=None, test_accuracy=0.5
+    )
+
+    def fit(config: TrainingConfig, output: Path, **options: object) -> TrainingResult:
+        return TrainingResult(output_dir=output, stage1=stage, stage2=stage)
+
+    real = steps.data.load("digits")
+    monkeypatch.setattr(steps, "fit_quietly", fit)
+    monkeypatch.setattr(steps.data, "load", lambda name: replace(real, test=real.test.slice(0, 12)))
+    monkeypatch.setattr(biper_engine, "load_checkpoint", lambda path: model)
+    monkeypatch.setattr(steps, "_ROUNDS", (1, 1))
+
+
+@pytest.mark.usefixtures("small")
+def test_every_step_leaves_what_it_says(biper: Biper, tmp_path: Path) -> None:
+    done = biper("demo", "-o", tmp_path)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert "first 1,297 train, last 12 test, unshuffled" in done.out
+    assert "top-1 equal on 12 of 12" in done.out
+    assert "may be slower than the float net" in done.out
+    values = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
+    assert values["ok"] is values["reload_identical"] is values["verified"] is True
+    assert values["file_bytes"] == (tmp_path / "digits.biper").stat().st_size
+    assert len(list((tmp_path / "digits").glob("*.png"))) == 20
+    assert size_of(tmp_path / "digits" / "7_0.png") == (8, 8)
+    assert size_of(tmp_path / "demo.png") == (1500, 630)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_difference_fails(biper: Biper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_same_in_new_process", lambda *arguments: False)
+    done = biper("demo", "-o", tmp_path, "--json")
+    assert done.code == 1
+    values = json.loads(done.out)
+    assert values["failures"] == ["the reloaded file gives other logits"]
+    assert "Error: The demo failed: the reloaded file gives other logits." in done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top1_equal": 499}, "top-1 is equal on 499 of 500 images only"),
+        ({"verified": False, "layers_equal": 17}, "17 of 18 layers"),
+        ({"reload_identical": False}, "other logits"),
+    ],
+)
+def test_what_must_be_true(changes: dict[str, object], message: str) -> None:
+    assert RESULT.failures == []
+    (failure,) = replace(RESULT, **changes).failures  # type: ignore[arg-type]
+    assert message in failure
+
+
+def test_the_plot_is_drawn_without_a_display(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    write_plot(RESULT, tmp_path / "demo.png")
+    assert size_of(tmp_path / "demo.png") == (1500, 630)
+
+
+@pytest.mark.deep
+def test_the_whole_demo(tmp_path: Path) -> None:
+    program = "import sys; from biper_engine.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "demo", "-o", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["top1_equal"] == values["test_images"] == 500
+    assert values["float_accuracy"] == values["engine_accuracy"] >= 0.95
+    assert values["packed"] == 18

@@ -1,0 +1,153 @@
+"""Value analysis: the step of a map, by the values it takes."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from biper_engine.bits import binarize
+from biper_engine.conversion.capture import capture
+from biper_engine.conversion.ir import StepRule
+from biper_engine.conversion.simplify import simplify
+from biper_engine.conversion.values import Step, find_step
+from tests.conversion.comparison import Functional, images_of
+from tests.conversion.foreign_models import SIGNS, lived_in, where_ge
+
+X = images_of((4, 3, 3))
+
+
+def step_of(run: Callable[..., Tensor], x: Tensor = X, **layers: nn.Module) -> StepRule | str:
+    graph_module = capture(Functional(run, **layers).eval(), (x,)).graph_module
+    simplify(graph_module)
+    (value,) = graph_module.graph.output_node().args[0]
+    found = find_step(graph_module, value, 1)
+    return found.rule if isinstance(found, Step) else found
+
+
+def around(threshold: float) -> Tensor:
+    """Numbers at, next to and far from a threshold, and around zero, as [N, 4, 1, 1]."""
+    centre = torch.tensor(threshold)
+    near = [torch.nextafter(centre, torch.tensor(side)) for side in (-math.inf, math.inf)]
+    tiny = [1e-45, 1e-38, 1e-7, 1.0, 8.0]
+    values = [centre, *near, *map(torch.tensor, [0.0, *tiny, *(-t for t in tiny)])]
+    return torch.stack(values)[:, None, None, None].expand(-1, 4, 1, 1).contiguous()
+
+
+TIES = {"sign", "function", "data_assignment", "data_in_place", "straight_through", "bireal"}
+
+
+NOT_OF_ITS_INPUT = {"sign_nudged"}  # its step is found at the outer of two signs
+
+
+@pytest.mark.parametrize("name", sorted(SIGNS.keys() - NOT_OF_ITS_INPUT))
+def test_every_spelling_of_sign_has_its_own_rule_at_zero(name: str) -> None:
+    sign = SIGNS[name]
+    rule = step_of(lambda self, x: sign(x))
+    assert isinstance(rule, StepRule), rule
+    assert (rule.low, rule.high) == (-1.0, 1.0)
+    assert rule.uniform
+    assert rule.tie is (name in TIES)
+    x = around(0.0)
+    expected = sign(x.clone())
+    got = torch.where(binarize(x, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1)), 1.0, -1.0)
+    if rule.tie:
+        expected = torch.where(x == 0, 1.0, expected)
+    assert torch.equal(got, expected.to(got.dtype))
+
+
+@pytest.mark.parametrize(
+    ("run", "levels"),
+    [
+        (lambda self, x: torch.where(x > 0.1, 0.25, 0.5), (0.25, 0.5)),
+        (lambda self, x: torch.where(x <= 1e-30, 0.25, 0.5), (0.25, 0.5)),
+        (lambda self, x: (x < -0.7).float(), (0, 1)),
+        (lambda self, x: (x >= 1 / 3).type_as(x) * 6 - 2, (-2, 4)),
+        (lambda self, x: ((x.clamp(-1, 1) + 1) / 2).round() * 2 - 1, (-1, 1)),
+        (lambda self, x: torch.where(~(x * 3 - 1 > 0), 1.0, 0.0), (0, 1)),
+    ],
+)
+def test_thresholds_are_found_to_the_last_bit(
+    run: Callable[..., Tensor], levels: tuple[float, float]
+) -> None:
+    model = Functional(run)
+    graph_module = capture(model, (X,)).graph_module
+    simplify(graph_module)
+    (value,) = graph_module.graph.output_node().args[0]
+    found = find_step(graph_module, value, 1)
+    assert isinstance(found, Step), found
+    rule = found.rule
+    assert (rule.low, rule.high) == levels
+    for threshold in [*rule.threshold[:1].tolist(), 0.1, 1 / 3]:
+        x = around(threshold)
+        source = x if found.source.op == "placeholder" else x * 3 - 1
+        got = binarize(source, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1))
+        assert torch.equal(got, model(x) > (rule.low + rule.high) / 2)
+
+
+def test_channels_have_their_own_thresholds_and_directions() -> None:
+    limit = torch.tensor([0.5, 0.125, -3.0, 0.0]).view(1, 4, 1, 1)
+    flipped = torch.tensor([False, True, False, True]).view(1, 4, 1, 1)
+    rule = step_of(lambda self, x: torch.where((x >= limit) ^ flipped, 1.0, -1.0))
+    assert isinstance(rule, StepRule)
+    below = torch.nextafter(limit, torch.tensor(-math.inf)).flatten()
+    expected = torch.where(flipped.flatten(), below, limit.flatten())
+    assert rule.threshold.tolist() == expected.tolist()
+    assert rule.sense.tolist() == [False, True, False, True]
+
+
+def test_a_channel_that_never_changes_has_an_infinite_threshold() -> None:
+    limit = torch.tensor([0.5, -math.inf, math.inf, 0.0]).view(1, 4, 1, 1)
+    rule = step_of(lambda self, x: torch.where(x >= limit, 1.0, -1.0))
+    assert isinstance(rule, StepRule)
+    assert rule.threshold.tolist() == [0.5, -math.inf, math.inf, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda self, x: torch.sign(F.relu(x)), "rests at 0"),
+        (lambda self, x: torch.sign(F.max_pool2d(F.relu(x), 2)), "rests at 0"),
+        (lambda self, x: torch.sign(F.relu(x) + F.relu(x.flip(1))), "rests at 0"),
+        (lambda self, x: torch.sign(torch.cat([x, F.relu(x)], 1)), "rests at 0"),
+        (lambda self, x: torch.sign(F.hardtanh(x, 0, 6)), "rests at 0"),
+        (lambda self, x: torch.sign(x.round()), "rests at 0"),
+        (lambda self, x: torch.sign(F.softshrink(x, 0.1)), "rests at 0|float map"),
+        (lambda self, x: F.relu(x), "a ReLU"),
+        (lambda self, x: x + x.mean(), "a sum"),
+        (lambda self, x: F.hardtanh(x), "a clamp"),
+        (lambda self, x: torch.sign(x - 1) * where_ge(x), "more than one step"),
+        (lambda self, x: torch.ones_like(x), "is constant"),
+    ],
+)
+def test_what_is_not_binary_says_why(run: Callable[..., Tensor], reason: str) -> None:
+    found = step_of(run)
+    assert isinstance(found, str)
+    assert any(words in found for words in reason.split("|")), found
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda self, x: torch.sign(self.norm(F.relu(x))),
+        lambda self, x: torch.sign(self.norm(F.max_pool2d(F.relu(x), 2))),
+        lambda self, x: torch.sign(F.relu(x) - 0.5),
+        lambda self, x: torch.where(F.relu(x) > 0, 1.0, -1.0),
+        lambda self, x: torch.sign(F.hardtanh(x)),
+        lambda self, x: torch.sign(F.relu(x) + x),
+    ],
+)
+def test_a_relu_far_from_the_step_does_no_harm(run: Callable[..., Tensor]) -> None:
+    norm = nn.BatchNorm2d(4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lived_in(norm)
+    assert isinstance(step_of(run, norm=norm), StepRule)
+
+
+def test_a_threshold_that_widens_its_input_is_no_step_of_it() -> None:
+    thresholds = torch.linspace(-1, 1, 4).view(1, 4, 1, 1)
+    found = step_of(lambda self, x: torch.where(x > thresholds, 1.0, -1.0), images_of((1, 3, 3)))
+    assert isinstance(found, str)
