@@ -42,7 +42,8 @@ class Metadata:
                 object.__setattr__(self, name, tuple(value))
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ValueError(
-                f"`interpolation` (={self.interpolation!r}) must be 'nearest', 'bilinear' or 'bicubic'."
+                f"`interpolation` (={self.interpolation!r}) must be 'nearest', 'bilinear' or "
+                "'bicubic'."
             )
         if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"`crop_pct` (={self.crop_pct}) must be in (0, 1].")

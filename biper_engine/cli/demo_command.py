@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Train, convert, verify, save, reload and time a BiPer net on real digits.
 
-    Takes two minutes or so on two cores, and downloads nothing.
+    Takes a few minutes on two cores, and downloads nothing.
 
     Exit code 0 only if the engine's top-1 equals the float net's on all test
     images, every layer is verified, and the reloaded file gives the same bits.

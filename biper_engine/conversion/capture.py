@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sympy import Integer
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
@@ -119,19 +118,21 @@ def _examples(flat: list[Any]) -> tuple[Tensor, ...]:
             )
     if len({leaf.shape[0] for leaf in flat}) != 1:
         shapes = [tuple(leaf.shape) for leaf in flat]
-        raise ConversionError(f"`example_inputs` must share one batch size, but shapes are {shapes}.")
-    return tuple(leaf.detach().repeat(_repeats(leaf)) if leaf.shape[0] == 1 else leaf.detach() for leaf in flat)
+        raise ConversionError(
+            f"`example_inputs` must share one batch size, but shapes are {shapes}."
+        )
+    return tuple(_at_least_two(leaf.detach()) for leaf in flat)
 
 
-def _repeats(leaf: Tensor) -> list[int]:
-    return [2] + [1] * (leaf.dim() - 1)
+def _at_least_two(leaf: Tensor) -> Tensor:
+    return leaf if leaf.shape[0] > 1 else leaf.repeat(2, *[1] * (leaf.dim() - 1))
 
 
 def _output_leaf(leaf: Any) -> Tensor:
     if not isinstance(leaf, Tensor):
         raise ConversionError(
-            f"The model returns a {type(leaf).__name__} beside its tensors; only tensors can leave a "
-            "converted network. Wrap the model so that it returns tensors alone."
+            f"The model returns a {type(leaf).__name__} beside its tensors; only tensors can leave "
+            "a converted network. Wrap the model so that it returns tensors alone."
         )
     return leaf
 
@@ -159,8 +160,8 @@ def _trace(
     except Exception as cause:  # a traced model may raise anything; it is re-raised with advice
         raise ConversionError(
             f"The model could not be captured: {type(cause).__name__}: {_first_lines(cause)} "
-            "Check that model(*example_inputs) runs in eval mode, and that no Python branch depends "
-            "on values computed from the input."
+            "Check that model(*example_inputs) runs in eval mode, and that no Python branch "
+            "depends on values computed from the input."
         ) from cause
     _require_free_batch(shapes, inputs)
     return graph_module
@@ -169,7 +170,7 @@ def _trace(
 def _fake(fake_mode: FakeTensorMode, example: Tensor, index: int) -> FakeTensor:
     """Return a tensor without data whose batch is a symbol, shared by all inputs."""
     sizes = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (example.dim() - 1)
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
     source = ConstantSource(f"input_{index}")
     return fake_mode.from_tensor(example, symbolic_context=context, source=source)
 
@@ -179,10 +180,11 @@ def _require_free_batch(shapes: ShapeEnv, inputs: list[FakeTensor]) -> None:
         "a converted network must work for every batch size. Use x.shape[0] or -1 in its reshapes, "
         "and do not branch on the batch size."
     )
-    if any(isinstance(shapes.simplify(x.shape[0].node.expr), Integer) for x in inputs):
+    batches: list[Any] = [x.shape[0] for x in inputs]
+    if any(shapes.simplify(batch.node.expr).is_number for batch in batches):
         raise ConversionError(f"The model works for one batch size only; {advice}")
     for guard in shapes.guards:
-        location = guard.sloc.framework_loc
+        location: Any = guard.sloc.framework_loc
         if location is not None and _TORCH not in Path(location.filename).parents:
             raise ConversionError(
                 f"The model branches on the batch size in {location.filename}, line "
@@ -197,12 +199,17 @@ def _first_lines(cause: Exception) -> str:
 
 @contextmanager
 def _module_paths(private: nn.Module, trace: _Trace) -> Iterator[None]:
+    def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+        trace.stack.pop()
+
     handles = []
     for path, module in private.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, _a, p=path: trace.stack.append(p)))
-        handles.append(
-            module.register_forward_hook(lambda _m, _a, _r: (trace.stack.pop(), None)[1], always_call=True)
-        )
+
+        def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
+            trace.stack.append(path)
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
@@ -210,11 +217,11 @@ def _module_paths(private: nn.Module, trace: _Trace) -> Iterator[None]:
             handle.remove()
 
 
-class _FoldConstants(TorchDispatchMode):
-    """Runs for real every op whose inputs are real; notes the module path of layers it lets pass."""
+class _FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs for real every op whose inputs are real; notes the module paths of other layers."""
 
     def __init__(self, trace: _Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -262,7 +269,7 @@ def _name_layers(graph_module: fx.GraphModule, paths: list[str]) -> None:
     nodes = [
         node
         for node in graph_module.graph.nodes
-        if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in WEIGHTED_OPS
+        if getattr(node.target, "overloadpacket", None) in WEIGHTED_OPS
     ]
     known = paths if len(paths) == len(nodes) else [node.name for node in nodes]
     seen: dict[str, int] = {}

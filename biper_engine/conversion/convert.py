@@ -71,6 +71,7 @@ def convert(
             "This is a stage-1 network: its weights are sin(w0*w), real numbers, and no bits can "
             "hold them. Train stage 2, which takes their signs, and convert that checkpoint."
         )
+    _require_float32(model)
     examples = _example_inputs(model, example_inputs)
     built = build(
         model,
@@ -106,6 +107,15 @@ def _check_options(unconverted: str, zero_weights: str, compute_dtype: torch.dty
         raise ValueError(f"`compute_dtype` (={compute_dtype}) must be one of {_DTYPES}.")
 
 
+def _require_float32(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise ConversionError(
+                f"Parameters must be float32, but `{name}` is {parameter.dtype}; pass "
+                "model.float() and a float32 example. `compute_dtype` sets the engine's dtype."
+            )
+
+
 def _provenance(model: nn.Module) -> Provenance:
     provenance = getattr(model, "provenance", None)
     return provenance if isinstance(provenance, Provenance) else Provenance()
@@ -118,8 +128,8 @@ def _example_inputs(model: nn.Module, given: Any) -> tuple[Any, ...]:
         return given
     if given is not None:
         raise TypeError(
-            f"`example_inputs` is a {type(given).__name__}; pass a tensor, or a tuple with one entry "
-            "per positional argument of the model."
+            f"`example_inputs` is a {type(given).__name__}; pass a tensor, or a tuple with one "
+            "entry per positional argument of the model."
         )
     shape = getattr(model, "input_shape", None)
     if shape is None:
@@ -137,7 +147,9 @@ def _announce(rows: Sequence[LayerReport], unconverted: str, keep_float: tuple[s
     if not left or unconverted == "ignore":
         return
     total = sum(row.macs for row in rows) or 1
-    listed = "; ".join(f"{row.name}: {row.reason} ({row.macs / total:.1%} of all MACs)" for row in left)
+    listed = "; ".join(
+        f"{row.name}: {row.reason} ({row.macs / total:.1%} of all MACs)" for row in left
+    )
     message = f"{len(left)} binary layer(s) stay in floating point. {listed}"
     if unconverted == "raise":
         raise ConversionError(message + ". Pass unconverted='warn' to convert the rest.")

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, parent, same_shape, shape, substitute
+from biper_engine.conversion.graphs import (
+    arguments,
+    call,
+    constant,
+    constant_node,
+    is_call,
+    parent,
+    same_shape,
+    shape,
+    substitute,
+)
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.recognize import pool_geometry
 
@@ -103,7 +113,9 @@ def _replace(
     result = new
     if flattened is not None:
         new.meta["val"] = node.meta["val"]
-        result = call(graph_module.graph, user, aten.reshape.default, new, flattened.args[1], like=user)
+        result = call(
+            graph_module.graph, user, aten.reshape.default, new, flattened.args[1], like=user
+        )
     substitute(user, result)
     for dead in (flattened, node):
         if dead is not None:
@@ -111,7 +123,9 @@ def _replace(
     return new
 
 
-def _per_channel(value: Any, graph_module: fx.GraphModule, like: fx.Node, channels: int) -> Tensor | None:
+def _per_channel(
+    value: Any, graph_module: fx.GraphModule, like: fx.Node, channels: int
+) -> Tensor | None:
     """Return a constant operand as float64 [channels], or None where it is none per channel."""
     if isinstance(value, (int, float)):
         return ir.float64(float(value), channels)
@@ -127,7 +141,11 @@ def _per_channel(value: Any, graph_module: fx.GraphModule, like: fx.Node, channe
 
 
 def _affine(
-    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, conv: BinaryConv, before_residual: bool
+    graph_module: fx.GraphModule,
+    user: fx.Node,
+    value: fx.Node,
+    conv: BinaryConv,
+    before_residual: bool,
 ) -> BinaryConv | None:
     channels = conv.geometry.out_channels
     if is_call(user, aten.batch_norm.default) and user.args[0] is value:
@@ -135,7 +153,9 @@ def _affine(
             return None
         scale, offset = batch_norm_affine(graph_module, user)
         return replace(conv, multiplier=conv.multiplier * scale, bias=conv.bias * scale + offset)
-    if not is_call(user, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default):
+    if not is_call(
+        user, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default
+    ):
         return None
     if is_call(user, aten.neg.default):
         factor: Tensor | None = ir.float64(-1.0, channels)
@@ -172,7 +192,8 @@ def batch_norm_affine(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tens
         for name in ("weight", "bias", "running_mean", "running_var")
     }
     mean, var = tensors["running_mean"], tensors["running_var"]
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     scale = (var.double() + named["eps"]).rsqrt()
     if tensors["weight"] is not None:
         scale = scale * tensors["weight"].double()

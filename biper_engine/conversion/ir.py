@@ -42,8 +42,8 @@ class StepRule:
         sense: bool [C].
         low: value where the bit is 0.
         high: value where the bit is 1; always above `low`.
-        tie: whether the function has a third value exactly at the step, as `sign` has at 0. The
-            contract counts it as `high`; verification reports how often it occurs.
+        tie: whether the function has a third value exactly at the step, as `sign` has at 0, or
+            tells -0.0 from 0.0. The contract has `high` there; verification reports how often.
     """
 
     threshold: Tensor
@@ -71,6 +71,7 @@ class BinaryConv:
     Attributes:
         layer: module path, for the report.
         value: the binary value that it convolves, before zero padding.
+        source: the float map that `value` is a step of, element by element, or None.
         float_conv: the convolution or linear layer of the float graph that it stands for.
         rule: the step of `value`.
         geometry: the convolution on bits.
@@ -87,6 +88,7 @@ class BinaryConv:
 
     layer: str
     value: str
+    source: str | None
     float_conv: str
     rule: StepRule
     geometry: Conv2dGeometry

@@ -77,7 +77,9 @@ class _Lowering:
         for leaf in leaves:
             new = self._operand(leaf, "constants.output")
             if self._dtype != torch.float32 and leaf.meta["val"].dtype == torch.float32:
-                new = self._graph.call_function(aten._to_copy.default, (new,), {"dtype": torch.float32})
+                new = self._graph.call_function(
+                    aten._to_copy.default, (new,), {"dtype": torch.float32}
+                )
             results.append(new)
         self._graph.output(tuple(results))
 
@@ -88,13 +90,17 @@ class _Lowering:
 
         def convert(value: Any, name: str) -> Any:
             if isinstance(value, fx.Node):
-                return self._operand(value, f"{owner}.{name}" if layer else f"constants.{node.name}_{name}")
+                return self._operand(
+                    value, f"{owner}.{name}" if layer else f"constants.{node.name}_{name}"
+                )
             if isinstance(value, (list, tuple)):
                 return [convert(item, f"{name}{index}") for index, item in enumerate(value)]
-            return value
+            return self._dtype if value is torch.float32 else value
 
         args = tuple(convert(value, name) for value, name in zip(node.args, names, strict=False))
         kwargs = {name: convert(value, name) for name, value in node.kwargs.items()}
+        if "dtype" not in kwargs and _creates_float32(node):
+            kwargs["dtype"] = self._dtype  # left out, it is PyTorch's default
         new = self._named(str(layer) if layer else node.name, node.target, args, kwargs)
         return self._keep(new, node)
 
@@ -135,9 +141,16 @@ class _Lowering:
         # Bits of one rule leave the convolution; a second rule reads the floats.
         floats_leave = len(node.users) > len(steps[:1])
         epilogue = self._epilogue(conv, steps[0].meta["rule"] if steps else None)
-        held = {name: self._hold(f"{layer}.{name}", value) for name, value in epilogue.tensors().items()}
+        held = {
+            name: self._hold(f"{layer}.{name}", value) for name, value in epilogue.tensors().items()
+        }
         weight = self._hold(f"{layer}.weight", contract.pack_weight(conv.positive))
-        args: list[Any] = [self._operand(node.args[0], ""), weight, held.pop("multiplier"), held.pop("bias")]
+        args: list[Any] = [
+            self._operand(node.args[0], ""),
+            weight,
+            held.pop("multiplier"),
+            held.pop("bias"),
+        ]
         if steps:
             args += [held.pop("threshold"), held.pop("sense")]
         options = {**epilogue_options(epilogue), **held, **geometry_options(conv.geometry)}
@@ -168,7 +181,9 @@ class _Lowering:
             multiplier=conv.multiplier.float(),
             bias=conv.bias.float(),
             pool=conv.pool,
-            pool_min=conv.pool_min if conv.pool_min is not None and bool(conv.pool_min.any()) else None,
+            pool_min=conv.pool_min
+            if conv.pool_min is not None and bool(conv.pool_min.any())
+            else None,
             clamp_min=low if math.isfinite(low) else None,
             clamp_max=high if math.isfinite(high) else None,
             slope=None if conv.slope is None else conv.slope.float(),
@@ -183,7 +198,9 @@ class _Lowering:
         new.meta |= {key: old.meta[key] for key in ("source", "layer") if key in old.meta}
         return new
 
-    def _named(self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    def _named(
+        self, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> fx.Node:
         readable = "".join(c if c.isalnum() else "_" for c in name)
         return self._graph.create_node("call_function", target, args, kwargs, name=readable)
 
@@ -197,7 +214,7 @@ class _Lowering:
         return self._hold(name, tensor)
 
     def _hold(self, path: str, tensor: Tensor) -> fx.Node:
-        """Register a tensor as a buffer under a dotted path, made unique, and return its get_attr."""
+        """Register a tensor as a buffer under a dotted path, made unique; return its get_attr."""
         *parents, leaf = path.replace("#", "_").strip(".").split(".")
         owner = self._root
         for index, part in enumerate(parents):
@@ -212,6 +229,15 @@ class _Lowering:
             unique = f"{leaf}_{count}"
         owner.register_buffer(unique, tensor.detach().contiguous())
         return self._graph.get_attr(".".join([*parents, unique]))
+
+
+def _creates_float32(node: fx.Node) -> bool:
+    """Whether a call makes a float32 tensor from numbers alone, such as `zeros`."""
+    if not isinstance(node.target, OpOverload) or "dtype" not in _argument_names(node):
+        return False
+    value = node.meta.get("val")
+    tensors = [i for i in node.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and not tensors
 
 
 def _argument_names(node: fx.Node) -> list[str]:

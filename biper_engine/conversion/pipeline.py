@@ -79,6 +79,6 @@ def nothing_packed(rows: Sequence[LayerReport], stage: int | None) -> str:
     question = "" if stage == 2 else " Is this a stage-1 checkpoint?"
     return (
         f"No binary layer found in {' and '.join(counts)}; {example.name}: {example.reason}."
-        f"{question} A layer is packed when its weight takes two values in every output channel and "
-        "its input is a sign."
+        f"{question} A layer is packed when its weight takes two values in every output "
+        "channel and its input is a sign."
     )

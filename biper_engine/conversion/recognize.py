@@ -24,7 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, parent, repeat_call, shape, substitute
+from biper_engine.conversion.graphs import (
+    arguments,
+    call,
+    constant,
+    constant_node,
+    is_call,
+    parent,
+    repeat_call,
+    shape,
+    substitute,
+)
 from biper_engine.conversion.ir import BinaryConv, StepRule
 from biper_engine.conversion.values import Step, find_step
 from biper_engine.conversion.weights import BinaryWeight, analyse_weight
@@ -41,11 +51,12 @@ _MOVES = (aten.reshape.default, aten.permute.default, aten.slice.Tensor)
 
 @dataclass(frozen=True)
 class _Operand:
-    """A recognised activation: how to get its bits, and the node of the float graph it stands for."""
+    """A recognised activation: how to get its bits, and what of the float graph it stands for."""
 
     value: fx.Node
     rule: StepRule
     build: Callable[[fx.Node], fx.Node]  # inserts what makes the bits before a node
+    source: str | None = None  # the float map, where nothing moves values in between
 
 
 def recognize(
@@ -121,14 +132,14 @@ def _operand(graph_module: fx.GraphModule, node: fx.Node, kind: str) -> _Operand
 
 
 def _peel_padding(x: fx.Node) -> tuple[tuple[int, int, int, int], fx.Node]:
-    """Return (top, bottom, left, right) of the zero pads directly before a layer, and what they pad."""
+    """Return (top, bottom, left, right) of the zero pads before a layer, and what they pad."""
     total = (0, 0, 0, 0)
     while is_call(x, aten.constant_pad_nd.default):
         named = arguments(x)
         pad = list(named["pad"])
         if named["value"] not in (0, None) or any(pad[4:]) or min(pad) < 0:
             break
-        left, right, top, bottom = (pad + [0, 0, 0, 0])[:4]
+        left, right, top, bottom = ([*pad, 0, 0, 0, 0])[:4]
         total = (total[0] + top, total[1] + bottom, total[2] + left, total[3] + right)
         x = named["self"]
     return total, x
@@ -145,7 +156,7 @@ def _binary_value(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Opera
     def build(before: fx.Node) -> fx.Node:
         return _bits(graph_module, before, _as_map(graph_module, before, step.source, axis), step)
 
-    return _Operand(x, step.rule, build)
+    return _Operand(x, step.rule, build, step.source.meta.get("source", step.source.name))
 
 
 def _as_map(graph_module: fx.GraphModule, before: fx.Node, x: fx.Node, axis: int) -> fx.Node:
@@ -256,7 +267,12 @@ def _concatenated(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Opera
 
     def build(before: fx.Node) -> fx.Node:
         joined = call(
-            graph_module.graph, before, aten.cat.default, [s.source for s in steps], *x.args[1:], like=x
+            graph_module.graph,
+            before,
+            aten.cat.default,
+            [s.source for s in steps],
+            *x.args[1:],
+            like=x,
         )
         joined.meta.pop("source", None)
         source = _as_map(graph_module, before, joined, axis)
@@ -279,7 +295,13 @@ def _padded(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> _Operand | N
     def build(before: fx.Node) -> fx.Node:
         beyond = math.inf if above else -math.inf
         wider = call(
-            graph_module.graph, before, aten.constant_pad_nd.default, step.source, named["pad"], beyond, like=x
+            graph_module.graph,
+            before,
+            aten.constant_pad_nd.default,
+            step.source,
+            named["pad"],
+            beyond,
+            like=x,
         )
         wider.meta.pop("source", None)
         return _bits(graph_module, before, wider, Step(wider, step.rule))
@@ -298,19 +320,24 @@ def _pack(
         if whole is not None:
             operand, split = whole
     geometry = _geometry(node, kind, split.positive)
-    positive = split.positive.reshape(geometry.out_channels, geometry.group_channels, *geometry.kernel_size)
+    positive = split.positive.reshape(
+        geometry.out_channels, geometry.group_channels, *geometry.kernel_size
+    )
     scale = (operand.rule.high - operand.rule.low) / 2
     bias = constant(graph_module, arguments(node)["bias"])
     channels = geometry.out_channels
     conv = BinaryConv(
         layer=str(node.meta.get("layer") or node.name),
         value=operand.value.meta.get("source", operand.value.name),
+        source=operand.source,
         float_conv=node.meta.get("source", node.name),
         rule=operand.rule,
         geometry=geometry,
         positive=positive,
         multiplier=split.scale * scale,
-        bias=torch.zeros(channels, dtype=torch.float64) if bias is None else ir.float64(bias, channels),
+        bias=torch.zeros(channels, dtype=torch.float64)
+        if bias is None
+        else ir.float64(bias, channels),
         filled=split.filled,
     )
     bits = operand.build(node)
@@ -331,7 +358,9 @@ def _linear_shape(node: fx.Node) -> list[int]:
     return [-1, *(int(size) for size in shape(node)[1:])]
 
 
-def _emit(graph_module: fx.GraphModule, before: fx.Node, bits: fx.Node, conv: BinaryConv) -> fx.Node:
+def _emit(
+    graph_module: fx.GraphModule, before: fx.Node, bits: fx.Node, conv: BinaryConv
+) -> fx.Node:
     with graph_module.graph.inserting_before(before):
         result = graph_module.graph.call_function(ir.binary_conv, (bits,))
     result.meta = {"conv": conv, "layer": conv.layer, "val": _map_of(before, conv)}
@@ -430,9 +459,15 @@ def _weight_sums(
     else:
         height, width = geometry.kernel_size
     signs = torch.where(split.positive, 1.0, -1.0).double()
-    weight = signs * split.scale.view(-1, 1, 1, 1) if signs.dim() == 4 else signs * split.scale.view(-1, 1)
+    weight = (
+        signs * split.scale.view(-1, 1, 1, 1)
+        if signs.dim() == 4
+        else signs * split.scale.view(-1, 1)
+    )
     weight = weight + split.offset.view([-1] + [1] * (weight.dim() - 1))
     weight = weight.reshape(geometry.out_channels, geometry.group_channels, *geometry.kernel_size)
     top, bottom, left, right = geometry.padding
-    ones = F.pad(torch.ones(1, geometry.in_channels, height, width).double(), (left, right, top, bottom))
+    ones = F.pad(
+        torch.ones(1, geometry.in_channels, height, width).double(), (left, right, top, bottom)
+    )
     return F.conv2d(ones, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)

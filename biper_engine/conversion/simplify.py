@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from biper_engine.conversion.graphs import arguments, call, constant, constant_node, is_call, parent, repeat_call, same_shape, shape, substitute
+from biper_engine.conversion.graphs import (
+    arguments,
+    call,
+    constant,
+    constant_node,
+    is_call,
+    parent,
+    repeat_call,
+    same_shape,
+    shape,
+    substitute,
+)
 
 __all__ = ["simplify"]
 
@@ -36,7 +47,7 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
     aten.copy_.default,
 )
-"""Calls without a result that is used; `copy_` writes a mutated input back, which engines never do."""
+"""Calls without a result that is used; `copy_` writes a mutated input back: engines never do."""
 
 
 _BROADCASTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
@@ -100,7 +111,9 @@ def _single_results(graph_module: fx.GraphModule) -> None:
             args = (x, weight, bias, mean, var, False, momentum, eps, False)
             new = call(graph_module.graph, node, aten.batch_norm.default, *args, like=node)
         elif is_call(producer, aten.native_batch_norm.default) and producer.args[5] is False:
-            new = call(graph_module.graph, node, aten.batch_norm.default, *producer.args, False, like=node)
+            new = call(
+                graph_module.graph, node, aten.batch_norm.default, *producer.args, False, like=node
+            )
         elif is_call(producer, aten.max_pool2d_with_indices.default):
             new = call(graph_module.graph, node, aten.max_pool2d.default, *producer.args, like=node)
         elif is_call(producer, aten.native_layer_norm.default):
@@ -160,7 +173,9 @@ def _linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if bias is not None and (constant(graph_module, bias) is None or len(shape(bias)) != 1):
         return
     transposed = constant_node(graph_module, node, weight.t().contiguous())
-    substitute(node, call(graph_module.graph, node, aten.linear.default, x, transposed, bias, like=node))
+    substitute(
+        node, call(graph_module.graph, node, aten.linear.default, x, transposed, bias, like=node)
+    )
 
 
 def _reshapes(graph_module: fx.GraphModule) -> None:
@@ -205,7 +220,9 @@ def _batched_linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if weight is None or tuple(weight.shape[-2:]) != wanted or weight.numel() != math.prod(wanted):
         return
     transposed = constant_node(graph_module, node, weight.reshape(wanted).t().contiguous())
-    layer = call(graph_module.graph, node, aten.linear.default, parent(node), transposed, None, like=node)
+    layer = call(
+        graph_module.graph, node, aten.linear.default, parent(node), transposed, None, like=node
+    )
     substitute(node, layer)
 
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from biper_engine.conversion.graphs import arguments, constant, evaluate, is_call, parent, same_shape, shape
+from biper_engine.conversion.graphs import (
+    arguments,
+    constant,
+    evaluate,
+    is_call,
+    parent,
+    same_shape,
+    shape,
+)
 from biper_engine.conversion.ir import StepRule
 
 __all__ = ["Step", "find_step"]
@@ -24,17 +32,16 @@ aten = torch.ops.aten
 MAX_CONE = 64
 EXTREME = 1e30
 
-_ELEMENTWISE = frozenset(
-    getattr(aten, name)
-    for name in (
-        "abs add bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min copysign "
-        "div elu eq erf exp floor full_like ge gelu gt hardsigmoid hardswish hardtanh heaviside le "
-        "leaky_relu logical_and logical_not logical_or lt masked_fill maximum minimum mul ne neg "
-        "ones_like pow _prelu_kernel reciprocal relu relu6 round rsub sgn sigmoid sign silu softplus "
-        "sqrt square sub tanh threshold trunc where zeros_like _to_copy batch_norm sin cos "
-        "bitwise_left_shift fill hardshrink signbit isnan remainder"
-    ).split()
-)
+_ELEMENTWISE_NAMES = """
+    abs add bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min
+    copysign div elu eq erf exp floor full_like ge gelu gt hardsigmoid hardswish hardtanh
+    heaviside le leaky_relu logical_and logical_not logical_or logical_xor lt masked_fill
+    maximum minimum mul ne neg ones_like pow _prelu_kernel reciprocal relu relu6 round rsub
+    sgn sigmoid sign silu softplus sqrt square sub tanh threshold trunc where zeros_like
+    _to_copy batch_norm sin cos bitwise_left_shift fill hardshrink softshrink signbit isnan
+    remainder
+"""
+_ELEMENTWISE = frozenset(getattr(aten, name) for name in _ELEMENTWISE_NAMES.split())
 _CREATED = (aten.full.default, aten.scalar_tensor.default, aten.ones.default, aten.zeros.default)
 _PASS_THROUGH = (
     aten.max_pool2d.default,
@@ -82,7 +89,10 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
             if not same_shape(cone.source, node):  # a threshold that widens its input
                 continue
             if found.tie and _rests_on_step(cone, found):
-                return "is a sign whose argument rests at 0 (a ReLU before it?), so it takes three values, -1, 0 and +1"
+                return (
+                    "is a sign whose argument rests at 0 (a ReLU before it?), so it takes three "
+                    "values, -1, 0 and +1"
+                )
             return Step(cone.source, found)
         if found is not None:
             reason = found
@@ -91,8 +101,19 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
 
 def describe(node: fx.Node) -> str:
     """Name a node's operator for a message."""
-    names = {"relu": "a ReLU", "hardtanh": "a clamp", "clamp": "a clamp", "add": "a sum", "batch_norm": "a batch norm"}
-    names |= {"max_pool2d": "a max pool", "avg_pool2d": "an average pool", "conv2d": "a convolution", "linear": "a linear layer"}
+    names = {
+        "relu": "a ReLU",
+        "hardtanh": "a clamp",
+        "clamp": "a clamp",
+        "add": "a sum",
+        "batch_norm": "a batch norm",
+    }
+    names |= {
+        "max_pool2d": "a max pool",
+        "avg_pool2d": "an average pool",
+        "conv2d": "a convolution",
+        "linear": "a linear layer",
+    }
     if is_call(node, aten.reshape.default, aten.permute.default, aten.constant_pad_nd.default):
         return describe(parent(node))
     if node.op == "placeholder":
@@ -120,7 +141,7 @@ class _Cone:
         return self._frontier[0] if len(self._frontier) == 1 else None
 
     def grow(self) -> bool:
-        """Take the latest operator of the frontier into the cone; return whether that was possible."""
+        """Take the latest operator of the frontier into the cone, if that is possible."""
         latest = max(self._frontier, key=self._order.__getitem__, default=None)
         if latest is None or len(self.members) >= MAX_CONE or not _elementwise(latest):
             return False
@@ -133,7 +154,11 @@ class _Cone:
         return bool(self._frontier)
 
     def _is_constant(self, node: fx.Node) -> bool:
-        return constant(self._graph_module, node) is not None or is_call(node, *_CREATED) or _is_size(node)
+        return (
+            constant(self._graph_module, node) is not None
+            or is_call(node, *_CREATED)
+            or _is_size(node)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate on probes [P, C]; return [P, C] float64."""
@@ -183,7 +208,9 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _elementwise(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _ELEMENTWISE
+    return (
+        node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _ELEMENTWISE
+    )
 
 
 def _probes(channels: int) -> Tensor:
@@ -216,13 +243,17 @@ def _analyse(cone: _Cone) -> StepRule | str | None:
     middle = len(levels) == 3
     # A third value sits between the last float of one level and the first of the other.
     at_tie = _next(last_start) if middle else None
-    if at_tie is None:
-        threshold = torch.where(sense, last_start, first_end)
-    else:
-        threshold = at_tie
+    threshold = torch.where(sense, last_start, first_end) if at_tie is None else at_tie
     threshold = torch.where(steady, always, threshold) + 0.0
-    rule = StepRule(threshold, sense, low, high, tie=middle)
+    rule = StepRule(threshold, sense, low, high, tie=middle or _tells_zeros_apart(cone))
     return rule if _holds(cone, rule, probes, values) else _reason_against(levels)
+
+
+def _tells_zeros_apart(cone: _Cone) -> bool:
+    """Whether -0.0 and 0.0 give different values, as `copysign` has it."""
+    zeros = torch.tensor([-0.0, 0.0])[:, None].expand(-1, cone.channels)
+    below, above = cone(zeros)
+    return bool((below != above).any())
 
 
 def _reason_against(levels: Tensor) -> str:
@@ -238,7 +269,11 @@ def _holds(cone: _Cone, rule: StepRule, probes: Tensor, values: Tensor) -> bool:
         bit = torch.where(rule.sense, x <= rule.threshold, x >= rule.threshold)
         expected = torch.where(bit, rule.high, rule.low).double()
         wrong = y != expected
-        allowed = (x == rule.threshold) if rule.tie or bool((rule.threshold == 0).any()) else torch.zeros_like(wrong)
+        allowed = (
+            (x == rule.threshold)
+            if rule.tie or bool((rule.threshold == 0).any())
+            else torch.zeros_like(wrong)
+        )
         if bool((wrong & ~allowed).any()):
             return False
     return True
@@ -281,7 +316,7 @@ def _next(values: Tensor) -> Tensor:
 
 
 def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
-    """Whether what computes the source sits exactly at the step on a whole interval, as ReLU does."""
+    """Whether what computes the source sits at the step on a whole interval, as ReLU does."""
     larger: _Cone | None = cone
     while larger is not None:
         third = _third_values(larger, rule, _probes(larger.channels))
@@ -291,7 +326,8 @@ def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
             return True
         largest, larger = larger, larger.extended()
     at_zero = _third_values(largest, rule, torch.zeros(1, largest.channels))
-    assert at_zero is not None and largest.source is not None
+    assert at_zero is not None
+    assert largest.source is not None
     return bool(at_zero.any()) and _rests_at_zero(largest.source)
 
 

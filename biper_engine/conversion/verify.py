@@ -89,9 +89,9 @@ class VerifyReport:
     Attributes:
         segments: one entry per node of the engine that was compared.
         images: images compared.
-        mismatch: how the engine differs from a fresh conversion of the model; empty if it does not.
+        mismatch: how the engine differs from a fresh conversion of the model, or empty.
         logit_error: largest |engine - model| over the images, of the whole network.
-        relative_error: largest norm of that difference over the norm of the model's outputs, per image.
+        relative_error: largest norm of that difference over that of the model's outputs, per image.
         top1_agreement: share of images with the same argmax; None where outputs are no logits.
     """
 
@@ -132,19 +132,28 @@ class VerifyReport:
         if self.mismatch:
             return f"not verified: {self.mismatch}"
         width = max([len("segment"), *(len(s.name) for s in self.segments)])
-        lines = [f"{'segment':{width}}  {'accumulators':>14}  {'bits':>12}  {'flips':>5}  {'zeros':>5}  float error"]
+        lines = [
+            f"{'segment':{width}}  {'accumulators':>14}  {'bits':>12}  {'flips':>5}  {'zeros':>5}"
+            "  float error"
+        ]
         for s in self.segments:
-            sums = f"{s.accumulators:,} {'=' if not s.accumulators_wrong else '!'}" if s.accumulators else "-"
+            sums = (
+                f"{s.accumulators:,} {'=' if not s.accumulators_wrong else '!'}"
+                if s.accumulators
+                else "-"
+            )
             bits = f"{s.bits:,} {'=' if not s.bits_wrong else '!'}" if s.bits else "-"
             mark = "" if s.ok else "  WRONG"
             lines.append(
                 f"{s.name:{width}}  {sums:>14}  {bits:>12}  {s.flips:5}  {s.exact_zeros:5}  "
                 f"{s.float_error:.1e}{mark}"
             )
-        agreement = "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
+        agreement = (
+            "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
+        )
         lines.append(
-            f"{'equal' if self.ok else 'NOT EQUAL'}: {self.layers_equal} of {self.layers} binary layers "
-            f"on {self.images} images; {self.flips} bits flipped within rounding, "
+            f"{'equal' if self.ok else 'NOT EQUAL'}: {self.layers_equal} of {self.layers} binary "
+            f"layers on {self.images} images; {self.flips} bits flipped within rounding, "
             f"{self.exact_zeros} exact zeros"
         )
         lines.append(
@@ -249,7 +258,9 @@ def _operators(graph_module: fx.GraphModule) -> list[tuple[str, Any]]:
         if node.op == "call_function" and isinstance(node.target, OpOverload):
             values = arguments(node)
         values = {name: _plain(value, positions) for name, value in values.items()}
-        listed.append((node.op if node.op in ("placeholder", "output") else str(node.target), values))
+        listed.append(
+            (node.op if node.op in ("placeholder", "output") else str(node.target), values)
+        )
     return listed
 
 
@@ -328,6 +339,11 @@ class _Values(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.values[n.name] = value = super().run_node(n)
         return value
+
+
+def _as_map(value: Tensor) -> Tensor:
+    """Return [N, C, H, W]; features in the last dimension become channels of 1x1 maps."""
+    return value if value.dim() == 4 else value.reshape(-1, value.shape[-1], 1, 1)
 
 
 class _Segments(fx.Interpreter):
@@ -415,7 +431,9 @@ class _Segments(fx.Interpreter):
             return result
         v = apply_epilogue(dot, epilogue, residual)
         truth = self._truth.values[source].reshape(v.shape)
-        floats = None if op == "bconv2d_bits" else result[0] if op == "bconv2d_float_bits" else result
+        floats = (
+            None if op == "bconv2d_bits" else result[0] if op == "bconv2d_float_bits" else result
+        )
         if floats is not None:
             self._compare_floats(segment, floats, truth.to(floats.dtype), affected)
             floats = truth.to(floats.dtype)
@@ -427,20 +445,25 @@ class _Segments(fx.Interpreter):
         self._count_truth_zeros(segment, n, truth, epilogue)
         return wanted_bits if op == "bconv2d_bits" else (floats, wanted_bits)
 
-    def _count_truth_zeros(self, segment: SegmentReport, n: fx.Node, truth: Tensor, epilogue: Any) -> None:
+    def _count_truth_zeros(
+        self, segment: SegmentReport, n: fx.Node, truth: Tensor, epilogue: Any
+    ) -> None:
         if n.meta.get("tie"):
             at_step = truth.float() == epilogue.threshold.view(1, -1, 1, 1)
             segment.exact_zeros += int(at_step.sum())
 
     def _accumulators(self, conv: BinaryConv, dot: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the float graph's accumulators, exact zeros counted as +1, and what zeros reach."""
-        value = self._truth.values[conv.value].double()
+        """Return the float graph's accumulators, zeros counted as +1, and what zeros reach."""
+        value = _as_map(self._truth.values[conv.value].double())
         middle = (conv.rule.high + conv.rule.low) / 2
-        if value.dim() != 4:
-            value = value.reshape(-1, value.shape[-1], 1, 1)
         level = (conv.rule.high - conv.rule.low) / 2
-        unit = torch.where(value >= middle, 1.0, -1.0)
-        zero = ((value - middle).abs() < 0.5 * level) if conv.rule.tie else torch.zeros_like(value, dtype=torch.bool)
+        zero = torch.zeros_like(value, dtype=torch.bool)
+        if conv.rule.tie:
+            zero = (value - middle).abs() < 0.5 * level
+        if conv.rule.tie and conv.source is not None:
+            threshold = conv.rule.threshold.view(1, -1, 1, 1).to(value.device)
+            zero = zero | (_as_map(self._truth.values[conv.source]) == threshold)
+        unit = torch.where(zero | (value >= middle), 1.0, -1.0)
         geometry = conv.geometry
         top, bottom, left, right = geometry.padding
         shared = (None, geometry.stride, 0, geometry.dilation, geometry.groups)

@@ -59,17 +59,17 @@ class TrainingConfig:
     architecture: str = "cifar10/resnet20_1w1a"
     frequency: float = 10.0
     stage1: StageConfig = field(
-        default_factory=lambda: StageConfig(epochs=12, lr=0.1, weight_decay=1e-3, tau=0.02)
+        default_factory=lambda: StageConfig(epochs=10, lr=0.1, weight_decay=1e-3, tau=0.02)
     )
     stage2: StageConfig = field(
-        default_factory=lambda: StageConfig(epochs=10, lr=0.03, weight_decay=1e-4, tau=0.02)
+        default_factory=lambda: StageConfig(epochs=10, lr=0.05, weight_decay=1e-4, tau=0.02)
     )
-    batch_size: int = 64
+    batch_size: int = 48
     momentum: float = 0.9
     warmup_epochs: float = 1.0
     max_shift_px: float = 2.0
-    max_rotation_deg: float = 8.0
-    max_zoom: float = 0.0
+    max_rotation_deg: float = 12.0
+    max_zoom: float = 0.1
     seed: int = 0
     hold_out: bool = False
     precision: str = "32-true"

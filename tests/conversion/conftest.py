@@ -1,4 +1,4 @@
-"""One thread for the whole directory: the networks are too small for two, and tests run side by side."""
+"""One thread for the directory: its networks are too small for two."""
 
 from collections.abc import Iterator
 

@@ -205,7 +205,9 @@ def irnet_weight(w: Tensor) -> Tensor:
     """IR-Net: standardise, binarise, scale by a power of two."""
     bw = w - w.view(w.size(0), -1).mean(-1).view(w.size(0), 1, 1, 1)
     bw = bw / bw.view(bw.size(0), -1).std(-1).view(bw.size(0), 1, 1, 1)
-    power = (torch.log(bw.abs().view(bw.size(0), -1).mean(-1)) / torch.log(torch.tensor(2.0))).round()
+    power = (
+        torch.log(bw.abs().view(bw.size(0), -1).mean(-1)) / torch.log(torch.tensor(2.0))
+    ).round()
     return torch.sign(bw) * torch.pow(2.0, power).view(bw.size(0), 1, 1, 1).to(w.dtype)
 
 
@@ -285,7 +287,9 @@ class SmallNet(nn.Module):
         self.norm2 = nn.BatchNorm2d(16)
         self.conv3 = QConv(16, 16, 3, **options)
         self.norm3 = nn.BatchNorm2d(16)
-        self.shortcut = Lambda(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0))
+        self.shortcut = Lambda(
+            lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0)
+        )
         self.fc = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -451,7 +455,9 @@ class BiRealNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(8)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer = nn.Sequential(BiRealBlock(8, 8, 1), BiRealBlock(8, 16, 2), BiRealBlock(16, 16, 1))
+        self.layer = nn.Sequential(
+            BiRealBlock(8, 8, 1), BiRealBlock(8, 16, 2), BiRealBlock(16, 16, 1)
+        )
         self.fc = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:

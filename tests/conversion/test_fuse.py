@@ -147,7 +147,7 @@ def test_a_norm_over_tokens_is_not_folded_into_a_linear_layer(tokens: int) -> No
     ],
 )
 def test_norms_by_statistics_of_the_input_stay_float(norm: Any) -> None:
-    engine, model, images = converted(
+    engine, model, _images = converted(
         lambda: Functional(
             lambda s, x: s.d(s.norm(s.c(x)) + 0.011), c=layers()["c"], norm=norm(), d=layers()["d"]
         ),

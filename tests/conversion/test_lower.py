@@ -54,7 +54,7 @@ def test_compile_and_export(small: Converted) -> None:
         compiled = torch.compile(engine, fullgraph=True, backend="eager")
         assert torch.equal(compiled(images), expected)
         batch = torch.export.Dim("batch", min=1, max=64)
-        exported = torch.export.export(engine, (images,), dynamic_shapes=({0: batch},)).module()
+        exported = torch.export.export(engine, (images,), dynamic_shapes=(({0: batch},),)).module()
         assert torch.equal(exported(images), expected)
         assert torch.equal(exported(images[:1]), engine(images[:1]))
 
@@ -136,10 +136,23 @@ def test_what_an_engine_cannot_save_still_runs() -> None:
 
 
 def test_integer_images() -> None:
-    model = seeded(lambda: Functional(lambda s, x: s.c(x.float() / 255 - 0.4), c=QConv(3, 4, 3)))
+    model = seeded(lambda: Functional(lambda s, x: s.c(x.float() / 255 - 0.41), c=QConv(3, 4, 3)))
     images = torch.randint(0, 256, (4, 3, 6, 6), generator=torch.Generator().manual_seed(0))
     images = images.to(torch.uint8)
     engine = convert_quietly(model, images)
     assert_exact(engine, model, images)
     with pytest.raises(TypeError, match="must be uint8"):
         engine(images.float())
+
+
+def test_casts_to_float32_follow_the_compute_dtype() -> None:
+    def run(self: nn.Module, x: Tensor) -> Tensor:
+        gate = (self.c(x) >= 0).float()
+        return self.d(torch.cat([gate * x[:, :, 1:-1, 1:-1], torch.zeros(x.size(0), 1, 4, 4)], 1))
+
+    engine, _, images = converted(
+        lambda: Functional(run, c=QConv(4, 4, 3), d=nn.Conv2d(5, 4, 1)),
+        (4, 6, 6),
+        compute_dtype=torch.float16,
+    )
+    assert engine(images).dtype == torch.float32

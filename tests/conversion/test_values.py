@@ -36,7 +36,15 @@ def around(threshold: float) -> Tensor:
     return torch.stack(values)[:, None, None, None].expand(-1, 4, 1, 1).contiguous()
 
 
-TIES = {"sign", "function", "data_assignment", "data_in_place", "straight_through", "bireal"}
+TIES = {
+    "sign",
+    "function",
+    "data_assignment",
+    "data_in_place",
+    "straight_through",
+    "bireal",
+    "copysign",
+}
 
 
 NOT_OF_ITS_INPUT = {"sign_nudged"}  # its step is found at the outer of two signs
@@ -52,7 +60,9 @@ def test_every_spelling_of_sign_has_its_own_rule_at_zero(name: str) -> None:
     assert rule.tie is (name in TIES)
     x = around(0.0)
     expected = sign(x.clone())
-    got = torch.where(binarize(x, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1)), 1.0, -1.0)
+    got = torch.where(
+        binarize(x, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1)), 1.0, -1.0
+    )
     if rule.tie:
         expected = torch.where(x == 0, 1.0, expected)
     assert torch.equal(got, expected.to(got.dtype))
