@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
-from biper_engine.conversion.verify import check_segments
+from biper_engine.conversion.segments import check_segments
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import ConversionError, UnconvertedWarning
 from biper_engine.metadata import Metadata, Provenance

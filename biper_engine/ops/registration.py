@@ -82,7 +82,7 @@ def _geometry(
     )
 
 
-def _split(
+def split_options(
     weight: Tensor, multiplier: Tensor, bias: Tensor, options: dict[str, Any]
 ) -> tuple[Conv2dGeometry, Epilogue, Tensor | None, Tensor | None]:
     """Return geometry, epilogue, residual and prepacked weights of flat keyword arguments."""
@@ -229,7 +229,7 @@ def _select(
 
 
 def _prepack_geometry(weight: Tensor, options: dict[str, Any]) -> Conv2dGeometry:
-    geometry = _split(weight, weight, weight, options)[0]
+    geometry = split_options(weight, weight, weight, options)[0]
     if weight.dtype != torch.int32 or tuple(weight.shape) != geometry.weight_shape:
         raise GeometryError(
             f"`weight` must be int32 {list(geometry.weight_shape)}, but it is {weight.dtype} "
@@ -248,14 +248,14 @@ def _prepack_fake(weight: Tensor, *, backend: str, **options: Any) -> Tensor:
 
 
 def _bconv2d(bits: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    geometry, _, _, prepacked = _split(weight, weight, weight, options)
+    geometry, _, _, prepacked = split_options(weight, weight, weight, options)
     checks.check_conv(bits, weight, geometry, prepacked)
     backend = _select("bconv2d", geometry, prepacked, bits.device)
     return backend.bconv2d(bits, weight, geometry, prepacked)
 
 
 def _bconv2d_fake(bits: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    geometry, _, _, prepacked = _split(weight, weight, weight, options)
+    geometry, _, _, prepacked = split_options(weight, weight, weight, options)
     size = checks.check_conv(bits, weight, geometry, prepacked)
     return _empty_map(bits, (bits.shape[0], geometry.out_channels, *size), torch.int32)
 
@@ -269,7 +269,7 @@ def _fused(
     options: dict[str, Any],
     float_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    geometry, epilogue, residual, prepacked = _split(weight, multiplier, bias, options)
+    geometry, epilogue, residual, prepacked = split_options(weight, multiplier, bias, options)
     want_bits = op != "bconv2d_float"
     _check_fused(bits, weight, geometry, epilogue, residual, prepacked, want_bits)
     if float_dtype is not None:
@@ -328,7 +328,7 @@ def _fused_shape(
     options: dict[str, Any],
     wants_bits: bool,
 ) -> tuple[int, int, int, int]:
-    geometry, epilogue, residual, prepacked = _split(weight, multiplier, bias, options)
+    geometry, epilogue, residual, prepacked = split_options(weight, multiplier, bias, options)
     return _check_fused(bits, weight, geometry, epilogue, residual, prepacked, wants_bits)
 
 
