@@ -22,12 +22,12 @@ help:  ## List the targets
 setup: $(STAMP)  ## Create .venv with all that development needs
 
 demo: $(STAMP)  ## Train, convert, verify, save and run a BiPer net on real digits
-	@$(BIN)/biper demo $(ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/biper demo $(ARGS)
 
 # Tests run in one process per core, each with one thread.
 test: $(STAMP)  ## Run the tests
 	@echo "==> Tests"
-	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 -p no:benchmark $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
 
 # pytest exits with 5 where it selects no test.
 test-deep: $(STAMP)  ## Run the slow tests, and those in need of a compiler or a build
