@@ -22,7 +22,7 @@ help:  ## List the targets
 setup: $(STAMP)  ## Create .venv with all that development needs
 
 demo: $(STAMP)  ## Train, convert, verify, save and run a BiPer net on real digits
-	@OMP_WAIT_POLICY=passive $(BIN)/biper demo $(ARGS)
+	@$(BIN)/biper demo $(ARGS)
 
 # Tests run in one process per core, each with one thread.
 test: $(STAMP)  ## Run the tests
