@@ -17,6 +17,7 @@ from biper_engine.bits import words
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import backends, checks
+from biper_engine.ops.cpu import CpuBackend
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.reference import ReferenceBackend
 
@@ -387,6 +388,7 @@ def _register(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)
 
 
+backends.register(CpuBackend())
 backends.register(ReferenceBackend())
 for _name in SCHEMAS:
     _register(_name, globals()[f"_{_name}"], globals()[f"_{_name}_fake"])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -20,11 +21,34 @@ DEVICES = {
     "cpu": ("cpu",),
     "reference": ("cpu", "cuda"),
 }
-RUNS = [
-    pytest.param((name, device), id=name if len(DEVICES[name]) == 1 else f"{name}-{device}")
-    for name in PREFERENCE
-    for device in DEVICES[name]
-]
+CPU_ISAS = ("avx512", "avx2", "neon", "portable")
+
+
+def _runs() -> Iterator[Any]:
+    """Yield (backend, device, instruction set) in order of preference."""
+    for name in PREFERENCE:
+        for device in DEVICES[name]:
+            for isa in CPU_ISAS if name == "cpu" else (None,):
+                parts = (name, device if len(DEVICES[name]) > 1 else None, isa)
+                yield pytest.param((name, device, isa), id="-".join(filter(None, parts)))
+
+
+@contextmanager
+def _isa(name: str | None) -> Iterator[None]:
+    """Run the cpu backend's kernels for one instruction set; skip where the processor lacks it."""
+    if name is None:
+        yield
+        return
+    from biper_engine import _cpu
+
+    if name not in _cpu.usable_isas():
+        pytest.skip(f"cpu: this build or processor has no {name}")
+    before = _cpu.isa()
+    _cpu.select_isa(name)
+    try:
+        yield
+    finally:
+        _cpu.select_isa(before)
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +56,19 @@ def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIPER_BACKEND", raising=False)
 
 
-@pytest.fixture(params=RUNS)
+@pytest.fixture(params=_runs())
 def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.device]]:
-    """Force every backend in turn; give its name and the device that it runs on."""
-    name, device = request.param
+    """Force every backend in turn; give its name and the device that it runs on.
+
+    The cpu backend comes once for every instruction set.
+    """
+    name, device, isa = request.param
     reason = {info.name: info.reason for info in backends()}[name]
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"{name} on {device}: no CUDA GPU")
-    with use_backend(name):
+    with _isa(isa), use_backend(name):
         yield name, torch.device(device)
 
 

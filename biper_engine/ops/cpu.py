@@ -1,0 +1,367 @@
+"""The native CPU backend: `csrc/cpu` behind the vocabulary, and the number of threads that it uses.
+
+The compiled module is loaded at the first question about it, never at import.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biper_engine.bits import words
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops.backends import Backend
+from biper_engine.ops.epilogue import Epilogue
+
+__all__ = ["CpuBackend", "PopcountPeak", "description", "popcount_peak", "thread_count"]
+
+_STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_NO_POOL = (1, 1, 1, 1, 0, 0)
+
+
+# -- the compiled module --------------------------------------------------------------------------
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """Return the compiled module, or None and why it cannot run here."""
+    try:
+        native = importlib.import_module("biper_engine._cpu")
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "biper_engine._cpu"
+        cause = "was not built" if missing else f"cannot be loaded ({error})"
+        return None, (
+            f"the extension biper_engine._cpu {cause}; install a C++17 compiler (g++ or clang++), "
+            "then biper-engine again"
+        )
+    try:
+        native.isa()
+    except ValueError as error:
+        return None, str(error)
+    return native, None
+
+
+def _native() -> Any:
+    return _load()[0]
+
+
+# -- threads --------------------------------------------------------------------------------------
+
+
+def _quota(text: str) -> int | None:
+    """Return the processors that a cgroup's "quota period" allows, rounded up; None: no limit."""
+    fields = text.split()
+    if len(fields) != 2 or not all(field.lstrip("-").isdigit() for field in fields):
+        return None  # "max 100000"
+    quota, period = map(int, fields)
+    return max(1, -(-quota // period)) if quota > 0 and period > 0 else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _cgroup_limit(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self")) -> int:
+    """Return the processors that the control groups of this process allow; many without a limit.
+
+    A limit holds for the groups below it, so every group up to the root counts. Reads `cpu.max` of
+    version 2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of version 1.
+    """
+    limits = []
+    for line in _read(proc / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = [root / controllers, root / "cpu"] if controllers else [root, root / "unified"]
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for mount in mounts:
+            for depth in range(len(parts) + 1):
+                group = mount.joinpath(*parts[:depth])
+                period = _read(group / "cpu.cfs_period_us")
+                limits.append(_quota(_read(group / "cpu.max")))
+                limits.append(_quota(f"{_read(group / 'cpu.cfs_quota_us')} {period}"))
+    return min((limit for limit in limits if limit is not None), default=1 << 30)
+
+
+_cached_cgroup_limit = functools.cache(_cgroup_limit)
+
+
+def thread_count() -> int:
+    """Return the threads that a call from this thread may use now.
+
+    `BIPER_NUM_THREADS` where it is set; else `torch.get_num_threads()`, but no more than the
+    processors that this thread may run on and that the cgroup's quota pays for.
+
+    Raises:
+        ValueError: `BIPER_NUM_THREADS` is no positive integer.
+    """
+    forced = os.environ.get("BIPER_NUM_THREADS")
+    if forced:
+        if not forced.isdecimal() or int(forced) < 1:
+            raise ValueError(f"BIPER_NUM_THREADS (={forced!r}) must be a positive integer.")
+        return int(forced)
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return 1
+    return max(1, min(threads, _native().affinity(), _cached_cgroup_limit()))
+
+
+# -- what it is and can ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopcountPeak:
+    """What bounds every binary convolution on one core: its inner loop on registers alone.
+
+    Attributes:
+        isa: instruction set in use.
+        macs_per_second: multiply-accumulates on bits.
+        macs_per_clock: the same by the core's clock, or None where that cannot be counted.
+    """
+
+    isa: str
+    macs_per_second: float
+    macs_per_clock: float | None
+
+
+def popcount_peak() -> PopcountPeak:
+    """Measure this machine's popcount peak for one core; takes about 0.1 s.
+
+    Raises:
+        BackendUnavailableError: the cpu backend cannot run here.
+    """
+    native = _require_native()
+    per_second, per_clock = native.measure_peak()
+    return PopcountPeak(
+        isa=native.isa(), macs_per_second=per_second, macs_per_clock=per_clock or None
+    )
+
+
+def description() -> str:
+    """Return the instruction set and the threads in use, such as "avx512, 2 threads".
+
+    Raises:
+        BackendUnavailableError: the cpu backend cannot run here.
+    """
+    threads = thread_count()
+    return f"{_require_native().isa()}, {threads} thread{'s' * (threads != 1)}"
+
+
+def _require_native() -> Any:
+    from biper_engine.ops.backends import by_name
+
+    by_name("cpu")
+    return _native()
+
+
+# -- calls ----------------------------------------------------------------------------------------
+
+
+def _memory(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.numel())
+
+
+def _float_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.numel(), _STREAM_TYPES[tensor.dtype]
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """Return [N, H, W, C] in order of memory, copied only where `x` is not channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
+    return (
+        *(geometry.in_channels, geometry.out_channels, geometry.groups),
+        *(*geometry.kernel_size, *geometry.stride, *geometry.padding, *geometry.dilation),
+    )
+
+
+def _pool_values(pool: Pool2dGeometry) -> tuple[int, ...]:
+    return (*pool.kernel_size, *pool.stride, *pool.padding)
+
+
+class _Fused:
+    """A convolution with fixed weights and epilogue, ready to run on images of any size."""
+
+    def __init__(
+        self,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        prepacked: Tensor,
+        float_dtype: torch.dtype | None,
+        want_bits: bool,
+    ) -> None:
+        tensors = {name: value.contiguous() for name, value in epilogue.tensors().items()}
+        self._kept = (prepacked, tensors)  # the native object holds their addresses only
+        names = ("multiplier", "bias", "slope", "shift", "threshold", "sense", "pool_min")
+        self._conv = _native().Conv(
+            _geometry_values(geometry),
+            _memory(prepacked),
+            pool=_pool_values(epilogue.pool),
+            clamp_min=epilogue.clamp_min,
+            clamp_max=epilogue.clamp_max,
+            **{name: _memory(tensors.get(name)) for name in names},
+        )
+        self._geometry = geometry
+        self._pool = None if epilogue.pool.is_identity else epilogue.pool
+        self._float_dtype = float_dtype
+        self._want_bits = want_bits
+        self._out_words = words(geometry.out_channels)
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def _output_size(self, height: int, width: int) -> tuple[int, int]:
+        size = self._sizes.get((height, width))
+        if size is None:
+            size = self._geometry.output_size(height, width)
+            if self._pool is not None:
+                size = self._pool.output_size(*size)
+            self._sizes[height, width] = size
+        return size
+
+    def __call__(self, bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        bits = bits.contiguous()
+        batch, height, width, _ = bits.shape
+        rows, columns = self._output_size(height, width)
+        if residual is not None:
+            residual = _nhwc(residual)
+        floats = packed = None
+        if self._float_dtype is not None:
+            shape = (batch, rows, columns, self._geometry.out_channels)
+            floats = torch.empty(shape, dtype=self._float_dtype)
+        if self._want_bits:
+            packed = torch.empty((batch, rows, columns, self._out_words), dtype=torch.int32)
+        self._conv.run(
+            batch,
+            height,
+            width,
+            _memory(bits),
+            _float_memory(residual),
+            _float_memory(floats),
+            _memory(packed),
+            thread_count(),
+        )
+        return None if floats is None else floats.permute(0, 3, 1, 2), packed
+
+
+class CpuBackend(Backend):
+    """Kernels of csrc/cpu, for the best instruction set that the processor has."""
+
+    name = "cpu"
+
+    def unavailable_reason(self) -> str | None:
+        return _load()[1]
+
+    def unsupported_reason(
+        self, op: str, geometry: Conv2dGeometry | None, device: torch.device
+    ) -> str | None:
+        return None if device.type == "cpu" else f"it runs on the CPU, the tensors are on {device}"
+
+    def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:
+        return (_native().prepacked_words(_geometry_values(geometry)),), torch.int32
+
+    def prepack(self, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+        shape, dtype = self.prepack_layout(geometry)
+        weight = weight.contiguous()
+        prepacked = weight.new_empty(shape, dtype=dtype)
+        _native().prepack(_geometry_values(geometry), _memory(weight), _memory(prepacked))
+        return prepacked
+
+    def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
+        nhwc, threshold, sense = _nhwc(x), _contiguous(threshold), _contiguous(sense)
+        n, h, w, c = nhwc.shape
+        packed = torch.empty((n, h, w, words(c)), dtype=torch.int32)
+        _native().binarize(
+            n * h * w,
+            c,
+            _float_memory(nhwc),
+            _memory(threshold),
+            _memory(sense),
+            _memory(packed),
+            thread_count(),
+        )
+        return packed
+
+    def unbinarize(self, bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+        bits = bits.contiguous()
+        n, h, w, _ = bits.shape
+        x = torch.empty((n, h, w, channels), dtype=dtype)
+        _native().unbinarize(n * h * w, channels, _memory(bits), _float_memory(x), thread_count())
+        return x.permute(0, 3, 1, 2)
+
+    def bmaxpool2d(
+        self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
+    ) -> Tensor:
+        bits, take_and = bits.contiguous(), _contiguous(take_and)
+        n, h, w, count = bits.shape
+        out = torch.empty((n, *pool.output_size(h, w), count), dtype=torch.int32)
+        _native().maxpool(
+            n,
+            h,
+            w,
+            channels,
+            _pool_values(pool),
+            _memory(bits),
+            _memory(take_and),
+            _memory(out),
+            thread_count(),
+        )
+        return out
+
+    def bconv2d(
+        self, bits: Tensor, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
+    ) -> Tensor:
+        bits = bits.contiguous()
+        prepacked = self._prepacked(weight, geometry, prepacked)
+        n, h, w, _ = bits.shape
+        dots = torch.empty((n, *geometry.output_size(h, w), geometry.out_channels), dtype=torch.int32)
+        conv = _native().Conv(_geometry_values(geometry), _memory(prepacked))
+        conv.accumulate(n, h, w, _memory(bits), _memory(dots), thread_count())
+        return dots.permute(0, 3, 1, 2)
+
+    def bconv2d_fused(
+        self,
+        bits: Tensor,
+        weight: Tensor,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        residual: Tensor | None,
+        prepacked: Tensor | None,
+        float_dtype: torch.dtype | None,
+        want_bits: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        prepacked = self._prepacked(weight, geometry, prepacked)
+        return _Fused(geometry, epilogue, prepacked, float_dtype, want_bits)(bits, residual)
+
+    def bind_fused(
+        self,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        prepacked: Tensor,
+        float_dtype: torch.dtype | None,
+        want_bits: bool,
+    ) -> Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+        return _Fused(geometry, epilogue, prepacked.contiguous(), float_dtype, want_bits)
+
+    def _prepacked(
+        self, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
+    ) -> Tensor:
+        return self.prepack(weight, geometry) if prepacked is None else prepacked.contiguous()

@@ -1,0 +1,66 @@
+// Validation that the bindings' functions share.
+#include <limits>
+#include <stdexcept>
+
+#include "conv.h"
+
+namespace biper {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void require_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  require(value >= low && value <= high, "`" + std::string(name) + "` (=" + std::to_string(value) +
+                                             ") must be from " + std::to_string(low) + " to " +
+                                             std::to_string(high) + ".");
+}
+
+int64_t checked_product(const char* what, std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes) {
+    const bool fits = size >= 0 && !__builtin_mul_overflow(product, size, &product) &&
+                      product <= std::numeric_limits<int64_t>::max() / 64;
+    require(fits, std::string(what) + " is too large for this machine.");
+  }
+  return product;
+}
+
+void require_memory(const char* name, const void* data, int64_t size, int64_t wanted,
+                    int64_t element_bytes) {
+  require(size == wanted, "`" + std::string(name) + "` has " + std::to_string(size) +
+                              " elements, but " + std::to_string(wanted) + " are wanted.");
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(element_bytes) == 0;
+  require(wanted == 0 || (data != nullptr && aligned),
+          "`" + std::string(name) + "` must point to aligned memory.");
+}
+
+void require_window(const Window& window) {
+  constexpr int64_t kMost = int64_t{1} << 24;
+  require_range("pool_kernel_size", window.kernel_h, 1, kMost);
+  require_range("pool_kernel_size", window.kernel_w, 1, kMost);
+  require_range("pool_stride", window.stride_h, 1, kMost);
+  require_range("pool_stride", window.stride_w, 1, kMost);
+  require_range("pool_padding", window.pad_h, 0, window.kernel_h / 2);
+  require_range("pool_padding", window.pad_w, 0, window.kernel_w / 2);
+}
+
+int64_t window_positions(const char* what, int64_t size, int64_t kernel, int64_t stride,
+                         int64_t pads, int64_t dilation) {
+  const int64_t reach = dilation * (kernel - 1) + 1;
+  require(size >= 1 && size + pads >= reach,
+          std::string(what) + " of reach " + std::to_string(reach) +
+              " does not fit into an axis of size " + std::to_string(size) + " padded by " +
+              std::to_string(pads) + ".");
+  return (size + pads - reach) / stride + 1;
+}
+
+std::vector<uint32_t> pack_flags(Span<const uint8_t> flags) {
+  std::vector<uint32_t> words(static_cast<size_t>(flags.size / kWordBits + 2));
+  for (int64_t i = 0; i < flags.size; ++i) {
+    if (flags.data[i]) words[static_cast<size_t>(i / kWordBits)] |= 1u << (i % kWordBits);
+  }
+  return words;
+}
+
+}  // namespace biper

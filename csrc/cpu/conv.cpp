@@ -1,0 +1,379 @@
+// How a convolution is checked, laid out in memory and cut into units of work.
+//
+// Prepacked weights are 32-bit words, padded vectors of a group after each other:
+//
+//     header      [16] what they are for
+//     tap counts  [taps][groups * group_vectors * lanes] set bits of each tap's weights
+//     weights     [group][block][depth][part][vector of the block][part_words]
+#include "conv.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace biper {
+namespace {
+
+constexpr uint32_t kMagic = 0x62697065;  // "epib": the layout's version, too
+constexpr int64_t kHeaderWords = 16;
+constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+constexpr int64_t kMostReduction = int64_t{1} << 24;  // accumulators stay exact in float32
+
+// A strip of input and the weights of a block share the first-level cache, 32 KiB or more.
+constexpr int64_t kStripBytes = 16 << 10;
+// Accumulators that wait for their pool stay in the second level.
+constexpr int64_t kUnitsPerThread = 4;  // so that threads of unequal speed end together
+constexpr int64_t kFewestRows = 4;      // a thinner strip copies too many rows twice
+// Vector steps (a xor, a popcount, an add) of work, some 10 us, below which waking another thread
+// costs more than it brings.
+constexpr int64_t kStepsPerThread = 20000;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sizes of a convolution's weights for one instruction set.
+struct Layout {
+  int64_t group_channels, group_words, group_outputs, group_vectors, group_blocks;
+  int64_t taps, depth, tap_lanes, words;
+};
+
+Layout layout_of(const ConvGeometry& g, const Blocking& blocking) {
+  Layout l;
+  l.group_channels = g.in_channels / g.groups;
+  l.group_words = ceil_div(l.group_channels, kWordBits);
+  l.group_outputs = g.out_channels / g.groups;
+  l.group_vectors = ceil_div(l.group_outputs, blocking.lanes);
+  l.group_blocks = ceil_div(l.group_vectors, blocking.vectors);
+  l.taps = g.kernel_h * g.kernel_w;
+  l.depth = l.taps * l.group_words;
+  l.tap_lanes = g.groups * l.group_vectors * blocking.lanes;
+  const int64_t vector_words = blocking.parts * blocking.part_words;
+  l.words = kHeaderWords + checked_product("The tap counts", {l.taps, l.tap_lanes}) +
+            checked_product("The weight", {g.groups * l.group_vectors, l.depth, vector_words});
+  return l;
+}
+
+void require_geometry(const ConvGeometry& g) {
+  require_range("in_channels", g.in_channels, 1, kMost);
+  require_range("out_channels", g.out_channels, 1, kMost);
+  require_range("groups", g.groups, 1, kMost);
+  require(g.in_channels % g.groups == 0 && g.out_channels % g.groups == 0,
+          "`groups` must divide `in_channels` and `out_channels`.");
+  for (const int64_t value : {g.kernel_h, g.kernel_w}) {
+    require_range("kernel_size", value, 1, kMostReduction);
+  }
+  for (const int64_t value : {g.stride_h, g.stride_w}) require_range("stride", value, 1, kMost);
+  for (const int64_t value : {g.pad_top, g.pad_bottom, g.pad_left, g.pad_right}) {
+    require_range("padding", value, 0, kMost);
+  }
+  for (const int64_t value : {g.dilation_h, g.dilation_w}) {
+    require_range("dilation", value, 1, kMost);
+  }
+  const int64_t reduction = checked_product(
+      "The receptive field", {g.kernel_h, g.kernel_w, g.in_channels / g.groups});
+  require(reduction < kMostReduction, "The receptive field has " + std::to_string(reduction) +
+                                          " inputs, but fewer than 2^24 are wanted.");
+}
+
+std::array<uint32_t, kHeaderWords> header_of(const ConvGeometry& g, const Kernels& kernels) {
+  return {kMagic,
+          static_cast<uint32_t>(kernels.id),
+          static_cast<uint32_t>(g.in_channels),
+          static_cast<uint32_t>(g.out_channels),
+          static_cast<uint32_t>(g.groups),
+          static_cast<uint32_t>(g.kernel_h),
+          static_cast<uint32_t>(g.kernel_w)};
+}
+
+void fill_tap_counts(const Layout& l, const ConvGeometry& g, const uint32_t* weight,
+                     int64_t lanes, int32_t* counts) {
+  std::fill(counts, counts + l.taps * l.tap_lanes, 0);
+  for (int64_t o = 0; o < g.out_channels; ++o) {
+    const int64_t lane =
+        o / l.group_outputs * l.group_vectors * lanes + o % l.group_outputs;
+    for (int64_t tap = 0; tap < l.taps; ++tap) {
+      for (int64_t w = 0; w < l.group_words; ++w) {
+        counts[tap * l.tap_lanes + lane] +=
+            __builtin_popcount(weight[(o * l.taps + tap) * l.group_words + w]);
+      }
+    }
+  }
+}
+
+void fill_weights(const Layout& l, const ConvGeometry& g, const Kernels& kernels,
+                  const uint32_t* weight, uint32_t* to) {
+  const Blocking& b = kernels.blocking;
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int64_t first = 0; first < l.group_vectors; first += b.vectors) {
+      const int64_t vectors = std::min(b.vectors, l.group_vectors - first);
+      for (int64_t k = 0; k < l.depth; ++k) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t output = (first + v) * b.lanes;
+          const int64_t rows = std::min(b.lanes, l.group_outputs - output);
+          const uint32_t* from = weight + (group * l.group_outputs + output) * l.depth + k;
+          kernels.pack_word(from, l.depth, rows, to + v * b.part_words, vectors * b.part_words);
+        }
+        to += vectors * b.parts * b.part_words;
+      }
+    }
+  }
+}
+
+// Whether blocks of output channels start at whole words of bits, so that threads may share a pixel.
+bool divisible(const ConvPlan& plan) {
+  return plan.geometry.groups == 1 || plan.group_outputs % kWordBits == 0;
+}
+
+int64_t conv_rows(const ConvPlan& plan, int64_t out_rows) {
+  if (!plan.pooled) return out_rows;
+  return std::min(plan.conv_h, (out_rows - 1) * plan.pool.stride_h + plan.pool.kernel_h);
+}
+
+int64_t strip_words(const ConvPlan& plan, int64_t out_rows) {
+  const ConvGeometry& g = plan.geometry;
+  const int64_t rows = checked_product("A strip", {conv_rows(plan, out_rows) - 1, g.stride_h}) +
+                       (g.kernel_h - 1) * g.dilation_h + 1;
+  return checked_product("A strip", {rows, plan.strip_w, plan.group_words});
+}
+
+// Cuts the work into units for up to `threads` threads; returns how many are worth waking.
+int64_t cut(ConvPlan& plan, const Blocking& blocking, int64_t threads) {
+  const int64_t blocks = plan.geometry.groups * plan.group_blocks;
+  plan.strip_rows = plan.out_h;
+  plan.chunk_blocks = blocks;
+  while (plan.strip_rows > 1 && !plan.direct &&
+         strip_words(plan, plan.strip_rows) * 4 > kStripBytes) {
+    plan.strip_rows = ceil_div(plan.strip_rows, 2);
+  }
+  const double steps = double(plan.batch) * double(plan.conv_h) * double(plan.conv_w) *
+                       double(plan.geometry.groups * plan.group_vectors * plan.depth) *
+                       double(blocking.parts);
+  threads = std::max<int64_t>(
+      1, static_cast<int64_t>(std::min(double(threads), steps / kStepsPerThread)));
+  if (threads > 1) {
+    const int64_t pieces = ceil_div(threads * kUnitsPerThread, plan.batch);
+    const int64_t strips = std::min(pieces, std::max<int64_t>(1, plan.out_h / kFewestRows));
+    plan.strip_rows = std::min(plan.strip_rows, ceil_div(plan.out_h, strips));
+    const int64_t chunks = ceil_div(pieces, ceil_div(plan.out_h, plan.strip_rows));
+    if (divisible(plan)) plan.chunk_blocks = ceil_div(blocks, std::min(chunks, blocks));
+  }
+  plan.strips = ceil_div(plan.out_h, plan.strip_rows);
+  plan.chunks = ceil_div(blocks, plan.chunk_blocks);
+  plan.units = checked_product("The batch", {plan.batch, plan.strips, plan.chunks});
+  return threads;
+}
+
+void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
+  const ConvGeometry& g = plan.geometry;
+  const int64_t block_lanes = blocking.lanes * blocking.vectors;
+  const int64_t rows = conv_rows(plan, plan.strip_rows);
+  int64_t end = 0;
+  const auto place = [&end](std::initializer_list<int64_t> sizes) {
+    const int64_t offset = end;
+    end += ceil_div(checked_product("The scratch", sizes) * 4, 64) * 64;
+    return offset;
+  };
+  ConvPlan::Scratch& s = plan.scratch;
+  s.strip = place({plan.direct ? 0 : strip_words(plan, plan.strip_rows)});
+  s.offsets = place({plan.depth});
+  s.row_class = place({rows});
+  s.column_class = place({plan.conv_w});
+  s.rows = place({2, std::min(rows, 2 * g.kernel_h + 1)});
+  s.columns = place({2, std::min(plan.conv_w, 2 * g.kernel_w + 1)});
+  s.borders = place({std::min(rows, 2 * g.kernel_h + 1),
+                     std::min(plan.conv_w, 2 * g.kernel_w + 1), block_lanes});
+  const int64_t pool_rows = std::min(plan.pool.kernel_h, plan.conv_h);
+  s.dots = plan.pooled ? place({pool_rows, plan.conv_w, block_lanes})
+                       : place({blocking.tile_pixels, block_lanes});
+  s.pooled = place({plan.pooled ? plan.out_w : 0, block_lanes});
+  s.bytes = end;
+}
+
+}  // namespace
+
+int64_t prepacked_words(const ConvGeometry& geometry) {
+  require_geometry(geometry);
+  return layout_of(geometry, kernels().blocking).words;
+}
+
+void prepack(const ConvGeometry& g, Span<const uint32_t> weight, Span<uint32_t> prepacked) {
+  require_geometry(g);
+  const Kernels& isa = kernels();
+  const Layout l = layout_of(g, isa.blocking);
+  require_memory("weight", weight.data, weight.size, g.out_channels * l.depth, 4);
+  require_memory("prepacked", prepacked.data, prepacked.size, l.words, 4);
+  std::vector<uint32_t> used(weight.data, weight.data + weight.size);
+  const int64_t last_bits = l.group_channels - (l.group_words - 1) * kWordBits;
+  const uint32_t last = last_bits == kWordBits ? ~0u : (1u << last_bits) - 1;
+  for (int64_t w = l.group_words - 1; w < weight.size; w += l.group_words) {
+    used[static_cast<size_t>(w)] &= last;
+  }
+  const auto header = header_of(g, isa);
+  std::copy(header.begin(), header.end(), prepacked.data);
+  uint32_t* counts = prepacked.data + kHeaderWords;
+  fill_tap_counts(l, g, used.data(), isa.blocking.lanes, reinterpret_cast<int32_t*>(counts));
+  fill_weights(l, g, isa, used.data(), counts + l.taps * l.tap_lanes);
+}
+
+Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked)
+    : kernels_(&kernels()), geometry_(geometry), prepacked_(prepacked.data) {
+  require_geometry(geometry);
+  const Layout l = layout_of(geometry, kernels_->blocking);
+  require_memory("prepacked", prepacked.data, prepacked.size, l.words, 4);
+  const auto header = header_of(geometry, *kernels_);
+  require(std::equal(header.begin(), header.end(), prepacked.data),
+          "`prepacked` was made for another convolution or instruction set; make it again with "
+          "`prepack` (instruction set in use: " +
+              std::string(kernels_->name) + ").");
+}
+
+Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const Window& pool,
+           const EpilogueSpans& e)
+    : Conv(geometry, prepacked) {
+  require_window(pool);
+  pool_ = pool;
+  pooled_ = pool.kernel_h != 1 || pool.kernel_w != 1 || pool.stride_h != 1 || pool.stride_w != 1;
+  const int64_t outputs = geometry.out_channels;
+  require_memory("multiplier", e.multiplier.data, e.multiplier.size, outputs, 4);
+  require_memory("bias", e.bias.data, e.bias.size, outputs, 4);
+  const auto optional = [outputs](const char* name, const void* data, int64_t size,
+                                  int64_t bytes) {
+    if (data != nullptr) require_memory(name, data, size, outputs, bytes);
+  };
+  optional("slope", e.slope.data, e.slope.size, 4);
+  optional("shift", e.shift.data, e.shift.size, 4);
+  optional("threshold", e.threshold.data, e.threshold.size, 4);
+  optional("sense", e.sense.data, e.sense.size, 1);
+  optional("pool_min", e.pool_min.data, e.pool_min.size, 1);
+  if (e.sense.data != nullptr) {
+    sense_ = pack_flags(e.sense);
+    const bool any = std::any_of(sense_.begin(), sense_.end(), [](uint32_t w) { return w != 0; });
+    if (!any) sense_.clear();
+  }
+  if (e.pool_min.data != nullptr) {
+    for (int64_t o = 0; o < outputs; ++o) pool_sign_.push_back(e.pool_min.data[o] ? -1 : 1);
+  }
+  epilogue_.multiplier = e.multiplier.data;
+  epilogue_.bias = e.bias.data;
+  epilogue_.slope = e.slope.data;
+  epilogue_.shift = e.shift.data;
+  epilogue_.threshold = e.threshold.data;
+  epilogue_.clamp_min = e.clamp_min;
+  epilogue_.clamp_max = e.clamp_max;
+  epilogue_.clamped = !(std::isinf(e.clamp_min) && e.clamp_min < 0 && std::isinf(e.clamp_max) &&
+                        e.clamp_max > 0);
+  has_epilogue_ = true;
+}
+
+ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width,
+                        Span<const uint32_t> bits) const {
+  require_range("batch", batch, 0, kMost);
+  require_range("height", height, 1, kMost);
+  require_range("width", width, 1, kMost);
+  const ConvGeometry& g = geometry_;
+  const Blocking& blocking = kernels_->blocking;
+  const Layout l = layout_of(g, blocking);
+  ConvPlan plan{};
+  plan.geometry = g;
+  plan.pool = pool_;
+  plan.epilogue = epilogue_;
+  plan.epilogue.sense = sense_.empty() ? nullptr : sense_.data();
+  plan.epilogue.pool_sign = pool_sign_.empty() ? nullptr : pool_sign_.data();
+  plan.batch = batch;
+  plan.height = height;
+  plan.width = width;
+  plan.conv_h = window_positions("A kernel", height, g.kernel_h, g.stride_h,
+                                 g.pad_top + g.pad_bottom, g.dilation_h);
+  plan.conv_w = window_positions("A kernel", width, g.kernel_w, g.stride_w,
+                                 g.pad_left + g.pad_right, g.dilation_w);
+  plan.out_h = plan.conv_h;
+  plan.out_w = plan.conv_w;
+  plan.group_channels = l.group_channels;
+  plan.group_words = l.group_words;
+  plan.group_outputs = l.group_outputs;
+  plan.group_vectors = l.group_vectors;
+  plan.group_blocks = l.group_blocks;
+  plan.in_words = ceil_div(g.in_channels, kWordBits);
+  plan.out_words = ceil_div(g.out_channels, kWordBits);
+  plan.depth = l.depth;
+  plan.tap_lanes = l.tap_lanes;
+  plan.tap_counts = reinterpret_cast<const int32_t*>(prepacked_ + kHeaderWords);
+  plan.weights = prepacked_ + kHeaderWords + l.taps * l.tap_lanes;
+  const bool padded = g.pad_top || g.pad_bottom || g.pad_left || g.pad_right;
+  plan.direct = g.groups == 1 && g.in_channels % kWordBits == 0 && !padded;
+  plan.strip_w = (plan.conv_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
+  require_memory("bits", bits.data, bits.size,
+                 checked_product("The input", {batch, height, width, plan.in_words}), 4);
+  plan.bits = bits.data;
+  return plan;
+}
+
+void Conv::start(ConvPlan& plan, int64_t threads) const {
+  require_range("threads", threads, 1, kMost);
+  if (plan.batch == 0) return;
+  threads = cut(plan, kernels_->blocking, threads);
+  const int64_t reach = checked_product(
+      "The receptive field",
+      {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
+       plan.direct ? plan.width : plan.strip_w, plan.group_words});
+  require(reach <= kMost, "The receptive field spans " + std::to_string(reach) +
+                              " words of a strip, but fewer than 2^31 are wanted.");
+  lay_out_scratch(plan, kernels_->blocking);
+  struct Context {
+    const Kernels* kernels;
+    const ConvPlan* plan;
+  } const context{kernels_, &plan};
+  const auto run_unit = [](const void* memory, int64_t unit, void* scratch) {
+    const Context* c = static_cast<const Context*>(memory);
+    c->kernels->conv_unit(*c->plan, unit, scratch);
+  };
+  run_job({run_unit, &context, plan.units, static_cast<size_t>(plan.scratch.bytes)}, threads);
+}
+
+void Conv::accumulate(int64_t batch, int64_t height, int64_t width, Span<const uint32_t> bits,
+                      Span<int32_t> dots, int64_t threads) const {
+  ConvPlan plan = plan_for(batch, height, width, bits);
+  const int64_t outputs = geometry_.out_channels;
+  require_memory("dots", dots.data, dots.size,
+                 checked_product("The output", {batch, plan.conv_h, plan.conv_w, outputs}), 4);
+  plan.out_dots = dots.data;
+  start(plan, threads);
+}
+
+void Conv::run(const Images& images, int64_t threads) const {
+  require(has_epilogue_, "This convolution was made without an epilogue.");
+  ConvPlan plan = plan_for(images.batch, images.height, images.width, images.bits);
+  plan.pooled = pooled_;
+  if (plan.pooled) {
+    plan.out_h = window_positions("A pool", plan.conv_h, pool_.kernel_h, pool_.stride_h,
+                                  2 * pool_.pad_h, 1);
+    plan.out_w = window_positions("A pool", plan.conv_w, pool_.kernel_w, pool_.stride_w,
+                                  2 * pool_.pad_w, 1);
+  }
+  const int64_t pixels =
+      checked_product("The output", {images.batch, plan.out_h, plan.out_w});
+  const int64_t values = checked_product("The output", {pixels, geometry_.out_channels});
+  const auto stream = [values](const char* name, const FloatSpan& span) {
+    if (span.type == FloatType::kNone) return;
+    require_memory(name, span.data, span.size, values, float_bytes(span.type));
+  };
+  stream("residual", images.residual);
+  stream("out_float", images.out_float);
+  const bool wants_bits = images.out_bits.data != nullptr;
+  if (wants_bits) {
+    require(epilogue_.threshold != nullptr, "Bits leave, but there is no `threshold`.");
+    require_memory("out_bits", images.out_bits.data, images.out_bits.size,
+                   checked_product("The output", {pixels, plan.out_words}), 4);
+  }
+  plan.residual = images.residual.type == FloatType::kNone ? nullptr : images.residual.data;
+  plan.residual_type = images.residual.type;
+  plan.out_float = images.out_float.type == FloatType::kNone ? nullptr : images.out_float.data;
+  plan.out_type = images.out_float.type;
+  plan.out_bits = wants_bits ? images.out_bits.data : nullptr;
+  start(plan, threads);
+}
+
+}  // namespace biper

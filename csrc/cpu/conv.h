@@ -1,0 +1,104 @@
+// Binary convolutions: validation, prepacked weights, and the plan of a call.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace biper {
+
+// Memory of the caller: where it starts and how many elements it holds. Nothing here owns any.
+template <class T>
+struct Span {
+  T* data = nullptr;
+  int64_t size = 0;
+};
+
+// A float map, in one of the types that a stream may have.
+struct FloatSpan {
+  void* data = nullptr;
+  int64_t size = 0;
+  FloatType type = FloatType::kNone;
+};
+
+// Every function here throws std::invalid_argument, with what came and what was wanted, before it
+// reads or writes anything where sizes or values do not fit.
+
+// 32-bit words that prepack writes for the kernels in use.
+int64_t prepacked_words(const ConvGeometry& geometry);
+
+// Re-lays canonical weights [O, KH, KW, words] for the kernels in use.
+void prepack(const ConvGeometry& geometry, Span<const uint32_t> weight, Span<uint32_t> prepacked);
+
+struct EpilogueSpans {
+  Span<const float> multiplier, bias;               // [O]
+  Span<const float> slope, shift, threshold;        // [O], or empty
+  Span<const uint8_t> sense, pool_min;              // bool [O], or empty
+  float clamp_min, clamp_max;                       // infinite where there is none
+};
+
+// The images of one call. Outputs that are not wanted are empty.
+struct Images {
+  int64_t batch, height, width;
+  Span<const uint32_t> bits;  // [N, H, W, words]
+  FloatSpan residual;         // [N, OH, OW, O], or empty
+  FloatSpan out_float;        // [N, OH, OW, O]
+  Span<uint32_t> out_bits;    // [N, OH, OW, words]
+};
+
+// A convolution with fixed weights and epilogue, for images of any size. It keeps the addresses
+// that it is given; calls from several threads are safe.
+class Conv {
+ public:
+  // Without an epilogue, for accumulate() alone.
+  Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked);
+  Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const Window& pool,
+       const EpilogueSpans& epilogue);
+
+  // Writes accumulators [N, OH, OW, O].
+  void accumulate(int64_t batch, int64_t height, int64_t width, Span<const uint32_t> bits,
+                  Span<int32_t> dots, int64_t threads) const;
+
+  // Writes the epilogue's float map, its bits, or both.
+  void run(const Images& images, int64_t threads) const;
+
+ private:
+  ConvPlan plan_for(int64_t batch, int64_t height, int64_t width, Span<const uint32_t> bits) const;
+  void start(ConvPlan& plan, int64_t threads) const;
+
+  const Kernels* kernels_;
+  ConvGeometry geometry_;
+  Window pool_{1, 1, 1, 1, 0, 0};
+  bool pooled_ = false;
+  Epilogue epilogue_{};
+  bool has_epilogue_ = false;
+  const uint32_t* prepacked_;
+  std::vector<uint32_t> sense_;     // a bit per channel, one spare word
+  std::vector<int32_t> pool_sign_;  // [O]
+};
+
+// -- shared with maps.cpp -------------------------------------------------------------------------
+
+// The product of sizes, each at least 0.
+int64_t checked_product(const char* what, std::initializer_list<int64_t> sizes);
+
+void require(bool condition, const std::string& message);
+
+// Throws unless `value` is in [low, high].
+void require_range(const char* name, int64_t value, int64_t low, int64_t high);
+
+// Throws unless memory of exactly `wanted` elements, aligned to them, was given.
+void require_memory(const char* name, const void* data, int64_t size, int64_t wanted,
+                    int64_t element_bytes);
+
+void require_window(const Window& window);
+
+// Positions of a window along one axis; throws where there is none.
+int64_t window_positions(const char* what, int64_t size, int64_t kernel, int64_t stride,
+                         int64_t pads, int64_t dilation);
+
+// A bit per flag, and a spare word.
+std::vector<uint32_t> pack_flags(Span<const uint8_t> flags);
+
+}  // namespace biper

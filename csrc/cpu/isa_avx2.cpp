@@ -1,0 +1,131 @@
+// AVX2, which has no popcount: a vector is 32 output channels, a byte each.
+//
+// A nibble n of a weight and a nibble v of an input word differ in popc(n ^ v) bits. The 16 values
+// for one v are a row of a table; VPSHUFB looks up 32 weights' nibbles in it at once, so that four
+// input channels of 32 output channels cost one shuffle and one addition.
+#include "algorithm.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+
+namespace biper {
+namespace {
+
+// Row v, column n: popc(n ^ v).
+alignas(64) const uint8_t kDifferences[16][16] = {
+    {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4},
+    {1, 0, 2, 1, 2, 1, 3, 2, 2, 1, 3, 2, 3, 2, 4, 3},
+    {1, 2, 0, 1, 2, 3, 1, 2, 2, 3, 1, 2, 3, 4, 2, 3},
+    {2, 1, 1, 0, 3, 2, 2, 1, 3, 2, 2, 1, 4, 3, 3, 2},
+    {1, 2, 2, 3, 0, 1, 1, 2, 2, 3, 3, 4, 1, 2, 2, 3},
+    {2, 1, 3, 2, 1, 0, 2, 1, 3, 2, 4, 3, 2, 1, 3, 2},
+    {2, 3, 1, 2, 1, 2, 0, 1, 3, 4, 2, 3, 2, 3, 1, 2},
+    {3, 2, 2, 1, 2, 1, 1, 0, 4, 3, 3, 2, 3, 2, 2, 1},
+    {1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3},
+    {2, 1, 3, 2, 3, 2, 4, 3, 1, 0, 2, 1, 2, 1, 3, 2},
+    {2, 3, 1, 2, 3, 4, 2, 3, 1, 2, 0, 1, 2, 3, 1, 2},
+    {3, 2, 2, 1, 4, 3, 3, 2, 2, 1, 1, 0, 3, 2, 2, 1},
+    {2, 3, 3, 4, 1, 2, 2, 3, 1, 2, 2, 3, 0, 1, 1, 2},
+    {3, 2, 4, 3, 2, 1, 3, 2, 2, 1, 3, 2, 1, 0, 2, 1},
+    {3, 4, 2, 3, 2, 3, 1, 2, 2, 3, 1, 2, 1, 2, 0, 1},
+    {4, 3, 3, 2, 3, 2, 2, 1, 3, 2, 2, 1, 2, 1, 1, 0},
+};
+
+struct Avx2 {
+  using Sum = __m256i;
+  using Word = __m256i;
+  using Weights = __m256i;
+  using Float = __m256;
+
+  static constexpr int kLanes = 32;
+  static constexpr int kVectors = 2;
+  static constexpr int kAccumulators = 8;  // of 16 registers
+  static constexpr int kParts = 8;         // nibbles of a word
+  static constexpr int kPartWords = 8;     // 32 bytes, a nibble each
+  static constexpr int64_t kWordsPerSum = 7;  // a word adds 32 at most: 7 * 32 fits a byte
+  static constexpr int kFloats = 8;
+  static constexpr int kPeakSums = 8;
+
+  BIPER_INLINE Sum zero() { return _mm256_setzero_si256(); }
+  BIPER_INLINE Weights load_weights(const uint32_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  BIPER_INLINE Word spread(const uint32_t* word, int part) {
+    const uint8_t* row = kDifferences[*word >> (4 * part) & 15u];
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(row)));
+  }
+  BIPER_INLINE Sum count(Sum sum, Word row, Weights w) {
+    return _mm256_add_epi8(sum, _mm256_shuffle_epi8(row, w));
+  }
+  BIPER_INLINE void subtract_twice(int32_t* to, const int32_t* from, Sum sum) {
+    alignas(32) uint8_t bytes[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), sum);
+    BIPER_UNROLL
+    for (int l = 0; l < kLanes; l += 8) {
+      const __m256i counts =
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + l)));
+      const __m256i minuend = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + l));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + l),
+                          _mm256_sub_epi32(minuend, _mm256_slli_epi32(counts, 1)));
+    }
+  }
+  static void pack_word(const uint32_t* canonical, int64_t stride, int64_t rows, uint32_t* packed,
+                        int64_t part_stride) {
+    for (int part = 0; part < kParts; ++part) {
+      uint8_t nibbles[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        nibbles[l] =
+            l < rows ? static_cast<uint8_t>(canonical[l * stride] >> (4 * part) & 15u) : 0;
+      }
+      __builtin_memcpy(packed + part * part_stride, nibbles, sizeof nibbles);
+    }
+  }
+  BIPER_INLINE void opaque(__m256i& value) { asm volatile("" : "+x"(value)); }
+
+  BIPER_INLINE Float broadcast(float x) { return _mm256_set1_ps(x); }
+  BIPER_INLINE Float load(const float* from) { return _mm256_loadu_ps(from); }
+  BIPER_INLINE void store(float* to, Float v) { _mm256_storeu_ps(to, v); }
+  BIPER_INLINE Float load_float16(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  BIPER_INLINE void store_float16(uint16_t* to, Float v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  BIPER_INLINE Float load_bfloat16(const uint16_t* from) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  BIPER_INLINE void store_bfloat16(uint16_t* to, Float v) {
+    const __m256i x = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(
+        _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i packed = _mm256_packus_epi32(rounded, rounded);  // within 128-bit halves
+    const __m256i ordered = _mm256_permute4x64_epi64(packed, 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(ordered));
+  }
+  BIPER_INLINE Float to_float(const int32_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  BIPER_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  BIPER_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  BIPER_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  // MAXPS and MINPS return their second operand where neither is larger: exactly v < low ? low : v
+  // and v > high ? high : v, also for zeros of either sign.
+  BIPER_INLINE Float at_least_or(Float v, Float low) { return _mm256_max_ps(low, v); }
+  BIPER_INLINE Float at_most_or(Float v, Float high) { return _mm256_min_ps(high, v); }
+  BIPER_INLINE Float where_negative(Float v, Float other) {
+    return _mm256_blendv_ps(v, other, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
+  }
+  BIPER_INLINE uint32_t at_least(Float a, Float b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+  }
+};
+
+}  // namespace
+
+extern const Kernels kAvx2Kernels = kernels_of<Avx2>("avx2", 2);
+
+}  // namespace biper
+#endif

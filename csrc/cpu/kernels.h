@@ -1,0 +1,158 @@
+// What callers and ISA files share: plain structs and one table of kernels per instruction set.
+//
+// Layouts follow biper_engine/bits.py: channel c of a pixel is bit c % 32 of its word c / 32, maps
+// are NHWC. Strides and sizes are in elements unless a name ends in _bytes. Nothing here includes
+// the STL: an ISA file that instantiated a template of it could hand AVX-512 code to the linker as
+// everybody's copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace biper {
+
+constexpr int64_t kWordBits = 32;
+
+enum class FloatType : int32_t { kNone = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
+
+inline int64_t float_bytes(FloatType type) {
+  return type == FloatType::kNone ? 0 : type == FloatType::kFloat32 ? 4 : 2;
+}
+
+struct Window {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+// A binary convolution as Conv2dGeometry has it, apart from the image size.
+struct ConvGeometry {
+  int64_t in_channels, out_channels, groups;
+  int64_t kernel_h, kernel_w, stride_h, stride_w;
+  int64_t pad_top, pad_bottom, pad_left, pad_right;
+  int64_t dilation_h, dilation_w;
+};
+
+// Parameters of biper_engine/ops/epilogue.py; every pointer but multiplier and bias may be null.
+struct Epilogue {
+  const float* multiplier;
+  const float* bias;
+  const float* slope;
+  const float* shift;
+  const float* threshold;
+  const uint32_t* sense;     // a bit per channel: the bit is v <= threshold; null: v >= threshold
+  const int32_t* pool_sign;  // [O] -1 where the pool takes the minimum, else 1; null: all 1
+  float clamp_min;          // -inf where there is none
+  float clamp_max;          // +inf where there is none
+  bool clamped;
+};
+
+// A run of output rows or columns whose windows see the same kernel positions [first, last).
+struct Border {
+  int32_t first, last;
+};
+
+// What one instruction set makes of the output channels of a group. A vector holds `lanes` of
+// them, a block `vectors` vectors; the last block of a group may be shorter.
+struct Blocking {
+  int64_t lanes;         // output channels in a vector
+  int64_t vectors;       // vectors in a full block; lanes * vectors is a multiple of 32
+  int64_t parts;         // steps that one input word takes
+  int64_t part_words;    // 32-bit words of a vector's weights in a step
+  int64_t tile_pixels;   // output pixels in the largest tile
+};
+
+// One convolution at one image size; filled by conv.cpp, read by every kernel.
+struct ConvPlan {
+  ConvGeometry geometry;
+  Window pool;
+  bool pooled;
+  Epilogue epilogue;
+
+  int64_t batch, height, width;    // of the input
+  int64_t conv_h, conv_w;          // of the accumulators
+  int64_t out_h, out_w;            // of what leaves: after the pool
+  int64_t group_channels;          // input channels of a group
+  int64_t group_words;             // words of a group in a strip: ceil(group_channels / 32)
+  int64_t group_outputs;           // output channels of a group
+  int64_t group_vectors;           // ceil(group_outputs / lanes)
+  int64_t in_words, out_words;     // words of a pixel in the packed maps
+  int64_t depth;                   // words of one output's receptive field: KH * KW * group_words
+  bool direct;                     // the input can be read in place, without a strip
+
+  // A unit of work: strip_rows output rows x chunk_blocks blocks of one image.
+  int64_t strip_rows, strips;
+  int64_t chunk_blocks, chunks;    // blocks are counted over all groups
+  int64_t group_blocks;            // blocks in a group
+  int64_t units;
+
+  // Scratch of a thread: offsets in bytes from a 64-byte aligned base.
+  struct Scratch {
+    int64_t strip;          // uint32 [input rows of a unit][strip_w][group_words]
+    int64_t offsets;        // int32 [depth]
+    int64_t row_class;      // int32 [accumulator rows of a unit]
+    int64_t column_class;   // int32 [conv_w]
+    int64_t rows, columns;  // Border [2 * kernel + 1] each
+    int64_t borders;        // int32 [row classes][column classes][lanes of a block]
+    int64_t dots;           // int32 [rows of a pool window][conv_w][lanes of a block], or one tile
+    int64_t pooled;         // int32 [out_w][lanes of a block]
+    int64_t bytes;
+  } scratch;
+  int64_t strip_w;  // pixels in a strip's row: the padded width, as far as windows reach
+
+  const uint32_t* bits;            // [N, H, W, in_words]
+  const int32_t* tap_counts;       // [taps][tap_lanes] set bits of the weights
+  int64_t tap_lanes;               // groups * group_vectors * lanes
+  const uint32_t* weights;         // the ISA's own layout
+  const void* residual;            // [N, out_h, out_w, O] or null
+  FloatType residual_type;
+  void* out_float;                 // [N, out_h, out_w, O] or null
+  FloatType out_type;
+  uint32_t* out_bits;              // [N, out_h, out_w, out_words] or null
+  int32_t* out_dots;               // [N, conv_h, conv_w, O] or null: raw accumulators, no epilogue
+};
+
+struct BinarizeCall {
+  const void* x;                   // [pixels, channels]
+  FloatType type;
+  int64_t channels;
+  const float* threshold;          // [channels] or null: 0
+  const uint32_t* sense;           // [words], a bit per channel, or null: all 0
+  uint32_t* bits;                  // [pixels, words]
+};
+
+struct UnbinarizeCall {
+  const uint32_t* bits;            // [pixels, words]
+  int64_t channels;
+  void* x;                         // [pixels, channels]
+  FloatType type;
+};
+
+struct PoolCall {
+  const uint32_t* bits;            // [N, H, W, words]
+  int64_t height, width, channels, words;
+  Window window;
+  int64_t out_h, out_w;
+  const uint32_t* take_and;        // [words], a bit per channel, or null: all 0
+  uint32_t* out;                   // [N, out_h, out_w, words]
+};
+
+// The kernels of one instruction set. Ranges are half open; disjoint ranges may run at once.
+struct Kernels {
+  const char* name;
+  int32_t id;                      // stored in prepacked weights, so that they meet their kernels
+  Blocking blocking;
+
+  // Re-lays one input word of a vector's weights: canonical[l * stride] is that of lane l < rows,
+  // the other lanes become 0. Part i goes to packed + i * part_stride.
+  void (*pack_word)(const uint32_t* canonical, int64_t stride, int64_t rows, uint32_t* packed,
+                    int64_t part_stride);
+  void (*conv_unit)(const ConvPlan& plan, int64_t unit, void* scratch);
+  void (*binarize)(const BinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
+  void (*unbinarize)(const UnbinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
+  void (*maxpool_row)(const PoolCall& call, int64_t row);  // row of all images: n * out_h + y
+
+  // The inner loop on registers alone, `rounds` times; each round does `macs_per_round`.
+  void (*peak)(int64_t rounds);
+  int64_t macs_per_round;
+};
+
+}  // namespace biper

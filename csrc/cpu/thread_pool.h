@@ -1,0 +1,25 @@
+// Threads that share the units of one job; see thread_pool.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace biper {
+
+// Units [0, units) of work; any thread may take any unit, in any order.
+struct Job {
+  void (*run)(const void* context, int64_t unit, void* scratch);
+  const void* context;
+  int64_t units;
+  size_t scratch_bytes;  // private memory of a thread, 64-byte aligned, contents undefined
+};
+
+// Runs every unit on the calling thread and up to threads - 1 others; returns when all are done.
+// Where the others are busy with a job of another caller, the calling thread works alone.
+// Throws std::bad_alloc where the calling thread gets no scratch.
+void run_job(const Job& job, int64_t threads);
+
+// Processors that the calling thread may run on.
+int64_t affinity();
+
+}  // namespace biper
