@@ -263,8 +263,6 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   epilogue_.threshold = e.threshold.data;
   epilogue_.clamp_min = e.clamp_min;
   epilogue_.clamp_max = e.clamp_max;
-  epilogue_.clamped = !(std::isinf(e.clamp_min) && e.clamp_min < 0 && std::isinf(e.clamp_max) &&
-                        e.clamp_max > 0);
   has_epilogue_ = true;
 }
 

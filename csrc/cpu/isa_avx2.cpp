@@ -44,6 +44,7 @@ struct Avx2 {
   static constexpr int kPartWords = 8;     // 32 bytes, a nibble each
   static constexpr int64_t kWordsPerSum = 7;  // a word adds 32 at most: 7 * 32 fits a byte
   static constexpr int kFloats = 8;
+  static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 8;
 
   BIPER_INLINE Sum zero() { return _mm256_setzero_si256(); }

@@ -26,8 +26,9 @@ struct Avx512 {
   static constexpr int kAccumulators = 16;
   static constexpr int kParts = 1;
   static constexpr int kPartWords = 16;
-  static constexpr int64_t kWordsPerSum = INT64_MAX >> 1;  // K < 2^24 fits a lane
+  static constexpr int64_t kWordsPerSum = 0;  // K < 2^24 fits a lane
   static constexpr int kFloats = 16;
+  static constexpr bool kSumsFitFloats = true;
   static constexpr int kPeakSums = 16;
 
   BIPER_INLINE Sum zero() { return _mm512_setzero_si512(); }
@@ -36,11 +37,23 @@ struct Avx512 {
     return _mm512_set1_epi32(static_cast<int32_t>(*word));
   }
   BIPER_INLINE Sum count(Sum sum, Word a, Weights w) {
-    return _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(a, w)));
+    // As instructions, since GCC 12 gathers all xors of a tile first, then copies every sum in every
+    // step and spills some.
+    __m512i bits;
+    asm("vpxord %[a], %[w], %[bits]\n\t"
+        "vpopcntd %[bits], %[bits]\n\t"
+        "vpaddd %[bits], %[sum], %[sum]"
+        : [bits] "=&v"(bits), [sum] "+v"(sum)
+        : [a] "v"(a), [w] "v"(w));
+    return sum;
   }
   BIPER_INLINE void subtract_twice(int32_t* to, const int32_t* from, Sum sum) {
     const __m512i minuend = _mm512_loadu_si512(from);
     _mm512_storeu_si512(to, _mm512_sub_epi32(minuend, _mm512_slli_epi32(sum, 1)));
+  }
+  BIPER_INLINE Float float_dots(const int32_t* border, Sum sum) {
+    return _mm512_cvtepi32_ps(
+        _mm512_sub_epi32(_mm512_loadu_si512(border), _mm512_slli_epi32(sum, 1)));
   }
   static void pack_word(const uint32_t* canonical, int64_t stride, int64_t rows, uint32_t* packed,
                         int64_t) {

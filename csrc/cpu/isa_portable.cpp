@@ -23,6 +23,7 @@ struct Portable {
   static constexpr int kPartWords = 16;
   static constexpr int64_t kWordsPerSum = 31;  // a word adds 8 to a byte at most
   static constexpr int kFloats = 4;
+  static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 1;
 
   BIPER_INLINE Sum zero() { return Sum{}; }

@@ -42,7 +42,6 @@ struct Epilogue {
   const int32_t* pool_sign;  // [O] -1 where the pool takes the minimum, else 1; null: all 1
   float clamp_min;          // -inf where there is none
   float clamp_max;          // +inf where there is none
-  bool clamped;
 };
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).

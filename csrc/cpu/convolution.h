@@ -1,0 +1,438 @@
+// The convolution: strips of input, tiles of accumulators, blocks of output channels.
+//
+// Per unit of work (a strip of output rows of one image, some blocks of output
+// channels) the input rows of a group are copied into a strip: aligned to words, unused bits
+// cleared, padding as zero words. A tile of P pixels x J vectors of output channels then counts
+// popc(a ^ w) over the receptive field, `depth` words, in registers. A padded tap reads a = 0 and
+// adds popc(w), so with V the valid taps of the pixel and C the channels of a group
+//
+//     dot = |V| * C - 2 * popc(a ^ w over V) = border - 2 * popc(a ^ w over all taps),
+//     border = |V| * C + 2 * popc(w over the padded taps),
+//
+// an integer that depends on the output channel and on the border class of the pixel alone: on the
+// ranges of kernel rows and kernel columns that lie inside the image.
+#pragma once
+
+#include "epilogue.h"
+
+namespace biper {
+
+// The part of a convolution that one unit computes.
+struct Unit {
+  int64_t image, first_row, last_row;  // of the output
+  int64_t conv_first, conv_last;       // rows of accumulators that they need
+  int64_t first_block, last_block;
+};
+
+// One group of a unit: where windows find their input and their border class.
+struct Strip {
+  const uint32_t* words;        // first pixel of the first window
+  int64_t row_words;            // from one input row to the next
+  const int32_t* offsets;       // [depth] from a window's first word to each of its words
+  const int32_t* row_class;     // [conv_last - conv_first]
+  const int32_t* column_class;  // [conv_w]
+  const Border *rows, *columns;
+  int32_t row_classes, column_classes;
+};
+
+// The block at work: up to kVectors vectors of output channels of one group.
+struct Block {
+  int64_t channel, channels;  // first output channel, and how many there are
+  int64_t lanes;              // channels rounded up to whole vectors
+  const uint32_t* weights;
+  const int32_t* tap_counts;  // of its first lane
+  const int32_t* borders;     // [row class][column class][lanes]
+};
+
+BIPER_INLINE Unit unit_of(const ConvPlan& plan, int64_t index) {
+  Unit unit;
+  const int64_t chunk = index % plan.chunks;
+  const int64_t strip = index / plan.chunks % plan.strips;
+  unit.image = index / plan.chunks / plan.strips;
+  unit.first_row = strip * plan.strip_rows;
+  unit.last_row = min64(unit.first_row + plan.strip_rows, plan.out_h);
+  unit.conv_first = unit.first_row;
+  unit.conv_last = unit.last_row;
+  if (plan.pooled) {
+    const Window& pool = plan.pool;
+    unit.conv_first = max64(unit.first_row * pool.stride_h - pool.pad_h, 0);
+    unit.conv_last =
+        min64((unit.last_row - 1) * pool.stride_h - pool.pad_h + pool.kernel_h, plan.conv_h);
+  }
+  unit.first_block = chunk * plan.chunk_blocks;
+  unit.last_block = min64(unit.first_block + plan.chunk_blocks,
+                          plan.geometry.groups * plan.group_blocks);
+  return unit;
+}
+
+// Kernel positions [first, last) of [0, kernel) whose tap start + position * dilation is in
+// [0, size).
+BIPER_INLINE Border border_of(int64_t start, int64_t size, int64_t kernel, int64_t dilation) {
+  const int64_t first = start < 0 ? (-start + dilation - 1) / dilation : 0;
+  const int64_t last = start < size ? (size - start + dilation - 1) / dilation : 0;
+  Border border;
+  border.last = static_cast<int32_t>(min64(last, kernel));
+  border.first = static_cast<int32_t>(min64(first, border.last));
+  return border;
+}
+
+// Fills the class of every output position of [first, last) along one axis; returns their number.
+// Both ends of a border fall as the position rises, so equal borders are neighbours and there are
+// at most 2 * kernel + 1 of them.
+BIPER_INLINE int32_t classify(int64_t first, int64_t last, int64_t stride, int64_t pad,
+                              int64_t size, int64_t kernel, int64_t dilation, int32_t* class_of,
+                              Border* borders) {
+  int32_t classes = 0;
+  for (int64_t at = first; at < last; ++at) {
+    const Border border = border_of(at * stride - pad, size, kernel, dilation);
+    const bool same = classes > 0 && borders[classes - 1].first == border.first &&
+                      borders[classes - 1].last == border.last;
+    if (!same) borders[classes++] = border;
+    class_of[at - first] = classes - 1;
+  }
+  return classes;
+}
+
+// Copies one group's words of `pixels` pixels, aligned to words and with unused bits cleared.
+BIPER_INLINE void copy_group(const ConvPlan& plan, const uint32_t* from, int64_t pixels,
+                             int64_t group, uint32_t* to) {
+  const int64_t words = plan.group_words, channels = plan.group_channels;
+  const int64_t first = group * channels;
+  if (plan.geometry.groups == 1) {
+    __builtin_memcpy(to, from, static_cast<size_t>(pixels * words) * sizeof(uint32_t));
+    const uint32_t used = low_bits(channels - (words - 1) * kWordBits);
+    if (used != ~0u) {
+      for (int64_t p = 0; p < pixels; ++p) to[p * words + words - 1] &= used;
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p, from += plan.in_words, to += words) {
+    for (int64_t w = 0; w < words; ++w) {
+      const int64_t count = min64(channels - w * kWordBits, kWordBits);
+      to[w] = get_bits(from, first + w * kWordBits, count);
+    }
+  }
+}
+
+// Copies the input rows that a unit's windows see, padding as zeros.
+BIPER_INLINE void fill_strip(const ConvPlan& plan, const Unit& unit, int64_t group,
+                             uint32_t* strip) {
+  const ConvGeometry& g = plan.geometry;
+  const int64_t words = plan.group_words, row_words = plan.strip_w * words;
+  const int64_t first = unit.conv_first * g.stride_h - g.pad_top;
+  const int64_t rows = (unit.conv_last - unit.conv_first - 1) * g.stride_h +
+                       (g.kernel_h - 1) * g.dilation_h + 1;
+  const int64_t left = min64(g.pad_left, plan.strip_w);
+  const int64_t inside = min64(plan.width, plan.strip_w - left);
+  const uint32_t* image = plan.bits + unit.image * plan.height * plan.width * plan.in_words;
+  for (int64_t r = 0; r < rows; ++r, strip += row_words) {
+    const int64_t y = first + r;
+    if (y < 0 || y >= plan.height) {
+      __builtin_memset(strip, 0, static_cast<size_t>(row_words) * sizeof(uint32_t));
+      continue;
+    }
+    __builtin_memset(strip, 0, static_cast<size_t>(left * words) * sizeof(uint32_t));
+    copy_group(plan, image + y * plan.width * plan.in_words, inside, group, strip + left * words);
+    const int64_t filled = (left + inside) * words;
+    __builtin_memset(strip + filled, 0, static_cast<size_t>(row_words - filled) * sizeof(uint32_t));
+  }
+}
+
+// Fills borders[row class][column class][lanes] of a block.
+BIPER_INLINE void fill_borders(const ConvPlan& plan, const Strip& strip, const Block& block,
+                               int32_t* border) {
+  const ConvGeometry& g = plan.geometry;
+  for (int32_t r = 0; r < strip.row_classes; ++r) {
+    for (int32_t c = 0; c < strip.column_classes; ++c, border += block.lanes) {
+      const Border rows = strip.rows[r], columns = strip.columns[c];
+      const int64_t taps =
+          static_cast<int64_t>(rows.last - rows.first) * (columns.last - columns.first);
+      const int32_t valid = static_cast<int32_t>(taps * plan.group_channels);
+      for (int64_t l = 0; l < block.lanes; ++l) border[l] = valid;
+      for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+        for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+          if (ky >= rows.first && ky < rows.last && kx >= columns.first && kx < columns.last) {
+            continue;
+          }
+          const int32_t* counts = block.tap_counts + (ky * g.kernel_w + kx) * plan.tap_lanes;
+          for (int64_t l = 0; l < block.lanes; ++l) border[l] += 2 * counts[l];
+        }
+      }
+    }
+  }
+}
+
+// Counts words [first, last) of P windows against J vectors; `weights` are those of the first word.
+template <class I, int P, int J>
+BIPER_INLINE void count_words(const uint32_t* const* windows, const int32_t* offsets,
+                              int64_t first, int64_t last, const uint32_t* weights,
+                              typename I::Sum (&sums)[P * J]) {
+  BIPER_UNROLL
+  for (int i = 0; i < P * J; ++i) sums[i] = I::zero();
+  for (int64_t k = first; k < last; ++k) {
+    const int64_t offset = offsets[k];
+    BIPER_UNROLL
+    for (int part = 0; part < I::kParts; ++part) {
+      typename I::Weights w[J];
+      BIPER_UNROLL
+      for (int j = 0; j < J; ++j) w[j] = I::load_weights(weights + j * I::kPartWords);
+      weights += J * I::kPartWords;
+      BIPER_UNROLL
+      for (int p = 0; p < P; ++p) {
+        const typename I::Word word = I::spread(windows[p] + offset, part);
+        BIPER_UNROLL
+        for (int j = 0; j < J; ++j) sums[p * J + j] = I::count(sums[p * J + j], word, w[j]);
+      }
+    }
+  }
+}
+
+// Counts P windows against J vectors: dots[p][J * kLanes] = border - 2 * popc(a ^ w).
+template <class I, int P, int J>
+static void tile(const uint32_t* const* windows, const int32_t* const* borders,
+                 const int32_t* offsets, int64_t depth, const uint32_t* weights, int32_t* dots) {
+  typename I::Sum sums[P * J];
+  const int64_t chunk = I::kWordsPerSum == 0 ? depth : min64(depth, I::kWordsPerSum);
+  count_words<I, P, J>(windows, offsets, 0, chunk, weights, sums);
+  BIPER_UNROLL
+  for (int p = 0; p < P; ++p) {
+    BIPER_UNROLL
+    for (int j = 0; j < J; ++j) {
+      I::subtract_twice(dots + (p * J + j) * I::kLanes, borders[p] + j * I::kLanes,
+                        sums[p * J + j]);
+    }
+  }
+  if constexpr (I::kWordsPerSum != 0) {
+    for (int64_t k = chunk; k < depth; k += I::kWordsPerSum) {
+      weights += I::kWordsPerSum * I::kParts * J * I::kPartWords;
+      count_words<I, P, J>(windows, offsets, k, min64(k + I::kWordsPerSum, depth), weights, sums);
+      BIPER_UNROLL
+      for (int i = 0; i < P * J; ++i) {
+        int32_t* to = dots + i * I::kLanes;
+        I::subtract_twice(to, to, sums[i]);
+      }
+    }
+  }
+}
+
+// Output pixels in the largest tile of J vectors: their pointers want to stay in registers, too.
+template <class I, int J>
+constexpr int tile_pixels() {
+  constexpr int kFit = I::kAccumulators / J;
+  return kFit < 1 ? 1 : kFit > kMostPixels ? static_cast<int>(kMostPixels) : kFit;
+}
+
+// Runs the tile of `pixels` <= P pixels.
+template <class I, int P, int J>
+BIPER_INLINE void tile_of(int64_t pixels, const uint32_t* const* windows,
+                          const int32_t* const* borders, const Strip& strip, int64_t depth,
+                          const uint32_t* weights, int32_t* dots) {
+  if (pixels == P) {
+    tile<I, P, J>(windows, borders, strip.offsets, depth, weights, dots);
+  } else if constexpr (P > 1) {
+    tile_of<I, P - 1, J>(pixels, windows, borders, strip, depth, weights, dots);
+  }
+}
+
+// Counts P windows against J whole vectors and takes them through a plain epilogue without leaving
+// the registers.
+template <class I, int P, int J>
+static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
+                       const int32_t* const* borders, const Strip& strip, const Block& block,
+                       int64_t first_pixel) {
+  typename I::Sum sums[P * J];
+  count_words<I, P, J>(windows, strip.offsets, 0, plan.depth, block.weights, sums);
+  const float* const residual = static_cast<const float*>(plan.residual);
+  float* const out = static_cast<float*>(plan.out_float);
+  const int64_t outputs = plan.geometry.out_channels;
+  const int64_t index = first_pixel * outputs + block.channel;
+  uint64_t masks[P] = {};
+  BIPER_UNROLL
+  for (int j = 0; j < J; ++j) {
+    const PlainChannels<I> constants =
+        plain_channels<I>(plan.epilogue, block.channel + j * I::kLanes);
+    BIPER_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const typename I::Float dot = I::float_dots(borders[p] + j * I::kLanes, sums[p * J + j]);
+      const uint64_t bits =
+          finish_plain<I>(constants, dot, residual, out, index + p * outputs + j * I::kLanes);
+      masks[p] |= bits << (j * I::kLanes);
+    }
+  }
+  if (plan.out_bits) {
+    uint32_t* words = plan.out_bits + first_pixel * plan.out_words;
+    BIPER_UNROLL
+    for (int p = 0; p < P; ++p) {
+      put_mask(words + p * plan.out_words, block.channel, masks[p], J * I::kLanes);
+    }
+  }
+}
+
+// Computes the rows [first, last) of a unit, counted from its conv_first, tile after tile of
+// consecutive pixels: where `keep`, into accumulators [rows][conv_w][lanes] at `dots`; else each
+// tile goes to the outputs, from pixel `first_pixel` on.
+template <class I, int J>
+BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const Block& block,
+                               int64_t first, int64_t last, bool keep, int64_t first_pixel,
+                               int32_t* dots) {
+  constexpr int kPixels = tile_pixels<I, J>();
+  const uint32_t* windows[kPixels];
+  const int32_t* borders[kPixels];
+  const bool plain = !keep && is_plain(plan) && block.channels == block.lanes;
+  const int64_t step = plan.geometry.stride_w * plan.group_words;
+  const int64_t row_step = plan.geometry.stride_h * strip.row_words;
+  const int64_t total = (last - first) * plan.conv_w;
+  int64_t row = first, column = 0;
+  for (int64_t pixel = 0; pixel < total; pixel += kPixels) {
+    const int64_t pixels = min64(total - pixel, kPixels);
+    for (int64_t p = 0; p < pixels; ++p) {
+      windows[p] = strip.words + row * row_step + column * step;
+      const int64_t border_class =
+          int64_t{strip.row_class[row]} * strip.column_classes + strip.column_class[column];
+      borders[p] = block.borders + border_class * block.lanes;
+      if (++column == plan.conv_w) column = 0, ++row;
+    }
+    if constexpr (I::kSumsFitFloats) {
+      if (plain && pixels == kPixels) {
+        plain_tile<I, kPixels, J>(plan, windows, borders, strip, block, first_pixel + pixel);
+        continue;
+      }
+    }
+    int32_t* to = keep ? dots + pixel * block.lanes : dots;
+    tile_of<I, kPixels, J>(pixels, windows, borders, strip, plan.depth, block.weights, to);
+    if (!keep) {
+      finish<I>(plan, {to, block.lanes, first_pixel + pixel, pixels, block.channel,
+                       block.channels});
+    }
+  }
+}
+
+// Pools accumulators [rows][conv_w][lanes], the rows of one row of windows, into [out_w][lanes].
+// Padding never wins: it is skipped.
+BIPER_INLINE void pool_row(const ConvPlan& plan, const Block& block, const int32_t* dots,
+                           int64_t rows, int32_t* pooled) {
+  const Window& pool = plan.pool;
+  const int32_t* signs =
+      plan.epilogue.pool_sign ? plan.epilogue.pool_sign + block.channel : nullptr;
+  for (int64_t x = 0; x < plan.out_w; ++x, pooled += block.lanes) {
+    const int64_t start = x * pool.stride_w - pool.pad_w;
+    const int64_t first = max64(start, 0), last = min64(start + pool.kernel_w, plan.conv_w);
+    for (int64_t l = 0; l < block.channels; ++l) pooled[l] = INT32_MIN;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = first; c < last; ++c) {
+        const int32_t* from = dots + (r * plan.conv_w + c) * block.lanes;
+        for (int64_t l = 0; l < block.channels; ++l) {
+          const int32_t dot = signs ? signs[l] * from[l] : from[l];
+          pooled[l] = dot > pooled[l] ? dot : pooled[l];
+        }
+      }
+    }
+    if (signs) {
+      for (int64_t l = 0; l < block.channels; ++l) pooled[l] *= signs[l];
+    }
+  }
+}
+
+template <class I, int J>
+static void conv_block(const ConvPlan& plan, const Unit& unit, const Strip& strip,
+                       const Block& block, char* scratch) {
+  int32_t* const dots = reinterpret_cast<int32_t*>(scratch + plan.scratch.dots);
+  const int64_t image_row = unit.image * plan.out_h;
+  if (!plan.pooled) {
+    compute_rows<I, J>(plan, strip, block, 0, unit.last_row - unit.first_row, false,
+                       (image_row + unit.first_row) * plan.out_w, dots);
+    return;
+  }
+  const Window& pool = plan.pool;
+  int32_t* pooled = reinterpret_cast<int32_t*>(scratch + plan.scratch.pooled);
+  for (int64_t y = unit.first_row; y < unit.last_row; ++y) {
+    const int64_t start = y * pool.stride_h - pool.pad_h;
+    const int64_t first = max64(start, 0), last = min64(start + pool.kernel_h, plan.conv_h);
+    compute_rows<I, J>(plan, strip, block, first - unit.conv_first, last - unit.conv_first, true, 0,
+                       dots);
+    pool_row(plan, block, dots, last - first, pooled);
+    for (int64_t x = 0; x < plan.out_w; x += kMostPixels) {
+      finish<I>(plan, {pooled + x * block.lanes, block.lanes, (image_row + y) * plan.out_w + x,
+                       min64(plan.out_w - x, kMostPixels), block.channel, block.channels});
+    }
+  }
+}
+
+// Runs the block of `vectors` <= J vectors.
+template <class I, int J = I::kVectors>
+BIPER_INLINE void conv_block_of(int64_t vectors, const ConvPlan& plan, const Unit& unit,
+                                const Strip& strip, const Block& block, char* scratch) {
+  if (vectors == J) {
+    conv_block<I, J>(plan, unit, strip, block, scratch);
+  } else if constexpr (J > 1) {
+    conv_block_of<I, J - 1>(vectors, plan, unit, strip, block, scratch);
+  }
+}
+
+// Prepares what the groups of a unit share: offsets and border classes.
+BIPER_INLINE Strip strip_of(const ConvPlan& plan, const Unit& unit, char* scratch) {
+  const ConvGeometry& g = plan.geometry;
+  int32_t* offsets = reinterpret_cast<int32_t*>(scratch + plan.scratch.offsets);
+  int32_t* row_class = reinterpret_cast<int32_t*>(scratch + plan.scratch.row_class);
+  int32_t* column_class = reinterpret_cast<int32_t*>(scratch + plan.scratch.column_class);
+  Border* rows = reinterpret_cast<Border*>(scratch + plan.scratch.rows);
+  Border* columns = reinterpret_cast<Border*>(scratch + plan.scratch.columns);
+  Strip strip;
+  strip.row_words = plan.strip_w * plan.group_words;
+  strip.words = reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip);
+  if (plan.direct) {
+    strip.row_words = plan.width * plan.group_words;
+    strip.words =
+        plan.bits + (unit.image * plan.height + unit.conv_first * g.stride_h) * strip.row_words;
+  }
+  int64_t k = 0;
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+      const int64_t tap =
+          ky * g.dilation_h * strip.row_words + kx * g.dilation_w * plan.group_words;
+      for (int64_t w = 0; w < plan.group_words; ++w) offsets[k++] = static_cast<int32_t>(tap + w);
+    }
+  }
+  strip.row_classes = classify(unit.conv_first, unit.conv_last, g.stride_h, g.pad_top, plan.height,
+                               g.kernel_h, g.dilation_h, row_class, rows);
+  strip.column_classes = classify(0, plan.conv_w, g.stride_w, g.pad_left, plan.width, g.kernel_w,
+                                  g.dilation_w, column_class, columns);
+  strip.offsets = offsets;
+  strip.row_class = row_class;
+  strip.column_class = column_class;
+  strip.rows = rows;
+  strip.columns = columns;
+  return strip;
+}
+
+template <class I>
+static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory) {
+  static_assert(I::kLanes * I::kVectors % kWordBits == 0, "a chunk owns whole words of bits");
+  static_assert(I::kLanes % I::kFloats == 0, "a vector of sums is whole vectors of floats");
+  char* scratch = static_cast<char*>(scratch_memory);
+  const Unit unit = unit_of(plan, index);
+  const Strip strip = strip_of(plan, unit, scratch);
+  int32_t* borders = reinterpret_cast<int32_t*>(scratch + plan.scratch.borders);
+  int64_t filled_group = -1;
+  for (int64_t b = unit.first_block; b < unit.last_block; ++b) {
+    const int64_t group = b / plan.group_blocks;
+    const int64_t first_vector = b % plan.group_blocks * I::kVectors;
+    const int64_t vectors = min64(plan.group_vectors - first_vector, I::kVectors);
+    if (group != filled_group && !plan.direct) {
+      fill_strip(plan, unit, group, reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip));
+    }
+    filled_group = group;
+    const int64_t vector = group * plan.group_vectors + first_vector;
+    Block block;
+    block.channel = group * plan.group_outputs + first_vector * I::kLanes;
+    block.channels = min64(plan.group_outputs - first_vector * I::kLanes, vectors * I::kLanes);
+    block.lanes = vectors * I::kLanes;
+    block.weights = plan.weights + vector * plan.depth * I::kParts * I::kPartWords;
+    block.tap_counts = plan.tap_counts + vector * I::kLanes;
+    block.borders = borders;
+    fill_borders(plan, strip, block, borders);
+    conv_block_of<I>(vectors, plan, unit, strip, block, scratch);
+  }
+}
+
+}  // namespace biper

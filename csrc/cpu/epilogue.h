@@ -1,0 +1,147 @@
+// The epilogue of biper_engine/ops/epilogue.py: from accumulators to floats and bits.
+#pragma once
+
+#include "vectors.h"
+
+namespace biper {
+
+// Pixels that finish() takes at once.
+constexpr int64_t kMostPixels = 8;
+
+// Accumulators [pixels][stride] of consecutive output pixels and the first `channels` channels from
+// `channel` on, 64 at most.
+struct Tile {
+  const int32_t* dots;
+  int64_t stride;
+  int64_t first_pixel, pixels;
+  int64_t channel, channels;
+};
+
+// Takes one vector of a tile, `count` <= kFloats channels from the tile's `offset` on, to the
+// output; leaves its bits in `masks`, one for each pixel. Any epilogue.
+template <class I, bool kFull>
+BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t offset,
+                                int64_t count, uint64_t* masks) {
+  using Float = typename I::Float;
+  const Epilogue& e = plan.epilogue;
+  const int64_t outputs = plan.geometry.out_channels;
+  const int64_t channel = tile.channel + offset;
+  const Float zero = I::broadcast(0.0f);
+  const Float multiplier = load_channels<I, kFull>(e.multiplier, channel, count);
+  const Float bias = load_channels<I, kFull>(e.bias, channel, count);
+  const Float low = I::broadcast(e.clamp_min), high = I::broadcast(e.clamp_max);
+  const Float slope = e.slope ? load_channels<I, kFull>(e.slope, channel, count) : zero;
+  const Float shift = e.shift ? load_channels<I, kFull>(e.shift, channel, count) : zero;
+  const Float threshold = e.threshold ? load_channels<I, kFull>(e.threshold, channel, count) : zero;
+  const uint32_t inverted = e.sense ? get_bits(e.sense, channel, count) : 0;
+  for (int64_t p = 0; p < tile.pixels; ++p) {
+    const int64_t index = (tile.first_pixel + p) * outputs + channel;
+    Float v = I::fma(multiplier, I::to_float(tile.dots + p * tile.stride + offset), bias);
+    if (plan.residual) {
+      v = I::add(v, load_stream<I, kFull>(plan.residual, plan.residual_type, index, count));
+    }
+    v = I::at_most_or(I::at_least_or(v, low), high);
+    if (e.slope) v = I::where_negative(v, I::multiply(v, slope));
+    if (e.shift) v = I::add(v, shift);
+    if (plan.out_float) store_stream<I, kFull>(plan.out_float, plan.out_type, index, count, v);
+    masks[p] |= uint64_t{compare<I>(v, threshold, inverted) & low_bits(count)} << offset;
+  }
+}
+
+// Most layers have a plain epilogue: float32 maps, no slope, no shift, bits for v >= threshold. Where
+// every channel of a tile counts, its constants for one vector are these.
+template <class I>
+struct PlainChannels {
+  typename I::Float multiplier, bias, low, high, threshold;
+};
+
+template <class I>
+BIPER_INLINE PlainChannels<I> plain_channels(const Epilogue& e, int64_t channel) {
+  const typename I::Float low = I::broadcast(e.clamp_min);
+  return {I::load(e.multiplier + channel), I::load(e.bias + channel), low,
+          I::broadcast(e.clamp_max), e.threshold ? I::load(e.threshold + channel) : low};
+}
+
+// Takes kFloats accumulators, as floats, to element `index` of the maps; returns their bits.
+template <class I>
+BIPER_INLINE uint32_t finish_plain(const PlainChannels<I>& c, typename I::Float dot,
+                                   const float* residual, float* out, int64_t index) {
+  typename I::Float v = I::fma(c.multiplier, dot, c.bias);
+  if (residual) v = I::add(v, I::load(residual + index));
+  v = I::at_most_or(I::at_least_or(v, c.low), c.high);
+  if (out) I::store(out + index, v);
+  return I::at_least(v, c.threshold);
+}
+
+BIPER_INLINE bool is_plain(const ConvPlan& plan) {
+  const Epilogue& e = plan.epilogue;
+  return !plan.out_dots && !e.slope && !e.shift && !e.sense &&
+         (!plan.residual || plan.residual_type == FloatType::kFloat32) &&
+         (!plan.out_float || plan.out_type == FloatType::kFloat32);
+}
+
+// Writes `count` <= 64 bits of a pixel from `channel` on.
+BIPER_INLINE void put_mask(uint32_t* words, int64_t channel, uint64_t mask, int64_t count) {
+  put_bits(words, channel, static_cast<uint32_t>(mask), min64(count, kWordBits));
+  if (count > kWordBits) {
+    put_bits(words, channel + kWordBits, static_cast<uint32_t>(mask >> kWordBits),
+             count - kWordBits);
+  }
+}
+
+BIPER_INLINE void put_masks(const ConvPlan& plan, const Tile& tile, const uint64_t* masks) {
+  uint32_t* words = plan.out_bits + tile.first_pixel * plan.out_words;
+  for (int64_t p = 0; p < tile.pixels; ++p, words += plan.out_words) {
+    put_mask(words, tile.channel, masks[p], tile.channels);
+  }
+}
+
+template <class I>
+static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
+  const float* residual = static_cast<const float*>(plan.residual);
+  float* out = static_cast<float*>(plan.out_float);
+  const int64_t outputs = plan.geometry.out_channels;
+  uint64_t masks[kMostPixels] = {};
+  for (int64_t at = 0; at < tile.channels; at += I::kFloats) {
+    const int64_t channel = tile.channel + at;
+    const PlainChannels<I> constants = plain_channels<I>(plan.epilogue, channel);
+    int64_t index = tile.first_pixel * outputs + channel;
+    for (int64_t p = 0; p < tile.pixels; ++p, index += outputs) {
+      const typename I::Float dot = I::to_float(tile.dots + p * tile.stride + at);
+      masks[p] |= uint64_t{finish_plain<I>(constants, dot, residual, out, index)} << at;
+    }
+  }
+  if (plan.out_bits) put_masks(plan, tile, masks);
+}
+
+template <class I>
+static void finish_any_tile(const ConvPlan& plan, const Tile& tile) {
+  uint64_t masks[kMostPixels] = {};
+  int64_t at = 0;
+  for (; at + I::kFloats <= tile.channels; at += I::kFloats) {
+    finish_vector<I, true>(plan, tile, at, I::kFloats, masks);
+  }
+  if (at < tile.channels) finish_vector<I, false>(plan, tile, at, tile.channels - at, masks);
+  if (plan.out_bits) put_masks(plan, tile, masks);
+}
+
+// Copies raw accumulators out.
+static inline void copy_dots(const ConvPlan& plan, const Tile& tile) {
+  const int64_t outputs = plan.geometry.out_channels;
+  for (int64_t p = 0; p < tile.pixels; ++p) {
+    __builtin_memcpy(plan.out_dots + (tile.first_pixel + p) * outputs + tile.channel,
+                     tile.dots + p * tile.stride,
+                     static_cast<size_t>(tile.channels) * sizeof(int32_t));
+  }
+}
+
+// Takes a tile from its accumulators to the outputs.
+template <class I>
+BIPER_INLINE void finish(const ConvPlan& plan, const Tile& tile) {
+  static_assert(I::kLanes * I::kVectors <= 64, "the bits of a block fit a mask");
+  if (plan.out_dots) return copy_dots(plan, tile);
+  if (is_plain(plan) && tile.channels % I::kFloats == 0) return finish_plain_tile<I>(plan, tile);
+  finish_any_tile<I>(plan, tile);
+}
+
+}  // namespace biper
