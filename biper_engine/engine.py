@@ -19,6 +19,7 @@ from biper_engine.runtime import (
     InputSpec,
     PlanSlot,
     Signature,
+    align_weights,
     from_portable,
     isolate_outputs,
     output_values,
@@ -62,6 +63,7 @@ class Engine(nn.Module):
         super().__init__()
         _require_fit(graph_module, signature)
         isolate_outputs(graph_module)
+        align_weights(graph_module)
         graph_module.requires_grad_(False)
         super().train(False)
         self.graph_module = graph_module.eval()

@@ -39,7 +39,8 @@ def test_an_empty_batch_gives_an_empty_result(engine: Engine, images: Tensor) ->
 
 
 def test_a_result_does_not_depend_on_the_other_images(engine: Engine, images: Tensor) -> None:
-    assert torch.equal(engine(images.flip(0)), engine(images).flip(0))
+    # Equal but for the order of sums in a float layer, which may depend on a row's place.
+    torch.testing.assert_close(engine(images.flip(0)), engine(images).flip(0))
 
 
 def test_a_channels_last_input_gives_the_same(engine: Engine, images: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -83,6 +83,27 @@ class Backend(ABC):
         want_bits: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Accumulators through the epilogue; a float map, a packed map, or both."""
+
+    def bind_fused(
+        self,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        prepacked: Tensor,
+        float_dtype: torch.dtype | None,
+        want_bits: bool,
+    ) -> Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+        """Return `bconv2d_fused` with fixed parameters, a function of bits and residual.
+
+        A backend overrides it where it can prepare more than the weights for calls to come.
+        """
+        weight = prepacked.new_empty(0)  # the prepacked weights stand for it
+
+        def run(bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+            return self.bconv2d_fused(
+                bits, weight, geometry, epilogue, residual, prepacked, float_dtype, want_bits
+            )
+
+        return run
 
 
 @dataclass(frozen=True)

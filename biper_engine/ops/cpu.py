@@ -5,6 +5,7 @@ The compiled module is loaded at the first question about it, never at import.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -47,7 +48,25 @@ def _load() -> tuple[ModuleType | None, str | None]:
         native.isa()
     except ValueError as error:
         return None, str(error)
+    native.share_threads(_torch_parallel_region())
     return native, None
+
+
+def _torch_parallel_region() -> int:
+    """Return the address of `GOMP_parallel` in the OpenMP runtime that torch runs on, or 0.
+
+    Symbols are looked up in libtorch_cpu and what it depends on, so that it is torch's runtime also
+    where other packages bring their own. GCC's and LLVM's runtimes have it on Linux.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    no_load = getattr(os, "RTLD_NOLOAD", 0)
+    try:
+        function = ctypes.CDLL(
+            str(library), mode=no_load | getattr(os, "RTLD_NOW", 0)
+        ).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _native() -> Any:
@@ -115,7 +134,8 @@ def thread_count() -> int:
     threads = torch.get_num_threads()
     if threads == 1:
         return 1
-    return max(1, min(threads, _native().affinity(), _cached_cgroup_limit()))
+    affinity: int = _native().affinity()
+    return max(1, min(threads, affinity, _cached_cgroup_limit()))
 
 
 # -- what it is and can ---------------------------------------------------------------------------
@@ -179,9 +199,15 @@ def _float_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
     return tensor.data_ptr(), tensor.numel(), _STREAM_TYPES[tensor.dtype]
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    """Return [N, H, W, C] in order of memory, copied only where `x` is not channels_last."""
-    return x.permute(0, 2, 3, 1).contiguous()
+def _channels_last(x: Tensor) -> Tensor:
+    """Return `x` with its channels together in memory, copied only where they are not."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_map(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((n, c, h, w), dtype=dtype, memory_format=torch.channels_last)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -237,16 +263,18 @@ class _Fused:
             self._sizes[height, width] = size
         return size
 
-    def __call__(self, bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def __call__(
+        self, bits: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         bits = bits.contiguous()
         batch, height, width, _ = bits.shape
         rows, columns = self._output_size(height, width)
         if residual is not None:
-            residual = _nhwc(residual)
+            residual = _channels_last(residual)
         floats = packed = None
         if self._float_dtype is not None:
-            shape = (batch, rows, columns, self._geometry.out_channels)
-            floats = torch.empty(shape, dtype=self._float_dtype)
+            channels = self._geometry.out_channels
+            floats = _empty_map(batch, channels, rows, columns, self._float_dtype)
         if self._want_bits:
             packed = torch.empty((batch, rows, columns, self._out_words), dtype=torch.int32)
         self._conv.run(
@@ -259,7 +287,7 @@ class _Fused:
             _memory(packed),
             thread_count(),
         )
-        return None if floats is None else floats.permute(0, 3, 1, 2), packed
+        return floats, packed
 
 
 class CpuBackend(Backend):
@@ -286,13 +314,13 @@ class CpuBackend(Backend):
         return prepacked
 
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
-        nhwc, threshold, sense = _nhwc(x), _contiguous(threshold), _contiguous(sense)
-        n, h, w, c = nhwc.shape
+        x, threshold, sense = _channels_last(x), _contiguous(threshold), _contiguous(sense)
+        n, c, h, w = x.shape
         packed = torch.empty((n, h, w, words(c)), dtype=torch.int32)
         _native().binarize(
             n * h * w,
             c,
-            _float_memory(nhwc),
+            _float_memory(x),
             _memory(threshold),
             _memory(sense),
             _memory(packed),
@@ -303,9 +331,9 @@ class CpuBackend(Backend):
     def unbinarize(self, bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         bits = bits.contiguous()
         n, h, w, _ = bits.shape
-        x = torch.empty((n, h, w, channels), dtype=dtype)
+        x = _empty_map(n, channels, h, w, dtype)
         _native().unbinarize(n * h * w, channels, _memory(bits), _float_memory(x), thread_count())
-        return x.permute(0, 3, 1, 2)
+        return x
 
     def bmaxpool2d(
         self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
@@ -332,10 +360,10 @@ class CpuBackend(Backend):
         bits = bits.contiguous()
         prepacked = self._prepacked(weight, geometry, prepacked)
         n, h, w, _ = bits.shape
-        dots = torch.empty((n, *geometry.output_size(h, w), geometry.out_channels), dtype=torch.int32)
+        dots = _empty_map(n, geometry.out_channels, *geometry.output_size(h, w), torch.int32)
         conv = _native().Conv(_geometry_values(geometry), _memory(prepacked))
         conv.accumulate(n, h, w, _memory(bits), _memory(dots), thread_count())
-        return dots.permute(0, 3, 1, 2)
+        return dots
 
     def bconv2d_fused(
         self,

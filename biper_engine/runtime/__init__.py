@@ -1,8 +1,10 @@
 """How a converted network runs: its graph, and the plan made from it for one device."""
 
+from biper_engine.runtime.binding import prepack_node
 from biper_engine.runtime.graph import (
     Call,
     PortableGraph,
+    align_weights,
     biper_op,
     conv_geometry,
     from_portable,
@@ -14,7 +16,7 @@ from biper_engine.runtime.graph import (
     packed_map,
     to_portable,
 )
-from biper_engine.runtime.plan import PlanSlot, prepack_node
+from biper_engine.runtime.plan import PlanSlot
 from biper_engine.runtime.signature import InputSpec, Signature
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "PlanSlot",
     "PortableGraph",
     "Signature",
+    "align_weights",
     "biper_op",
     "conv_geometry",
     "from_portable",

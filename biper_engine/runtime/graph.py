@@ -20,6 +20,7 @@ from biper_engine.geometry import Conv2dGeometry
 __all__ = [
     "Call",
     "PortableGraph",
+    "align_weights",
     "biper_op",
     "conv_geometry",
     "from_portable",
@@ -151,6 +152,20 @@ def isolate_outputs(module: fx.GraphModule) -> None:
     if clones:
         output.args = (tuple(values),)
         module.recompile()
+
+
+def align_weights(module: fx.GraphModule) -> None:
+    """Give the weights of float 2-d convolutions channels_last memory, in place.
+
+    torch then returns channels_last maps also for contiguous images, as binary operators want them.
+    """
+    convolutions = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
+    for node in module.graph.nodes:
+        weight = named_arguments(node)["weight"] if node.target in convolutions else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            tensor = get_constant(module, str(weight.target))
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def interpret(module: fx.GraphModule, inputs: Sequence[Any], call: Call) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The default plan: run the graph op by op, with weights re-laid once for the backend that runs.
+"""The default plan: run the graph op by op, each bound once to the backend that runs it.
 
 A plan belongs to one device and one forced backend. It is made at the first call, outside the state
 dict, and dropped when the tensors it was made from move or change.
@@ -13,18 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from biper_engine.ops.backends import forced_name, select
-from biper_engine.runtime.graph import (
-    biper_op,
-    conv_geometry,
-    get_constant,
-    named_arguments,
-    output_values,
-)
+from biper_engine.ops.backends import forced_name
+from biper_engine.runtime.binding import bind_node
+from biper_engine.runtime.graph import get_constant, output_values
 
-__all__ = ["PlanSlot", "prepack_node"]
+__all__ = ["PlanSlot"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class PlanSlot:
             plan = self._plan
             if plan is None or plan.device != device or plan.forced != forced:
                 generation = self._generation
-                plan = _Plan(device, forced, _prepacked(module).forward)
+                plan = _Plan(device, forced, _bound(module, device).forward)
                 # Weights that changed meanwhile made this plan stale: it serves this call alone.
                 if generation == self._generation:
                     self._plan = plan
@@ -80,67 +75,36 @@ class PlanSlot:
         return PlanSlot, ()
 
 
-def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
-    """Return the weights of a `bconv2d*` node re-laid for the backend that will run it.
-
-    Raises:
-        BackendUnavailableError: a backend is forced that cannot run the node.
-    """
-    op = biper_op(node)
-    assert op is not None
-    arguments = named_arguments(node)
-    geometry = conv_geometry(arguments, weight)
-    backend = select(op, geometry, weight.device)
-    return torch.ops.biper.prepack(  # type: ignore[no-any-return]
-        weight,
-        in_channels=geometry.in_channels,
-        stride=list(geometry.stride),
-        padding=list(geometry.padding),
-        dilation=list(geometry.dilation),
-        groups=geometry.groups,
-        backend=backend.name,
-    )
-
-
-def _prepacked(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a network that shares its tensors and passes `prepacked` weights.
+def _bound(module: fx.GraphModule, device: torch.device | None) -> fx.GraphModule:
+    """Return a copy of a network that shares its tensors, its `biper` operators bound to backends.
 
     Constants get names without dots: attribute look-up by way of nested modules is slow.
     """
     constants: dict[str, Any] = {}
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-
-    def constant(value: Any, name: str) -> fx.Node:
-        target = f"constant_{len(constants)}"
-        constants[target] = value
-        return graph.create_node("get_attr", target, name=name)
-
     # Plans outlive the mode of the call that makes them; an inference tensor would not.
     with torch.inference_mode(False), torch.no_grad():
         for node in module.graph.nodes:
             if node.op == "output":
                 continue
             if node.op == "get_attr":
-                copies[node] = constant(get_constant(module, node.target), node.name)
+                target = f"constant_{len(constants)}"
+                constants[target] = get_constant(module, node.target)
+                copies[node] = graph.create_node("get_attr", target, name=node.name)
                 continue
-            prepacked = None
-            if (biper_op(node) or "").startswith("bconv2d"):
-                prepacked = _prepack(module, node, constant)
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if prepacked is not None:
-                copies[node].update_kwarg("prepacked", prepacked)
+            operation = bind_node(module, node, device)
+            if operation is None:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                continue
+            inputs = fx.node.map_arg(operation.inputs, copies.__getitem__)
+            copies[node] = graph.create_node(
+                "call_function", operation.call, inputs, name=node.name
+            )
     returned = fx.node.map_arg(tuple(output_values(module.graph)), copies.__getitem__)
     graph.output(returned)
+    for node in graph.find_nodes(op="get_attr"):  # what a bound operator holds by itself
+        if not node.users:
+            graph.erase_node(node)
+            del constants[node.target]
     return fx.GraphModule(constants, graph)
-
-
-def _prepack(
-    module: fx.GraphModule, node: fx.Node, constant: Callable[[Any, str], fx.Node]
-) -> fx.Node | None:
-    """Make the constant that holds a node's re-laid weights, unless the weights are computed."""
-    weight = named_arguments(node)["weight"]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return None
-    packed = prepack_node(node, get_constant(module, str(weight.target)))
-    return constant(packed, f"{node.name}_prepacked")

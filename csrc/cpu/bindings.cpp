@@ -81,6 +81,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("usable_isas", &usable_isas);
   m.def("select_isa", &select_isa, py::arg("name"));
   m.def("affinity", &affinity);
+  m.def("share_threads", [](uintptr_t parallel_region) {
+    share_threads(reinterpret_cast<ParallelRegion>(parallel_region));
+  });
+  m.def("shares_threads", &shares_threads);
   m.def("measure_peak", [] {
     py::gil_scoped_release release;
     const Peak peak = measure_peak();

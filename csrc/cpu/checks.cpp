@@ -6,14 +6,12 @@
 
 namespace biper {
 
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
+void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 void require_range(const char* name, int64_t value, int64_t low, int64_t high) {
-  require(value >= low && value <= high, "`" + std::string(name) + "` (=" + std::to_string(value) +
-                                             ") must be from " + std::to_string(low) + " to " +
-                                             std::to_string(high) + ".");
+  if (value >= low && value <= high) return;
+  fail("`" + std::string(name) + "` (=" + std::to_string(value) + ") must be from " +
+       std::to_string(low) + " to " + std::to_string(high) + ".");
 }
 
 int64_t checked_product(const char* what, std::initializer_list<int64_t> sizes) {
@@ -21,18 +19,21 @@ int64_t checked_product(const char* what, std::initializer_list<int64_t> sizes) 
   for (const int64_t size : sizes) {
     const bool fits = size >= 0 && !__builtin_mul_overflow(product, size, &product) &&
                       product <= std::numeric_limits<int64_t>::max() / 64;
-    require(fits, std::string(what) + " is too large for this machine.");
+    if (!fits) fail(std::string(what) + " is too large for this machine.");
   }
   return product;
 }
 
 void require_memory(const char* name, const void* data, int64_t size, int64_t wanted,
                     int64_t element_bytes) {
-  require(size == wanted, "`" + std::string(name) + "` has " + std::to_string(size) +
-                              " elements, but " + std::to_string(wanted) + " are wanted.");
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(element_bytes) == 0;
-  require(wanted == 0 || (data != nullptr && aligned),
-          "`" + std::string(name) + "` must point to aligned memory.");
+  if (size != wanted) {
+    fail("`" + std::string(name) + "` has " + std::to_string(size) + " elements, but " +
+         std::to_string(wanted) + " are wanted.");
+  }
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  if (wanted > 0 && (address == 0 || address % static_cast<uintptr_t>(element_bytes) != 0)) {
+    fail("`" + std::string(name) + "` must point to aligned memory.");
+  }
 }
 
 void require_window(const Window& window) {
@@ -48,10 +49,11 @@ void require_window(const Window& window) {
 int64_t window_positions(const char* what, int64_t size, int64_t kernel, int64_t stride,
                          int64_t pads, int64_t dilation) {
   const int64_t reach = dilation * (kernel - 1) + 1;
-  require(size >= 1 && size + pads >= reach,
-          std::string(what) + " of reach " + std::to_string(reach) +
-              " does not fit into an axis of size " + std::to_string(size) + " padded by " +
-              std::to_string(pads) + ".");
+  if (size < 1 || size + pads < reach) {
+    fail(std::string(what) + " of reach " + std::to_string(reach) +
+         " does not fit into an axis of size " + std::to_string(size) + " padded by " +
+         std::to_string(pads) + ".");
+  }
   return (size + pads - reach) / stride + 1;
 }
 

@@ -60,8 +60,9 @@ void require_geometry(const ConvGeometry& g) {
   require_range("in_channels", g.in_channels, 1, kMost);
   require_range("out_channels", g.out_channels, 1, kMost);
   require_range("groups", g.groups, 1, kMost);
-  require(g.in_channels % g.groups == 0 && g.out_channels % g.groups == 0,
-          "`groups` must divide `in_channels` and `out_channels`.");
+  if (g.in_channels % g.groups != 0 || g.out_channels % g.groups != 0) {
+    fail("`groups` must divide `in_channels` and `out_channels`.");
+  }
   for (const int64_t value : {g.kernel_h, g.kernel_w}) {
     require_range("kernel_size", value, 1, kMostReduction);
   }
@@ -72,10 +73,12 @@ void require_geometry(const ConvGeometry& g) {
   for (const int64_t value : {g.dilation_h, g.dilation_w}) {
     require_range("dilation", value, 1, kMost);
   }
-  const int64_t reduction = checked_product(
-      "The receptive field", {g.kernel_h, g.kernel_w, g.in_channels / g.groups});
-  require(reduction < kMostReduction, "The receptive field has " + std::to_string(reduction) +
-                                          " inputs, but fewer than 2^24 are wanted.");
+  const int64_t reduction =
+      checked_product("The receptive field", {g.kernel_h, g.kernel_w, g.in_channels / g.groups});
+  if (reduction >= kMostReduction) {
+    fail("The receptive field has " + std::to_string(reduction) +
+         " inputs, but fewer than 2^24 are wanted.");
+  }
 }
 
 std::array<uint32_t, kHeaderWords> header_of(const ConvGeometry& g, const Kernels& kernels) {
@@ -88,12 +91,11 @@ std::array<uint32_t, kHeaderWords> header_of(const ConvGeometry& g, const Kernel
           static_cast<uint32_t>(g.kernel_w)};
 }
 
-void fill_tap_counts(const Layout& l, const ConvGeometry& g, const uint32_t* weight,
-                     int64_t lanes, int32_t* counts) {
+void fill_tap_counts(const Layout& l, const ConvGeometry& g, const uint32_t* weight, int64_t lanes,
+                     int32_t* counts) {
   std::fill(counts, counts + l.taps * l.tap_lanes, 0);
   for (int64_t o = 0; o < g.out_channels; ++o) {
-    const int64_t lane =
-        o / l.group_outputs * l.group_vectors * lanes + o % l.group_outputs;
+    const int64_t lane = o / l.group_outputs * l.group_vectors * lanes + o % l.group_outputs;
     for (int64_t tap = 0; tap < l.taps; ++tap) {
       for (int64_t w = 0; w < l.group_words; ++w) {
         counts[tap * l.tap_lanes + lane] +=
@@ -122,7 +124,8 @@ void fill_weights(const Layout& l, const ConvGeometry& g, const Kernels& kernels
   }
 }
 
-// Whether blocks of output channels start at whole words of bits, so that threads may share a pixel.
+// Whether blocks of output channels start at whole words of bits, so that threads may share a
+// pixel.
 bool divisible(const ConvPlan& plan) {
   return plan.geometry.groups == 1 || plan.group_outputs % kWordBits == 0;
 }
@@ -183,8 +186,8 @@ void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
   s.column_class = place({plan.conv_w});
   s.rows = place({2, std::min(rows, 2 * g.kernel_h + 1)});
   s.columns = place({2, std::min(plan.conv_w, 2 * g.kernel_w + 1)});
-  s.borders = place({std::min(rows, 2 * g.kernel_h + 1),
-                     std::min(plan.conv_w, 2 * g.kernel_w + 1), block_lanes});
+  s.borders = place(
+      {std::min(rows, 2 * g.kernel_h + 1), std::min(plan.conv_w, 2 * g.kernel_w + 1), block_lanes});
   const int64_t pool_rows = std::min(plan.pool.kernel_h, plan.conv_h);
   s.dots = plan.pooled ? place({pool_rows, plan.conv_w, block_lanes})
                        : place({blocking.tile_pixels, block_lanes});
@@ -224,10 +227,12 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked)
   const Layout l = layout_of(geometry, kernels_->blocking);
   require_memory("prepacked", prepacked.data, prepacked.size, l.words, 4);
   const auto header = header_of(geometry, *kernels_);
-  require(std::equal(header.begin(), header.end(), prepacked.data),
-          "`prepacked` was made for another convolution or instruction set; make it again with "
-          "`prepack` (instruction set in use: " +
-              std::string(kernels_->name) + ").");
+  if (!std::equal(header.begin(), header.end(), prepacked.data)) {
+    fail(
+        "`prepacked` was made for another convolution or instruction set; make it again with "
+        "`prepack` (instruction set in use: " +
+        std::string(kernels_->name) + ").");
+  }
 }
 
 Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const Window& pool,
@@ -239,8 +244,7 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   const int64_t outputs = geometry.out_channels;
   require_memory("multiplier", e.multiplier.data, e.multiplier.size, outputs, 4);
   require_memory("bias", e.bias.data, e.bias.size, outputs, 4);
-  const auto optional = [outputs](const char* name, const void* data, int64_t size,
-                                  int64_t bytes) {
+  const auto optional = [outputs](const char* name, const void* data, int64_t size, int64_t bytes) {
     if (data != nullptr) require_memory(name, data, size, outputs, bytes);
   };
   optional("slope", e.slope.data, e.slope.size, 4);
@@ -314,11 +318,12 @@ void Conv::start(ConvPlan& plan, int64_t threads) const {
   if (plan.batch == 0) return;
   threads = cut(plan, kernels_->blocking, threads);
   const int64_t reach = checked_product(
-      "The receptive field",
-      {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
-       plan.direct ? plan.width : plan.strip_w, plan.group_words});
-  require(reach <= kMost, "The receptive field spans " + std::to_string(reach) +
-                              " words of a strip, but fewer than 2^31 are wanted.");
+      "The receptive field", {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
+                              plan.direct ? plan.width : plan.strip_w, plan.group_words});
+  if (reach > kMost) {
+    fail("The receptive field spans " + std::to_string(reach) +
+         " words of a strip, but fewer than 2^31 are wanted.");
+  }
   lay_out_scratch(plan, kernels_->blocking);
   struct Context {
     const Kernels* kernels;
@@ -342,17 +347,16 @@ void Conv::accumulate(int64_t batch, int64_t height, int64_t width, Span<const u
 }
 
 void Conv::run(const Images& images, int64_t threads) const {
-  require(has_epilogue_, "This convolution was made without an epilogue.");
+  if (!has_epilogue_) fail("This convolution was made without an epilogue.");
   ConvPlan plan = plan_for(images.batch, images.height, images.width, images.bits);
   plan.pooled = pooled_;
   if (plan.pooled) {
-    plan.out_h = window_positions("A pool", plan.conv_h, pool_.kernel_h, pool_.stride_h,
-                                  2 * pool_.pad_h, 1);
-    plan.out_w = window_positions("A pool", plan.conv_w, pool_.kernel_w, pool_.stride_w,
-                                  2 * pool_.pad_w, 1);
+    plan.out_h =
+        window_positions("A pool", plan.conv_h, pool_.kernel_h, pool_.stride_h, 2 * pool_.pad_h, 1);
+    plan.out_w =
+        window_positions("A pool", plan.conv_w, pool_.kernel_w, pool_.stride_w, 2 * pool_.pad_w, 1);
   }
-  const int64_t pixels =
-      checked_product("The output", {images.batch, plan.out_h, plan.out_w});
+  const int64_t pixels = checked_product("The output", {images.batch, plan.out_h, plan.out_w});
   const int64_t values = checked_product("The output", {pixels, geometry_.out_channels});
   const auto stream = [values](const char* name, const FloatSpan& span) {
     if (span.type == FloatType::kNone) return;
@@ -362,7 +366,7 @@ void Conv::run(const Images& images, int64_t threads) const {
   stream("out_float", images.out_float);
   const bool wants_bits = images.out_bits.data != nullptr;
   if (wants_bits) {
-    require(epilogue_.threshold != nullptr, "Bits leave, but there is no `threshold`.");
+    if (epilogue_.threshold == nullptr) fail("Bits leave, but there is no `threshold`.");
     require_memory("out_bits", images.out_bits.data, images.out_bits.size,
                    checked_product("The output", {pixels, plan.out_words}), 4);
   }

@@ -32,10 +32,10 @@ int64_t prepacked_words(const ConvGeometry& geometry);
 void prepack(const ConvGeometry& geometry, Span<const uint32_t> weight, Span<uint32_t> prepacked);
 
 struct EpilogueSpans {
-  Span<const float> multiplier, bias;               // [O]
-  Span<const float> slope, shift, threshold;        // [O], or empty
-  Span<const uint8_t> sense, pool_min;              // bool [O], or empty
-  float clamp_min, clamp_max;                       // infinite where there is none
+  Span<const float> multiplier, bias;         // [O]
+  Span<const float> slope, shift, threshold;  // [O], or empty
+  Span<const uint8_t> sense, pool_min;        // bool [O], or empty
+  float clamp_min, clamp_max;                 // infinite where there is none
 };
 
 // The images of one call. Outputs that are not wanted are empty.
@@ -83,7 +83,7 @@ class Conv {
 // The product of sizes, each at least 0.
 int64_t checked_product(const char* what, std::initializer_list<int64_t> sizes);
 
-void require(bool condition, const std::string& message);
+[[noreturn]] void fail(const std::string& message);
 
 // Throws unless `value` is in [low, high].
 void require_range(const char* name, int64_t value, int64_t low, int64_t high);

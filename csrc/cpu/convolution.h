@@ -60,8 +60,8 @@ BIPER_INLINE Unit unit_of(const ConvPlan& plan, int64_t index) {
         min64((unit.last_row - 1) * pool.stride_h - pool.pad_h + pool.kernel_h, plan.conv_h);
   }
   unit.first_block = chunk * plan.chunk_blocks;
-  unit.last_block = min64(unit.first_block + plan.chunk_blocks,
-                          plan.geometry.groups * plan.group_blocks);
+  unit.last_block =
+      min64(unit.first_block + plan.chunk_blocks, plan.geometry.groups * plan.group_blocks);
   return unit;
 }
 
@@ -120,8 +120,8 @@ BIPER_INLINE void fill_strip(const ConvPlan& plan, const Unit& unit, int64_t gro
   const ConvGeometry& g = plan.geometry;
   const int64_t words = plan.group_words, row_words = plan.strip_w * words;
   const int64_t first = unit.conv_first * g.stride_h - g.pad_top;
-  const int64_t rows = (unit.conv_last - unit.conv_first - 1) * g.stride_h +
-                       (g.kernel_h - 1) * g.dilation_h + 1;
+  const int64_t rows =
+      (unit.conv_last - unit.conv_first - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
   const int64_t left = min64(g.pad_left, plan.strip_w);
   const int64_t inside = min64(plan.width, plan.strip_w - left);
   const uint32_t* image = plan.bits + unit.image * plan.height * plan.width * plan.in_words;
@@ -164,8 +164,8 @@ BIPER_INLINE void fill_borders(const ConvPlan& plan, const Strip& strip, const B
 
 // Counts words [first, last) of P windows against J vectors; `weights` are those of the first word.
 template <class I, int P, int J>
-BIPER_INLINE void count_words(const uint32_t* const* windows, const int32_t* offsets,
-                              int64_t first, int64_t last, const uint32_t* weights,
+BIPER_INLINE void count_words(const uint32_t* const* windows, const int32_t* offsets, int64_t first,
+                              int64_t last, const uint32_t* weights,
                               typename I::Sum (&sums)[P * J]) {
   BIPER_UNROLL
   for (int i = 0; i < P * J; ++i) sums[i] = I::zero();
@@ -301,8 +301,8 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
     int32_t* to = keep ? dots + pixel * block.lanes : dots;
     tile_of<I, kPixels, J>(pixels, windows, borders, strip, plan.depth, block.weights, to);
     if (!keep) {
-      finish<I>(plan, {to, block.lanes, first_pixel + pixel, pixels, block.channel,
-                       block.channels});
+      finish<I>(plan,
+                {to, block.lanes, first_pixel + pixel, pixels, block.channel, block.channels});
     }
   }
 }

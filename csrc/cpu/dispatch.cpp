@@ -29,10 +29,10 @@ std::vector<Candidate> candidates() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  const bool avx512 =
-      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vpopcntdq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vpopcntdq");
   found.push_back({&kAvx512Kernels, avx512});
   found.push_back({&kAvx2Kernels, avx2});
 #endif
@@ -54,8 +54,9 @@ const Kernels& find(const std::string& name, const char* source) {
   }
   const bool is_known = (", " + known + ",").find(", " + name + ",") != std::string::npos;
   throw std::invalid_argument(std::string(source) + " (='" + name + "') " +
-                              (is_known ? "names an instruction set that this processor lacks"
-                                        : "names no instruction set of this build (" + known + ")") +
+                              (is_known
+                                   ? "names an instruction set that this processor lacks"
+                                   : "names no instruction set of this build (" + known + ")") +
                               "; those that run here: " + usable);
 }
 

@@ -48,8 +48,8 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
   }
 }
 
-// Most layers have a plain epilogue: float32 maps, no slope, no shift, bits for v >= threshold. Where
-// every channel of a tile counts, its constants for one vector are these.
+// Most layers have a plain epilogue: float32 maps, no slope, no shift, bits for v >= threshold.
+// Where every channel of a tile counts, its constants for one vector are these.
 template <class I>
 struct PlainChannels {
   typename I::Float multiplier, bias, low, high, threshold;

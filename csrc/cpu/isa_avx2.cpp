@@ -39,9 +39,9 @@ struct Avx2 {
 
   static constexpr int kLanes = 32;
   static constexpr int kVectors = 2;
-  static constexpr int kAccumulators = 8;  // of 16 registers
-  static constexpr int kParts = 8;         // nibbles of a word
-  static constexpr int kPartWords = 8;     // 32 bytes, a nibble each
+  static constexpr int kAccumulators = 8;     // of 16 registers
+  static constexpr int kParts = 8;            // nibbles of a word
+  static constexpr int kPartWords = 8;        // 32 bytes, a nibble each
   static constexpr int64_t kWordsPerSum = 7;  // a word adds 32 at most: 7 * 32 fits a byte
   static constexpr int kFloats = 8;
   static constexpr bool kSumsFitFloats = false;
@@ -75,8 +75,7 @@ struct Avx2 {
     for (int part = 0; part < kParts; ++part) {
       uint8_t nibbles[kLanes];
       for (int64_t l = 0; l < kLanes; ++l) {
-        nibbles[l] =
-            l < rows ? static_cast<uint8_t>(canonical[l * stride] >> (4 * part) & 15u) : 0;
+        nibbles[l] = l < rows ? static_cast<uint8_t>(canonical[l * stride] >> (4 * part) & 15u) : 0;
       }
       __builtin_memcpy(packed + part * part_stride, nibbles, sizeof nibbles);
     }

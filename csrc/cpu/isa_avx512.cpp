@@ -37,8 +37,8 @@ struct Avx512 {
     return _mm512_set1_epi32(static_cast<int32_t>(*word));
   }
   BIPER_INLINE Sum count(Sum sum, Word a, Weights w) {
-    // As instructions, since GCC 12 gathers all xors of a tile first, then copies every sum in every
-    // step and spills some.
+    // As instructions, since GCC 12 gathers all xors of a tile first, then copies every sum in
+    // every step and spills some.
     __m512i bits;
     asm("vpxord %[a], %[w], %[bits]\n\t"
         "vpopcntd %[bits], %[bits]\n\t"
@@ -79,8 +79,7 @@ struct Avx512 {
   BIPER_INLINE void store_bfloat16(uint16_t* to, Float v) {
     const __m512i x = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
   }
@@ -97,9 +96,7 @@ struct Avx512 {
   BIPER_INLINE Float where_negative(Float v, Float other) {
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), other);
   }
-  BIPER_INLINE uint32_t at_least(Float a, Float b) {
-    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
-  }
+  BIPER_INLINE uint32_t at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 };
 
 }  // namespace

@@ -40,8 +40,8 @@ struct Epilogue {
   const float* threshold;
   const uint32_t* sense;     // a bit per channel: the bit is v <= threshold; null: v >= threshold
   const int32_t* pool_sign;  // [O] -1 where the pool takes the minimum, else 1; null: all 1
-  float clamp_min;          // -inf where there is none
-  float clamp_max;          // +inf where there is none
+  float clamp_min;           // -inf where there is none
+  float clamp_max;           // +inf where there is none
 };
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
@@ -52,11 +52,11 @@ struct Border {
 // What one instruction set makes of the output channels of a group. A vector holds `lanes` of
 // them, a block `vectors` vectors; the last block of a group may be shorter.
 struct Blocking {
-  int64_t lanes;         // output channels in a vector
-  int64_t vectors;       // vectors in a full block; lanes * vectors is a multiple of 32
-  int64_t parts;         // steps that one input word takes
-  int64_t part_words;    // 32-bit words of a vector's weights in a step
-  int64_t tile_pixels;   // output pixels in the largest tile
+  int64_t lanes;        // output channels in a vector
+  int64_t vectors;      // vectors in a full block; lanes * vectors is a multiple of 32
+  int64_t parts;        // steps that one input word takes
+  int64_t part_words;   // 32-bit words of a vector's weights in a step
+  int64_t tile_pixels;  // output pixels in the largest tile
 };
 
 // One convolution at one image size; filled by conv.cpp, read by every kernel.
@@ -66,21 +66,21 @@ struct ConvPlan {
   bool pooled;
   Epilogue epilogue;
 
-  int64_t batch, height, width;    // of the input
-  int64_t conv_h, conv_w;          // of the accumulators
-  int64_t out_h, out_w;            // of what leaves: after the pool
-  int64_t group_channels;          // input channels of a group
-  int64_t group_words;             // words of a group in a strip: ceil(group_channels / 32)
-  int64_t group_outputs;           // output channels of a group
-  int64_t group_vectors;           // ceil(group_outputs / lanes)
-  int64_t in_words, out_words;     // words of a pixel in the packed maps
-  int64_t depth;                   // words of one output's receptive field: KH * KW * group_words
-  bool direct;                     // the input can be read in place, without a strip
+  int64_t batch, height, width;  // of the input
+  int64_t conv_h, conv_w;        // of the accumulators
+  int64_t out_h, out_w;          // of what leaves: after the pool
+  int64_t group_channels;        // input channels of a group
+  int64_t group_words;           // words of a group in a strip: ceil(group_channels / 32)
+  int64_t group_outputs;         // output channels of a group
+  int64_t group_vectors;         // ceil(group_outputs / lanes)
+  int64_t in_words, out_words;   // words of a pixel in the packed maps
+  int64_t depth;                 // words of one output's receptive field: KH * KW * group_words
+  bool direct;                   // the input can be read in place, without a strip
 
   // A unit of work: strip_rows output rows x chunk_blocks blocks of one image.
   int64_t strip_rows, strips;
-  int64_t chunk_blocks, chunks;    // blocks are counted over all groups
-  int64_t group_blocks;            // blocks in a group
+  int64_t chunk_blocks, chunks;  // blocks are counted over all groups
+  int64_t group_blocks;          // blocks in a group
   int64_t units;
 
   // Scratch of a thread: offsets in bytes from a 64-byte aligned base.
@@ -97,47 +97,47 @@ struct ConvPlan {
   } scratch;
   int64_t strip_w;  // pixels in a strip's row: the padded width, as far as windows reach
 
-  const uint32_t* bits;            // [N, H, W, in_words]
-  const int32_t* tap_counts;       // [taps][tap_lanes] set bits of the weights
-  int64_t tap_lanes;               // groups * group_vectors * lanes
-  const uint32_t* weights;         // the ISA's own layout
-  const void* residual;            // [N, out_h, out_w, O] or null
+  const uint32_t* bits;       // [N, H, W, in_words]
+  const int32_t* tap_counts;  // [taps][tap_lanes] set bits of the weights
+  int64_t tap_lanes;          // groups * group_vectors * lanes
+  const uint32_t* weights;    // the ISA's own layout
+  const void* residual;       // [N, out_h, out_w, O] or null
   FloatType residual_type;
-  void* out_float;                 // [N, out_h, out_w, O] or null
+  void* out_float;  // [N, out_h, out_w, O] or null
   FloatType out_type;
-  uint32_t* out_bits;              // [N, out_h, out_w, out_words] or null
-  int32_t* out_dots;               // [N, conv_h, conv_w, O] or null: raw accumulators, no epilogue
+  uint32_t* out_bits;  // [N, out_h, out_w, out_words] or null
+  int32_t* out_dots;   // [N, conv_h, conv_w, O] or null: raw accumulators, no epilogue
 };
 
 struct BinarizeCall {
-  const void* x;                   // [pixels, channels]
+  const void* x;  // [pixels, channels]
   FloatType type;
   int64_t channels;
-  const float* threshold;          // [channels] or null: 0
-  const uint32_t* sense;           // [words], a bit per channel, or null: all 0
-  uint32_t* bits;                  // [pixels, words]
+  const float* threshold;  // [channels] or null: 0
+  const uint32_t* sense;   // [words], a bit per channel, or null: all 0
+  uint32_t* bits;          // [pixels, words]
 };
 
 struct UnbinarizeCall {
-  const uint32_t* bits;            // [pixels, words]
+  const uint32_t* bits;  // [pixels, words]
   int64_t channels;
-  void* x;                         // [pixels, channels]
+  void* x;  // [pixels, channels]
   FloatType type;
 };
 
 struct PoolCall {
-  const uint32_t* bits;            // [N, H, W, words]
+  const uint32_t* bits;  // [N, H, W, words]
   int64_t height, width, channels, words;
   Window window;
   int64_t out_h, out_w;
-  const uint32_t* take_and;        // [words], a bit per channel, or null: all 0
-  uint32_t* out;                   // [N, out_h, out_w, words]
+  const uint32_t* take_and;  // [words], a bit per channel, or null: all 0
+  uint32_t* out;             // [N, out_h, out_w, words]
 };
 
 // The kernels of one instruction set. Ranges are half open; disjoint ranges may run at once.
 struct Kernels {
   const char* name;
-  int32_t id;                      // stored in prepacked weights, so that they meet their kernels
+  int32_t id;  // stored in prepacked weights, so that they meet their kernels
   Blocking blocking;
 
   // Re-lays one input word of a vector's weights: canonical[l * stride] is that of lane l < rows,

@@ -43,7 +43,7 @@ void for_ranges(int64_t count, int64_t channels, int64_t threads, const Run& run
 void binarize(int64_t pixels, int64_t channels, const FloatSpan& x, Span<const float> threshold,
               Span<const uint8_t> sense, Span<uint32_t> bits, int64_t threads) {
   require_range("channels", channels, 1, kMost);
-  require(x.type != FloatType::kNone, "`x` must have a type.");
+  if (x.type == FloatType::kNone) fail("`x` must have a type.");
   require_memory("x", x.data, x.size, checked_product("The map", {pixels, channels}),
                  float_bytes(x.type));
   require_memory("bits", bits.data, bits.size,
@@ -51,8 +51,8 @@ void binarize(int64_t pixels, int64_t channels, const FloatSpan& x, Span<const f
   require_optional("threshold", threshold.data, threshold.size, channels, 4);
   require_optional("sense", sense.data, sense.size, channels, 1);
   const std::vector<uint32_t> flags = pack_flags(sense);
-  const BinarizeCall call{x.data,         x.type, channels, threshold.data,
-                          sense.data ? flags.data() : nullptr, bits.data};
+  const BinarizeCall call{
+      x.data, x.type, channels, threshold.data, sense.data ? flags.data() : nullptr, bits.data};
   const Kernels& isa = kernels();
   for_ranges(pixels, channels, threads,
              [&](int64_t first, int64_t last) { isa.binarize(call, first, last); });
@@ -61,7 +61,7 @@ void binarize(int64_t pixels, int64_t channels, const FloatSpan& x, Span<const f
 void unbinarize(int64_t pixels, int64_t channels, Span<const uint32_t> bits, const FloatSpan& x,
                 int64_t threads) {
   require_range("channels", channels, 1, kMost);
-  require(x.type != FloatType::kNone, "`x` must have a type.");
+  if (x.type == FloatType::kNone) fail("`x` must have a type.");
   require_memory("x", x.data, x.size, checked_product("The map", {pixels, channels}),
                  float_bytes(x.type));
   require_memory("bits", bits.data, bits.size,
@@ -91,9 +91,10 @@ void maxpool(int64_t batch, int64_t height, int64_t width, int64_t channels, con
                  checked_product("The map", {batch, out_h, out_w, words}), 4);
   require_optional("take_and", take_and.data, take_and.size, channels, 1);
   const std::vector<uint32_t> flags = pack_flags(take_and);
-  const PoolCall call{bits.data, height, width,    channels,
-                      words,     window, out_h,    out_w,
-                      take_and.data ? flags.data() : nullptr, out.data};
+  const PoolCall call{bits.data, height, width,
+                      channels,  words,  window,
+                      out_h,     out_w,  take_and.data ? flags.data() : nullptr,
+                      out.data};
   const Kernels& isa = kernels();
   for_ranges(batch * out_h, channels * out_w, threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) isa.maxpool_row(call, row);

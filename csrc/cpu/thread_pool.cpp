@@ -1,4 +1,4 @@
-// One pool of threads for the process.
+// One pool of threads for the process, where there is no other one to share.
 //
 // Units are taken from a counter, so that a thread that comes late or loses its core costs no more
 // than the unit in its hands: the caller goes on alone, closes the job when no unit is left, and
@@ -65,12 +65,28 @@ void* thread_scratch(size_t bytes) {
   return scratch.get(bytes > 0 ? bytes : 1);
 }
 
+std::atomic<ParallelRegion> parallel_region{nullptr};
+
 void take_units(const Job& job, std::atomic<int64_t>& next, void* scratch) {
   for (;;) {
     const int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
     if (unit >= job.units) return;
     job.run(job.context, unit, scratch);
   }
+}
+
+// Runs a job on the threads of an OpenMP runtime, the calling one among them.
+void run_in_region(ParallelRegion region, const Job& job, int64_t threads) {
+  struct Team {
+    const Job* job;
+    std::atomic<int64_t> next;
+  } team{&job, {0}};
+  const auto body = [](void* memory) {
+    Team* t = static_cast<Team*>(memory);
+    void* scratch = thread_scratch(t->job->scratch_bytes);
+    if (scratch != nullptr) take_units(*t->job, t->next, scratch);
+  };
+  region(body, &team, static_cast<unsigned>(threads), 0);
 }
 
 class ThreadPool {
@@ -185,8 +201,11 @@ ThreadPool& pool() {
 }
 
 #if defined(__unix__) || defined(__APPLE__)
-void forget_pool() { the_pool.store(nullptr, std::memory_order_release); }
-const int at_fork = pthread_atfork(nullptr, nullptr, forget_pool);
+void forget_threads() {
+  the_pool.store(nullptr, std::memory_order_release);
+  parallel_region.store(nullptr, std::memory_order_release);
+}
+const int at_fork = pthread_atfork(nullptr, nullptr, forget_threads);
 #endif
 
 }  // namespace
@@ -196,9 +215,19 @@ void run_job(const Job& job, int64_t threads) {
   void* scratch = thread_scratch(job.scratch_bytes);
   if (scratch == nullptr) throw std::bad_alloc();
   if (threads > job.units) threads = job.units;
-  if (threads > 1 && pool().try_run(job, threads, scratch)) return;
+  if (threads > 1) {
+    const ParallelRegion region = parallel_region.load(std::memory_order_acquire);
+    if (region != nullptr) return run_in_region(region, job, threads);
+    if (pool().try_run(job, threads, scratch)) return;
+  }
   for (int64_t unit = 0; unit < job.units; ++unit) job.run(job.context, unit, scratch);
 }
+
+void share_threads(ParallelRegion region) {
+  parallel_region.store(region, std::memory_order_release);
+}
+
+bool shares_threads() { return parallel_region.load(std::memory_order_acquire) != nullptr; }
 
 int64_t affinity() {
 #if defined(__linux__)

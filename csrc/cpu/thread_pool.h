@@ -19,6 +19,17 @@ struct Job {
 // Throws std::bad_alloc where the calling thread gets no scratch.
 void run_job(const Job& job, int64_t threads);
 
+// The entry of an OpenMP runtime that starts a parallel region, as GCC calls it.
+using ParallelRegion = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+// From now on takes the threads of that runtime, null: those of our own pool. Two pools in one
+// process fight for its cores: threads of OpenMP spin for milliseconds after a region.
+void share_threads(ParallelRegion region);
+
+// Whether jobs run on the threads of an OpenMP runtime now; not in a process that has forked, whose
+// runtime has lost its threads.
+bool shares_threads();
+
 // Processors that the calling thread may run on.
 int64_t affinity();
 

@@ -76,8 +76,7 @@ BIPER_INLINE typename I::Float load_channels(const float* values, int64_t channe
 
 // bit = inverted ? v <= threshold : v >= threshold
 template <class I>
-BIPER_INLINE uint32_t compare(typename I::Float v, typename I::Float threshold,
-                              uint32_t inverted) {
+BIPER_INLINE uint32_t compare(typename I::Float v, typename I::Float threshold, uint32_t inverted) {
   const uint32_t above = I::at_least(v, threshold);
   if (inverted == 0) return above;
   return (above & ~inverted) | (I::at_least(threshold, v) & inverted);

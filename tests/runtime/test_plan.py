@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from biper_engine.bits import unpack_weight
 from biper_engine.engine import Engine
+from biper_engine.geometry import Conv2dGeometry
 from biper_engine.ops.backends import use_backend
+from biper_engine.ops.reference import ReferenceBackend
 from biper_engine.runtime import (
     PlanSlot,
     biper_op,
@@ -53,32 +54,62 @@ def test_a_plan_is_made_at_the_first_call_and_kept(images: Tensor) -> None:
     assert planned(engine) is first
 
 
-def test_every_binary_convolution_gets_prepacked_weights() -> None:
-    module = planned(classifier())
-    convolutions = [n for n in module.graph.nodes if (biper_op(n) or "").startswith("bconv2d")]
-    assert len(convolutions) == 3
-    for node in convolutions:
-        prepacked = getattr(module, node.kwargs["prepacked"].target)
-        weight = getattr(module, node.args[1].target)
-        positive = unpack_weight(weight, node.kwargs["in_channels"])
-        assert torch.equal(prepacked > 0, positive)
-
-
-def test_prepacked_weights_are_the_ones_that_run(images: Tensor) -> None:
+def test_every_operator_is_bound_to_a_backend(images: Tensor) -> None:
     engine = classifier()
-    before = engine(images)
-    for name, buffer in planned(engine).named_buffers():
-        if buffer.dtype == torch.float32 and buffer.shape == (40, 33, 3, 3):
-            planned(engine).get_buffer(name).neg_()
-    assert not torch.equal(engine(images), before)
+    operators = [n for n in engine.graph_module.graph.nodes if biper_op(n) is not None]
+    assert len(operators) == 5
+    module = planned(engine)
+    assert [n.name for n in module.graph.nodes if biper_op(n) is not None] == []
+    assert {n.name for n in operators} <= {n.name for n in module.graph.nodes}
+    assert torch.equal(engine(images), engine.graph_module(images)[0])
+
+
+def test_weights_are_re_laid_once(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.Size] = []
+    original = ReferenceBackend.prepack
+
+    def counted(self: ReferenceBackend, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+        made.append(weight.shape)
+        return original(self, weight, geometry)
+
+    monkeypatch.setattr(ReferenceBackend, "prepack", counted)
+    engine = classifier()
+    with use_backend("reference"):
+        engine(images)
+        assert len(made) == 3
+        engine(images)
+    assert len(made) == 3
 
 
 def test_a_plan_shares_the_engines_tensors() -> None:
     engine = classifier()
     own = {value.data_ptr() for value in engine.state_dict().values()}
-    held = {value.data_ptr() for value in planned(engine).state_dict().values()}
-    assert own <= held
-    assert len(held) == len(own) + 3
+    assert {value.data_ptr() for value in planned(engine).state_dict().values()} <= own
+
+
+def test_a_node_with_computed_parameters_runs_as_it_stands(images: Tensor) -> None:
+    g = GraphBuilder()
+    x = g.input("x")
+    threshold = g.call("threshold", _aten.mean.dim, x, [0, 2, 3])
+    bits = g.call("bits", torch.ops.biper.binarize.default, x, threshold)
+    module = g.module(bits)
+    run = PlanSlot().get(module, torch.device("cpu"))
+    assert torch.equal(run(images)[0], module(images)[0])
+
+
+def test_float_convolutions_return_channels_last_maps(images: Tensor) -> None:
+    engine = classifier()
+    seen: list[bool] = []
+
+    def call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.target is _aten.conv2d.default:
+            seen.append(result.is_contiguous(memory_format=torch.channels_last))
+        return result
+
+    assert images.is_contiguous()
+    interpret(engine.graph_module, [images], call)
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(

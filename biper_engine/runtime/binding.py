@@ -1,0 +1,158 @@
+"""Operators of a graph bound to backends: chosen once, constants checked and re-laid once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops.backends import Backend, select
+from biper_engine.ops.checks import check_epilogue
+from biper_engine.ops.registration import split_options
+from biper_engine.runtime.graph import biper_op, conv_geometry, get_constant, named_arguments
+
+__all__ = ["BoundOperation", "bind_node", "prepack_node"]
+
+_FLOWING = ("x", "bits", "residual")
+"""Arguments whose values come from call to call; the others must be constants of the graph."""
+
+
+@dataclass(frozen=True)
+class BoundOperation:
+    """A node's operator on one backend, with its constants inside.
+
+    Attributes:
+        call: takes the values of `inputs`, returns what the node returns.
+        inputs: nodes, or None for an optional argument that is left out.
+    """
+
+    call: Callable[..., Any]
+    inputs: tuple[fx.Node | None, ...]
+
+
+def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
+    """Return the weights of a `bconv2d*` node re-laid for the backend that will run it.
+
+    Raises:
+        BackendUnavailableError: a backend is forced that cannot run the node.
+    """
+    geometry = conv_geometry(named_arguments(node), weight)
+    op = biper_op(node)
+    assert op is not None
+    return _prepack(select(op, geometry, weight.device), weight, geometry)
+
+
+def bind_node(
+    module: fx.GraphModule, node: fx.Node, device: torch.device | None
+) -> BoundOperation | None:
+    """Bind a node's operator to the backend that runs it on `device`.
+
+    What flows between the nodes of a checked graph has the right shapes and dtypes, so that a bound
+    operator needs neither the dispatcher nor the operator's checks; constants are checked here.
+
+    Returns:
+        None for a node to run as it stands: one that calls no operator of a converted network, or
+        one with parameters that the graph computes.
+
+    Raises:
+        BackendUnavailableError: a backend is forced that cannot run the node.
+        GeometryError, TypeError, ValueError: its constants do not fit each other.
+    """
+    op = biper_op(node)
+    if op is None or op not in _BINDERS or device is None:
+        return None
+    arguments = named_arguments(node)
+    for name, value in arguments.items():
+        if name in _FLOWING or not isinstance(value, fx.Node):
+            continue
+        if value.op != "get_attr":
+            return None
+        arguments[name] = get_constant(module, str(value.target))
+    return _BINDERS[op](op, arguments, device)
+
+
+def _bind_fused(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
+    weight = arguments["weight"]
+    geometry, epilogue, _, _ = split_options(
+        weight, arguments["multiplier"], arguments["bias"], arguments
+    )
+    want_bits = op != "bconv2d_float"
+    check_epilogue(epilogue, geometry.out_channels, device, wants_bits=want_bits)
+    backend = select(op, geometry, device)
+    dtype = None if op == "bconv2d_bits" else arguments.get("dtype", torch.float32)
+    run = backend.bind_fused(
+        geometry, epilogue, _prepack(backend, weight, geometry), dtype, want_bits
+    )
+
+    def floats_of(bits: Tensor, residual: Tensor | None) -> Tensor | None:
+        return run(bits, residual)[0]
+
+    def bits_of(bits: Tensor, residual: Tensor | None) -> Tensor | None:
+        return run(bits, residual)[1]
+
+    def both(bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return run(bits, residual)
+
+    call = {"bconv2d_float": floats_of, "bconv2d_bits": bits_of, "bconv2d_float_bits": both}[op]
+    return BoundOperation(call, (arguments["bits"], arguments.get("residual")))
+
+
+def _bind_binarize(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
+    backend = select(op, None, device)
+    threshold, sense = arguments.get("threshold"), arguments.get("sense")
+
+    def binarize(x: Tensor) -> Tensor:
+        return backend.binarize(x, threshold, sense)
+
+    return BoundOperation(binarize, (arguments["x"],))
+
+
+def _bind_unbinarize(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
+    backend = select(op, None, device)
+    channels, dtype = arguments["channels"], arguments.get("dtype", torch.float32)
+
+    def unbinarize(bits: Tensor) -> Tensor:
+        return backend.unbinarize(bits, channels, dtype)
+
+    return BoundOperation(unbinarize, (arguments["bits"],))
+
+
+def _bind_bmaxpool2d(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
+    backend = select(op, None, device)
+    channels, take_and = arguments["channels"], arguments.get("take_and")
+    pool = Pool2dGeometry(
+        kernel_size=tuple(arguments["kernel_size"]),
+        stride=tuple(arguments["stride"]),
+        padding=tuple(arguments.get("padding", (0, 0))),
+    )
+
+    def bmaxpool2d(bits: Tensor) -> Tensor:
+        return backend.bmaxpool2d(bits, channels, pool, take_and)
+
+    return BoundOperation(bmaxpool2d, (arguments["bits"],))
+
+
+_BINDERS: dict[str, Callable[[str, dict[str, Any], torch.device], BoundOperation]] = {
+    "bconv2d_float": _bind_fused,
+    "bconv2d_bits": _bind_fused,
+    "bconv2d_float_bits": _bind_fused,
+    "binarize": _bind_binarize,
+    "unbinarize": _bind_unbinarize,
+    "bmaxpool2d": _bind_bmaxpool2d,
+}
+
+
+def _prepack(backend: Backend, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+    return torch.ops.biper.prepack(  # type: ignore[no-any-return]
+        weight,
+        in_channels=geometry.in_channels,
+        stride=list(geometry.stride),
+        padding=list(geometry.padding),
+        dilation=list(geometry.dilation),
+        groups=geometry.groups,
+        backend=backend.name,
+    )
