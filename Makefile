@@ -11,7 +11,11 @@ RUN := $(BIN)/python -m
 INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
 # The stamp holds the checkout's path: an environment does not survive a move or a copy.
 STAMP := $(VENV)/installed
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
+# The extension, rebuilt when a source changed. Without a compiler it is left out, and tests say so.
+BUILT := $(VENV)/built
+CXX_FOUND := $(shell command -v $(firstword $(CXX) g++) >/dev/null 2>&1 && echo 1)
+export BIPER_REQUIRE_NATIVE ?= $(CXX_FOUND)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-deep lint format bench clean FORCE
@@ -19,18 +23,18 @@ NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csr
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-setup: $(STAMP)  ## Create .venv with all that development needs
+setup: $(BUILT)  ## Create .venv with all that development needs
 
-demo: $(STAMP)  ## Train, convert, verify, save and run a BiPer net on real digits
+demo: $(BUILT)  ## Train, convert, verify, save and run a BiPer net on real digits
 	@$(BIN)/biper demo $(ARGS)
 
 # Tests run in one process per core, each with one thread.
-test: $(STAMP)  ## Run the tests
+test: $(BUILT)  ## Run the tests
 	@echo "==> Tests"
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
 
 # pytest exits with 5 where it selects no test.
-test-deep: $(STAMP)  ## Run the slow tests, and those in need of a compiler or a build
+test-deep: $(BUILT)  ## Run the slow tests, and those in need of a compiler or a build
 	@echo "==> Deep tests"
 	@$(RUN) pytest tests --no-header -m deep -p no:benchmark -rs $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
@@ -54,14 +58,14 @@ ifneq ($(NATIVE),)
 	@$(BIN)/clang-format -i $(NATIVE)
 endif
 
-bench: $(STAMP)  ## Run the benchmarks
+bench: $(BUILT)  ## Run the benchmarks
 	@echo "==> Benchmarks"
 	@$(RUN) pytest benchmarks --no-header --benchmark-only $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No benchmark to run."; }
 
 clean:  ## Remove builds and caches; .venv stays
 	@echo "==> Removing builds and caches"
-	@rm -rf build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf build dist biper_engine/*.so $(BUILT) .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -79,7 +83,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	  $(PYTHON) -m venv --clear $(VENV); fi
 	@rm -f $(STAMP)
 	@echo "==> Installing torch (the largest download)"
-	@$(INSTALL) torch setuptools
+	@$(INSTALL) torch setuptools pybind11
 	@echo "==> Installing biper-engine with its training and development tools"
 	@$(INSTALL) --no-build-isolation -e ".[train,dev]"
 	@printf '%s\n' "$(CURDIR)" > $(STAMP)
+
+$(BUILT): $(STAMP) $(NATIVE)
+	@echo "==> Building biper_engine._cpu"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $(BUILT)
