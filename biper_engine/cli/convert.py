@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from biper_engine.cli.console import command_line, print_json, results, shown_warnings, status
+from biper_engine.cli.layers import layer_table
 from biper_engine.cli.sources import (
     Arch,
     Frequency,
+    InputShape,
     ModelSource,
     Stage,
     Weights,
@@ -70,10 +69,7 @@ def convert(
     frequency: Frequency = None,
     stage: Stage = None,
     weights: Weights = None,
-    input_shape: Annotated[
-        str | None,
-        typer.Option("--input", metavar="N,C,H,W", help="Shape of the input.", show_default=False),
-    ] = None,
+    input_shape: InputShape = None,
     keep_float: Annotated[
         list[str] | None,
         typer.Option(
@@ -148,7 +144,7 @@ def convert(
             }
         )
     elif verbose:
-        results().print(_table(engine.report))
+        results().print(layer_table(engine.report))
     console = results(json_output=json_output)
     console.print(f"{line}; next: {following}", soft_wrap=True, markup=False)
 
@@ -170,21 +166,3 @@ def summary(report: ConversionReport, file_bytes: int, verified: VerifyReport | 
         f"{sizes}, {verified.layers_equal}/{verified.layers} layers equal, "
         f"logit error {verified.logit_error:.1e}"
     )
-
-
-def _table(report: ConversionReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    table.add_column("runs on")
-    table.add_column("weight", justify="right")
-    table.add_column("MMACs", justify="right")
-    table.add_column("why float", overflow="fold")
-    for row in report.layers:
-        table.add_row(
-            escape(row.name),
-            "bits" if row.packed else "float",
-            "x".join(map(str, row.shape)),
-            f"{row.macs / 1e6:,.2f}",
-            escape(row.reason),
-        )
-    return table

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Arch",
     "Frequency",
+    "InputShape",
     "ModelSource",
     "Stage",
     "Weights",
     "example_input",
     "load_model",
     "load_weights",
+    "random_network",
 ]
 
 Arch = Annotated[
@@ -42,6 +44,10 @@ Stage = Annotated[
     typer.Option(
         help="Training stage, where the file is silent.", min=1, max=2, show_default=False
     ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input", metavar="N,C,H,W", help="Shape of the input.", show_default=False),
 ]
 Weights = Annotated[
     Path | None,
@@ -193,6 +199,34 @@ def _read_weights(path: Path) -> dict[Any, Any]:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read weights '{path}': {error}.") from error
+
+
+def random_network(name: str, *, num_classes: int | None = None) -> nn.Module:
+    """Return a network of the registry as if it were trained: seeded weights and statistics.
+
+    A fresh network has BatchNorm biases of 0, and so exact zeros before its signs, which no trained
+    network has. Speed does not depend on the values.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    import torch
+    from torch import nn
+
+    from biper_engine import models
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        network = models.build(name, num_classes=num_classes).eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2.0)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+    return network
 
 
 def example_input(model: nn.Module, shape: str | None) -> Tensor:

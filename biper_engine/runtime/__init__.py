@@ -17,13 +17,16 @@ from biper_engine.runtime.graph import (
     to_portable,
 )
 from biper_engine.runtime.plan import PlanSlot
+from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
 from biper_engine.runtime.signature import InputSpec, Signature
 
 __all__ = [
     "Call",
     "InputSpec",
+    "NodeProfile",
     "PlanSlot",
     "PortableGraph",
+    "ProfileReport",
     "Signature",
     "align_weights",
     "biper_op",
@@ -36,5 +39,6 @@ __all__ = [
     "output_values",
     "packed_map",
     "prepack_node",
+    "profile",
     "to_portable",
 ]

@@ -19,7 +19,7 @@ from biper_engine.ops.backends import forced_name
 from biper_engine.runtime.binding import bind_node
 from biper_engine.runtime.graph import get_constant, output_values
 
-__all__ = ["PlanSlot"]
+__all__ = ["PlanSlot", "bound_graph"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PlanSlot:
             plan = self._plan
             if plan is None or plan.device != device or plan.forced != forced:
                 generation = self._generation
-                plan = _Plan(device, forced, _bound(module, device).forward)
+                plan = _Plan(device, forced, bound_graph(module, device).forward)
                 # Weights that changed meanwhile made this plan stale: it serves this call alone.
                 if generation == self._generation:
                     self._plan = plan
@@ -75,7 +75,7 @@ class PlanSlot:
         return PlanSlot, ()
 
 
-def _bound(module: fx.GraphModule, device: torch.device | None) -> fx.GraphModule:
+def bound_graph(module: fx.GraphModule, device: torch.device | None) -> fx.GraphModule:
     """Return a copy of a network that shares its tensors, its `biper` operators bound to backends.
 
     Constants get names without dots: attribute look-up by way of nested modules is slow.

@@ -1,0 +1,55 @@
+"""What a figure was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from biper_engine.ops.backends import backends
+
+__all__ = ["machine_facts"]
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return processor, threads and versions, as JSON values."""
+    facts: dict[str, Any] = {
+        "biper_engine": _version("biper-engine"),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "processor": _processor(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    if any(info.name == "cpu" and info.available for info in backends()):
+        from biper_engine.ops.cpu import description
+
+        facts["cpu_backend"] = description()
+    return facts
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
+
+
+def _processor() -> str:
+    """Return the processor's own name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    fields = [line.partition(":") for line in lines]
+    wanted = ("model name", "cpu family", "model")
+    found = {name.strip(): value.strip() for name, _, value in fields if name.strip() in wanted}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    family = f", family {found['cpu family']} model {found['model']}" if len(found) == 3 else ""
+    return found["model name"] + family

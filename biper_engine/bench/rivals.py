@@ -1,0 +1,65 @@
+"""The float network as PyTorch runs it best: what an engine is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Rival", "compiled_rival", "eager_rival"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A way to run the float network, or why it cannot run here.
+
+    Attributes:
+        name: as tables show it.
+        how: one line about its settings.
+        call: takes images, returns what the network returns; None where `reason` is given.
+        reason: why it does not run; empty where it does.
+    """
+
+    name: str
+    how: str
+    call: Callable[[Tensor], Any] | None = None
+    reason: str = ""
+
+
+def eager_rival(model: nn.Module) -> Rival:
+    """Return the network as it stands: eager, float32, in channels_last memory."""
+    network = _channels_last(model)
+    return Rival(name="float, eager", how="float32, channels_last", call=network)
+
+
+def compiled_rival(model: nn.Module, images: Tensor) -> Rival:
+    """Return the network through `torch.compile`, compiled for this very batch.
+
+    Inductor's freezing is on: it folds BatchNorm and weights, and lays weights out for oneDNN once,
+    which is the fastest that PyTorch offers for float32 on a CPU.
+
+    Args:
+        model: in eval mode; a copy of it is compiled.
+        images: the batch, channels_last.
+    """
+    from torch._inductor import config
+
+    name, how = "float, torch.compile", "float32, channels_last, freezing, static shapes"
+    torch.compiler.reset()
+    network = torch.compile(_channels_last(model), dynamic=False)
+    try:
+        with torch.no_grad(), config.patch(freezing=True):
+            network(images)
+    except RuntimeError as error:  # no C++ compiler, or a model that does not compile
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        return Rival(name=name, how=how, reason=reason)
+    return Rival(name=name, how=how, call=network)
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,90 @@
+"""Wall-clock samples of several functions that are called in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+__all__ = ["Budget", "Samples", "interleave"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to measure.
+
+    Attributes:
+        seconds: stop after this time, all functions together.
+        fewest: calls of each function at least, whatever they take.
+        most: calls of each function at most.
+        warmup: calls of each before the first that counts.
+    """
+
+    seconds: float = 5.0
+    fewest: int = 5
+    most: int = 1000
+    warmup: int = 3
+
+    def __post_init__(self) -> None:
+        if self.seconds < 0 or not 1 <= self.fewest <= self.most or self.warmup < 0:
+            raise ValueError(
+                f"`seconds` (={self.seconds}) and `warmup` (={self.warmup}) must not be negative, "
+                f"`fewest` (={self.fewest}) from 1 to `most` (={self.most})."
+            )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Wall-clock milliseconds of single calls, in the order in which they were made."""
+
+    ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """The middle sample: half of the calls were faster."""
+        return statistics.median(self.ms)
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float]:
+        """A quarter of the calls was faster than the first, a quarter slower than the second."""
+        if len(self.ms) == 1:
+            return self.ms[0], self.ms[0]
+        first, _, third = statistics.quantiles(self.ms, n=4, method="inclusive")
+        return first, third
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, raw samples included."""
+        low, high = self.quartiles_ms
+        return {
+            "median_ms": self.median_ms,
+            "quartile_1_ms": low,
+            "quartile_3_ms": high,
+            "samples_ms": list(self.ms),
+        }
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, Samples]:
+    """Call every function once per round, so that whatever else the machine does hits all alike.
+
+    Args:
+        calls: functions that finish their work before they return, by name.
+        budget: how many rounds.
+
+    Returns:
+        The samples of every function; all have as many.
+    """
+    for _ in range(budget.warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    end = perf_counter() + budget.seconds
+    for done in range(budget.most):
+        if done >= budget.fewest and perf_counter() >= end:
+            break
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            seconds[name].append(perf_counter() - start)
+    return {name: Samples(tuple(1e3 * s for s in taken)) for name, taken in seconds.items()}
