@@ -5,14 +5,18 @@ ratio of two medians of one run.
 """
 
 from biper_engine.bench.comparison import Comparison, Contest, compare, torch_threads
+from biper_engine.bench.layers import RESNET18_LAYERS, ConvShape, LayerWork, network_work
 from biper_engine.bench.machine import machine_facts
 from biper_engine.bench.rivals import Rival, compiled_rival, eager_rival
 from biper_engine.bench.timer import Budget, Samples, interleave
 
 __all__ = [
+    "RESNET18_LAYERS",
     "Budget",
     "Comparison",
     "Contest",
+    "ConvShape",
+    "LayerWork",
     "Rival",
     "Samples",
     "compare",
@@ -20,5 +24,6 @@ __all__ = [
     "eager_rival",
     "interleave",
     "machine_facts",
+    "network_work",
     "torch_threads",
 ]

@@ -6,15 +6,12 @@ Every number in its result is measured in the run that reports it.
 from __future__ import annotations
 
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -22,28 +19,34 @@ import torch
 from torch import Tensor, nn
 
 import biper_engine
+from biper_engine.bench import (
+    RESNET18_LAYERS,
+    Budget,
+    Comparison,
+    Samples,
+    compare,
+    interleave,
+    network_work,
+)
 from biper_engine.cli.console import status
 from biper_engine.cli.train import fit_quietly
 from biper_engine.training import RunOptions, TrainingConfig, TrainingResult, data
 
-__all__ = ["DemoResult", "Timing", "run_demo"]
+__all__ = ["DemoResult", "LayerTimes", "run_demo"]
 
 _TIMED_BATCHES = (1, 64)
-_ROUNDS = (5, 60)
-"""Fewest and most calls of each network that are timed."""
-_SECONDS_PER_TIMING = 4.0
+_BUDGET = Budget(seconds=4.0, most=200)
+_COMPILED = True
 _IMAGES_PER_CLASS = 2
 _VERIFIED_BATCH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Median wall-clock time of one call at one batch size, both networks in turn."""
+class LayerTimes:
+    """Wall-clock times of ImageNet ResNet-18's binary convolutions alone, one image, in turn."""
 
-    batch: int
-    rounds: int
-    float_ms: float
-    engine_ms: float
+    float_conv: Samples
+    engine: Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +65,9 @@ class DemoResult:
         reload_identical: whether a new process got the same bits from the saved file.
         float_bytes: the float network's parameters and buffers.
         file_bytes: the whole `.biper` file.
-        timings: one per batch size.
+        comparison: the engine beside the float network, at each batch size.
+        resnet18: work of a larger shape; None where only the reference backend runs.
         backends: those that ran the engine's operators.
-        machine: what it was measured on.
     """
 
     architecture: str
@@ -84,9 +87,9 @@ class DemoResult:
     reload_identical: bool
     float_bytes: int
     file_bytes: int
-    timings: tuple[Timing, ...]
+    comparison: Comparison
+    resnet18: LayerTimes | None
     backends: tuple[str, ...]
-    machine: dict[str, Any]
 
     @property
     def failures(self) -> list[str]:
@@ -103,7 +106,16 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {**asdict(self), "ok": not self.failures, "failures": self.failures}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        times = self.resnet18
+        return {
+            **values,
+            "comparison": self.comparison.to_dict(),
+            "resnet18": times
+            and {"float_conv": times.float_conv.to_dict(), "engine": times.engine.to_dict()},
+            "ok": not self.failures,
+            "failures": self.failures,
+        }
 
 
 def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool) -> DemoResult:
@@ -143,8 +155,12 @@ def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool)
     outcome = "the same logits, bit by bit" if identical else "OTHER LOGITS"
     say(f"4. save and reload in a new process: {outcome}")
 
-    with status("Timing both networks in turn"):
-        timings = tuple(_time(engine, model, images[:batch]) for batch in _TIMED_BATCHES)
+    say("5. time: the engine, the float network, and that through torch.compile, in turn ...")
+    backends = _backends(engine)
+    with status("Timing, which compiles the float network twice"):
+        batches = [images[:batch] for batch in _TIMED_BATCHES]
+        comparison = compare(engine, model, batches, compiled=_COMPILED, budget=_BUDGET)
+        resnet18 = None if backends == ("reference",) else _resnet18()
     return DemoResult(
         architecture=config.architecture,
         train_images=len(dataset.train.labels),
@@ -163,9 +179,9 @@ def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool)
         reload_identical=identical,
         float_bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
         file_bytes=file.stat().st_size,
-        timings=timings,
-        backends=_backends(engine),
-        machine=_machine(),
+        comparison=comparison,
+        resnet18=resnet18,
+        backends=backends,
     )
 
 
@@ -235,37 +251,14 @@ def _write_digits(directory: Path, first_test_image: int) -> None:
             written[label] = number + 1
 
 
-def _time(engine: nn.Module, model: nn.Module, images: Tensor) -> Timing:
-    """Call both networks in turn, so that whatever else the machine does hits both alike."""
-    networks = (model, engine)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    fewest, most = _ROUNDS
-    with torch.inference_mode():
-        for network in networks * 2:
-            network(images)
-        end = perf_counter() + _SECONDS_PER_TIMING
-        while len(seconds[0]) < most and (len(seconds[0]) < fewest or perf_counter() < end):
-            for network, measured in zip(networks, seconds, strict=True):
-                start = perf_counter()
-                network(images)
-                measured.append(perf_counter() - start)
-    float_ms, engine_ms = (statistics.median(measured) * 1e3 for measured in seconds)
-    return Timing(batch=len(images), rounds=len(seconds[0]), float_ms=float_ms, engine_ms=engine_ms)
+def _resnet18() -> LayerTimes:
+    with torch.no_grad():
+        in_float, on_bits = network_work(RESNET18_LAYERS)
+        taken = interleave({"float": in_float, "engine": on_bits}, _BUDGET)
+    return LayerTimes(float_conv=taken["float"], engine=taken["engine"])
 
 
 def _backends(engine: biper_engine.Engine) -> tuple[str, ...]:
     from biper_engine.serialization import check_backend
 
     return tuple(sorted({node.backend for node in check_backend(engine).nodes}))
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "biper_engine": biper_engine.__version__,
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-    }

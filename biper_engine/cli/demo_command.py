@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
+ENGINE = "engine"
+RIVALS = {"float, eager": "eager", "float, torch.compile": "torch.compile"}
+
 
 def demo(
     output: Annotated[
@@ -89,26 +92,46 @@ def _table(result: DemoResult) -> Table:
         f"{result.file_bytes:,}",
         f"{result.float_bytes / result.file_bytes:.1f} times smaller",
     )
-    for timing in result.timings:
-        ratio = timing.float_ms / timing.engine_ms
-        table.add_row(
-            f"ms per call, batch {timing.batch}",
-            f"{timing.float_ms:.2f}",
-            f"{timing.engine_ms:.2f}",
-            f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower",
-        )
+    for contest in result.comparison.contests:
+        ours = contest.samples[ENGINE].median_ms
+        for name, label in RIVALS.items():
+            if name in contest.samples:
+                row = f"ms, batch {contest.batch}, {label}"
+                table.add_row(*_time_row(row, contest.samples[name].median_ms, ours))
+            elif name in contest.reasons:
+                table.add_row(f"ms, batch {contest.batch}, {label}", "did not run", "", "")
+    if result.resnet18 is not None:
+        times = result.resnet18
+        row = "ms, ResNet-18's 3x3 layers*"
+        table.add_row(*_time_row(row, times.float_conv.median_ms, times.engine.median_ms))
     return table
 
 
+def _time_row(label: str, float_ms: float, engine_ms: float) -> tuple[str, ...]:
+    ratio = float_ms / engine_ms
+    said = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
+    return label, f"{float_ms:.2f}", f"{engine_ms:.2f}", said
+
+
 def _notes(result: DemoResult, output: Path, seconds: float) -> list[str]:
-    lines = []
+    threads = result.comparison.threads
+    lines = [
+        f"Medians of calls in turn, {threads} thread{'s' * (threads != 1)} each, float32, "
+        f"channels_last; engine on: {', '.join(result.backends)}.",
+    ]
+    reasons = {r for contest in result.comparison.contests for r in contest.reasons.values()}
+    lines += [f"torch.compile did not run: {reason}" for reason in sorted(reasons)]
+    if result.resnet18 is not None:
+        lines += [
+            "* the 16 binary convolutions of an ImageNet ResNet-18, one image: F.conv2d alone",
+            "  beside convolution, scale, residual, clamp and the next sign on bits.",
+        ]
     if result.backends == ("reference",):
         lines += [
-            "The engine ran on the reference backend, the definition in plain PyTorch: it",
-            "unpacks the bits, and may be slower than the float net. Native backends are",
-            "still to come; they must give the same bits.",
-            "",
+            "The reference backend is the definition in plain PyTorch: it unpacks the bits, and",
+            "may be slower than the float net. `biper backends` says why no faster one runs here.",
         ]
+    lines.append("")
     digit = next(iter(sorted((output / "digits").glob("7_*.png"))), output / "digits")
     file = output / "digits.biper"
     return [

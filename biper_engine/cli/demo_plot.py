@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = ["write_plot"]
 
-_FLOAT, _ENGINE, _INK = "#9aa5b1", "#2563eb", "#1f2933"
+_FLOAT, _COMPILED, _ENGINE, _INK = "#9aa5b1", "#5b6b7b", "#2563eb", "#1f2933"
+_TIMED = {
+    "float, eager": "float net",
+    "float, torch.compile": "float net, torch.compile",
+    "engine": "engine",
+}
+_COLORS = {"float net": _FLOAT, "float net, torch.compile": _COMPILED, "engine": _ENGINE}
 
 
 def write_plot(result: DemoResult, path: Path) -> None:
@@ -38,34 +44,39 @@ def write_plot(result: DemoResult, path: Path) -> None:
     _bars(
         accuracy,
         [""],
-        [[100 * result.float_accuracy], [100 * result.engine_accuracy]],
+        {"float net": [100 * result.float_accuracy], "engine": [100 * result.engine_accuracy]},
         lambda value: f"{value:.1f} %",
     )
     _label(accuracy, "Accuracy", f"top-1 equal on {result.top1_equal} of {count} test digits")
     _bars(
         size,
         [""],
-        [[result.float_bytes / 1e3], [result.file_bytes / 1e3]],
+        {"float net": [result.float_bytes / 1e3], "engine": [result.file_bytes / 1e3]},
         lambda value: f"{value:,.0f} kB",
     )
     ratio = result.float_bytes / result.file_bytes
     _label(size, "Size", f"float weights, .biper file: {ratio:.1f} times smaller")
+    contests = result.comparison.contests
     _bars(
         time,
-        [f"batch {timing.batch}" for timing in result.timings],
-        [
-            [timing.float_ms / timing.batch for timing in result.timings],
-            [timing.engine_ms / timing.batch for timing in result.timings],
-        ],
+        [f"batch {contest.batch}" for contest in contests],
+        {
+            label: [contest.samples[name].median_ms / contest.batch for contest in contests]
+            for name, label in _TIMED.items()
+            if all(name in contest.samples for contest in contests)
+        },
         lambda value: f"{value:.2f} ms",
     )
-    threads = result.machine["torch_threads"]
-    threads = f"{threads} thread{'s' * (threads != 1)}"
+    threads = result.comparison.threads
     ran = ", ".join(result.backends)
-    _label(time, "Time per image", f"backend: {ran}; {threads}, median")
-    handles, labels = accuracy.get_legend_handles_labels()
+    _label(
+        time,
+        "Time per image",
+        f"median of calls in turn, {threads} thread{'s' * (threads != 1)}; engine on: {ran}",
+    )
+    handles, labels = time.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK
     )
     figure.suptitle(
         f"{result.architecture} on handwritten digits "
@@ -78,17 +89,20 @@ def write_plot(result: DemoResult, path: Path) -> None:
 
 
 def _bars(
-    axes: Any, groups: Sequence[str], series: Sequence[list[float]], text: Callable[[float], str]
+    axes: Any,
+    groups: Sequence[str],
+    series: Mapping[str, list[float]],
+    text: Callable[[float], str],
 ) -> None:
-    width = 0.36
-    styles = zip((-0.2, 0.2), (_FLOAT, _ENGINE), ("float net", "engine"), series, strict=True)
-    for offset, color, name, values in styles:
+    step = 0.8 / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        offset = (number - (len(series) - 1) / 2) * step
         places = [group + offset for group in range(len(groups))]
-        bars = axes.bar(places, values, width, color=color, label=name)
-        axes.bar_label(bars, [text(value) for value in values], padding=3, fontsize=9, color=_INK)
+        bars = axes.bar(places, values, 0.9 * step, color=_COLORS[name], label=name)
+        axes.bar_label(bars, [text(value) for value in values], padding=3, fontsize=8, color=_INK)
     axes.set_xticks(range(len(groups)), groups, color=_INK)
     axes.set_xlim(-0.55, len(groups) - 0.45)
-    axes.set_ylim(0, 1.15 * max(max(values) for values in series))
+    axes.set_ylim(0, 1.15 * max(max(values) for values in series.values()))
 
 
 def _label(axes: Any, title: str, subtitle: str) -> None:

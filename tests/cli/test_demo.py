@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,15 +11,24 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import biper_engine
-from biper_engine.cli.demo import DemoResult, Timing
+from biper_engine.bench import Budget, Comparison, Contest, Samples
+from biper_engine.cli.demo import DemoResult, LayerTimes
+from biper_engine.cli.demo_command import _table
 from biper_engine.cli.demo_plot import write_plot
 from biper_engine.training import StageResult, TrainingConfig, TrainingResult
 
 from .conftest import Biper, tiny_network
 
 steps = sys.modules["biper_engine.cli.demo"]
+
+
+def contest(batch: int, medians: dict[str, float]) -> Contest:
+    samples = {name: Samples((ms,)) for name, ms in medians.items()}
+    return Contest(batch=batch, samples=samples, reasons={}, differences={})
+
 
 RESULT = DemoResult(
     architecture="cifar10/resnet20_1w1a",
@@ -38,12 +48,17 @@ RESULT = DemoResult(
     reload_identical=True,
     float_bytes=1_000_000,
     file_bytes=90_000,
-    timings=(
-        Timing(batch=1, rounds=5, float_ms=8.0, engine_ms=10.0),
-        Timing(batch=64, rounds=5, float_ms=80.0, engine_ms=400.0),
+    comparison=Comparison(
+        threads=2,
+        settings={},
+        contests=(
+            contest(1, {"float, eager": 8.0, "float, torch.compile": 4.0, "engine": 1.0}),
+            contest(64, {"float, eager": 80.0, "float, torch.compile": 40.0, "engine": 400.0}),
+        ),
+        machine={},
     ),
-    backends=("reference",),
-    machine={"torch_threads": 2},
+    resnet18=LayerTimes(float_conv=Samples((20.0,)), engine=Samples((1.6,))),
+    backends=("cpu",),
 )
 
 
@@ -68,7 +83,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "fit_quietly", fit)
     monkeypatch.setattr(steps.data, "load", lambda name: replace(real, test=real.test.slice(0, 12)))
     monkeypatch.setattr(biper_engine, "load_checkpoint", lambda path: model)
-    monkeypatch.setattr(steps, "_ROUNDS", (1, 1))
+    monkeypatch.setattr(steps, "_BUDGET", Budget(seconds=0.0, fewest=1, most=1, warmup=0))
+    monkeypatch.setattr(steps, "_COMPILED", False)
 
 
 @pytest.mark.usefixtures("small")
@@ -78,9 +94,12 @@ def test_every_step_leaves_what_it_says(biper: Biper, tmp_path: Path) -> None:
     assert done.err == ""
     assert "first 1,297 train, last 12 test, unshuffled" in done.out
     assert "top-1 equal on 12 of 12" in done.out
-    assert "may be slower than the float net" in done.out
+    assert "Medians of calls in turn" in done.out
     values = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
     assert values["ok"] is values["reload_identical"] is values["verified"] is True
+    contests = values["comparison"]["batches"]
+    assert [contest["batch"] for contest in contests] == [1, 12]
+    assert all(set(c["contestants"]) == {"float, eager", "engine"} for c in contests)
     assert values["file_bytes"] == (tmp_path / "digits.biper").stat().st_size
     assert len(list((tmp_path / "digits").glob("*.png"))) == 20
     assert size_of(tmp_path / "digits" / "7_0.png") == (8, 8)
@@ -117,6 +136,34 @@ def test_the_plot_is_drawn_without_a_display(
     monkeypatch.delenv("DISPLAY", raising=False)
     write_plot(RESULT, tmp_path / "demo.png")
     assert size_of(tmp_path / "demo.png") == (1500, 630)
+
+
+def printed(result: DemoResult) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_table(result))
+    return " ".join(console.export_text().split())
+
+
+def test_the_table_has_a_row_for_every_rival_and_batch() -> None:
+    text = printed(RESULT)
+    assert "ms, batch 1, torch.compile 4.00 1.00 4.0 times faster" in text
+    assert "ms, batch 64, eager 80.00 400.00 5.0 times slower" in text
+    assert "ms, ResNet-18's 3x3 layers* 20.00 1.60 12.5 times faster" in text
+
+
+def test_a_rival_that_did_not_run_is_said_to() -> None:
+    contests = (
+        Contest(
+            batch=1,
+            samples={"float, eager": Samples((2.0,)), "engine": Samples((1.0,))},
+            reasons={"float, torch.compile": "no compiler"},
+            differences={},
+        ),
+    )
+    comparison = replace(RESULT.comparison, contests=contests)
+    text = printed(replace(RESULT, comparison=comparison, resnet18=None))
+    assert "ms, batch 1, torch.compile did not run" in text
+    assert "ResNet-18" not in text
 
 
 @pytest.mark.deep

@@ -1,0 +1,117 @@
+// NEON of aarch64: a vector is 16 output channels, a 32-bit lane each, in four registers.
+//
+// CNT counts the bits of bytes, and bytes are what is summed: every lane holds four counts until
+// they are added up at the end. CNT and the vectors of floats are part of every aarch64 processor.
+#include "algorithm.h"
+
+#if defined(__aarch64__)
+#if defined(__AARCH64EB__)
+#error "Packed maps are words of little-endian machines; big-endian aarch64 is not supported."
+#endif
+#include <arm_neon.h>
+
+namespace biper {
+namespace {
+
+struct Neon {
+  struct Lanes {
+    uint32x4_t quarter[4];
+  };
+  struct Bytes {
+    uint8x16_t quarter[4];
+  };
+  using Sum = Bytes;  // four byte counts in every lane
+  using Word = uint32x4_t;
+  using Weights = Lanes;
+  using Float = float32x4_t;
+
+  static constexpr int kLanes = 16;
+  static constexpr int kVectors = 2;
+  static constexpr int kAccumulators = 4;  // of four registers each: 16 of 32, and 8 for weights
+  static constexpr int kParts = 1;
+  static constexpr int kPartWords = 16;
+  static constexpr int64_t kWordsPerSum = 31;  // a word adds 8 to a byte at most
+  static constexpr int kFloats = 4;
+  static constexpr bool kSumsFitFloats = false;
+  static constexpr int kPeakSums = 4;
+
+  BIPER_INLINE Sum zero() {
+    const uint8x16_t none = vdupq_n_u8(0);
+    return {{none, none, none, none}};
+  }
+  BIPER_INLINE Weights load_weights(const uint32_t* from) {
+    return {{vld1q_u32(from), vld1q_u32(from + 4), vld1q_u32(from + 8), vld1q_u32(from + 12)}};
+  }
+  BIPER_INLINE Word spread(const uint32_t* word, int) { return vld1q_dup_u32(word); }
+  BIPER_INLINE Sum count(Sum sum, Word a, const Weights& w) {
+    BIPER_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      const uint8x16_t bits = vreinterpretq_u8_u32(veorq_u32(a, w.quarter[q]));
+      sum.quarter[q] = vaddq_u8(sum.quarter[q], vcntq_u8(bits));
+    }
+    return sum;
+  }
+  BIPER_INLINE void subtract_twice(int32_t* to, const int32_t* from, const Sum& sum) {
+    BIPER_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      const uint32x4_t counts = vpaddlq_u16(vpaddlq_u8(sum.quarter[q]));
+      const int32x4_t twice = vreinterpretq_s32_u32(vshlq_n_u32(counts, 1));
+      vst1q_s32(to + 4 * q, vsubq_s32(vld1q_s32(from + 4 * q), twice));
+    }
+  }
+  static void pack_word(const uint32_t* canonical, int64_t stride, int64_t rows, uint32_t* packed,
+                        int64_t) {
+    for (int64_t l = 0; l < kLanes; ++l) packed[l] = l < rows ? canonical[l * stride] : 0;
+  }
+  BIPER_INLINE void opaque(Word& value) { asm volatile("" : "+w"(value)); }
+  BIPER_INLINE void opaque(Sum& value) {
+    asm volatile(""
+                 : "+w"(value.quarter[0]), "+w"(value.quarter[1]), "+w"(value.quarter[2]),
+                   "+w"(value.quarter[3]));
+  }
+
+  BIPER_INLINE Float broadcast(float x) { return vdupq_n_f32(x); }
+  BIPER_INLINE Float load(const float* from) { return vld1q_f32(from); }
+  BIPER_INLINE void store(float* to, Float v) { vst1q_f32(to, v); }
+  BIPER_INLINE Float load_float16(const uint16_t* from) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+  }
+  BIPER_INLINE void store_float16(uint16_t* to, Float v) {
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+  }
+  BIPER_INLINE Float load_bfloat16(const uint16_t* from) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16));
+  }
+  // BFCVT is not part of every processor, so round to nearest even by hand.
+  BIPER_INLINE void store_bfloat16(uint16_t* to, Float v) {
+    const uint32x4_t x = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(x, 16), vdupq_n_u32(1));
+    vst1_u16(to, vshrn_n_u32(vaddq_u32(vaddq_u32(x, vdupq_n_u32(0x7fff)), odd), 16));
+  }
+  BIPER_INLINE Float to_float(const int32_t* from) { return vcvtq_f32_s32(vld1q_s32(from)); }
+  BIPER_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  BIPER_INLINE Float add(Float a, Float b) { return vaddq_f32(a, b); }
+  BIPER_INLINE Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
+  // FMAX orders zeros by their sign, so compare and select: exactly v < low ? low : v and
+  // v > high ? high : v.
+  BIPER_INLINE Float at_least_or(Float v, Float low) {
+    return vbslq_f32(vcltq_f32(v, low), low, v);
+  }
+  BIPER_INLINE Float at_most_or(Float v, Float high) {
+    return vbslq_f32(vcgtq_f32(v, high), high, v);
+  }
+  BIPER_INLINE Float where_negative(Float v, Float other) {
+    return vbslq_f32(vcltzq_f32(v), other, v);
+  }
+  BIPER_INLINE uint32_t at_least(Float a, Float b) {
+    const uint32x4_t place = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), place));
+  }
+};
+
+}  // namespace
+
+extern const Kernels kNeonKernels = kernels_of<Neon>("neon", 4);
+
+}  // namespace biper
+#endif

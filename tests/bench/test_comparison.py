@@ -1,0 +1,123 @@
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from biper_engine.bench import Budget, Rival, compare, compiled_rival, eager_rival, machine_facts
+from biper_engine.bench import comparison as module
+from biper_engine.engine import Engine
+from tests.networks_by_hand import classifier
+
+ONCE = Budget(seconds=0.0, fewest=2, most=2, warmup=0)
+
+
+class Float(nn.Module):
+    """Stands for the float network: an engine's graph on the reference."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.graph = engine.graph_module
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.graph(images)[0]
+        return result
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return classifier()
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_every_contestant_is_timed_at_every_batch_size(engine: Engine) -> None:
+    found = compare(
+        engine, Float(engine), [images(1), images(5)], compiled=False, budget=ONCE, threads=1
+    )
+    assert found.threads == 1
+    assert [contest.batch for contest in found.contests] == [1, 5]
+    for contest in found.contests:
+        assert list(contest.samples) == ["float, eager", "engine"]
+        assert all(len(samples.ms) == 2 for samples in contest.samples.values())
+        assert contest.differences["float, eager"] == 0.0
+        assert contest.differences["engine"] < 1e-5
+        rival, ours = contest.samples["float, eager"], contest.samples["engine"]
+        assert contest.times_as_fast("float, eager") == rival.median_ms / ours.median_ms
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values["machine"]["torch"] == torch.__version__
+    assert set(values["batches"][0]["contestants"]) == {"float, eager", "engine"}
+    assert set(values["batches"][0]["engine_times_as_fast"]) == {"float, eager"}
+
+
+def test_the_number_of_threads_is_for_all_and_restored(engine: Engine) -> None:
+    seen: list[int] = []
+
+    class Watched(Float):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return super().forward(images)
+
+    before = torch.get_num_threads()
+    compare(engine, Watched(engine), [images(1)], compiled=False, budget=ONCE, threads=before + 1)
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match=r"`threads` \(=0\) must be 1 or more"):
+        compare(engine, Float(engine), [images(1)], threads=0)
+
+
+def test_a_rival_that_does_not_run_is_named_with_its_reason(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Rival:
+        return Rival(name="float, torch.compile", how="somehow", reason="no C++ compiler")
+
+    monkeypatch.setattr(module, "compiled_rival", failing)
+    found = compare(engine, Float(engine), [images(1)], budget=ONCE)
+    assert found.contests[0].reasons == {"float, torch.compile": "no C++ compiler"}
+    assert "float, torch.compile" not in found.contests[0].samples
+    assert found.settings["float, torch.compile"] == "somehow"
+
+
+def test_the_eager_rival_is_a_channels_last_copy() -> None:
+    model = nn.Conv2d(3, 8, 3)
+    rival = eager_rival(model)
+    assert model.weight.is_contiguous()
+    assert isinstance(rival.call, nn.Conv2d)
+    assert rival.call.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(rival.call.weight, model.weight)
+
+
+def test_a_model_that_does_not_compile_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module, **_: Any) -> nn.Module:
+        class Broken(nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                raise RuntimeError("g++: not found\nand more")
+
+        return Broken()
+
+    monkeypatch.setattr(torch, "compile", broken)
+    rival = compiled_rival(nn.Conv2d(3, 8, 3), images(1))
+    assert rival.call is None
+    assert rival.reason == "g++: not found"
+
+
+@pytest.mark.deep
+def test_the_compiled_rival_computes_what_the_model_does() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    batch = images(2).contiguous(memory_format=torch.channels_last)
+    rival = compiled_rival(model, batch)
+    if rival.call is None:
+        pytest.skip(f"torch.compile does not run here: {rival.reason}")
+    with torch.no_grad():
+        torch.testing.assert_close(rival.call(batch), model(batch))
+
+
+def test_the_facts_of_the_machine_are_json_values() -> None:
+    facts = machine_facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert {"processor", "torch_threads", "cpu_count", "python"} <= set(facts)
