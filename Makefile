@@ -11,11 +11,11 @@ RUN := $(BIN)/python -m
 INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
 # The stamp holds the checkout's path: an environment does not survive a move or a copy.
 STAMP := $(VENV)/installed
-NATIVE := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/native/*.cpp)
-# The extension, rebuilt when a source changed. Without a compiler it is left out, and tests say so.
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(SOURCES) $(wildcard tests/native/*.h tests/native/*.cpp)
+# The extension: rebuilt when a source changed; tried again each time while there is no compiler.
 BUILT := $(VENV)/built
-CXX_FOUND := $(shell command -v $(firstword $(CXX) g++) >/dev/null 2>&1 && echo 1)
-export BIPER_REQUIRE_NATIVE ?= $(CXX_FOUND)
+export BIPER_REQUIRE_NATIVE ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-deep lint format bench clean FORCE
@@ -88,7 +88,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(INSTALL) --no-build-isolation -e ".[train,dev]"
 	@printf '%s\n' "$(CURDIR)" > $(STAMP)
 
-$(BUILT): $(STAMP) $(NATIVE)
+ifeq ($(wildcard biper_engine/_cpu*.so),)
+$(BUILT): FORCE
+endif
+
+$(BUILT): $(STAMP) $(SOURCES)
 	@echo "==> Building biper_engine._cpu"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $(BUILT)

@@ -2,14 +2,20 @@
 
 `biper_engine._cpu` is csrc/cpu: C++17, pybind11, no header of torch, so that one build serves every
 version of torch. Each instruction set has a file of its own with its own flags, all others are
-compiled for the baseline, and the choice falls at run time. Without a compiler the package installs
-without the extension and says so; BIPER_REQUIRE_NATIVE=1 makes that an error.
+compiled for the baseline, and the choice falls at run time.
 
-Read from the environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, BIPER_REQUIRE_NATIVE.
+Read from the environment: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, ARCHFLAGS, MAX_JOBS, and
+
+    BIPER_REQUIRE_NATIVE    what becomes of an install whose extension cannot be built
+    unset or 0              it succeeds without the extension, and says why
+    auto                    so it does where a compiler or headers are missing; an error fails it
+    1                       it fails
 """
 
+import functools
+import importlib.util
+import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -24,11 +30,15 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cpu"
+COMPILERS = ("g++", "c++", "clang++")
 
-# No -march=native, no -ffast-math, no link-time optimisation: every float operation is rounded
-# once, everywhere alike, and code for one instruction set stays in its file.
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
-WARNINGS = ["-Wall", "-Wextra"]
+FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra"]
+# After those of the environment: every float operation is rounded once, everywhere alike, and code
+# for one instruction set stays in its file. -fno-fast-math is first, as it may reset -ffp-contract.
+FIXED_FLAGS = [
+    *("-fno-fast-math", "-ffp-contract=off", "-fno-lto"),
+    *("-fPIC", "-fvisibility=hidden", "-pthread"),
+]
 X86_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": [
@@ -38,19 +48,44 @@ X86_FLAGS = {
 }
 
 
+def call(command: list[str], stdout: int | None = None) -> str:
+    """Run a command and return what it prints to `stdout`, if that is a pipe."""
+    environment = {"MACOSX_DEPLOYMENT_TARGET": "11.0", **os.environ}  # the first one on arm64
+    try:
+        done = subprocess.run(command, check=True, stdout=stdout, text=True, env=environment)
+    except (OSError, subprocess.CalledProcessError) as error:
+        outcome = error.returncode if isinstance(error, subprocess.CalledProcessError) else error
+        raise CompileError(f"`{shlex.join(command)}` failed ({outcome})") from error
+    return done.stdout or ""
+
+
+def environment_flags(*names: str) -> list[str]:
+    """Return the flags in environment variables, split as a shell does."""
+    return [flag for name in names for flag in shlex.split(os.environ.get(name, ""))]
+
+
 def compiler() -> list[str]:
     """Return the C++ compiler's command: CXX, or the first of the usual names that is there."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
-    names = ("g++", "c++", "clang++")
-    return [next((name for name in names if shutil.which(name)), names[0])]
+    return [next((name for name in COMPILERS if shutil.which(name)), COMPILERS[0])]
+
+
+@functools.cache
+def targets_x86() -> bool:
+    """Ask the compiler, which may make code for another machine than this one."""
+    flags = environment_flags("CPPFLAGS", "CXXFLAGS", "ARCHFLAGS")
+    macros = call(
+        [*compiler(), *flags, "-dM", "-E", "-x", "c++", os.devnull], stdout=subprocess.PIPE
+    )
+    return "#define __x86_64__ " in macros
 
 
 def flags_for(source: Path) -> list[str]:
     """Return the flags of one source file, include paths apart."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    extra = X86_FLAGS.get(source.name, []) if x86 else []
-    return [*FLAGS, *WARNINGS, *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    extra = X86_FLAGS.get(source.name, []) if targets_x86() else []
+    environment = environment_flags("CPPFLAGS", "CXXFLAGS", "ARCHFLAGS")
+    return [*FLAGS, *environment, *FIXED_FLAGS, *extra]
 
 
 def include_flags() -> list[str]:
@@ -61,55 +96,97 @@ def include_flags() -> list[str]:
     return [flag for folder in folders for flag in ("-isystem", str(folder))]
 
 
+def link_command(objects: list[Path], target: Path) -> list[str]:
+    """Return the command that makes a module for Python of object files."""
+    kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    flags = [*environment_flags("CXXFLAGS", "ARCHFLAGS"), *FIXED_FLAGS]
+    libraries = environment_flags("LDFLAGS")
+    return [*compiler(), *kind, *flags, *map(str, objects), *libraries, "-o", str(target)]
+
+
+def obstacle() -> str | None:
+    """Return what keeps this machine from building an extension and how to help it, or None."""
+    if sys.platform == "win32":
+        return "there are no native kernels for Windows"
+    if shutil.which(compiler()[0]) is None:
+        tried = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else ", ".join(COMPILERS)
+        return (
+            f"there is no C++ compiler ({tried}). Install g++ or clang++, or name one in CXX, then "
+            "install again"
+        )
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.is_file():
+        return (
+            f"{header} is not there. Install the headers of Python (python3-dev in Debian), then "
+            "install again"
+        )
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not there. Install it, or install again without --no-build-isolation"
+    return None
+
+
+def is_current(made: Path, command: str) -> bool:
+    """Tell whether an object is younger than all its inputs, headers too, and made by `command`."""
+    try:
+        rule = made.with_suffix(".d").read_text(encoding="utf-8").replace("\\\n", " ")
+        inputs = shlex.split(rule.partition(": ")[2])
+        newest = max(os.stat(path).st_mtime_ns for path in inputs)
+        recorded = made.with_suffix(".command").read_text(encoding="utf-8")
+        return recorded == command and newest < made.stat().st_mtime_ns
+    except OSError:  # never compiled, or an input is gone
+        return False
+
+
 class BuildNative(build_ext):
     """Compiles an extension's files in parallel, those that changed, and links them."""
 
-    def run(self) -> None:
-        """Build, or explain why the package goes without its extension."""
-        if sys.platform == "win32":
-            self.warn("Windows has the reference backend only; biper_engine._cpu is not built.")
-            self.extensions = []
-        super().run()
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # setuptools would throw the objects away
+            tag = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = os.path.join("build", tag)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
+        in_place = ROOT / Path(*ext.name.split(".")).with_name(target.name)
+        missing = obstacle()
+        required = os.environ.get("BIPER_REQUIRE_NATIVE") or "0"
+        ext.optional = required == "0" or (required == "auto" and missing is not None)
         try:
+            if missing:
+                raise CompileError(missing)
             self._build(ext, target)
-        except (OSError, subprocess.CalledProcessError, ImportError) as error:
-            command = " ".join(compiler())
+        except CompileError as error:
+            for stale in (target, in_place):  # or setuptools would take it for this build's
+                stale.unlink(missing_ok=True)
+            way = "It is left out" if ext.optional else "BIPER_REQUIRE_NATIVE=0 installs without it"
             raise CompileError(
-                f"{ext.name} could not be built with `{command}` ({error}); biper-engine goes "
-                "without it, on the much slower reference backend. Install a C++17 compiler (g++ "
-                "or clang++) and pybind11, or set CXX, then install again."
+                f"{ext.name} cannot be built: {error}. {way}: biper-engine then has its reference "
+                "backend only, which is much slower."
             ) from error
-        here = ROOT / "biper_engine" / target.name
-        if (ROOT / ".git").exists() and target.resolve() != here:
-            shutil.copy2(target, here)  # python in a checkout imports ./biper_engine
+        if (ROOT / ".git").exists():  # python in a checkout imports ./biper_engine
+            self.copy_file(str(target), str(in_place))
 
     def _build(self, ext: Extension, target: Path) -> None:
-        objects = Path(self.build_temp, ext.name)
-        objects.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp, ext.name)
+        folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        headers = [*SOURCES.glob("*.h"), ROOT / "setup.py"]
-        newest_header = max(path.stat().st_mtime for path in headers)
-        made, commands = [], []
-        for source in map(ROOT.joinpath, ext.sources):
-            made.append(objects / f"{source.name}.o")
-            newest = max(newest_header, source.stat().st_mtime)
-            if self.force or not made[-1].exists() or made[-1].stat().st_mtime < newest:
-                command = [*compiler(), *flags_for(source), *include_flags()]
-                commands.append([*command, "-c", str(source), "-o", str(made[-1])])
+        sources = [Path(source) for source in ext.sources]
+        objects = [folder / f"{source.name}.o" for source in sources]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as workers:
-            list(workers.map(self._call, commands))
-        shared = (
-            ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        )
-        options = shlex.split(os.environ.get("LDFLAGS", ""))
-        self._call([*compiler(), *shared, "-pthread", *map(str, made), *options, "-o", str(target)])
+            list(workers.map(self._compile, sources, objects))
+        self._call(link_command(objects, target))
+
+    def _compile(self, source: Path, made: Path) -> None:
+        command = [*compiler(), *flags_for(source), *include_flags()]
+        command += ["-c", str(source), "-o", str(made), "-MD", "-MF", str(made.with_suffix(".d"))]
+        if self.force or not is_current(made, shlex.join(command)):
+            self._call(command)
+            made.with_suffix(".command").write_text(shlex.join(command), encoding="utf-8")
 
     def _call(self, command: list[str]) -> None:
-        self.announce(shlex.join(command), level=2)
-        subprocess.run(command, check=True)
+        self.announce(shlex.join(command), level=logging.INFO)
+        call(command)
 
 
 if __name__ == "__main__":  # tests read the flags above
@@ -123,7 +200,6 @@ if __name__ == "__main__":  # tests read the flags above
             Extension(
                 "biper_engine._cpu",
                 sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.cpp")),
-                optional=os.environ.get("BIPER_REQUIRE_NATIVE") != "1",
             )
         ],
         cmdclass={"build_ext": BuildNative},
