@@ -245,7 +245,7 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   require_memory("multiplier", e.multiplier.data, e.multiplier.size, outputs, 4);
   require_memory("bias", e.bias.data, e.bias.size, outputs, 4);
   const auto optional = [outputs](const char* name, const void* data, int64_t size, int64_t bytes) {
-    if (data != nullptr) require_memory(name, data, size, outputs, bytes);
+    if (data != nullptr || size != 0) require_memory(name, data, size, outputs, bytes);
   };
   optional("slope", e.slope.data, e.slope.size, 4);
   optional("shift", e.shift.data, e.shift.size, 4);
@@ -364,7 +364,7 @@ void Conv::run(const Images& images, int64_t threads) const {
   };
   stream("residual", images.residual);
   stream("out_float", images.out_float);
-  const bool wants_bits = images.out_bits.data != nullptr;
+  const bool wants_bits = images.out_bits.data != nullptr || images.out_bits.size != 0;
   if (wants_bits) {
     if (epilogue_.threshold == nullptr) fail("Bits leave, but there is no `threshold`.");
     require_memory("out_bits", images.out_bits.data, images.out_bits.size,

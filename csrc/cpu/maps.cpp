@@ -17,7 +17,7 @@ int64_t words_of(int64_t channels) { return (channels + kWordBits - 1) / kWordBi
 
 void require_optional(const char* name, const void* data, int64_t size, int64_t wanted,
                       int64_t bytes) {
-  if (data != nullptr) require_memory(name, data, size, wanted, bytes);
+  if (data != nullptr || size != 0) require_memory(name, data, size, wanted, bytes);
 }
 
 // Calls run(first, last) for ranges that cover [0, count), each item worth `channels` of work.

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.ops.backends import PREFERENCE, backends, by_name, use_backend
+from tests.ops.matrix import Operands
 
 DEVICES = {
     "cuda": ("cuda",),
@@ -94,40 +93,6 @@ def need(run: tuple[str, torch.device]) -> Callable[..., None]:
             pytest.skip(f"{run[0]} cannot run {op}: {reason}")
 
     return skip_unless_supported
-
-
-def _random_signs(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
-
-
-def _float64_convolution(signs: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
-    top, bottom, left, right = geometry.padding
-    padded = F.pad(signs, (left, right, top, bottom))
-    dilation, groups = geometry.dilation, geometry.groups
-    return F.conv2d(padded, weight, None, geometry.stride, 0, dilation, groups)
-
-
-class Operands:
-    """Random operands of a binary convolution, and the accumulators that they must give.
-
-    Attributes:
-        signs: float64 +-1 `[N, C, H, W]`.
-        weight_signs: float64 +-1 `[O, C / groups, KH, KW]`.
-        bits: packed map.
-        weight: packed weights, canonical.
-        dot: int32 accumulators, by a float64 convolution with true zero padding.
-    """
-
-    def __init__(
-        self, geometry: Conv2dGeometry, size: tuple[int, int], batch: int, seed: int = 0
-    ) -> None:
-        shape = (geometry.out_channels, geometry.group_channels, *geometry.kernel_size)
-        self.signs = _random_signs(batch, geometry.in_channels, *size, seed=seed)
-        self.weight_signs = _random_signs(*shape, seed=seed + 1)
-        self.bits = contract.pack_channels((self.signs > 0).permute(0, 2, 3, 1))
-        self.weight = contract.pack_weight(self.weight_signs > 0)
-        self.dot = _float64_convolution(self.signs, self.weight_signs, geometry).to(torch.int32)
 
 
 @pytest.fixture(scope="session")

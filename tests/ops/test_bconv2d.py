@@ -13,57 +13,10 @@ from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.ops import bconv2d, prepack
 from biper_engine.ops.backends import by_name
+from tests.ops.matrix import CONVOLUTIONS, geometry
 
 
-def geometry(**changes: Any) -> Conv2dGeometry:
-    defaults = {"in_channels": 33, "out_channels": 5, "kernel_size": (3, 3)}
-    return Conv2dGeometry(**{**defaults, **changes})
-
-
-CASES = {
-    **{
-        f"{channels} channels": (geometry(in_channels=channels, padding=(1, 1, 1, 1)), (5, 6))
-        for channels in (1, 31, 32, 33, 63, 64, 65, 127)
-    },
-    **{
-        f"{channels} filters": (geometry(out_channels=channels), (4, 4))
-        for channels in (1, 32, 33, 65)
-    },
-    "1x1": (geometry(kernel_size=(1, 1)), (7, 9)),
-    "1x1 strided": (geometry(kernel_size=(1, 1), stride=(2, 3)), (7, 9)),
-    "even kernel": (geometry(kernel_size=(2, 4), padding=(0, 1, 1, 2)), (5, 5)),
-    "7x7 stem": (geometry(kernel_size=(7, 7), stride=(2, 2), padding=(3, 3, 3, 3)), (11, 13)),
-    "flattened image": (geometry(kernel_size=(5, 6)), (5, 6)),
-    "uneven strides": (geometry(stride=(3, 2), padding=(1, 1, 1, 1)), (9, 8)),
-    "asymmetric padding": (geometry(padding=(0, 2, 3, 1)), (5, 7)),
-    "padding on one side": (geometry(padding=(0, 1, 0, 1), stride=(2, 2)), (6, 6)),
-    "windows wholly in the padding": (geometry(padding=(4, 4, 5, 4)), (2, 3)),
-    "one pixel": (geometry(padding=(1, 1, 1, 1)), (1, 1)),
-    "dilation": (geometry(dilation=(2, 3), padding=(2, 2, 3, 3)), (9, 9)),
-    "groups on word borders": (geometry(in_channels=64, out_channels=6, groups=2), (4, 5)),
-    "groups across words": (geometry(in_channels=66, out_channels=6, groups=2), (4, 5)),
-    "groups within a word": (
-        geometry(in_channels=12, out_channels=8, groups=4, padding=(1, 0, 0, 1)),
-        (4, 5),
-    ),
-    "three groups of 40": (geometry(in_channels=120, out_channels=9, groups=3), (4, 5)),
-    "depthwise": (geometry(out_channels=33, groups=33, padding=(1, 1, 1, 1)), (4, 5)),
-    "everything": (
-        geometry(
-            in_channels=70,
-            out_channels=4,
-            kernel_size=(2, 3),
-            stride=(2, 1),
-            padding=(3, 0, 1, 2),
-            dilation=(1, 2),
-            groups=2,
-        ),
-        (6, 7),
-    ),
-}
-
-
-@pytest.fixture(params=list(CASES.values()), ids=list(CASES))
+@pytest.fixture(params=list(CONVOLUTIONS.values()), ids=list(CONVOLUTIONS))
 def case(request: pytest.FixtureRequest) -> tuple[Conv2dGeometry, tuple[int, int]]:
     return request.param  # type: ignore[no-any-return]
 

@@ -7,22 +7,14 @@ from torch import Tensor
 
 from biper_engine import bits as contract
 from biper_engine.ops import binarize, unbinarize
-
-CHANNELS = [1, 31, 32, 33, 63, 64, 65, 127]
-STREAMS = [torch.float32, torch.float16, torch.bfloat16]
-SMALLEST_DENORMAL = 2.0**-149
+from tests.ops.matrix import CHANNELS, SMALLEST_DENORMAL, STREAMS, met_thresholds, random_map
 
 
 def packed(bits: Tensor) -> Tensor:
     return contract.pack_channels(bits.permute(0, 2, 3, 1))
 
 
-def random_map(*shape: int) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return torch.where(x.abs() < 0.3, torch.copysign(torch.zeros(()), x), x)  # many 0.0 and -0.0
-
-
-@pytest.mark.parametrize("dtype", STREAMS)
+@pytest.mark.parametrize("dtype", STREAMS.values())
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_signs_are_packed(
     device: torch.device, need: Callable[..., None], channels: int, dtype: torch.dtype
@@ -41,9 +33,7 @@ def test_threshold_and_sense_act_per_channel(
 ) -> None:
     need("binarize")
     x = random_map(2, channels, 3, 5)
-    threshold = x[0, :, 0, 0].clone()  # so that every channel meets its own threshold
-    threshold[::5] = torch.inf
-    threshold[1::7] = -torch.inf
+    threshold = met_thresholds(x)
     sense = torch.arange(channels) % 3 == 1
     limit, flipped = threshold.view(1, -1, 1, 1), sense.view(1, -1, 1, 1)
     expected = torch.where(flipped, x <= limit, x >= limit)
@@ -116,7 +106,7 @@ def test_empty_maps_pass_through(
     assert unbinarize(packed_map, 33).shape == shape
 
 
-@pytest.mark.parametrize("dtype", STREAMS)
+@pytest.mark.parametrize("dtype", STREAMS.values())
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_unbinarize_gives_signs_in_channels_last(
     device: torch.device, need: Callable[..., None], channels: int, dtype: torch.dtype

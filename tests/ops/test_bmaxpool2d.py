@@ -8,14 +8,7 @@ from torch import Tensor
 from biper_engine import bits as contract
 from biper_engine.geometry import Pool2dGeometry
 from biper_engine.ops import bmaxpool2d
-
-POOLS = [
-    Pool2dGeometry(kernel_size=(2, 2), stride=(2, 2)),
-    Pool2dGeometry(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)),
-    Pool2dGeometry(kernel_size=(1, 4), stride=(3, 1), padding=(0, 2)),
-    Pool2dGeometry(kernel_size=(2, 2), stride=(3, 1), padding=(1, 1)),
-    Pool2dGeometry(),
-]
+from tests.ops.matrix import MAP_POOLS as POOLS
 
 
 def packed(bits: Tensor) -> Tensor:

@@ -14,23 +14,22 @@ from torch import Tensor
 from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, bconv2d_bits, bconv2d_float, bconv2d_float_bits, prepack
+from tests.ops.matrix import (
+    ACTIVATIONS,
+    EPILOGUE_CONV,
+    EPILOGUE_POOLS,
+    EPILOGUE_SIZE,
+    SMALLEST_DENORMAL,
+    STREAMS,
+    ZEROS,
+    epilogue_of,
+    residual_of,
+    signed_zeros,
+    vector,
+    with_met_thresholds,
+)
 
-CONV = Conv2dGeometry(in_channels=33, out_channels=37, kernel_size=(3, 3), padding=(1, 1, 0, 2))
-SIZE = (5, 4)
-POOLS = {
-    "no pool": Pool2dGeometry(),
-    "2x2": Pool2dGeometry(kernel_size=(2, 2), stride=(2, 2)),
-    "3x3 padded": Pool2dGeometry(kernel_size=(3, 2), stride=(2, 1), padding=(1, 1)),
-}
-ACTIVATIONS: dict[str, dict[str, Any]] = {
-    "linear": {},
-    "hardtanh": {"clamp_min": -1.0, "clamp_max": 1.0},
-    "relu": {"clamp_min": 0.0},
-    "clamped above": {"clamp_max": 0.1},
-    "prelu": {"slope": True},
-}
-STREAMS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SMALLEST_DENORMAL = 2.0**-149
+CONV, SIZE, POOLS = EPILOGUE_CONV, EPILOGUE_SIZE, EPILOGUE_POOLS
 
 Array = npt.NDArray[Any]
 
@@ -96,12 +95,6 @@ def packed(values: Array, threshold: Tensor, sense: Tensor) -> Tensor:
     return contract.pack_channels(torch.from_numpy(bits).permute(0, 2, 3, 1))
 
 
-def vector(channels: int, *special: float, seed: int, scale: float = 1.0) -> Tensor:
-    values = torch.randn(channels, generator=torch.Generator().manual_seed(seed)) * scale
-    values[: len(special)] = torch.tensor(special)
-    return values
-
-
 def moved(epilogue: Epilogue, device: torch.device) -> Epilogue:
     tensors: dict[str, Any] = {
         name: tensor.to(device) for name, tensor in epilogue.tensors().items()
@@ -155,32 +148,11 @@ def test_every_step_is_rounded_once_and_in_order(
 ) -> None:
     need_all(need, CONV)
     channels, data = CONV.out_channels, operands(CONV, SIZE, 2)
-    options = dict(ACTIVATIONS[activation])
-    if "slope" in options:
-        options["slope"] = vector(channels, 0.0, -0.0, -0.25, 1.0, 0.25, seed=3)
-    if activation != "hardtanh":
-        options["shift"] = vector(channels, 0.0, -0.0, seed=4)
-    if pool != "no pool":
-        options["pool_min"] = torch.arange(channels) % 3 == 0
-    epilogue = Epilogue(
-        multiplier=vector(
-            channels, 0.0, -0.0, 1.0, -1.0, SMALLEST_DENORMAL, -(2.0**-140), seed=1, scale=0.02
-        ),
-        bias=vector(channels, -0.0, 0.0, 0.0, -0.0, 2.0**-145, 0.0, seed=2, scale=0.3),
-        pool=POOLS[pool],
-        **options,
-    )
+    epilogue = epilogue_of(channels, pool, activation)
     size = POOLS[pool].output_size(*CONV.output_size(*SIZE))
-    residual = None
-    if residual_stream is not None:
-        residual = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(5))
-        residual[:, :7] *= residual[:, :7] > 0  # many 0.0 and -0.0
-        residual = residual.to(STREAMS[residual_stream])
+    residual = residual_of(residual_stream, 2, channels, *size)
     values = expected_values(data.dot, epilogue, residual, exact_fma)
-    threshold = torch.from_numpy(values[0, :, 0, 0].copy())  # every channel meets its threshold
-    threshold[7], threshold[8] = torch.inf, -torch.inf
-    sense = torch.arange(channels) % 2 == 0
-    epilogue = dataclasses.replace(epilogue, threshold=threshold, sense=sense)
+    epilogue = with_met_thresholds(epilogue, torch.from_numpy(values))
     check_all_outputs(data, CONV, epilogue, residual, values, device, same_bytes)
 
 
@@ -232,20 +204,9 @@ def test_signed_zeros_survive_clamp_slope_and_shift(
 ) -> None:
     conv, data = constant_operands(5, 2)
     need_all(need, conv)
-    multiplier, bias = torch.tensor([-0.0, 0.0]), torch.tensor([-0.0, 0.0])
-    negative_zeros = torch.full((2,), -0.0)
-    kept = torch.tensor([-0.0, 0.0])
-    cases: list[tuple[dict[str, Any], Tensor]] = [
-        ({}, kept),
-        ({"clamp_min": 0.0, "clamp_max": 1.0}, kept),  # -0.0 < 0.0 is false
-        ({"clamp_min": -1.0, "clamp_max": -0.0}, kept),  # 0.0 > -0.0 is false
-        ({"clamp_min": 1.0, "clamp_max": -0.0}, negative_zeros),
-        ({"slope": torch.tensor([-3.0, -3.0])}, kept),  # -0.0 < 0 is false
-        ({"shift": negative_zeros}, kept),
-        ({"shift": torch.zeros(2)}, torch.zeros(2)),
-    ]
-    for options, expected in cases:
-        epilogue = with_bits(multiplier=multiplier, bias=bias, **options)
+    zeros = torch.tensor(ZEROS)
+    for options, expected in signed_zeros(2):
+        epilogue = with_bits(multiplier=zeros, bias=zeros, **options)
         values = expected.view(1, 2, 1, 1).numpy()
         check_all_outputs(data, conv, epilogue, None, values, device, same_bytes)
 

@@ -1,0 +1,166 @@
+"""Builds of csrc/cpu and of the replay program: under sanitizers, and for other machines."""
+
+import functools
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+JOBS = 2
+
+
+@functools.cache
+def setup_functions() -> dict[str, Any]:
+    """Return what setup.py defines: the flags of every source, and the compiler that it takes."""
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_without_setup")
+
+
+def kernel_sources() -> list[Path]:
+    """Return csrc/cpu but for the module of Python."""
+    return sorted(set((ROOT / "csrc/cpu").glob("*.cpp")) - {ROOT / "csrc/cpu/bindings.cpp"})
+
+
+def replay_sources() -> list[Path]:
+    return [*kernel_sources(), *sorted((ROOT / "tests/native").glob("*.cpp"))]
+
+
+def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, check=False, **options)
+
+
+def succeed(*command: str | Path, **options: Any) -> str:
+    done = run(*command, **options)
+    said = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{shlex.join(map(str, command))} failed:\n{said}"
+    return said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toolchain:
+    """A compiler and what it adds to the flags of setup.py.
+
+    Attributes:
+        compiler: its command.
+        is_x86: whether it makes code for x86-64, whose files have flags of their own.
+        flags: for compiling and linking, after those of setup.py.
+        link_flags: for linking alone.
+        runner: command that runs what it makes; empty where that is this machine.
+        environment: variables that it needs.
+    """
+
+    compiler: tuple[str, ...]
+    is_x86: bool
+    flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+    runner: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def compile(self, sources: list[Path], folder: Path, *extra: str) -> list[Path]:
+        """Compile sources, a few at once; return their objects."""
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{source.name}.o" for source in sources]
+        commands = [
+            self._command(source, made, extra)
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(JOBS) as workers:
+            list(workers.map(lambda command: succeed(*command, env=self._variables()), commands))
+        return objects
+
+    def compiles(self, source: Path, folder: Path, *extra: str) -> bool:
+        """Tell whether a source compiles."""
+        command = self._command(source, folder / f"{source.name}.o", extra)
+        return run(*command, env=self._variables()).returncode == 0
+
+    def _command(self, source: Path, made: Path, extra: tuple[str, ...]) -> tuple[str | Path, ...]:
+        setup = setup_functions()
+        own = setup["X86_FLAGS"].get(source.name, []) if self.is_x86 else []
+        flags = [*setup["FLAGS"], *setup["FIXED_FLAGS"], *own, *self.flags, *extra]
+        include = f"-I{ROOT / 'csrc/cpu'}"
+        return (*self.compiler, *flags, include, "-c", source, "-o", made)
+
+    def _variables(self) -> dict[str, str]:
+        return {**os.environ, **dict(self.environment)}
+
+    def replay(self, folder: Path) -> "Replay":
+        """Build the replay program."""
+        objects = self.compile(replay_sources(), folder)
+        program = folder / "replay"
+        flags = ("-pthread", *self.flags, *self.link_flags)
+        succeed(*self.compiler, *flags, *objects, "-o", program)
+        return Replay((*self.runner, str(program)))
+
+
+class Replay:
+    """The program of replay.cpp."""
+
+    def __init__(self, command: tuple[str, ...]) -> None:
+        self._command = command
+
+    def __call__(self, *arguments: str | Path, isa: str = "") -> subprocess.CompletedProcess[str]:
+        """Run it; `isa` is what BIPER_CPU_ISA says."""
+        return run(*self._command, *arguments, env={**os.environ, "BIPER_CPU_ISA": isa})
+
+    def isas(self) -> list[str]:
+        """Return the instruction sets that run, best first."""
+        done = self("isa")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[1:]
+
+    def need(self, isa: str) -> None:
+        if isa not in self.isas():
+            pytest.skip(f"this processor has no {isa}")
+
+
+# -- toolchains, each skipping with its reason ----------------------------------------------------
+
+
+def native(folder: Path, *flags: str) -> Toolchain:
+    """Return the compiler of setup.py with flags that it may not support."""
+    setup = setup_functions()
+    compiler = tuple(setup["compiler"]())
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler ({compiler[0]})")
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n", encoding="ascii")
+    made = run(*compiler, *flags, probe, "-o", folder / "probe")
+    done = made if made.returncode else run(folder / "probe")
+    if done.returncode:
+        pytest.skip(f"{compiler[0]} {' '.join(flags)} does not work here: {done.stderr.strip()}")
+    return Toolchain(compiler=compiler, is_x86=setup["targets_x86"](), flags=flags)
+
+
+def aarch64_linux() -> Toolchain:
+    """Return a cross compiler for aarch64 whose programs run in an emulator."""
+    compiler = "aarch64-linux-gnu-g++"
+    emulators = ("qemu-aarch64", "qemu-aarch64-static")
+    emulator = next((name for name in emulators if shutil.which(name)), None)
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler} (Debian's g++-aarch64-linux-gnu)")
+    if emulator is None:
+        pytest.skip(f"no {emulators[0]} (Debian's qemu-user)")
+    return Toolchain(
+        compiler=(compiler,), is_x86=False, link_flags=("-static",), runner=(emulator,)
+    )
+
+
+def aarch64_macos(folder: Path) -> Toolchain:
+    """Return a cross compiler for macOS on arm64, whose programs run nowhere here."""
+    pytest.importorskip("ziglang", reason="no ziglang (pip install -c constraints.txt ziglang)")
+    caches = ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")
+    return Toolchain(
+        compiler=(sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-macos"),
+        is_x86=False,
+        flags=("-Werror",),
+        environment=tuple((name, str(folder)) for name in caches),
+    )
