@@ -4,13 +4,17 @@ Answers are checked before anything is timed. A figure is a median with its quar
 ratio of two medians of one run.
 """
 
-from biper_engine.bench.comparison import Comparison, Contest, compare, torch_threads
+from biper_engine.bench.comparison import ENGINE, Comparison, Contest, compare
 from biper_engine.bench.layers import RESNET18_LAYERS, ConvShape, LayerWork, network_work
 from biper_engine.bench.machine import machine_facts
-from biper_engine.bench.rivals import Rival, compiled_rival, eager_rival
+from biper_engine.bench.rivals import COMPILED, EAGER, Rival, compiled_rival, eager_rival
+from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
 
 __all__ = [
+    "COMPILED",
+    "EAGER",
+    "ENGINE",
     "RESNET18_LAYERS",
     "Budget",
     "Comparison",
@@ -19,6 +23,7 @@ __all__ = [
     "LayerWork",
     "Rival",
     "Samples",
+    "common_threads",
     "compare",
     "compiled_rival",
     "eager_rival",

@@ -1,21 +1,22 @@
-"""An engine beside the float network: equal first, then timed."""
+"""An engine beside its float network, called in turn in one run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from biper_engine.bench.machine import machine_facts
 from biper_engine.bench.rivals import Rival, compiled_rival, eager_rival
+from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
 from biper_engine.engine import Engine
 
-__all__ = ["ENGINE", "Comparison", "Contest", "compare", "torch_threads"]
+__all__ = ["ENGINE", "Comparison", "Contest", "compare"]
 
 ENGINE = "engine"
 
@@ -27,10 +28,11 @@ class Contest:
     Attributes:
         batch: images per call.
         samples: by contestant; "engine" is one of them.
-        reasons: why a contestant did not run, by its name.
-        differences: largest difference of an output from the eager network's, relative to the
-            largest output, by contestant. A bit on its threshold may flip in any of them, since
-            floats before it round differently; `biper_engine.verify` looks at each layer by itself.
+        reasons: why a rival did not run, by its name.
+        differences: largest difference of an output from the eager network's, over the largest
+            output, by rival. A bit on its threshold may flip in a compiled network, too, since the
+            floats before it round differently. Whether the engine is right is not for a difference
+            of logits to say: see `biper_engine.verify`.
     """
 
     batch: int
@@ -95,64 +97,51 @@ def compare(
 
     Args:
         engine: takes one tensor.
-        model: the float network, in eval mode.
+        model: the float network.
         batches: images [N, C, H, W], float32; one contest each.
-        threads: of every contestant; None keeps torch's number.
+        threads: of every contestant; None takes what the engine uses by itself.
         compiled: also compare with `torch.compile`, which takes a while to compile.
         budget: of each contest.
 
     Raises:
-        ValueError: `threads` is below 1.
+        ValueError: `threads` is below 1, or the engine would use another number.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"`threads` (={threads}) must be 1 or more.")
-    with torch_threads(threads), torch.no_grad():
-        rivals = [eager_rival(model)]
-        contests, settings = [], {rival.name: rival.how for rival in rivals}
+    threads = common_threads(threads)
+    with torch_threads(threads), torch.inference_mode():
+        eager = eager_rival(model)
+        contests, settings = [], {eager.name: eager.how}
         for images in batches:
             images = images.contiguous(memory_format=torch.channels_last)
-            runners = [*rivals, *([compiled_rival(model, images)] if compiled else [])]
-            settings |= {rival.name: rival.how for rival in runners}
-            contests.append(_contest(engine, runners, images, budget or Budget()))
+            rivals = [eager, *([compiled_rival(model, images)] if compiled else [])]
+            settings |= {rival.name: rival.how for rival in rivals}
+            contests.append(_contest(engine, rivals, images, budget or Budget()))
         return Comparison(
-            threads=torch.get_num_threads(),
+            threads=threads,
             settings=settings,
             contests=tuple(contests),
             machine=machine_facts(),
         )
 
 
-def _contest(engine: Engine, rivals: list[Rival], images: Tensor, budget: Budget) -> Contest:
+def _contest(engine: Engine, rivals: Sequence[Rival], images: Tensor, budget: Budget) -> Contest:
     calls = {rival.name: rival.call for rival in rivals if rival.call is not None}
-    calls[ENGINE] = engine
-    wanted = _largest_tensor(calls[rivals[0].name](images))
-    differences = {name: _difference(call(images), wanted) for name, call in calls.items()}
+    first, *others = calls
+    wanted = calls[first](images)
+    differences = {name: _difference(calls[name](images), wanted) for name in others}
     bound = {name: (lambda call=call: call(images)) for name, call in calls.items()}
     return Contest(
         batch=len(images),
-        samples=interleave(bound, budget),
+        samples=interleave({**bound, ENGINE: lambda: engine(images)}, budget),
         reasons={rival.name: rival.reason for rival in rivals if rival.call is None},
         differences=differences,
     )
 
 
-def _largest_tensor(outputs: Any) -> Tensor:
-    leaves = torch.utils._pytree.tree_leaves(outputs)
-    return max((leaf for leaf in leaves if isinstance(leaf, Tensor)), key=Tensor.numel)
+def _difference(outputs: Any, wanted: Any) -> float:
+    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True)
+    return max((_relative(a, b) for a, b in pairs if isinstance(a, Tensor)), default=0.0)
 
 
-def _difference(outputs: Any, wanted: Tensor) -> float:
+def _relative(outputs: Tensor, wanted: Tensor) -> float:
     scale = float(wanted.abs().max()) or 1.0
-    return float((_largest_tensor(outputs) - wanted).abs().max()) / scale
-
-
-@contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Use this number of torch's threads inside; None leaves it."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return float((outputs - wanted).abs().max()) / scale

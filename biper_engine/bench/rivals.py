@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rival", "compiled_rival", "eager_rival"]
+__all__ = ["COMPILED", "EAGER", "Rival", "compiled_rival", "eager_rival"]
+
+EAGER, COMPILED = "float, eager", "float, torch.compile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,34 +34,36 @@ class Rival:
 
 def eager_rival(model: nn.Module) -> Rival:
     """Return the network as it stands: eager, float32, in channels_last memory."""
-    network = _channels_last(model)
-    return Rival(name="float, eager", how="float32, channels_last", call=network)
+    return Rival(name=EAGER, how="float32, channels_last", call=_channels_last(model))
 
 
 def compiled_rival(model: nn.Module, images: Tensor) -> Rival:
     """Return the network through `torch.compile`, compiled for this very batch.
 
     Inductor's freezing is on: it folds BatchNorm and weights, and lays weights out for oneDNN once,
-    which is the fastest that PyTorch offers for float32 on a CPU.
+    which is the fastest that PyTorch offers for float32 on a CPU. It is compiled in
+    `torch.inference_mode`, and is to be called in it: in another mode PyTorch compiles again, and
+    without freezing.
 
     Args:
-        model: in eval mode; a copy of it is compiled.
+        model: a copy of it is compiled, in eval mode.
         images: the batch, channels_last.
     """
     from torch._inductor import config
 
-    name, how = "float, torch.compile", "float32, channels_last, freezing, static shapes"
+    how = "float32, channels_last, freezing, static shapes"
+    # Every batch size compiles the same code again; past a limit PyTorch would quietly run eager.
     torch.compiler.reset()
     network = torch.compile(_channels_last(model), dynamic=False)
     try:
-        with torch.no_grad(), config.patch(freezing=True):
+        with torch.inference_mode(), config.patch(freezing=True):
             network(images)
-    except RuntimeError as error:  # no C++ compiler, or a model that does not compile
+    except RuntimeError as error:  # no C++ compiler, or a network that does not compile
         lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        return Rival(name=name, how=how, reason=reason)
-    return Rival(name=name, how=how, call=network)
+        return Rival(name=COMPILED, how=how, reason=lines[0] if lines else type(error).__name__)
+    return Rival(name=COMPILED, how=how, call=network)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -27,6 +27,7 @@ def backends(
     BIPER_CPU_ISA=avx2 biper backends --json
     """
     import biper_engine
+    from biper_engine.ops.backends import forced_name
 
     rows = [
         {
@@ -37,18 +38,16 @@ def backends(
         }
         for info in biper_engine.backends()
     ]
-    first = _runs_cpu_tensors()
+    runs = {device: _runs(device) for device in ("cpu", "cuda")}
     if json_output:
-        print_json({"backends": rows, "cpu_tensors_run_on": first})
+        answers = {f"{device}_tensors_run_on": name for device, (name, _) in runs.items()}
+        reasons = {f"{device}_reason": reason for device, (_, reason) in runs.items()}
+        print_json({"backends": rows, "forced": forced_name(), **answers, **reasons})
         return
     console = results()
     console.print(_table(rows))
-    console.print(f"CPU tensors run on: {first}", markup=False)
-    if first == "reference":
-        console.print(
-            "The reference backend is there to be right: it is many times slower than the others.",
-            markup=False,
-        )
+    for line in _lines(rows, runs, forced_name()):
+        console.print(line, markup=False)
 
 
 def _details(name: str) -> str | None:
@@ -59,12 +58,36 @@ def _details(name: str) -> str | None:
     return "plain PyTorch, the definition of every result" if name == "reference" else None
 
 
-def _runs_cpu_tensors() -> str:
+def _runs(device: str) -> tuple[str | None, str | None]:
+    """Return the backend that runs tensors on a device; or None, and why none does."""
     import torch
 
+    from biper_engine.errors import BackendUnavailableError
     from biper_engine.ops.backends import select
 
-    return select("binarize", None, torch.device("cpu")).name
+    if device == "cuda" and not torch.cuda.is_available():
+        return None, "PyTorch finds no CUDA device here."
+    try:
+        return select("binarize", None, torch.device(device)).name, None
+    except BackendUnavailableError as error:
+        return None, str(error)
+
+
+def _lines(
+    rows: list[dict[str, Any]],
+    runs: dict[str, tuple[str | None, str | None]],
+    forced: str | None,
+) -> list[str]:
+    lines = [f"BIPER_BACKEND forces: {forced}"] if forced is not None else []
+    for device, (name, reason) in runs.items():
+        lines.append(f"{device.upper()} tensors run on: {name or f'nothing. {reason}'}")
+    missing = next((row["reason"] for row in rows if row["name"] == "cpu"), None)
+    if missing is not None:
+        lines += [
+            f"The cpu backend is missing: {missing}.",
+            "The reference backend is there to be right: it is many times slower than the others.",
+        ]
+    return lines
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
-from biper_engine.cli.console import print_json, results, shown_warnings, status
+from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.contestants import contestants, random_images
 from biper_engine.cli.sources import (
     Arch,
     Frequency,
@@ -20,29 +19,12 @@ from biper_engine.cli.sources import (
     ModelSource,
     Stage,
     Weights,
-    example_input,
-    load_model,
-    random_network,
 )
-from biper_engine.errors import ConversionError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from biper_engine import Engine
-    from biper_engine.bench import Comparison, Contest
-    from biper_engine.runtime import ProfileReport
+    from biper_engine.bench import Budget, Comparison, Contest
 
 __all__ = ["bench", "bench_table"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Contestants:
-    """What is compared, and what is known of its equality."""
-
-    engine: Engine
-    model: nn.Module
-    checked: str
 
 
 def bench(
@@ -62,6 +44,10 @@ def bench(
         typer.Option(min=1, help="Of every contestant; else torch's.", show_default=False),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing per batch size.")] = 5.0,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Calls of each, in place of --seconds.", show_default=False),
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")
     ] = True,
@@ -94,152 +80,74 @@ def bench(
     biper bench cifar10/vgg_small_1w1a --no-compile --profile
     """
     import biper_engine
-    from biper_engine import bench as benchmarks
-    from biper_engine.bench.timer import Budget
+    from biper_engine.bench import common_threads, compare, torch_threads
+    from biper_engine.runtime import backends_of
 
-    _require_consistent_threads(threads)
+    try:
+        threads = common_threads(threads)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
-    with biper_engine.use_backend(backend) if backend else nullcontext():
-        pair = _contestants(wanted, against, input_shape)
-        batches = [_images(pair.engine, count) for count in batch or (1, 64)]
-        with status(
-            "Timing all in turn; torch.compile takes a while first" if compiled else "Timing"
-        ):
-            comparison = benchmarks.compare(
-                pair.engine,
-                pair.model,
-                batches,
+    waiting = "Timing all in turn; torch.compile takes a while first" if compiled else "Timing"
+    with (
+        biper_engine.use_backend(backend) if backend else nullcontext(),
+        torch_threads(threads),
+    ):
+        pair = contestants(wanted, against, input_shape)
+        ran = backends_of(pair.engine.graph_module, pair.engine.device)
+        batches = [random_images(pair.engine, count) for count in batch or (1, 64)]
+        with status(waiting):
+            comparison = compare(
+                *(pair.engine, pair.model, batches),
                 threads=threads,
                 compiled=compiled,
-                budget=Budget(seconds=seconds),
+                budget=_budget(seconds, rounds),
             )
-        profiles = []
-        if profile:
-            with status("Timing every layer"), benchmarks.torch_threads(threads):
-                profiles = [pair.engine.profile(images) for images in batches]
-        peak = _peak(profiles) if profile else None
+        with status("Timing every layer"):
+            profiles = [pair.engine.profile(images) for images in batches if profile]
     if json_output:
         print_json(
             {
                 "source": source,
                 "checked": pair.checked,
+                "engine_backends": list(ran),
                 **comparison.to_dict(),
                 "profiles": [report.to_dict() for report in profiles],
-                "popcount_peak_macs_per_second_per_core": peak,
             }
         )
         return
     console = results()
-    console.print(bench_table(comparison))
-    console.print(pair.checked, markup=False, soft_wrap=True)
-    for report in profiles:
-        console.print(f"\n{_profile_text(report, peak)}", markup=False, soft_wrap=True)
+    console.print(bench_table(comparison, ran))
+    for text in [pair.checked, *_notes(comparison), *(f"\n{report}" for report in profiles)]:
+        console.print(text, markup=False, soft_wrap=True)
 
 
-def _require_consistent_threads(threads: int | None) -> None:
-    forced = os.environ.get("BIPER_NUM_THREADS")
-    if forced and threads is not None and forced != str(threads):
-        raise typer.BadParameter(
-            f"--threads {threads} is for every contestant, but BIPER_NUM_THREADS={forced} gives "
-            "the engine another number: unset one of them."
-        )
+def _budget(seconds: float, rounds: int | None) -> Budget:
+    from biper_engine.bench import Budget
 
-
-# -- what is compared -----------------------------------------------------------------------------
-
-
-def _contestants(source: ModelSource, against: str | None, input_shape: str | None) -> _Contestants:
-    import biper_engine
-    from biper_engine import models
-
-    if Path(source.text).suffix == ".biper":
-        return _of_file(Path(source.text), source, against)
-    if against is not None:
-        raise typer.BadParameter("--against is for .biper files; other sources are the model.")
-    with status("Loading the model"):
-        if source.text in models.available():
-            model = random_network(source.text)
-        else:
-            model = load_model(source)
-        example = example_input(model, input_shape)
-    with status("Converting"), shown_warnings():
-        engine = biper_engine.convert(model, example, check=False)
-    return _checked_against(engine, model)
-
-
-def _of_file(path: Path, source: ModelSource, against: str | None) -> _Contestants:
-    import biper_engine
-    from biper_engine import models
-
-    with status("Loading"):
-        engine = biper_engine.load(path)
-    if against is not None:
-        model = load_model(
-            ModelSource(
-                text=against,
-                weights=source.weights,
-                arch=source.arch,
-                frequency=source.frequency,
-                stage=source.stage,
-            )
-        )
-        return _checked_against(engine, model)
-    architecture = engine.provenance.architecture if engine.provenance is not None else None
-    if architecture not in models.available():
-        raise typer.BadParameter(
-            f"'{path}' does not say which known network it was made from, so there is no float "
-            "network to compare with. Pass the model: --against CHECKPOINT, or module:callable."
-        )
-    with status("Comparing each operator with the reference"):
-        report = biper_engine.serialization.check_backend(engine)
-    if not report.ok:
-        raise ConversionError(f"Nothing was timed.\n{report.table()}")
-    classes = engine(_images(engine, 1)).shape[1]
-    return _Contestants(
-        engine=engine,
-        model=random_network(architecture, num_classes=classes),
-        checked=(
-            f"{len(report.nodes)} of {len(report.nodes)} operators equal the reference. The float "
-            f"network is {architecture} with random weights: the same work, other answers."
-        ),
-    )
-
-
-def _checked_against(engine: Engine, model: nn.Module) -> _Contestants:
-    import biper_engine
-
-    with status("Comparing with the model"):
-        report = biper_engine.verify(engine, model, _images(engine, 2))
-    if not report.ok:
-        raise ConversionError(f"Nothing was timed: the engine differs.\n{report.table()}")
-    return _Contestants(
-        engine=engine,
-        model=model,
-        checked=(
-            f"{report.layers_equal} of {report.layers} binary layers equal the float network's, "
-            f"logit error {report.logit_error:.1e}."
-        ),
-    )
-
-
-def _images(engine: Engine, count: int) -> Tensor:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, *engine.input_shape, generator=generator)
+    if rounds is None:
+        return Budget(seconds=seconds)
+    return Budget(seconds=0.0, fewest=rounds, most=rounds)
 
 
 # -- what is printed ------------------------------------------------------------------------------
 
 
-def bench_table(comparison: Comparison) -> Table:
-    """Return one row per contestant and batch size."""
+def bench_table(comparison: Comparison, ran: Sequence[str]) -> Table:
+    """Return one row per contestant and batch size.
+
+    Args:
+        comparison: what was measured.
+        ran: the backends that ran the engine's operators.
+    """
     threads = comparison.threads
-    backend = comparison.machine.get("cpu_backend", "reference backend")
+    native = f" ({comparison.machine.get('cpu_backend')})" if "cpu" in ran else ""
+    on = ", ".join(ran) or "torch"
     table = Table(
-        title=f"{threads} thread{'s' * (threads != 1)} each, all in turn; engine: {backend}",
+        title=f"{threads} thread{'s' * (threads != 1)} each, all in turn; engine on: {on}{native}",
         caption="; ".join(f"{name}: {how}" for name, how in comparison.settings.items()),
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         title_justify="left",
         caption_justify="left",
@@ -265,36 +173,28 @@ def _contest_rows(contest: Contest) -> list[tuple[str, ...]]:
             (
                 str(contest.batch),
                 name,
-                f"{taken.median_ms:.3f}",
-                f"{low:.3f} - {high:.3f}",
+                _ms(taken.median_ms),
+                f"{_ms(low)} - {_ms(high)}",
                 f"{1e3 * contest.batch / taken.median_ms:,.0f}",
                 "" if name == "engine" else f"{contest.times_as_fast(name):.1f}x as fast",
             )
         )
-    rows += [
-        (str(contest.batch), name, "did not run:", reason, "", "")
-        for name, reason in contest.reasons.items()
-    ]
+    rows += [(str(contest.batch), name, "", "did not run", "", "") for name in contest.reasons]
     return rows
 
 
-def _peak(profiles: list[ProfileReport]) -> float | None:
-    """Return the popcount peak of a core, if the cpu backend ran anything."""
-    if not any(node.backend == "cpu" for report in profiles for node in report.nodes):
-        return None
-    from biper_engine.ops.cpu import popcount_peak
-
-    return popcount_peak().macs_per_second
+def _ms(ms: float) -> str:
+    return f"{ms:.3f}" if ms < 100 else f"{ms:.1f}"
 
 
-def _profile_text(report: ProfileReport, peak: float | None) -> str:
-    if peak is None:
-        return report.table()
-    from biper_engine.ops.cpu import thread_count
-
-    threads = thread_count()
-    note = (
-        f"peak: {peak * 1e-9:,.0f} GMAC/s a core, popcounts on registers alone, measured now, "
-        f"times {threads}"
-    )
-    return f"{report.table(peak * threads)}\n{note}"
+def _notes(comparison: Comparison) -> list[str]:
+    """Return a line for every rival that did not run, and one on how far each was from eager."""
+    lines: dict[str, None] = {}
+    largest: dict[str, float] = {}
+    for contest in comparison.contests:
+        lines |= {f"{name} did not run: {why}": None for name, why in contest.reasons.items()}
+        for name, difference in contest.differences.items():
+            largest[name] = max(difference, largest.get(name, 0.0))
+    for name, difference in largest.items():
+        lines[f"{name}: outputs within {difference:.1e} of eager's, over the largest one"] = None
+    return list(lines)

@@ -30,6 +30,7 @@ from biper_engine.bench import (
 )
 from biper_engine.cli.console import status
 from biper_engine.cli.train import fit_quietly
+from biper_engine.runtime import backends_of
 from biper_engine.training import RunOptions, TrainingConfig, TrainingResult, data
 
 __all__ = ["DemoResult", "LayerTimes", "run_demo"]
@@ -156,7 +157,7 @@ def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool)
     say(f"4. save and reload in a new process: {outcome}")
 
     say("5. time: the engine, the float network, and that through torch.compile, in turn ...")
-    backends = _backends(engine)
+    backends = backends_of(engine.graph_module, engine.device)
     with status("Timing, which compiles the float network twice"):
         batches = [images[:batch] for batch in _TIMED_BATCHES]
         comparison = compare(engine, model, batches, compiled=_COMPILED, budget=_BUDGET)
@@ -256,9 +257,3 @@ def _resnet18() -> LayerTimes:
         in_float, on_bits = network_work(RESNET18_LAYERS)
         taken = interleave({"float": in_float, "engine": on_bits}, _BUDGET)
     return LayerTimes(float_conv=taken["float"], engine=taken["engine"])
-
-
-def _backends(engine: biper_engine.Engine) -> tuple[str, ...]:
-    from biper_engine.serialization import check_backend
-
-    return tuple(sorted({node.backend for node in check_backend(engine).nodes}))

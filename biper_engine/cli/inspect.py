@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biper_engine.cli.console import print_json, results, status
-from biper_engine.cli.layers import layer_table
+from biper_engine.cli.layers import float_reasons, layer_table
 from biper_engine.cli.sources import (
     Arch,
     Frequency,
@@ -17,19 +17,24 @@ from biper_engine.cli.sources import (
     Stage,
     Weights,
     example_input,
-    load_model,
+    find_model,
 )
 
 if TYPE_CHECKING:
-    from biper_engine import Engine
+    from biper_engine import Engine, Metadata
 
 __all__ = ["inspect"]
+
+_FILE_FACTS = ("format", "file_bytes", "proof")
 
 
 def inspect(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A .biper file, a checkpoint, or module:callable."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="A .biper file, a checkpoint, module:callable, or a network's name.",
+        ),
     ],
     arch: Arch = None,
     frequency: Frequency = None,
@@ -40,57 +45,83 @@ def inspect(
 ) -> None:
     """Show every layer: packed or float and why, its weights, work and bytes.
 
-    A checkpoint or a model is converted in memory to find out; no file is
+    What is no .biper file is converted in memory to find out; no file is
     written and nothing is checked.
 
     [bold]Examples[/bold]
     biper inspect digits.biper
     biper inspect biper-train/stage2.pt --json
     biper inspect mynet:build --input 1,3,224,224
+    biper inspect cifar10/resnet18_1w1a
     """
-    import biper_engine
-
     wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
-    path = Path(source)
-    if path.suffix == ".biper":
-        if (arch, frequency, stage, weights, input_shape) != (None,) * 5:
+    if Path(source).suffix == ".biper":
+        if wanted != ModelSource(text=source) or input_shape is not None:
             raise typer.BadParameter("A .biper file takes no further options: it knows its own.")
-        with status("Loading"):
-            engine = biper_engine.load(path)
-        file_bytes = path.stat().st_size
+        engine, file_facts = _load(Path(source))
     else:
-        with status("Loading the model"):
-            model = load_model(wanted)
-            example = example_input(model, input_shape)
-        with status("Converting in memory"):
-            engine = biper_engine.convert(model, example, unconverted="ignore", check=False)
-        file_bytes = None
-    facts = _facts(engine, source, file_bytes)
+        engine, file_facts = _convert(wanted, input_shape), dict.fromkeys(_FILE_FACTS)
+    facts = {"source": source, **file_facts, **_facts(engine)}
     if json_output:
-        print_json({**facts, "report": engine.report.to_dict()})
+        metadata = engine.metadata.to_dict() if engine.metadata is not None else None
+        print_json({**facts, "metadata": metadata, "report": engine.report.to_dict()})
         return
     console = results()
     for name, value in facts.items():
         if value is not None:
-            console.print(f"{name.replace('_', ' ')}: {_text(value)}", markup=False, soft_wrap=True)
+            console.print(f"{name.replace('_', ' ')}: {_text(value)}", markup=False)
     console.print(layer_table(engine.report, sizes=True))
-    console.print(_totals(engine), markup=False, soft_wrap=True)
+    for line in [*float_reasons(engine.report), _totals(engine)]:
+        console.print(line, markup=False)
 
 
-def _facts(engine: Engine, source: str, file_bytes: int | None) -> dict[str, Any]:
+def _load(path: Path) -> tuple[Engine, dict[str, Any]]:
+    """Return the engine in a file, and what the file adds to it."""
+    import biper_engine
+    from biper_engine.serialization.container import read
+
+    with status("Loading"):
+        engine = biper_engine.load(path)
+        header, _ = read(path)
+    proof = f"{len(engine.proof.maps)} packed maps and the outputs"
+    values = (header["format"], path.stat().st_size, proof)
+    return engine, dict(zip(_FILE_FACTS, values, strict=True))
+
+
+def _convert(source: ModelSource, input_shape: str | None) -> Engine:
+    import biper_engine
+
+    with status("Loading the model"):
+        model = find_model(source)
+        example = example_input(model, input_shape)
+    with status("Converting in memory"):
+        return biper_engine.convert(model, example, unconverted="ignore", check=False)
+
+
+def _facts(engine: Engine) -> dict[str, Any]:
     origin, metadata = engine.provenance, engine.metadata
     names = metadata.class_names if metadata is not None else None
     return {
-        "source": source,
         "architecture": origin.architecture if origin is not None else None,
         "frequency": origin.frequency if origin is not None else None,
         "stage": origin.stage if origin is not None else None,
+        "licence": origin.licence if origin is not None else None,
         "input": str(engine.signature),
         "float_maps": engine.options.get("compute_dtype"),
+        "images": _preprocessing(metadata) if metadata is not None else None,
         "classes": len(names) if names is not None else None,
-        "file_bytes": file_bytes,
-        "proof": f"{len(engine.proof.maps)} packed maps and the outputs" if engine.proof else None,
     }
+
+
+def _preprocessing(metadata: Metadata) -> str:
+    """Return how images are prepared, in one line."""
+    size = metadata.input_size
+    shape = "x".join(map(str, size)) if size is not None else "of any size"
+    mean, std = (", ".join(f"{v:g}" for v in values) for values in (metadata.mean, metadata.std))
+    return (
+        f"{shape}, {metadata.interpolation}, centre crop {metadata.crop_pct:g}, "
+        f"mean {mean}, std {std}"
+    )
 
 
 def _text(value: Any) -> str:

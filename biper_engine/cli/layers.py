@@ -9,34 +9,44 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from biper_engine import ConversionReport
+    from biper_engine import ConversionReport, LayerReport
 
-__all__ = ["layer_table"]
+__all__ = ["float_reasons", "layer_table"]
 
 
 def layer_table(report: ConversionReport, *, sizes: bool = False) -> Table:
-    """Return one row per layer: what it runs on, its shape and cost, and why it stays float.
+    """Return one row per layer: what it runs on, its shape and cost.
 
     Args:
         report: of a conversion.
-        sizes: also print the bytes of each weight before and after.
+        sizes: the last column has the bytes of each weight, before and after; else why a layer
+            stays float, which `float_reasons` has, too. There is no room for both in 80 columns.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    table.add_column("runs on")
-    table.add_column("weight", justify="right")
-    table.add_column("MMACs", justify="right")
+    table.add_column("runs on", no_wrap=True)
+    table.add_column("weight", justify="right", no_wrap=True)
+    table.add_column("MMACs", justify="right", no_wrap=True)
     if sizes:
-        table.add_column("bytes", justify="right")
-    table.add_column("why float", overflow="fold")
+        table.add_column("bytes", justify="right", no_wrap=True)
+    else:
+        table.add_column("why float", overflow="fold")
     for row in report.layers:
-        before, after = -(-row.weight_bits_before // 8), -(-row.weight_bits_after // 8)
         table.add_row(
             escape(row.name),
             "bits" if row.packed else "float",
             "x".join(map(str, row.shape)),
             f"{row.macs / 1e6:,.2f}",
-            *([f"{before:,} > {after:,}" if row.packed else f"{after:,}"] if sizes else []),
-            escape(row.reason),
+            _bytes(row) if sizes else escape(row.reason),
         )
     return table
+
+
+def _bytes(row: LayerReport) -> str:
+    before, after = -(-row.weight_bits_before // 8), -(-row.weight_bits_after // 8)
+    return f"{before:,} > {after:,}" if row.packed else f"{after:,}"
+
+
+def float_reasons(report: ConversionReport) -> list[str]:
+    """Return a line for every layer that stays float."""
+    return [f"{row.name} stays float: {row.reason}" for row in report.layers if not row.packed]

@@ -1,4 +1,4 @@
-"""Find the model that a command names: a checkpoint file, or `module:callable`."""
+"""Find the model that a command names: a checkpoint file, `module:callable`, or a known name."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "Stage",
     "Weights",
     "example_input",
+    "find_model",
     "load_model",
     "load_weights",
     "random_network",
@@ -99,6 +100,27 @@ def load_model(source: ModelSource) -> nn.Module:
     if source.weights is not None:
         load_weights(model, source.weights)
     return model.eval()
+
+
+def find_model(source: ModelSource) -> nn.Module:
+    """Return what `load_model` does, and for a network's name that network with random weights.
+
+    Raises:
+        CheckpointError, ValueError: as `load_model`; ValueError also for an unknown name.
+        typer.BadParameter: an option is for another kind of source.
+    """
+    from biper_engine import models
+
+    groups = {name.partition("/")[0] for name in models.available()}
+    group, slash, _ = source.text.partition("/")
+    if not slash or group not in groups or Path(source.text).exists():
+        return load_model(source)
+    if source != ModelSource(text=source.text):
+        raise typer.BadParameter(
+            "--arch, --frequency, --stage and --weights are for files; "
+            f"'{source.text}' is a network's name."
+        )
+    return random_network(source.text)
 
 
 def _from_checkpoint(source: ModelSource) -> nn.Module:

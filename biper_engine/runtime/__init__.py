@@ -1,6 +1,7 @@
 """How a converted network runs: its graph, and the plan made from it for one device."""
 
 from biper_engine.runtime.binding import prepack_node
+from biper_engine.runtime.choice import backends_of, node_backend
 from biper_engine.runtime.graph import (
     Call,
     PortableGraph,
@@ -29,6 +30,7 @@ __all__ = [
     "ProfileReport",
     "Signature",
     "align_weights",
+    "backends_of",
     "biper_op",
     "conv_geometry",
     "from_portable",
@@ -36,6 +38,7 @@ __all__ = [
     "interpret",
     "isolate_outputs",
     "named_arguments",
+    "node_backend",
     "output_values",
     "packed_map",
     "prepack_node",

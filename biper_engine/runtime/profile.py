@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.backends import select
-from biper_engine.runtime.graph import (
-    biper_op,
-    conv_geometry,
-    get_constant,
-    interpret,
-    named_arguments,
-)
+from biper_engine.runtime.choice import node_backend, node_geometry
+from biper_engine.runtime.graph import biper_op, interpret
 from biper_engine.runtime.plan import bound_graph
 
 __all__ = ["NodeProfile", "ProfileReport", "profile"]
@@ -57,49 +51,89 @@ class ProfileReport:
     Attributes:
         batch: images of the call.
         rounds: calls that the medians are of.
-        threads: torch's number.
+        threads: of the cpu backend where it ran something, else torch's.
         nodes: one row per operator.
+        peak_macs_per_second: what popcounts on registers alone reach on that many cores, measured
+            with the report; None where the cpu backend ran no binary convolution.
+        isa: instruction set of that peak, or None.
     """
 
     batch: int
     rounds: int
     threads: int
     nodes: tuple[NodeProfile, ...]
+    peak_macs_per_second: float | None = None
+    isa: str | None = None
 
     @property
     def total_ms(self) -> float:
-        """Sum of the rows."""
+        """Sum of the rows; a call also spends time between operators."""
         return sum(node.ms for node in self.nodes)
 
-    def table(self, peak_macs_per_second: float | None = None) -> str:
-        """Return the report as aligned text, with each layer's share of a peak where one is given.
+    def share(self, node: NodeProfile) -> float:
+        """Return the time of one of the rows over that of all."""
+        return node.ms / self.total_ms if self.total_ms else 0.0
 
-        Args:
-            peak_macs_per_second: of all threads together; see `ops.cpu.popcount_peak`.
-        """
+    def share_of_peak(self, node: NodeProfile) -> float | None:
+        """Return the rate of one of the rows over the peak, None where either is unknown."""
+        rate = node.macs_per_second
+        if rate is None or self.peak_macs_per_second is None or node.backend != "cpu":
+            return None
+        return rate / self.peak_macs_per_second
+
+    def table(self) -> str:
+        """Return the report as aligned text, 80 columns where names allow."""
         width = max([len("operator"), *(len(node.name) for node in self.nodes)])
-        heading = f"{'operator':{width}}  {'runs on':9}  {'us':>8}  {'share':>6}  {'GMAC/s':>7}"
-        lines = [heading + ("   peak" if peak_macs_per_second else "")]
-        for node in self.nodes:
-            line = f"{node.name:{width}}  {node.backend:9}  {1e3 * node.ms:8.1f}"
-            line += f"  {node.ms / self.total_ms:6.1%}"
-            rate = node.macs_per_second
-            if rate is not None:
-                line += f"  {rate * 1e-9:7,.0f}"
-                line += f"  {rate / peak_macs_per_second:5.0%}" if peak_macs_per_second else ""
-            lines.append(line)
-        total = f"{1e3 * self.total_ms:8.1f}"
+        heading = f"{'operator':{width}}  {'runs on':9}  {'us':>9}  {'share':>6}  {'GMAC/s':>7}"
+        peak = self.peak_macs_per_second
+        lines = [heading + ("   peak" if peak is not None else "")]
+        lines += [self._line(node, width) for node in self.nodes]
         lines.append(
-            f"{'total':{width}}  {'':9}  {total}  median of {self.rounds} calls, batch {self.batch}"
+            f"{'total':{width}}  {'':9}  {1e3 * self.total_ms:9.1f}  medians of {self.rounds} "
+            f"calls, batch {self.batch}"
         )
+        if peak is not None:
+            threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+            lines.append(
+                f"peak: {peak * 1e-9:,.0f} GMAC/s, popcounts on registers, measured now "
+                f"({self.isa}, {threads})"
+            )
         return "\n".join(lines)
+
+    def _line(self, node: NodeProfile, width: int) -> str:
+        line = f"{node.name:{width}}  {node.backend:9}  {1e3 * node.ms:9.1f}"
+        line += f"  {self.share(node):6.1%}"
+        rate, of_peak = node.macs_per_second, self.share_of_peak(node)
+        if rate is not None:
+            line += f"  {rate * 1e-9:7,.0f}"
+        return line + (f"  {of_peak:5.0%}" if of_peak is not None else "")
 
     def __str__(self) -> str:
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict of JSON values."""
-        return asdict(self)
+        return {
+            "batch": self.batch,
+            "rounds": self.rounds,
+            "threads": self.threads,
+            "total_ms": self.total_ms,
+            "peak_macs_per_second": self.peak_macs_per_second,
+            "isa": self.isa,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "op": node.op,
+                    "backend": node.backend,
+                    "ms": node.ms,
+                    "share": self.share(node),
+                    "macs": node.macs,
+                    "macs_per_second": node.macs_per_second,
+                    "share_of_peak": self.share_of_peak(node),
+                }
+                for node in self.nodes
+            ],
+        }
 
 
 def profile(
@@ -115,12 +149,38 @@ def profile(
 
     Raises:
         ValueError: `rounds` is below 1.
+        BackendUnavailableError: a backend is forced that cannot run the network.
     """
     if rounds < 1:
         raise ValueError(f"`rounds` (={rounds}) must be 1 or more.")
-    bound = bound_graph(module, device)
-    geometries = _geometries(module)
-    ops = {node.name: biper_op(node) for node in module.graph.nodes}
+    ms, macs = _measure(module, inputs, device, rounds)
+    nodes = tuple(
+        NodeProfile(
+            name=node.name,
+            op=biper_op(node) or str(node.target).removesuffix(".default"),
+            backend=node_backend(module, node, device) or "torch",
+            ms=ms[node.name],
+            macs=macs.get(node.name),
+        )
+        for node in module.graph.nodes
+        if node.op == "call_function" and node.target is not operator.getitem
+    )
+    threads, peak, isa = _limits(nodes)
+    return ProfileReport(
+        batch=len(inputs[0]) if inputs else 0,
+        rounds=rounds,
+        threads=threads,
+        nodes=nodes,
+        peak_macs_per_second=peak,
+        isa=isa,
+    )
+
+
+def _measure(
+    module: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device | None, rounds: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Return the median milliseconds of every node, and the work of the binary convolutions."""
+    geometries = {node.name: node_geometry(module, node) for node in module.graph.nodes}
     seconds: dict[str, list[float]] = {}
     macs: dict[str, int] = {}
 
@@ -129,51 +189,32 @@ def profile(
         start = _now(device)
         result = node.target(*args, **kwargs)
         seconds.setdefault(node.name, []).append(_now(device) - start)
-        if node.name in geometries:
-            n, h, w, _ = args[0].shape
-            macs[node.name] = n * geometries[node.name].macs(h, w)
+        geometry = geometries[node.name]
+        if geometry is not None:
+            n, h, w, _ = (args[0] if args else kwargs["bits"]).shape
+            macs[node.name] = n * geometry.macs(h, w)
         return result
 
+    bound = bound_graph(module, device)
     for _ in range(rounds + 1):
         interpret(bound, inputs, call)
-    rows = [
-        NodeProfile(
-            name=node.name,
-            op=ops[node.name] or _float_name(node),
-            backend=_backend(ops[node.name], geometries.get(node.name), device),
-            ms=1e3 * statistics.median(seconds[node.name][1:]),
-            macs=macs.get(node.name),
-        )
-        for node in bound.graph.nodes
-        if node.op == "call_function" and "getitem" not in str(node.target)
-    ]
-    batch = len(inputs[0]) if inputs else 0
-    return ProfileReport(
-        batch=batch, rounds=rounds, threads=torch.get_num_threads(), nodes=tuple(rows)
-    )
+    return {name: 1e3 * statistics.median(taken[1:]) for name, taken in seconds.items()}, macs
+
+
+def _limits(nodes: Sequence[NodeProfile]) -> tuple[int, float | None, str | None]:
+    """Return the threads that ran the nodes, the popcount peak of so many cores, and its ISA."""
+    if all(node.backend != "cpu" for node in nodes):
+        return torch.get_num_threads(), None, None
+    from biper_engine.ops import cpu
+
+    threads = cpu.thread_count()
+    if all(node.backend != "cpu" or node.macs is None for node in nodes):
+        return threads, None, None
+    peak = cpu.popcount_peak()
+    return threads, threads * peak.macs_per_second, peak.isa
 
 
 def _now(device: torch.device | None) -> float:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
-
-
-def _geometries(module: fx.GraphModule) -> dict[str, Conv2dGeometry]:
-    """Return the geometry of every binary convolution with constant weights, by node name."""
-    found = {}
-    for node in module.graph.nodes:
-        if (biper_op(node) or "").startswith("bconv2d"):
-            weight = named_arguments(node)["weight"]
-            if weight.op == "get_attr":
-                constant = get_constant(module, weight.target)
-                found[node.name] = conv_geometry(named_arguments(node), constant)
-    return found
-
-
-def _float_name(node: fx.Node) -> str:
-    return str(node.target).removesuffix(".default")
-
-
-def _backend(op: str | None, geometry: Conv2dGeometry | None, device: torch.device | None) -> str:
-    return "torch" if op is None else select(op, geometry, device or torch.device("cpu")).name

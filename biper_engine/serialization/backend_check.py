@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.engine import Engine
-from biper_engine.ops.backends import by_name, forced_name, select, use_backend
-from biper_engine.runtime import biper_op, conv_geometry, get_constant, interpret, named_arguments
+from biper_engine.ops.backends import by_name, forced_name, use_backend
+from biper_engine.runtime import biper_op, interpret, node_backend
 from biper_engine.serialization.execution import call_node, digest, exactly, forced
 from biper_engine.serialization.proof import example_inputs
 from biper_engine.serialization.reports import BackendReport, NodeReport
@@ -48,10 +48,10 @@ def check_backend(
 
     def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         op = biper_op(node)
-        if op is None:
-            return call_node(node, args, kwargs, prepack=False)
         with forced(backend):
-            name = _selected(module, node, op, device)
+            name = node_backend(module, node, device)
+            if op is None or name is None:  # a float operator
+                return call_node(node, args, kwargs, prepack=False)
             got = call_node(node, args, kwargs, prepack=True)
         with use_backend("reference"):
             wanted = call_node(node, args, kwargs, prepack=False)
@@ -61,14 +61,6 @@ def check_backend(
     with exactly():
         interpret(module, [value.to(device) for value in inputs], call)
     return BackendReport(backend=backend or forced_name() or "automatic", nodes=tuple(rows))
-
-
-def _selected(module: fx.GraphModule, node: fx.Node, op: str, device: torch.device) -> str:
-    geometry = None
-    arguments = named_arguments(node)
-    if op.startswith("bconv2d") and arguments["weight"].op == "get_attr":
-        geometry = conv_geometry(arguments, get_constant(module, arguments["weight"].target))
-    return select(op, geometry, device).name
 
 
 def _compare(node: str, op: str, backend: str, got: Any, wanted: Any) -> NodeReport:

@@ -1,11 +1,21 @@
 import json
+import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from biper_engine.bench import Budget, Rival, compare, compiled_rival, eager_rival, machine_facts
+from biper_engine.bench import (
+    Budget,
+    Rival,
+    compare,
+    compiled_rival,
+    eager_rival,
+    machine,
+    machine_facts,
+)
 from biper_engine.bench import comparison as module
 from biper_engine.engine import Engine
 from tests.networks_by_hand import classifier
@@ -43,8 +53,7 @@ def test_every_contestant_is_timed_at_every_batch_size(engine: Engine) -> None:
     for contest in found.contests:
         assert list(contest.samples) == ["float, eager", "engine"]
         assert all(len(samples.ms) == 2 for samples in contest.samples.values())
-        assert contest.differences["float, eager"] == 0.0
-        assert contest.differences["engine"] < 1e-5
+        assert contest.differences == {}
         rival, ours = contest.samples["float, eager"], contest.samples["engine"]
         assert contest.times_as_fast("float, eager") == rival.median_ms / ours.median_ms
     values = json.loads(json.dumps(found.to_dict()))
@@ -53,7 +62,9 @@ def test_every_contestant_is_timed_at_every_batch_size(engine: Engine) -> None:
     assert set(values["batches"][0]["engine_times_as_fast"]) == {"float, eager"}
 
 
-def test_the_number_of_threads_is_for_all_and_restored(engine: Engine) -> None:
+def test_the_number_of_threads_is_for_all_and_restored(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
 
     class Watched(Float):
@@ -62,6 +73,7 @@ def test_the_number_of_threads_is_for_all_and_restored(engine: Engine) -> None:
             return super().forward(images)
 
     before = torch.get_num_threads()
+    monkeypatch.setenv("BIPER_NUM_THREADS", str(before + 1))  # on any number of processors
     compare(engine, Watched(engine), [images(1)], compiled=False, budget=ONCE, threads=before + 1)
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
@@ -80,6 +92,30 @@ def test_a_rival_that_does_not_run_is_named_with_its_reason(
     assert found.contests[0].reasons == {"float, torch.compile": "no C++ compiler"}
     assert "float, torch.compile" not in found.contests[0].samples
     assert found.settings["float, torch.compile"] == "somehow"
+
+
+def test_a_rivals_distance_from_the_eager_network_is_reported(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(model: nn.Module, images: Tensor) -> Rival:
+        return Rival(name="float, torch.compile", how="", call=lambda x: 2 * model(x))
+
+    monkeypatch.setattr(module, "compiled_rival", doubled)
+    (contest,) = compare(engine, Float(engine), [images(2)], budget=ONCE).contests
+    assert contest.differences == {"float, torch.compile": 1.0}
+
+
+def test_everything_runs_in_inference_mode(engine: Engine) -> None:
+    seen: set[bool] = set()
+
+    class Watched(Float):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.add(torch.is_inference_mode_enabled())
+            return super().forward(images)
+
+    compare(engine, Watched(engine), [images(1)], compiled=False, budget=ONCE)
+    assert seen == {True}
+    assert not torch.is_inference_mode_enabled()
 
 
 def test_the_eager_rival_is_a_channels_last_copy() -> None:
@@ -105,16 +141,56 @@ def test_a_model_that_does_not_compile_gives_its_reason(monkeypatch: pytest.Monk
     assert rival.reason == "g++: not found"
 
 
+def test_without_a_compiler_the_reason_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": (None, "no-such-compiler"), "compile_threads": 1}):
+        rival = compiled_rival(nn.Conv2d(3, 8, 3), images(1))
+    assert rival.call is None
+    assert "No working C++ compiler" in rival.reason
+    assert config.freezing is False
+
+
 @pytest.mark.deep
 def test_the_compiled_rival_computes_what_the_model_does() -> None:
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    counters.clear()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
     batch = images(2).contiguous(memory_format=torch.channels_last)
     rival = compiled_rival(model, batch)
     if rival.call is None:
         pytest.skip(f"torch.compile does not run here: {rival.reason}")
-    with torch.no_grad():
+    assert config.freezing is False
+    compiled = dict(counters["frames"])
+    with torch.inference_mode():
         torch.testing.assert_close(rival.call(batch), model(batch))
+    assert counters["inductor"]["binary_folding_conv"] > 0, "freezing did not fold BatchNorm"
+    assert counters["frames"] == compiled == {"total": 1, "ok": 1}, "it was compiled again"
+
+
+CPUINFO = "processor : 0\nmodel name : Some CPU @ 2 GHz\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (CPUINFO, "Some CPU @ 2 GHz"),
+        (f"{CPUINFO}cpu family : 26\nmodel : 2\n", "Some CPU @ 2 GHz, family 26 model 2"),
+        ("processor : 0\nCPU implementer : 0x41\n", None),
+        (None, None),
+    ],
+)
+def test_the_processor_has_its_own_name_where_the_system_tells_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, name: str | None
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(machine, "Path", lambda _: path)
+    assert machine_facts()["processor"] == (name or platform.processor() or platform.machine())
 
 
 def test_the_facts_of_the_machine_are_json_values() -> None:

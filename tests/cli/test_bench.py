@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import biper_engine
-from biper_engine.bench import Contest, Samples
-from biper_engine.cli.bench import _contest_rows
+from biper_engine.bench import Comparison, Contest, Samples
+from biper_engine.cli.bench import _contest_rows, _notes, bench_table
 from biper_engine.ops.backends import backends
 
 from .conftest import Biper
@@ -70,7 +72,8 @@ def test_an_engine_that_differs_is_not_timed(biper: Biper, tiny: Path) -> None:
 def test_the_profile_has_every_layer(biper: Biper, user_directory: Path) -> None:
     done = biper("bench", "tinynet:with_metadata", *QUICK, "-b", "1", "--profile")
     assert "operator" in done.out
-    assert ("GMAC/s a core" in done.out) == CPU
+    assert ("popcounts on registers" in done.out) == CPU
+    assert max(map(len, done.out.splitlines())) <= 80
     forced = biper(
         *("bench", "tinynet:with_metadata", *QUICK, "-b", "1", "--profile", "--json"),
         *("--backend", "reference"),
@@ -78,7 +81,8 @@ def test_the_profile_has_every_layer(biper: Biper, user_directory: Path) -> None
     values = json.loads(forced.out)
     ran = {node["backend"] for node in values["profiles"][0]["nodes"]}
     assert ran == {"torch", "reference"}
-    assert values["popcount_peak_macs_per_second_per_core"] is None
+    assert values["profiles"][0]["peak_macs_per_second"] is None
+    assert values["engine_backends"] == ["reference"]
 
 
 def test_threads_that_contradict_the_environment_are_refused(
@@ -96,13 +100,51 @@ def test_against_is_for_files(biper: Biper, user_directory: Path) -> None:
     assert "--against is for .biper files" in " ".join(done.err.split())
 
 
-def test_an_unknown_network_is_an_error(biper: Biper, user_directory: Path) -> None:
-    done = biper("bench", "cifar10/resnet99", *QUICK)
-    assert done.code == 1
-    assert "cifar10/resnet99" in done.err
+def test_a_known_network_takes_random_weights(biper: Biper) -> None:
+    done = biper(
+        *("bench", "cifar10/resnet20_1w1a", "--no-compile", "--rounds", "2"),
+        *("-b", "1", "--threads", "1", "--json"),
+    )
+    assert done.code == 0, done.err
+    values = json.loads(done.out)
+    assert values["threads"] == values["machine"]["torch_threads"] == 1
+    (batch,) = values["batches"]
+    assert {len(c["samples_ms"]) for c in batch["contestants"].values()} == {2}
+    assert values["checked"].startswith("18 of 18 binary layers equal")
 
 
-def test_a_rival_without_a_result_has_its_reason_in_the_table() -> None:
+def test_the_backend_that_ran_is_named(biper: Biper, user_directory: Path) -> None:
+    words = ("bench", "tinynet:with_metadata", *QUICK, "-b", "1", "--threads", "1")
+    assert "engine on: reference" in biper(*words, "--backend", "reference").out
+    usual = biper(*words).out
+    assert ("engine on: cpu (" in usual) == CPU
+    assert "1 thread each" in usual
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["cifar10/resnet99"], 1, "Unknown network 'cifar10/resnet99'. Did you mean"),
+        (["cifar10/resnet20_1w1a", "--stage", "2"], 2, "are for files"),
+        (["tiny.biper", "--input", "1,3,16,16"], 2, "--input is not for a .biper file"),
+        (["tiny.biper", "--frequency", "20"], 2, "are for --against"),
+        (["tinynet:with_metadata", "--threads", "9999"], 2, "Ask for"),
+        (["tinynet:build"], 2, "--input 1,3,224,224"),
+        (["tinynet:with_metadata", "--backend", "referense"], 1, "Did you mean 'reference'?"),
+        (["gone.biper"], 1, "gone.biper"),
+        (["tinynet:half_binary"], 1, "No binary layer"),
+    ],
+)
+def test_errors(biper: Biper, tiny: Path, words: list[str], code: int, message: str) -> None:
+    if "--threads" in words and not CPU:
+        pytest.skip("without the cpu backend an engine has torch's threads")
+    done = biper("bench", *words, *QUICK)
+    assert done.code == code
+    assert done.out == ""
+    assert message in " ".join(done.err.replace("│", " ").split())
+
+
+def test_a_rival_without_a_result_is_said_to_have_none_and_why() -> None:
     contest = Contest(
         batch=4,
         samples={"float, eager": Samples((8.0,)), "engine": Samples((2.0,))},
@@ -112,5 +154,30 @@ def test_a_rival_without_a_result_has_its_reason_in_the_table() -> None:
     assert _contest_rows(contest) == [
         ("4", "float, eager", "8.000", "8.000 - 8.000", "500", "4.0x as fast"),
         ("4", "engine", "2.000", "2.000 - 2.000", "2,000", ""),
-        ("4", "float, torch.compile", "did not run:", "no compiler", "", ""),
+        ("4", "float, torch.compile", "", "did not run", "", ""),
     ]
+    comparison = Comparison(threads=1, settings={}, contests=(contest, contest), machine={})
+    assert _notes(comparison) == ["float, torch.compile did not run: no compiler"]
+
+
+def test_the_table_fits_80_columns_and_the_largest_difference_is_noted() -> None:
+    names = ("float, eager", "float, torch.compile", "engine")
+    contests = tuple(
+        Contest(
+            batch=batch,
+            samples={name: Samples((1234.5678, 2345.6789)) for name in names},
+            reasons={},
+            differences={"float, torch.compile": batch * 1e-7},
+        )
+        for batch in (1, 256)
+    )
+    machine = {"cpu_backend": "avx512, 2 threads"}
+    settings = dict.fromkeys(names[:2], "float32, channels_last, freezing, static shapes")
+    comparison = Comparison(threads=2, settings=settings, contests=contests, machine=machine)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(bench_table(comparison, ["cpu"]))
+    lines = console.export_text().splitlines()
+    assert sum("torch.compile  1790.1  1512.3 - 2067.9" in line for line in lines) == 2
+    assert "engine on: cpu (avx512, 2 threads)" in lines[0]
+    (note,) = _notes(comparison)
+    assert "outputs within 2.6e-05 of eager's" in note

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from biper_engine.ops import backends as module
 from biper_engine.ops.backends import _REGISTERED, PREFERENCE
@@ -22,14 +23,48 @@ def test_a_file_shows_its_layers_and_what_it_carries(biper: Biper, tiny: Path) -
     assert "36,864 > 1,152" in done.out
     assert f"file bytes: {tiny.stat().st_size:,}" in done.out
     assert "proof: 1 packed maps and the outputs" in done.out
+    assert "format: 0" in done.out
+    assert "images: 3x16x16, bilinear, centre crop 1, mean 0, 0, 0, std 1, 1, 1" in done.out
+    assert "classes: 4" in done.out
+    assert "6 stays float: its input is" in done.out
     assert max(map(len, done.out.splitlines())) <= 80
+    values = json.loads(biper("inspect", tiny, "--json").out)
+    assert values["format"] == 0
+    assert values["metadata"]["class_names"] == ["ant", "bee", "[cat]", "dog"]
+
+
+def test_a_known_network_is_inspected_by_name(biper: Biper) -> None:
+    done = biper("inspect", "cifar10/resnet20_1w1a")
+    assert done.code == 0, done.err
+    assert "18 of 20 layers packed" in done.out
+    assert "frequency: 20.0" in done.out
+    assert "proof" not in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["tinynet:build"], 2, "--input 1,3,224,224"),
+        (["cifar10/resnet99"], 1, "Did you mean 'cifar10/resnet"),
+        (["missing.pt"], 1, "Cannot read checkpoint 'missing.pt'"),
+        (["gone.biper"], 1, "gone.biper"),
+    ],
+)
+def test_errors(
+    biper: Biper, user_directory: Path, words: list[str], code: int, message: str
+) -> None:
+    done = biper("inspect", *words)
+    assert done.code == code
+    assert done.out == ""
+    assert message in " ".join(done.err.replace("│", " ").split())
 
 
 def test_a_model_is_converted_in_memory(biper: Biper, user_directory: Path) -> None:
     done = biper("inspect", "tinynet:build", "--input", "1,3,16,16", "--json")
     values = json.loads(done.out)
     assert [layer["packed"] for layer in values["report"]["layers"]] == [False, True, False]
-    assert values["file_bytes"] is values["proof"] is None
+    assert values["file_bytes"] is values["proof"] is values["format"] is None
     assert not list(user_directory.glob("*.biper"))
 
 
@@ -58,6 +93,31 @@ def test_every_backend_is_listed_with_its_reason(
     values = json.loads(biper("backends", "--json").out)
     assert [row["name"] for row in values["backends"]] == list(PREFERENCE)
     assert values["cpu_tensors_run_on"] == "reference"
+    assert values["forced"] is None
+
+
+def test_cuda_tensors_without_a_device(biper: Biper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BIPER_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "CUDA tensors run on: nothing. PyTorch finds no CUDA device" in biper("backends").out
+    values = json.loads(biper("backends", "--json").out)
+    assert values["cuda_tensors_run_on"] is None
+    assert values["cuda_reason"] == "PyTorch finds no CUDA device here."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "CUDA tensors run on: reference" in biper("backends").out
+
+
+def test_a_forced_backend_is_named_also_one_that_cannot_run(
+    biper: Biper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIPER_BACKEND", "reference")
+    done = biper("backends")
+    assert "BIPER_BACKEND forces: reference" in done.out
+    assert "CPU tensors run on: reference" in done.out
+    monkeypatch.setenv("BIPER_BACKEND", "cuda")
+    done = biper("backends")
+    assert done.code == 0
+    assert "CPU tensors run on: nothing. Backend 'cuda' cannot run here" in done.out
 
 
 def test_the_instruction_set_and_the_threads_are_named(

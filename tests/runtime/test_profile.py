@@ -1,10 +1,14 @@
+"""A network node by node with a clock around each; structure and sums, never durations."""
+
 import json
 
 import pytest
 import torch
 from torch import Tensor
 
-from biper_engine.ops.backends import use_backend
+from biper_engine.ops import cpu
+from biper_engine.ops.backends import backends, use_backend
+from biper_engine.runtime import NodeProfile, ProfileReport
 from tests.networks_by_hand import classifier
 
 
@@ -35,16 +39,54 @@ def test_multiply_accumulates_are_those_of_the_batch(images: Tensor) -> None:
     assert macs["stem"] is macs["pool"] is None
 
 
-def test_the_table_gives_shares_of_the_time_and_of_a_peak(images: Tensor) -> None:
-    report = classifier().profile(images, rounds=1)
-    (row,) = [node for node in report.nodes if node.name == "layer1_0"]
-    assert row.macs_per_second is not None
-    lines = report.table(2 * row.macs_per_second).splitlines()
+NODES = (
+    NodeProfile(name="stem", op="aten.conv2d", backend="torch", ms=1.0),
+    NodeProfile(name="conv", op="bconv2d_bits", backend="cpu", ms=2.0, macs=10**9),
+    NodeProfile(name="other", op="bconv2d_bits", backend="reference", ms=1.0, macs=10**9),
+)
+
+
+def test_the_table_gives_shares_of_the_time_and_of_the_peak() -> None:
+    report = ProfileReport(
+        batch=4, rounds=3, threads=1, nodes=NODES, peak_macs_per_second=1e12, isa="avx2"
+    )
+    lines = str(report).splitlines()
     assert max(map(len, lines)) <= 80
-    (line,) = [line for line in lines if line.startswith("layer1_0")]
-    assert line.split()[-1] == "50%"
-    assert f"{row.ms / report.total_ms:.1%}" in line
+    assert [line.split() for line in lines[1:4]] == [
+        ["stem", "torch", "1000.0", "25.0%"],
+        ["conv", "cpu", "2000.0", "50.0%", "500", "50%"],
+        ["other", "reference", "1000.0", "25.0%", "1,000"],
+    ]
+    assert lines[4].split()[:2] == ["total", "4000.0"]
+    assert lines[5].startswith("peak: 1,000 GMAC/s")
+    assert lines[5].endswith("(avx2, 1 thread)")
+    values = report.to_dict()
+    assert [node["share_of_peak"] for node in values["nodes"]] == [None, 0.5, None]
+    assert values["nodes"][1]["share"] == 0.5
+    assert values["total_ms"] == 4.0
+
+
+def test_without_a_peak_there_is_no_share_of_it() -> None:
+    report = ProfileReport(batch=4, rounds=3, threads=1, nodes=NODES)
     assert "peak" not in str(report)
+    assert report.share_of_peak(NODES[1]) is None
+
+
+def test_the_peak_is_of_all_threads_that_the_cpu_backend_uses(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not {info.name: info.available for info in backends()}["cpu"]:
+        pytest.skip("no cpu backend here")
+    peak = cpu.PopcountPeak(isa="avx2", macs_per_second=1e12, macs_per_clock=None)
+    monkeypatch.setattr(cpu, "popcount_peak", lambda: peak)
+    monkeypatch.setenv("BIPER_NUM_THREADS", "3")
+    with use_backend("cpu"):
+        report = classifier().profile(images, rounds=1)
+    assert (report.threads, report.peak_macs_per_second, report.isa) == (3, 3e12, "avx2")
+    with use_backend("reference"):
+        report = classifier().profile(images, rounds=1)
+    assert report.threads == torch.get_num_threads()
+    assert report.peak_macs_per_second is report.isa is None
 
 
 def test_the_input_is_checked_as_in_a_call(images: Tensor) -> None:
