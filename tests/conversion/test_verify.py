@@ -44,12 +44,13 @@ def test_data_may_be_batches_with_labels(small: Converted) -> None:
 
 
 def tamper(name: str, value: Tensor) -> None:
+    first = (0,) * value.dim()
     if value.dtype == torch.int32:
-        value.view(-1)[0] ^= 1
+        value[first] ^= 1
     elif value.dtype == torch.bool:
-        value.view(-1)[0] ^= True
+        value[first] ^= True
     else:
-        value.view(-1)[0] += 1e-3
+        value[first] += 1e-3
 
 
 @pytest.mark.parametrize(
