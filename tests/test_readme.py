@@ -1,8 +1,9 @@
-"""The README's example, run as it stands."""
+"""The README's example, run as it stands, and its figures, held to what was measured."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,11 @@ def test_the_example_runs(
     assert logits.shape == (4, 10)
     assert "18 of 20 layers packed" in capsys.readouterr().out
     assert (tmp_path / "resnet20.biper").exists()
+
+
+def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
+    tables = runpy.run_path(str(README.parent / "benchmarks/tables.py"))
+    text = README.read_text("utf-8")
+    for name in ("networks", "layers"):
+        assert tables[name]() in text
+    assert tables["peak"]() in " ".join(text.split())

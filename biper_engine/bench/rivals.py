@@ -34,7 +34,8 @@ class Rival:
 
 def eager_rival(model: nn.Module) -> Rival:
     """Return the network as it stands: eager, float32, in channels_last memory."""
-    return Rival(name=EAGER, how="float32, channels_last", call=_channels_last(model))
+    how = "float32, channels_last, as the model is written"
+    return Rival(name=EAGER, how=how, call=_channels_last(model))
 
 
 def compiled_rival(model: nn.Module, images: Tensor) -> Rival:

@@ -118,6 +118,7 @@ def _notes(result: DemoResult, output: Path, seconds: float) -> list[str]:
     lines = [
         f"Medians of calls in turn, {threads} thread{'s' * (threads != 1)} each, float32, "
         f"channels_last; engine on: {', '.join(result.backends)}.",
+        "eager: the network as written, which takes signs of its weights in every call.",
     ]
     reasons = {r for contest in result.comparison.contests for r in contest.reasons.values()}
     lines += [f"torch.compile did not run: {reason}" for reason in sorted(reasons)]

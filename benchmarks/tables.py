@@ -1,0 +1,82 @@
+"""Print the README's tables of speed, in Markdown, from the recorded results.
+
+    python benchmarks/tables.py
+
+tests/test_readme.py holds the README to them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NETWORKS = ("resnet20", "resnet18", "vgg_small")
+LAYERS = ("64@56", "128@28", "256@14", "512@7")
+RIVALS = ("float, eager", "float, torch.compile")
+
+
+def read(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return values
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def networks() -> str:
+    """Return the table of whole networks: a row per network and batch size."""
+    lines = [
+        row("network", "batch", "eager", "`torch.compile`", "engine", "faster than them by"),
+        row("---", "--:", "--:", "--:", "--:", "--:"),
+    ]
+    for name in NETWORKS:
+        for contest in read(f"{name}-epyc-zen4.json")["batches"]:
+            taken, ratios = contest["contestants"], contest["engine_times_as_fast"]
+            lines.append(
+                row(
+                    f"`cifar10/{name}_1w1a`",
+                    str(contest["batch"]),
+                    *(f"{taken[who]['median_ms']:.2f} ms" for who in (*RIVALS, "engine")),
+                    ", ".join(f"{ratios[rival]:.1f}x" for rival in RIVALS),
+                )
+            )
+    return "\n".join(lines)
+
+
+def layers() -> str:
+    """Return the table of single layers: a row per layer, called in turn with F.conv2d."""
+    lines = [
+        row("layer", "`F.conv2d`", "on bits", "faster by", "of the peak"),
+        row("---", "--:", "--:", "--:", "--:"),
+    ]
+    found = {
+        entry["extra_info"]["layer"]: entry["extra_info"]
+        for entry in read("layers-epyc-zen4.json")["benchmarks"]
+    }
+    for name in LAYERS:
+        info = found[name]
+        lines.append(
+            row(
+                f"3x3, {name.partition('@')[0]} channels at {name.partition('@')[2]}x"
+                f"{name.partition('@')[2]}",
+                f"{1e3 * info['float_conv2d']['median_ms']:,.0f} us",
+                f"{1e3 * info['engine_in_turn']['median_ms']:,.0f} us",
+                f"{info['times_as_fast_as_conv2d']:.1f}x",
+                f"{info['share_of_popcount_peak']:.0%}",
+            )
+        )
+    return "\n".join(lines)
+
+
+def peak() -> str:
+    """Return the popcount peak of the machine that the layers were measured on."""
+    entry = read("layers-epyc-zen4.json")["benchmarks"][0]["extra_info"]["popcount_peak"]
+    return (
+        f"{entry['macs_per_second'] * 1e-9:,.0f} G multiply-accumulates a second and core, "
+        f"{entry['macs_per_clock']:.0f} a clock"
+    )
+
+
+if __name__ == "__main__":
+    print(networks(), layers(), peak(), sep="\n\n")
