@@ -25,7 +25,7 @@ constexpr int64_t kMostReduction = int64_t{1} << 24;  // accumulators stay exact
 
 // A strip of input and the weights of a block share the first-level cache, 32 KiB or more.
 constexpr int64_t kStripBytes = 16 << 10;
-// Accumulators that wait for their pool stay in the second level.
+
 constexpr int64_t kUnitsPerThread = 4;  // so that threads of unequal speed end together
 constexpr int64_t kFewestRows = 4;      // a thinner strip copies too many rows twice
 // Vector steps (a xor, a popcount, an add) of work, some 10 us, below which waking another thread

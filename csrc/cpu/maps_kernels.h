@@ -5,22 +5,28 @@
 
 namespace biper {
 
-// Returns the bits of `count` <= 32 channels of a pixel.
 template <class I, bool kFull>
+BIPER_INLINE uint32_t binarize_vector(const BinarizeCall& call, int64_t pixel, int64_t channel,
+                                      int64_t count) {
+  using Float = typename I::Float;
+  const int64_t index = pixel * call.channels + channel;
+  const Float v = load_stream<I, kFull>(call.x, call.type, index, count);
+  const Float threshold =
+      call.threshold ? load_channels<I, kFull>(call.threshold, channel, count) : I::broadcast(0.0f);
+  const uint32_t inverted = call.sense ? get_bits(call.sense, channel, count) : 0;
+  return compare<I>(v, threshold, inverted);
+}
+
+// Returns the bits of `count` <= 32 channels of a pixel.
+template <class I>
 BIPER_INLINE uint32_t binarize_word(const BinarizeCall& call, int64_t pixel, int64_t channel,
                                     int64_t count) {
-  using Float = typename I::Float;
-  const uint32_t inverted = call.sense ? call.sense[channel / kWordBits] : 0;
-  const int64_t index = pixel * call.channels + channel;
-  const Float zero = I::broadcast(0.0f);
   uint32_t word = 0;
-  for (int64_t at = 0; at < count; at += I::kFloats) {
-    const int64_t lanes = min64(count - at, I::kFloats);
-    const Float v = load_stream<I, kFull>(call.x, call.type, index + at, lanes);
-    const Float threshold =
-        call.threshold ? load_channels<I, kFull>(call.threshold, channel + at, lanes) : zero;
-    word |= compare<I>(v, threshold, inverted >> at & low_bits(I::kFloats)) << at;
+  int64_t at = 0;
+  for (; at + I::kFloats <= count; at += I::kFloats) {
+    word |= binarize_vector<I, true>(call, pixel, channel + at, I::kFloats) << at;
   }
+  if (at < count) word |= binarize_vector<I, false>(call, pixel, channel + at, count - at) << at;
   return word & low_bits(count);
 }
 
@@ -48,12 +54,12 @@ static void binarize(const BinarizeCall& call, int64_t first_pixel, int64_t last
       for (int64_t w = 0; w < whole; ++w) bits[w] = binarize_plain_word<I>(x + w * kWordBits);
     } else {
       for (int64_t w = 0; w < whole; ++w) {
-        bits[w] = binarize_word<I, true>(call, pixel, w * kWordBits, kWordBits);
+        bits[w] = binarize_word<I>(call, pixel, w * kWordBits, kWordBits);
       }
     }
     if (whole < words) {
       const int64_t channel = whole * kWordBits;
-      bits[whole] = binarize_word<I, false>(call, pixel, channel, call.channels - channel);
+      bits[whole] = binarize_word<I>(call, pixel, channel, call.channels - channel);
     }
   }
 }
