@@ -52,11 +52,19 @@ struct Avx2 {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
   BIPER_INLINE Word spread(const uint32_t* word, int part) {
-    const uint8_t* row = kDifferences[*word >> (4 * part) & 15u];
+    // The nibble times 16, the offset of its row, in one shift and one mask.
+    const uint32_t offset = (part == 0 ? *word << 4 : *word >> (4 * part - 4)) & 0xf0u;
+    const uint8_t* row = reinterpret_cast<const uint8_t*>(kDifferences) + offset;
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(row)));
   }
   BIPER_INLINE Sum count(Sum sum, Word row, Weights w) {
-    return _mm256_add_epi8(sum, _mm256_shuffle_epi8(row, w));
+    // As instructions, since GCC 12 adds the shuffles of a word up as a tree and spills them.
+    __m256i counts;
+    asm("vpshufb %[w], %[row], %[counts]\n\t"
+        "vpaddb %[counts], %[sum], %[sum]"
+        : [counts] "=&x"(counts), [sum] "+x"(sum)
+        : [row] "x"(row), [w] "x"(w));
+    return sum;
   }
   BIPER_INLINE void subtract_twice(int32_t* to, const int32_t* from, Sum sum) {
     alignas(32) uint8_t bytes[kLanes];
