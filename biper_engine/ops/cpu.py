@@ -57,10 +57,10 @@ def _keep_freed_memory() -> None:
     """Let the C library keep up to 62 MB that were freed, instead of 256 kB to some megabytes.
 
     glibc gives free memory above twice its largest freed block back to the system, and a large map
-    then costs a page fault for every 4 kB, on every call: 3,000 of them, and half of the time, for
-    64 images of 32x32 through a ResNet-20. One block of 31 MiB, which nobody touches, raises that
-    limit as far as glibc lets it rise by itself (mallopt(3), M_MMAP_THRESHOLD). Without effect
-    where MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set, and on other C libraries.
+    then costs a page fault for every 4 kB, on every call: about 2,000, and a fifth of the time, for
+    64 images of 32x32 through a ResNet-20 on a Zen 4. One block of 31 MiB, which nobody touches,
+    raises that limit as far as glibc lets it rise by itself (mallopt(3), M_MMAP_THRESHOLD). Without
+    effect where MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set, and on other C libraries.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
