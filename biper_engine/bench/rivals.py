@@ -41,10 +41,9 @@ def eager_rival(model: nn.Module) -> Rival:
 def compiled_rival(model: nn.Module, images: Tensor) -> Rival:
     """Return the network through `torch.compile`, compiled for this very batch.
 
-    Inductor's freezing is on: it folds BatchNorm and weights, and lays weights out for oneDNN once,
-    which is the fastest that PyTorch offers for float32 on a CPU. It is compiled in
-    `torch.inference_mode`, and is to be called in it: in another mode PyTorch compiles again, and
-    without freezing.
+    Inductor's freezing is on: it computes once what depends on parameters alone, folds BatchNorm,
+    and lays weights out for oneDNN. It is compiled in `torch.inference_mode`, and is to be called
+    in it: in another mode PyTorch compiles again, and without freezing.
 
     Args:
         model: a copy of it is compiled, in eval mode.

@@ -1,10 +1,10 @@
 // The convolution: strips of input, tiles of accumulators, blocks of output channels.
 //
-// Per unit of work (a strip of output rows of one image, some blocks of output
-// channels) the input rows of a group are copied into a strip: aligned to words, unused bits
-// cleared, padding as zero words. A tile of P pixels x J vectors of output channels then counts
-// popc(a ^ w) over the receptive field, `depth` words, in registers. A padded tap reads a = 0 and
-// adds popc(w), so with V the valid taps of the pixel and C the channels of a group
+// Per unit of work (a strip of output rows of one image, some blocks of output channels) the input
+// rows of a group are copied into a strip: aligned to words, unused bits cleared, padding as zero
+// words. A tile of P pixels x J vectors of output channels then counts popc(a ^ w) over the
+// receptive field, `depth` words, in registers. A padded tap reads a = 0 and adds popc(w), so with
+// V the valid taps of the pixel and C the channels of a group
 //
 //     dot = |V| * C - 2 * popc(a ^ w over V) = border - 2 * popc(a ^ w over all taps),
 //     border = |V| * C + 2 * popc(w over the padded taps),
