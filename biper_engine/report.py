@@ -24,6 +24,7 @@ class LayerReport:
         weight_bits_after: bits of the weight as stored now.
         zero_weights: weights that are exactly 0.
         binary: whether its weight or its input is binary, so that staying float has a cost.
+        binary_weight: whether its weight takes two values in every output channel.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerReport:
     weight_bits_after: int
     zero_weights: int = 0
     binary: bool = False
+    binary_weight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,10 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")
     ] = False,
+    export_official: Annotated[
+        bool,
+        typer.Option("--export-official", help="Write checkpoints for the official code, too."),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Train a BiPer network in two stages; interrupted runs can be resumed.
@@ -62,7 +67,9 @@ def train(
     biper train
     biper train --resume --output biper-train
     biper train --model cifar10/vgg_small_1w1a -o vgg --stage1-epochs 20
+    biper train --resume --export-official
     """
+    from biper_engine import training
     from biper_engine.training import RunOptions, TrainingConfig
 
     config = _with_epochs(
@@ -85,7 +92,8 @@ def train(
     )
     result = fit_quietly(replace(config, **changed), output, resume=resume, options=options)
     if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
-        _show(result, json_output)
+        exported = training.export_official(result) if export_official else ()
+        _show(result, exported, json_output)
 
 
 def _with_epochs(config: TrainingConfig, epochs: tuple[int | None, int | None]) -> TrainingConfig:
@@ -109,12 +117,13 @@ def fit_quietly(
         return training.fit(config, output_dir=output, resume=resume, options=options)
 
 
-def _show(result: TrainingResult, json_output: bool) -> None:
+def _show(result: TrainingResult, exported: Sequence[Path], json_output: bool) -> None:
     following = command_line("convert", result.stage2.path)
     stages = (result.stage1, result.stage2)
     if json_output:
         rows = [{"path": str(stage.path), **stage.to_dict()} for stage in stages]
-        print_json({"stage1": rows[0], "stage2": rows[1], "next": following})
+        official = [str(path) for path in exported]
+        print_json({"stage1": rows[0], "stage2": rows[1], "official": official, "next": following})
         return
     console = results()
     for number, stage in enumerate(stages, start=1):
@@ -124,4 +133,6 @@ def _show(result: TrainingResult, json_output: bool) -> None:
         measured = "" if accuracy is None else f", {accuracy:.2%} of {where} images right"
         console.print(f"stage {number}: {stage.epochs} epochs, {stage.seconds:.1f} s{measured}")
         console.print(f"  {stage.path}", soft_wrap=True, markup=False)
+    for path in exported:
+        console.print(f"for the official code: {path}", soft_wrap=True, markup=False)
     console.print(f"next: {following}", soft_wrap=True, markup=False)

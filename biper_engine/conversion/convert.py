@@ -57,7 +57,8 @@ def convert(
         The engine; `engine.report` says what was packed and what not, and why.
 
     Raises:
-        ConversionError: the model cannot be captured, has no binary layer, or the check failed.
+        ConversionError: the model cannot be captured, has no layer with binary weights, or the
+            check failed.
         ValueError: an argument is out of range.
 
     Example:
@@ -80,7 +81,7 @@ def convert(
         zero_weights=zero_weights,
         compute_dtype=compute_dtype,
     )
-    if not any(row.packed for row in built.rows):
+    if not any(row.packed or row.binary_weight for row in built.rows):
         raise ConversionError(nothing_packed(built.rows, stage))
     _announce(built.rows, unconverted, tuple(keep_float))
     engine = _engine(
@@ -147,9 +148,11 @@ def _announce(rows: Sequence[LayerReport], unconverted: str, keep_float: tuple[s
     if not left or unconverted == "ignore":
         return
     total = sum(row.macs for row in rows) or 1
-    listed = "; ".join(
-        f"{row.name}: {row.reason} ({row.macs / total:.1%} of all MACs)" for row in left
-    )
+    by_reason: dict[str, list[str]] = {}
+    for row in left:
+        cost = f"{row.name} ({row.macs / total:.1%} of all MACs)"
+        by_reason.setdefault(row.reason, []).append(cost)
+    listed = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
     message = f"{len(left)} binary layer(s) stay in floating point. {listed}"
     if unconverted == "raise":
         raise ConversionError(message + ". Pass unconverted='warn' to convert the rest.")

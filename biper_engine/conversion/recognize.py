@@ -106,7 +106,11 @@ def _layer(
     binary_weight = isinstance(split, BinaryWeight)
     # One weight per channel is always +-s; that alone makes no layer binary.
     binary_weight = binary_weight and math.prod(weight_shape[1:]) > 1
-    row = replace(row, binary=binary_weight or isinstance(operand, _Operand))
+    row = replace(
+        row,
+        binary=binary_weight or isinstance(operand, _Operand),
+        binary_weight=binary_weight,
+    )
     path = name.partition("#")[0]  # numbered where a module is called again
     if any(fnmatchcase(path, pattern) or fnmatchcase(name, pattern) for pattern in keep_float):
         return replace(row, reason="kept by `keep_float`")

@@ -15,6 +15,7 @@ Our format is a plain dict in a `torch.save` file, so that `torch.load(weights_o
 
 The official format is a dict with `state_dict` and `model`, or a bare state dict; frequency and
 stage stand only in the `config.txt` that the official training script writes beside the file.
+`official` writes it.
 """
 
 from __future__ import annotations
@@ -34,16 +35,22 @@ from biper_engine.errors import CheckpointError
 from biper_engine.metadata import Metadata
 from biper_engine.models.network import Network
 from biper_engine.models.registry import architecture, available, build, state_dict_shapes
-from biper_engine.models.torch_file import read_config_txt, read_torch_file
+from biper_engine.models.torch_file import CONFIG_NAME, read_config_txt, read_torch_file
 from biper_engine.nn import binary_layers
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "common_settings",
+    "load_checkpoint",
+    "network_name",
+    "save_checkpoint",
+    "write_atomically",
+]
 
 _T = TypeVar("_T", float, int)
 
 _FORMAT = "biper_engine.checkpoint"
 _VERSION = 0
-# Entries that do not change what the network computes; older checkpoints lack some of them.
+# Entries that change nothing of what is computed: a file may lack them, or have more of them.
 _OPTIONAL = ("beta", "tau", "num_batches_tracked")
 
 
@@ -51,7 +58,8 @@ _OPTIONAL = ("beta", "tau", "num_batches_tracked")
 class _Contents:
     """What a file says, before it is compared with what the caller says.
 
-    `frequency` and `stage` are None where the file is silent; `source` names who spoke.
+    `model`, `frequency` and `stage` are None where the file is silent; `source` names who spoke of
+    the latter two.
     """
 
     path: str
@@ -79,7 +87,8 @@ def load_checkpoint(
 
     Args:
         path: the checkpoint file.
-        arch: one of `models.available()`; None takes it from the file's `model` entry and shapes.
+        arch: one of `models.available()`; None takes it from the file's `model` entry, the `model:`
+            line of a `config.txt` beside it, and the shapes.
         frequency: w0 that the network was trained with. Needed where neither the file nor the
             `freq:` line of a `config.txt` beside it says so; must agree where one does.
         stage: 1 or 2. Needed where neither the file nor the `stage2:` line of `config.txt` says
@@ -92,7 +101,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file is missing, truncated or no checkpoint; frequency or stage is
             missing or contradictory; the shapes are another network's (the message names the
-            first entries that differ).
+            first entries that differ), or those of several.
         ValueError: `arch` is unknown.
     """
     contents = _read(os.fspath(path))
@@ -107,10 +116,11 @@ def load_checkpoint(
             network = build(name, **settings)
     except ValueError as error:
         raise CheckpointError(f"'{contents.path}': {error}") from error
-    state = dict(contents.state)
+    state = {}
     for key, value in network.state_dict().items():
-        if key.rpartition(".")[2] in _OPTIONAL:
-            state[key] = state[key].reshape(value.shape) if key in state else value
+        optional = key.rpartition(".")[2] in _OPTIONAL
+        stored = contents.state.get(key, value) if optional else contents.state[key]
+        state[key] = stored.reshape(value.shape) if optional else stored
     network.load_state_dict(state)
     network.metadata = contents.metadata
     if not contents.own and _num_classes(state, name) == architecture(name).num_classes:
@@ -140,13 +150,9 @@ def save_checkpoint(
         ValueError: `model` is not from `build`, or its layers differ in frequency or stage.
         TypeError: `config` or `metrics` holds something that JSON cannot.
     """
-    name = model.provenance.architecture if isinstance(model, Network) else None
-    if not isinstance(model, Network) or name is None:
-        raise ValueError(
-            f"`model` is a {type(model).__name__} that biper_engine.models.build did not make, so "
-            "its architecture has no name to store. Save it with torch.save(model.state_dict())."
-        )
-    frequency, stage = _common_settings(model)
+    name = network_name(model)
+    frequency, stage = common_settings(model)
+    metadata = getattr(model, "metadata", None)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     contents = {
         "format": _FORMAT,
@@ -156,11 +162,11 @@ def save_checkpoint(
         "frequency": frequency,
         "stage": stage,
         "state_dict": state,
-        "metadata": None if model.metadata is None else model.metadata.to_dict(),
+        "metadata": None if metadata is None else metadata.to_dict(),
         "config": json.loads(json.dumps(dict(config or {}))),
         "metrics": json.loads(json.dumps(dict(metrics or {}))),
     }
-    _write_atomically(Path(path), contents)
+    write_atomically(Path(path), contents)
 
 
 def _read(path: str) -> _Contents:
@@ -179,11 +185,20 @@ def _read(path: str) -> _Contents:
         state=_state_dict(path, nested),
         model=model if isinstance(model, str) and nested is not raw else None,
     )
-    config = read_config_txt(Path(path).with_name("config.txt"))
+    config = read_config_txt(Path(path).with_name(CONFIG_NAME))
     if config is None:
         return contents
+    if None not in (contents.model, config.model) and contents.model != config.model:
+        raise CheckpointError(
+            f"'{path}' holds a network '{contents.model}', but '{config.path}' is of a training of "
+            f"'{config.model}'. Put the config.txt of its own training beside it."
+        )
     return replace(
-        contents, frequency=config.frequency, stage=config.stage, source=f"'{config.path}'"
+        contents,
+        model=contents.model or config.model,
+        frequency=config.frequency,
+        stage=config.stage,
+        source=f"'{config.path}'",
     )
 
 
@@ -254,8 +269,15 @@ def _choose_architecture(contents: _Contents, arch: str | None) -> str:
         candidates = named or list(available())
     differences = {name: _differences(contents.state, name) for name in candidates}
     matching = [name for name in candidates if not differences[name]]
-    if matching:
+    if len(matching) > 1:  # networks that differ in what a file may lack, or in no shape at all
+        matching = [name for name in matching if _has_beta(contents.state, name)] or matching
+    if len(matching) == 1:
         return matching[0]
+    if matching:
+        raise CheckpointError(
+            f"'{contents.path}' fits {' and '.join(matching)}, whose tensors have the same names "
+            f"and shapes, and does not say which it is. Pass arch='{matching[0]}' or the other."
+        )
 
     said = f" (the file itself says '{contents.model}')" if contents.model else ""
     if len(candidates) > 1:
@@ -293,7 +315,20 @@ def _differences(state: Mapping[str, Tensor], name: str) -> list[str]:
                 found.append(f"{key} is missing")
         elif state[key].shape != shape and not (last == "tau" and state[key].numel() == 1):
             found.append(f"{key} is {list(state[key].shape)}, wanted {list(shape)}")
-    return found + [f"{key} is unknown" for key in state if key not in wanted]
+    unknown = [key for key in state if key not in wanted and not _is_spare(key, wanted)]
+    return found + [f"{key} is unknown" for key in unknown]
+
+
+def _is_spare(key: str, wanted: Mapping[str, torch.Size]) -> bool:
+    """Whether `key` is an optional entry of a binary layer that the network has without it."""
+    owner, _, last = key.rpartition(".")
+    return last in _OPTIONAL and f"{owner}.alpha" in wanted
+
+
+def _has_beta(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether file and network both have the entries called beta."""
+    shapes = state_dict_shapes(name, _num_classes(state, name))
+    return any(key.endswith(".beta") and key in state for key in shapes)
 
 
 def _agree(what: str, stored: _T | None, given: _T | None, file: _Contents) -> _T:
@@ -317,7 +352,27 @@ def _agree(what: str, stored: _T | None, given: _T | None, file: _Contents) -> _
     )
 
 
-def _common_settings(model: nn.Module) -> tuple[float, int]:
+def network_name(model: nn.Module) -> str:
+    """Return the registry's name of a network.
+
+    Raises:
+        ValueError: `models.build` did not make it.
+    """
+    name = model.provenance.architecture if isinstance(model, Network) else None
+    if name is None:
+        raise ValueError(
+            f"`model` is a {type(model).__name__} that biper_engine.models.build did not make, so "
+            "its architecture has no name to store. Save it with torch.save(model.state_dict())."
+        )
+    return name
+
+
+def common_settings(model: nn.Module) -> tuple[float, int]:
+    """Return frequency and stage of all binary layers.
+
+    Raises:
+        ValueError: they differ, or there is no binary layer.
+    """
     settings = {(layer.frequency, layer.stage) for _, layer in binary_layers(model)}
     if len(settings) != 1:
         raise ValueError(
@@ -326,11 +381,15 @@ def _common_settings(model: nn.Module) -> tuple[float, int]:
     return settings.pop()
 
 
-def _write_atomically(path: Path, contents: Mapping[str, Any]) -> None:
+def write_atomically(path: Path, contents: Mapping[str, Any] | bytes) -> None:
+    """Write bytes, or by `torch.save` a dict, to a file that appears whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(contents, file)
+            if isinstance(contents, bytes):
+                file.write(contents)
+            else:
+                torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
+from typing import Any
 
 import torch
 
 from biper_engine.metadata import Metadata, Provenance
+from biper_engine.models.cifar_resnet import ResNet18, ResNet20, ResNet20BinaryWeights
+from biper_engine.models.imagenet_resnet import ImageNetResNet
+from biper_engine.models.mobilenet import MobileNet
 from biper_engine.models.network import Network
-from biper_engine.models.resnet import ResNet18, ResNet20
 from biper_engine.models.vgg import VGGSmall
+from biper_engine.nn import binary_layers
 
 __all__ = ["Architecture", "architecture", "available", "build", "state_dict_shapes"]
 
+# The official CIFAR code normalises with ImageNet's statistics, too.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 _CIFAR10 = Metadata(
     input_size=(3, 32, 32),
-    # The official CIFAR code normalises with ImageNet's statistics.
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
+    mean=_MEAN,
+    std=_STD,
     class_names=(
         "airplane",
         "automobile",
@@ -35,16 +42,27 @@ _CIFAR10 = Metadata(
 )
 
 
+# Shorter side to 256, centre crop; the names of the 1,000 classes come with the data set.
+_IMAGENET = Metadata(
+    input_size=(3, 224, 224), interpolation="bilinear", crop_pct=0.875, mean=_MEAN, std=_STD
+)
+
+_OFFICIAL_README = "README of github.com/edmav4/BiPer at 0c07fdd"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One network of the registry.
 
     Attributes:
         name: `dataset/network`; the network part is the official code's function name.
-        constructor: called as `constructor(num_classes, frequency=..., stage=...)`.
+        constructor: called as `constructor(num_classes, frequency=..., stage=..., **options)`.
         metadata: preprocessing and classes of the task that the name stands for.
         num_classes: classes of that task.
         classifier: name of the last layer, whose weight has one row per class.
+        options: what sets it apart from other networks of the same constructor.
+        reported_top1: accuracy in percent of the trained network, as `source` has it; or None.
+        source: where that is published.
     """
 
     name: str
@@ -52,24 +70,51 @@ class Architecture:
     metadata: Metadata
     num_classes: int
     classifier: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reported_top1: float | None = None
+    source: str = _OFFICIAL_README
 
 
-def _cifar10(network: str, constructor: Callable[..., Network], classifier: str) -> Architecture:
+_TASKS = {"cifar10": (_CIFAR10, 10), "imagenet": (_IMAGENET, 1000)}
+
+
+def _network(
+    name: str,
+    constructor: Callable[..., Network],
+    classifier: str,
+    *,
+    reported_top1: float | None = None,
+    **options: Any,
+) -> Architecture:
+    metadata, num_classes = _TASKS[name.partition("/")[0]]
     return Architecture(
-        name=f"cifar10/{network}",
+        name=name,
         constructor=constructor,
-        metadata=_CIFAR10,
-        num_classes=10,
+        metadata=metadata,
+        num_classes=num_classes,
         classifier=classifier,
+        options=options,
+        reported_top1=reported_top1,
     )
 
 
 _ARCHITECTURES = {
     entry.name: entry
     for entry in (
-        _cifar10("resnet20_1w1a", ResNet20, "linear"),
-        _cifar10("resnet18_1w1a", ResNet18, "linear"),
-        _cifar10("vgg_small_1w1a", VGGSmall, "fc"),
+        _network("cifar10/resnet20_1w1a", ResNet20, "linear", reported_top1=86.98),
+        _network("cifar10/resnet20_1w32a", ResNet20BinaryWeights, "linear"),
+        _network("cifar10/resnet18_1w1a", ResNet18, "linear", reported_top1=93.75),
+        _network("cifar10/resnet18A_1w1a", ResNet18, "linear", widths=(32, 32, 64, 128)),
+        _network("cifar10/resnet18B_1w1a", ResNet18, "linear", widths=(32, 64, 128, 256)),
+        _network("cifar10/resnet18C_1w1a", ResNet18, "linear", widths=(64, 64, 128, 256)),
+        _network("cifar10/vgg_small_1w1a", VGGSmall, "fc", reported_top1=92.46),
+        _network(
+            "imagenet/resnet18_1w1a", ImageNetResNet, "fc", reported_top1=61.40, blocks=(2, 2, 2, 2)
+        ),
+        _network(
+            "imagenet/resnet34_1w1a", ImageNetResNet, "fc", reported_top1=65.73, blocks=(3, 4, 6, 3)
+        ),
+        _network("imagenet/mobilenet_1w1a", MobileNet, "fc"),
     )
 }
 
@@ -97,6 +142,9 @@ def build(
 ) -> Network:
     """Build a network with fresh weights, drawn from PyTorch's global generator.
 
+    PyTorch draws an exact 0 about once in 2^24 normal numbers. A latent weight of 0 has no sign, so
+    it becomes 1e-8.
+
     Args:
         name: one of `available()`, such as "cifar10/resnet20_1w1a".
         num_classes: None means the classes of the task in the name, and then `metadata` has that
@@ -116,12 +164,16 @@ def build(
     classes = entry.num_classes if num_classes is None else num_classes
     if classes < 1:
         raise ValueError(f"`num_classes` (={num_classes}) must be 1 or more.")
-    network = entry.constructor(classes, frequency=frequency, stage=stage)
+    network = entry.constructor(classes, frequency=frequency, stage=stage, **entry.options)
+    with torch.no_grad():
+        for _, layer in binary_layers(network):
+            layer.weight.masked_fill_(layer.weight == 0, 1e-8)
     network.provenance = Provenance(architecture=name, frequency=float(frequency), stage=stage)
     network.metadata = entry.metadata if num_classes is None else None
     return network
 
 
+@cache
 def state_dict_shapes(name: str, num_classes: int) -> dict[str, torch.Size]:
     """Return name and shape of every state-dict entry, without allocating the weights."""
     with torch.device("meta"):

@@ -14,7 +14,10 @@ import torch
 
 from biper_engine.errors import CheckpointError
 
-__all__ = ["ConfigTxt", "read_config_txt", "read_torch_file"]
+__all__ = ["CONFIG_NAME", "ConfigTxt", "read_config_txt", "read_torch_file"]
+
+CONFIG_NAME = "config.txt"
+"""The file that the official training script writes its options to, beside its checkpoints."""
 
 # What torch.load raises for damaged bytes, by way of its zip reader and its pickle interpreter.
 _DAMAGE = (
@@ -84,18 +87,19 @@ def _check_container(path: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigTxt:
-    """The two lines of the official `config.txt` that matter; None where a line is absent."""
+    """The three lines of the official `config.txt` that matter; None where a line is absent."""
 
     path: Path
+    model: str | None
     frequency: float | None
     stage: int | None
 
 
 def read_config_txt(path: Path) -> ConfigTxt | None:
-    """Read `freq:` and `stage2:` from the official training script's `config.txt`, if it exists.
+    """Read `model:`, `freq:` and `stage2:` from the official script's `config.txt`, if it exists.
 
     Raises:
-        CheckpointError: one of the two lines has a value that is not understood.
+        CheckpointError: one of the lines has a value that is not understood.
     """
     if not path.is_file():
         return None
@@ -108,7 +112,7 @@ def read_config_txt(path: Path) -> ConfigTxt | None:
     except ValueError as error:
         raise CheckpointError(f"'{path}' says 'freq: {frequency}', wanted a number.") from error
     stage = None if stage2 is None else 2 if stage2 == "True" else 1
-    return ConfigTxt(path=path, frequency=number, stage=stage)
+    return ConfigTxt(path=path, model=_line(text, "model"), frequency=number, stage=stage)
 
 
 def _line(text: str, key: str) -> str | None:

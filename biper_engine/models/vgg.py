@@ -24,7 +24,7 @@ class VGGSmall(Network):
 
         def binary(in_channels: int, out_channels: int) -> BinaryConv2d:
             return BinaryConv2d(
-                in_channels, out_channels, 3, padding=1, frequency=frequency, stage=stage
+                in_channels, out_channels, 3, padding=1, frequency=frequency, stage=stage, beta=True
             )
 
         self.conv0 = nn.Conv2d(3, 128, 3, padding=1, bias=False)

@@ -4,11 +4,19 @@ Source: Vargas et al., "BiPer: Binary Neural Networks using a Periodic Function"
 """
 
 from biper_engine.nn.functional import binarize_activation, binarize_weight
-from biper_engine.nn.layers import BinaryConv2d, BinaryLinear, binary_layers, regularizer, set_tau
+from biper_engine.nn.layers import (
+    BinaryConv2d,
+    BinaryLinear,
+    BinaryWeightConv2d,
+    binary_layers,
+    regularizer,
+    set_tau,
+)
 
 __all__ = [
     "BinaryConv2d",
     "BinaryLinear",
+    "BinaryWeightConv2d",
     "binarize_activation",
     "binarize_weight",
     "binary_layers",

@@ -1,4 +1,4 @@
-"""BinaryConv2d and BinaryLinear: PyTorch's layers with BiPer's weights and activations."""
+"""PyTorch's layers with BiPer's binary weights, and all but one with binary activations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from torch.nn import functional as F
 
 from biper_engine.nn.functional import binarize_activation, binarize_weight
 
-__all__ = ["BinaryConv2d", "BinaryLinear", "binary_layers", "regularizer", "set_tau"]
+__all__ = [
+    "BinaryConv2d",
+    "BinaryLinear",
+    "BinaryWeightConv2d",
+    "binary_layers",
+    "regularizer",
+    "set_tau",
+]
 
 
 class _Periodic:
-    """State that both layers share: frequency, stage, alpha, beta, tau. Mixed into nn.Module."""
+    """State that all layers share: frequency, stage, alpha, tau. Mixed into nn.Module."""
 
     weight: Tensor
     alpha: nn.Parameter
-    beta: nn.Parameter
+    beta: nn.Parameter | None
     tau: Tensor
     frequency: float
     _stage: int
@@ -45,12 +52,15 @@ class _Periodic:
         described: str = super().extra_repr()  # type: ignore[misc]
         return f"{described}, frequency={self.frequency}, stage={self.stage}"
 
-    def _set_up(self: Any, alpha_shape: tuple[int, ...], frequency: float, stage: int) -> None:
+    def _set_up(
+        self: Any, alpha_shape: tuple[int, ...], frequency: float, stage: int, beta: bool = False
+    ) -> None:
         if not (isfinite(frequency) and frequency > 0):
             raise ValueError(f"`frequency` (={frequency}) must be a positive number.")
         options = {"device": self.weight.device, "dtype": self.weight.dtype}
         self.alpha = nn.Parameter(torch.rand(alpha_shape, **options))
-        self.beta = nn.Parameter(torch.ones(alpha_shape, **options), requires_grad=False)
+        unused = nn.Parameter(torch.ones(alpha_shape, **options), requires_grad=False)
+        self.register_parameter("beta", unused if beta else None)
         self.register_buffer("tau", torch.ones((), **options))
         self.frequency = float(frequency)
         self.stage = stage
@@ -75,11 +85,12 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         padding_mode, device, dtype: as nn.Conv2d.
         frequency: w0; the official scripts train with 20.
         stage: 1 or 2; may be assigned later.
+        beta: keep the parameter of that name that official CIFAR checkpoints have and nothing uses.
 
     Attributes:
         weight: latent weights, any real value; their sign means nothing.
         alpha: [out_channels, 1, 1] learned scale, uniform in [0, 1) at first, of either sign later.
-        beta: [out_channels, 1, 1] unused; kept because official checkpoints have it.
+        beta: [out_channels, 1, 1], or None.
         tau: 0-d buffer, weight of this layer in `regularizer`.
 
     Source: BiPer, CVPR 2024; BinarizeConv2d in the official cifar10/modules/binarized_modules.py.
@@ -101,6 +112,7 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         *,
         frequency: float = 20.0,
         stage: int = 2,
+        beta: bool = False,
     ) -> None:
         nn.Conv2d.__init__(
             self,
@@ -116,7 +128,7 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
             device,
             dtype,
         )
-        self._set_up((out_channels, 1, 1), frequency, stage)
+        self._set_up((out_channels, 1, 1), frequency, stage, beta)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
@@ -129,6 +141,21 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         bits = binarize_activation(input, scale_dims=dims)
         output: Tensor = self._conv_forward(bits, weight, bias)
         return output if self.training else output * self.alpha
+
+
+class BinaryWeightConv2d(BinaryConv2d):
+    """Convolve real activations with periodic binary weights: the W1A32 form of `BinaryConv2d`.
+
+    Exactly, in both modes and in stage 2, `F.conv2d(x, sign(sin(w0 * weight)), bias, ...) * alpha`;
+    stage 1 drops the outer sign. Arguments and attributes are those of `BinaryConv2d`.
+
+    Source: BinarizeConv2d_32a in the official cifar10/modules/binarized_modules.py.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
+        output: Tensor = self._conv_forward(input, self.quantized_weight(), self.bias)
+        return output * self.alpha
 
 
 class BinaryLinear(_Periodic, nn.Linear):
@@ -146,7 +173,7 @@ class BinaryLinear(_Periodic, nn.Linear):
         stage: 1 or 2; may be assigned later.
 
     Attributes:
-        alpha, beta: [out_features]; weight, tau: as in `BinaryConv2d`.
+        alpha: [out_features]; weight, tau: as in `BinaryConv2d`.
 
     Source: the analogue of BinarizeConv2d; the official code has no binary linear layer.
     """

@@ -156,7 +156,10 @@ def _typed(value: Any, *kinds: type) -> Any:
     return value
 
 
-_LAYER_TYPES = {"name": str, "kind": str, "reason": str, "packed": bool, "binary": bool}
+_LAYER_TYPES = {
+    **{"name": str, "kind": str, "reason": str},
+    **{"packed": bool, "binary": bool, "binary_weight": bool},
+}
 
 
 def _decode_report(value: Any) -> ConversionReport:

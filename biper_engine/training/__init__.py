@@ -4,7 +4,7 @@ Lightning and scikit-learn are imported when `fit` runs, not when this package i
 """
 
 from biper_engine.training.config import RunOptions, StageConfig, TrainingConfig
-from biper_engine.training.fit import fit
+from biper_engine.training.fit import export_official, fit
 from biper_engine.training.result import StageResult, TrainingResult
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "StageResult",
     "TrainingConfig",
     "TrainingResult",
+    "export_official",
     "fit",
 ]

@@ -4,6 +4,7 @@ Files in `output_dir`:
 
     config.json                     the settings; a resume must have the same
     stage1.pt, stage2.pt            finished stages, for `models.load_checkpoint`
+    official/stage1/, .../stage2/   the same in the official code's format, by `export_official`
     result.json                     measurements of finished stages
     checkpoints/stage1.ckpt, ...    Lightning's state after the latest epoch
     logs/stage1/metrics.csv, ...    losses by epoch
@@ -34,7 +35,7 @@ from biper_engine.training.result import StageResult, TrainingResult, read_json,
 if TYPE_CHECKING:
     from lightning import Trainer
 
-__all__ = ["fit"]
+__all__ = ["export_official", "fit"]
 
 _EVALUATION_BATCH = 128
 
@@ -63,16 +64,18 @@ def fit(
         Paths, accuracies, seconds and epochs of both stages.
 
     Raises:
-        ValueError: unknown dataset or network; `resume` with another config than the run's.
+        ValueError: unknown dataset or network; a network for images of another size; `resume` with
+            another config than the run's.
         FileExistsError: `output_dir` holds a run and `resume` is False.
         ImportError: the extra `train` is not installed.
         KeyboardInterrupt: Ctrl-C; finished epochs are kept for `resume`.
     """
     config = config or TrainingConfig()
     options = options or RunOptions()
-    registry.architecture(config.architecture)
+    network = registry.architecture(config.architecture)
     _require_extra()
     dataset = data.load(config.dataset)
+    _require_size(config, dataset.metadata.input_size, network.metadata.input_size)
     directory = Path(output_dir)
     _claim(directory, config, resume=resume)
 
@@ -93,6 +96,57 @@ def _require_extra() -> None:
                 f"Training needs '{name}', which cannot be imported: {error}. "
                 'Run: pip install "biper-engine[train]"'
             ) from error
+
+
+def _require_size(config: TrainingConfig, given: Any, wanted: Any) -> None:
+    if given == wanted:
+        return
+    fitting = [
+        name
+        for name in models.available()
+        if registry.architecture(name).metadata.input_size == given
+    ]
+    sizes = ["x".join(map(str, size)) for size in (wanted, given)]
+    raise ValueError(
+        f"`architecture` (={config.architecture!r}) takes images of {sizes[0]}, but those of "
+        f"{config.dataset!r} are {sizes[1]}. Networks for them: {', '.join(fitting)}."
+    )
+
+
+def export_official(result: TrainingResult) -> tuple[Path, Path]:
+    """Write both stages of a finished run for the official code's scripts as well.
+
+    Args:
+        result: of `fit`; the files go to `official/stage1` and `official/stage2` in its directory.
+
+    Returns:
+        The two checkpoints; see `models.export_official`.
+
+    Raises:
+        CheckpointError: a stage's checkpoint is gone.
+    """
+    paths = []
+    config = TrainingConfig.from_dict(read_json(result.output_dir / "config.json") or {})
+    for number, stage in ((1, result.stage1), (2, result.stage2)):
+        settings = config.stage(number)
+        measured = (stage.test_accuracy, stage.validation_accuracy)
+        path = models.export_official(
+            result.output_dir / "official" / f"stage{number}",
+            models.load_checkpoint(stage.path),
+            epochs=stage.epochs,
+            top1=100 * next((value for value in measured if value is not None), 0.0),
+            settings={
+                "dataset": config.dataset,
+                "lr": settings.lr,
+                "weight_decay": settings.weight_decay,
+                "momentum": config.momentum,
+                "batch_size": config.batch_size,
+                "tau": settings.tau,
+                "seed": config.seed,
+            },
+        )
+        paths.append(path)
+    return paths[0], paths[1]
 
 
 def _claim(directory: Path, config: TrainingConfig, *, resume: bool) -> None:

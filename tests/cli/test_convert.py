@@ -125,7 +125,7 @@ def test_errors(
 def test_a_binary_layer_that_stays_float_is_warned_of(biper: Biper, user_directory: Path) -> None:
     done = biper("convert", "tinynet:two_binary", "--no-check")
     assert done.code == 0
-    assert done.err.startswith("Warning: 1 binary layer(s) stay in floating point. 4: ")
+    assert done.err.startswith("Warning: 1 binary layer(s) stay in floating point. 4 (")
     assert biper("convert", "tinynet:two_binary", "--unconverted", "raise").code == 1
     packed = biper("convert", "tinynet:two_binary", "--no-check", "--zero-weights", "positive")
     assert packed.err == ""

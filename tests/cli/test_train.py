@@ -73,6 +73,20 @@ def test_options_reach_the_trainer(biper: Biper, fit: FakeFit) -> None:
     assert "50.00% of held-out training images right" in done.out
 
 
+def test_an_export_is_asked_for(
+    biper: Biper, fit: FakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(result: TrainingResult) -> tuple[Path, Path]:
+        assert result.stage2.epochs == 3
+        return Path("official/1"), Path("official/2")
+
+    monkeypatch.setattr(training, "export_official", export)
+    assert "official" not in biper("train").out
+    assert "for the official code: official/2" in biper("train", "--export-official").out
+    values = json.loads(biper("train", "--export-official", "--json").out)
+    assert values["official"] == ["official/1", "official/2"]
+
+
 def test_json_is_all_of_stdout(biper: Biper, fit: FakeFit) -> None:
     values = json.loads(biper("train", "--json").out)
     assert values["stage2"]["path"] == "biper-train/stage2.pt"

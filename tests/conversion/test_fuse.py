@@ -33,6 +33,7 @@ def layers() -> dict[str, nn.Module]:
     }
 
 
+POOL_BEHIND = ["clamp", "max_pool2d"]
 BITS = ["binarize", "bconv2d_bits", "bconv2d_float"]
 
 
@@ -155,3 +156,37 @@ def test_norms_by_statistics_of_the_input_stay_float(norm: Any) -> None:
     )
     assert engine.report.packed == 2
     assert_close(engine, model, images_of((6, 8, 8), 4))
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted"),
+    [
+        (lambda s, x: F.max_pool2d(F.hardtanh(x * 3), 3, 2, 1), ["max_pool2d", "hardtanh"]),
+        (lambda s, x: F.max_pool2d(F.relu(x), 2, ceil_mode=True), ["max_pool2d", "relu"]),
+        (lambda s, x: (lambda y: F.max_pool2d(y, 2) + y.mean())(x.clamp(-1, 2)), POOL_BEHIND),
+    ],
+)  # fmt: skip
+def test_a_clamp_of_floats_comes_after_the_max_pool_behind_it(run: Any, wanted: list[str]) -> None:
+    def whole(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return s.c(x).mean((2, 3))[:, :6, None, None] + run(s, x)
+
+    engine, model, images = converted(lambda: Functional(whole, **layers()), (6, 9, 9))
+    assert_close(engine, model, images)
+    moved = [
+        name for name in operators(engine) if name in ("max_pool2d", "hardtanh", "relu", "clamp")
+    ]
+    assert moved == wanted
+
+
+@pytest.mark.parametrize("scaled", [lambda s, y: y * s.alpha.bias, lambda s, y: s.alpha.bias * y])
+def test_a_scale_and_batch_norm_are_folded_into_the_float_layer_in_front(scaled: Any) -> None:
+    def run(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return s.c(s.norm(scaled(s, s.stem(x))))
+
+    def build() -> nn.Module:
+        parts = {**layers(), "c": QConv(8, 5, 3), "stem": nn.Conv2d(6, 8, 3)}
+        return Functional(run, **parts)
+
+    engine, model, images = converted(build, (6, 9, 9))
+    assert_close(engine, model, images)
+    assert operators(engine) == ["conv2d", "binarize", "bconv2d_float"]

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -24,6 +26,12 @@ def read(name: str) -> dict[str, Any]:
 def state(shapes: Shapes) -> dict[str, np.ndarray]:
     """Return an array for every name, in the order of `shapes`."""
     return {name: _array(name, tuple(shape), shapes) for name, shape in shapes.items()}
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict for `model`, made of its names and shapes."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return {name: torch.from_numpy(np.array(array)) for name, array in state(shapes).items()}
 
 
 def images(tag: str, count: int, size: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from torch import nn
 
 from biper_engine.errors import CheckpointError
 from biper_engine.metadata import Metadata
-from biper_engine.models import build, load_checkpoint, save_checkpoint
+from biper_engine.models import available, build, load_checkpoint, save_checkpoint
+from biper_engine.nn import binary_layers
 
 NAME = "cifar10/resnet20_1w1a"
 
@@ -46,8 +47,9 @@ def saved(path, contents):
     return path
 
 
-def write_config(directory, text):
-    (directory / "config.txt").write_text(f"2024-03-01 12:00:00\n\nmodel:  resnet20_1w1a\n{text}\n")
+def write_config(directory, text, model="resnet20_1w1a"):
+    lines = f"model:  {model}\nprint_freq:  100\n{text}\nload_ckpt_stage1:  \n"
+    (directory / "config.txt").write_text(f"2024-03-01 12:00:00\n\n{lines}")
 
 
 def same_weights(network, other):
@@ -171,9 +173,68 @@ class TestOfficialFormat:
             if not key.endswith(("beta", "tau", "num_batches_tracked"))
         }
         path = saved(tmp_path / "bare.pth", bare)
-        loaded = load_checkpoint(path, frequency=20.0, stage=2)
+        with pytest.raises(
+            CheckpointError, match=r"resnet20_1w1a and cifar10/resnet20_1w32a.*Pass"
+        ):
+            load_checkpoint(path, frequency=20.0, stage=2)
+        loaded = load_checkpoint(path, arch=NAME, frequency=20.0, stage=2)
         assert torch.equal(loaded.layer1[0].conv1.alpha, network.layer1[0].conv1.alpha)
         assert torch.equal(loaded.layer3[2].conv2.beta, torch.ones(64, 1, 1))
+
+    @pytest.mark.parametrize("name", available())
+    def test_every_network_is_told_by_its_name_and_shapes(self, tmp_path, name):
+        network = build(name, stage=2)
+        state = {
+            key: value.reshape(1) if key.endswith("tau") else value
+            for key, value in network.state_dict().items()
+        }
+        contents = {"epoch": 7, "model": name.split("/")[1], "state_dict": state}
+        write_config(tmp_path, "freq:  20.0\nstage2:  True", model=contents["model"])
+        loaded = load_checkpoint(saved(tmp_path / "model_best.pth.tar", contents))
+        assert loaded.provenance.architecture == name
+        assert loaded.metadata == network.metadata
+        assert same_weights(network, loaded)
+
+    def test_config_txt_names_the_network_of_a_bare_file(self, tmp_path):
+        network = build("cifar10/resnet20_1w32a")
+        write_config(tmp_path, "freq:  20.0\nstage2:  True", model="resnet20_1w32a")
+        path = saved(tmp_path / "bare.pth", network.state_dict())
+        assert load_checkpoint(path).provenance.architecture == "cifar10/resnet20_1w32a"
+
+    def test_a_config_txt_of_another_network_is_refused(self, official, tmp_path):
+        write_config(tmp_path, "freq:  20.0\nstage2:  True", model="vgg_small_1w1a")
+        path = saved(tmp_path / "a.pth.tar", official)
+        with pytest.raises(CheckpointError, match=r"'resnet20_1w1a', but .* of 'vgg_small_1w1a'"):
+            load_checkpoint(path)
+
+    def test_beta_is_dropped_where_the_network_has_none(self, tmp_path):
+        network = build("cifar10/resnet20_1w32a")
+        state = dict(network.state_dict())
+        state |= {f"{key}.beta": layer.alpha for key, layer in binary_layers(network)}
+        contents = {"model": "resnet20_1w32a", "state_dict": state}
+        loaded = load_checkpoint(saved(tmp_path / "a.pth", contents), frequency=20.0, stage=2)
+        assert same_weights(network, loaded)
+        contents["state_dict"] = {**state, "conv1.beta": torch.ones(1)}
+        with pytest.raises(CheckpointError, match=r"conv1\.beta is unknown"):
+            load_checkpoint(saved(tmp_path / "b.pth", contents), frequency=20.0, stage=2)
+
+    def test_beta_tells_binary_from_real_activations(self, network, tmp_path):
+        path = saved(tmp_path / "bare.pth", network.state_dict())
+        loaded = load_checkpoint(path, frequency=20.0, stage=2)
+        assert loaded.provenance.architecture == NAME
+
+    @pytest.mark.parametrize("steps", ["MultiStepLR", "LambdaLR", "CosineAnnealingLR"])
+    def test_optimizer_and_scheduler_entries_are_ignored(self, network, official, tmp_path, steps):
+        optimizer = torch.optim.Adam(network.parameters(), lr=0.1)
+        sum(parameter.sum() for parameter in network.parameters()).backward()
+        optimizer.step()
+        network.zero_grad()
+        options = {"MultiStepLR": [3], "LambdaLR": lambda epoch: 1.0, "CosineAnnealingLR": 9}
+        schedule = getattr(torch.optim.lr_scheduler, steps)(optimizer, options[steps])
+        official |= {"optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict()}
+        official["best_prec1"] = torch.tensor(86.98)
+        loaded = load_checkpoint(saved(tmp_path / "a.pth", official), frequency=20.0, stage=2)
+        assert loaded.provenance.architecture == NAME
 
     def test_other_class_counts_are_read_from_the_shapes(self, tmp_path):
         network = build("cifar10/vgg_small_1w1a", num_classes=100)

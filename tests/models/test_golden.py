@@ -1,11 +1,10 @@
 """The official code's numbers, in float64; see tests/golden/README.md."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from biper_engine.models import build
+from biper_engine.models import available, build
 from biper_engine.nn import regularizer, set_tau
 from tests.golden import weights
 
@@ -19,31 +18,34 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def network_of(case, stage):
-    network = build("cifar10/resnet20_1w1a", frequency=case["freq"], stage=stage).double()
-    shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
-    assert shapes == case["shapes"]
-    assert list(shapes) == list(case["shapes"])
-    arrays = weights.state(case["shapes"])
-    network.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
+def network_of(name, stage):
+    network = build(name, frequency=20.0, stage=stage).double()
+    network.load_state_dict(weights.tensors(network))
     return network
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_logits_are_the_official_ones(stage):
-    name = "cifar10/resnet20_1w1a"
-    case = weights.read("inference")[f"{name}/stage{stage}"]
+@pytest.mark.parametrize("name", available())
+def test_names_shapes_and_logits_are_the_official_ones(name, stage):
+    case = weights.read("inference")[name]
+    network = network_of(name, stage).eval()
+    shapes = {key: list(value.shape) for key, value in network.state_dict().items()}
+    assert list(shapes.items()) == list(case["shapes"].items())
+    count = 1 if name.startswith("imagenet/") else 4
     with torch.no_grad():
-        images = torch.from_numpy(weights.images(name, 4, 32)).double()
-        logits = network_of(case, stage).eval()(images)
-    expected = torch.tensor(case["logits"], dtype=torch.float64)
+        images = torch.from_numpy(weights.images(name, 4, network.input_shape[1]))[:count]
+        logits = network(images.double())[:, :: case["every"]]
+    expected = torch.tensor(case["logits"][f"stage{stage}"], dtype=torch.float64)[:count]
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_three_training_steps_are_the_official_ones(stage):
     case = weights.read("training")[f"resnet20_1w1a/stage{stage}"]
-    network = network_of(case, stage).train()
+    network = network_of("cifar10/resnet20_1w1a", stage).train()
+    assert {name: list(value.shape) for name, value in network.state_dict().items()} == case[
+        "shapes"
+    ]
     set_tau(network, case["tau"])
     settings = {key: case[key] for key in ("lr", "momentum", "weight_decay")}
     optimizer = torch.optim.SGD(network.parameters(), **settings)

@@ -6,31 +6,41 @@ from biper_engine.models import available, build
 from biper_engine.models.registry import state_dict_shapes
 from biper_engine.nn import BinaryConv2d, binary_layers
 
-NAMES = ("cifar10/resnet20_1w1a", "cifar10/resnet18_1w1a", "cifar10/vgg_small_1w1a")
+# Binary layers of each network.
+BINARY = {
+    "cifar10/resnet20_1w1a": 18,
+    "cifar10/resnet20_1w32a": 18,
+    "cifar10/resnet18_1w1a": 16,
+    "cifar10/resnet18A_1w1a": 16,
+    "cifar10/resnet18B_1w1a": 16,
+    "cifar10/resnet18C_1w1a": 16,
+    "cifar10/vgg_small_1w1a": 5,
+    "imagenet/resnet18_1w1a": 16,
+    "imagenet/resnet34_1w1a": 32,
+    "imagenet/mobilenet_1w1a": 39,
+}
 
 
-@pytest.mark.parametrize(("name", "binary"), list(zip(NAMES, (18, 16, 5), strict=True)))
-def test_networks_have_their_binary_convolutions_and_logits(name, binary):
+@pytest.mark.parametrize("name", BINARY)
+def test_networks_have_their_binary_convolutions_and_logits(name):
     network = build(name, num_classes=7).eval()
     with torch.no_grad():
         logits = network(torch.zeros(1, *network.input_shape))
     assert logits.shape == (1, 7)
-    assert len(list(binary_layers(network))) == binary
+    assert len(list(binary_layers(network))) == BINARY[name]
+    assert state_dict_shapes(name, 7).keys() == network.state_dict().keys()
 
 
-def test_resnet18_and_vgg_have_the_official_names():
-    resnet, vgg = (state_dict_shapes(name, 10) for name in NAMES[1:])
-    assert resnet["layer4.0.conv1.weight"] == (512, 256, 3, 3)
-    assert resnet["layer2.1.conv2.alpha"] == (128, 1, 1)
-    assert resnet["bn2.running_var"] == (512,)
-    assert resnet["linear.weight"] == (10, 512)
-    assert not any("shortcut" in key for key in resnet)
-    assert vgg["conv0.weight"] == (128, 3, 3, 3)
-    assert vgg["conv5.beta"] == (512, 1, 1)
-    assert vgg["bn3.bias"] == (256,)
-    assert vgg["fc.weight"] == (10, 8192)
-    assert len(resnet) == 1 + 16 * 4 + (1 + 16 + 1) * 5 + 2
-    assert len(vgg) == 1 + 5 * 4 + 6 * 5 + 2
+def test_networks_of_imagenet_know_its_images():
+    metadata = build("imagenet/mobilenet_1w1a").metadata
+    assert metadata.input_size == (3, 224, 224)
+    assert (metadata.interpolation, metadata.crop_pct) == ("bilinear", 0.875)
+
+
+def test_fresh_weights_have_a_sign(monkeypatch):
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", torch.nn.init.zeros_)
+    layers = [layer for _, layer in binary_layers(build("cifar10/resnet20_1w1a"))]
+    assert all(bool((layer.quantized_weight() == 1).all()) for layer in layers)
 
 
 def test_build_says_what_it_built():
@@ -57,12 +67,18 @@ def test_option_a_shortcut_centres_the_input_channels():
     assert y.tolist() == [0.0] * 8 + list(range(16)) + [0.0] * 8
 
 
+def test_option_a_shortcut_adds_no_channels_where_none_are_missing():
+    block = build("cifar10/resnet18A_1w1a").layer2[0]
+    x = torch.arange(4.0).view(1, 1, 2, 2).expand(1, 32, 2, 2)
+    assert torch.equal(block.shortcut(x), torch.full((1, 32, 1, 1), 1.5))
+
+
 def test_unknown_name_lists_the_known_ones_and_the_closest():
     with pytest.raises(ValueError, match="Unknown network") as caught:
         build("cifar10/resnet20_1w1")
     assert "Did you mean 'cifar10/resnet20_1w1a'?" in str(caught.value)
     assert all(name in str(caught.value) for name in available())
-    assert available() == NAMES
+    assert available() == tuple(BINARY)
 
 
 def test_num_classes_below_one_is_refused():

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from biper_engine.nn import BinaryConv2d, BinaryLinear, binary_layers, regularizer, set_tau
+from biper_engine.nn import (
+    BinaryConv2d,
+    BinaryLinear,
+    BinaryWeightConv2d,
+    binary_layers,
+    regularizer,
+    set_tau,
+)
 
 
 def quantized(weight, stage, frequency=20.0):
@@ -40,16 +47,30 @@ def test_linear_is_its_equation_in_both_modes(stage):
     assert torch.equal(linear.train()(x), expected)
 
 
-def test_state_dict_has_the_official_names_and_shapes():
-    conv, linear = BinaryConv2d(4, 6, 3), BinaryLinear(4, 6)
-    shapes = {name: tuple(value.shape) for name, value in conv.state_dict().items()}
-    assert shapes == {"weight": (6, 4, 3, 3), "alpha": (6, 1, 1), "beta": (6, 1, 1), "tau": ()}
-    assert list(shapes) == ["weight", "alpha", "beta", "tau"]
-    assert linear.alpha.shape == linear.beta.shape == (6,)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_layer_of_binary_weights_alone_is_its_equation_in_both_modes(stage):
+    torch.manual_seed(0)
+    conv = BinaryWeightConv2d(4, 6, 3, stride=2, padding=1, stage=stage)
+    x = torch.randn(2, 4, 7, 7)
+    weight = quantized(conv.weight, stage)
+    expected = F.conv2d(x, weight, None, stride=2, padding=1) * conv.alpha
+    assert torch.equal(conv.eval()(x), expected)
+    assert torch.equal(conv.train()(x), expected)
+    assert list(binary_layers(conv)) == [("", conv)]
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_state_dict_has_the_official_names_and_shapes(beta):
+    conv, linear = BinaryConv2d(4, 6, 3, beta=beta), BinaryLinear(4, 6)
+    shapes = [(name, tuple(value.shape)) for name, value in conv.state_dict().items()]
+    unused = [("beta", (6, 1, 1))] if beta else []
+    assert shapes == [("weight", (6, 4, 3, 3)), ("alpha", (6, 1, 1)), *unused, ("tau", ())]
+    assert list(linear.state_dict()) == ["weight", "alpha", "tau"]
+    assert linear.alpha.shape == (6,)
 
 
 def test_beta_takes_no_part():
-    conv = BinaryConv2d(4, 6, 3)
+    conv = BinaryConv2d(4, 6, 3, beta=True)
     conv(torch.randn(2, 4, 5, 5)).sum().backward()
     assert not conv.beta.requires_grad
     assert conv.beta.grad is None

@@ -1,8 +1,7 @@
-"""Every backend in turn, random operands, and an exact fused multiply-add."""
+"""What the tests of operators share: random operands, and an exact fused multiply-add."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -11,76 +10,13 @@ import torch
 from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.backends import PREFERENCE, backends, by_name, use_backend
+from biper_engine.ops.backends import by_name
 from tests.ops.matrix import Operands
-
-DEVICES = {
-    "cuda": ("cuda",),
-    "triton": ("cuda",),
-    "cpu": ("cpu",),
-    "reference": ("cpu", "cuda"),
-}
-CPU_ISAS = ("avx512", "avx2", "neon", "portable")
-
-
-def _runs() -> Iterator[Any]:
-    """Yield (backend, device, instruction set) in order of preference."""
-    for name in PREFERENCE:
-        for device in DEVICES[name]:
-            for isa in CPU_ISAS if name == "cpu" else (None,):
-                parts = (name, device if len(DEVICES[name]) > 1 else None, isa)
-                yield pytest.param((name, device, isa), id="-".join(filter(None, parts)))
-
-
-@contextmanager
-def _isa(name: str | None) -> Iterator[None]:
-    """Run the cpu backend's kernels for one instruction set; skip where the processor lacks it."""
-    if name is None:
-        yield
-        return
-    from biper_engine import _cpu
-
-    if name not in _cpu.usable_isas():
-        pytest.skip(f"cpu: this build or processor has no {name}")
-    before = _cpu.isa()
-    _cpu.select_isa(name)
-    try:
-        yield
-    finally:
-        _cpu.select_isa(before)
 
 
 @pytest.fixture(autouse=True)
 def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIPER_BACKEND", raising=False)
-
-
-@pytest.fixture(params=_runs())
-def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.device]]:
-    """Force every backend in turn; give its name and the device that it runs on.
-
-    The cpu backend comes once for every instruction set.
-    """
-    name, device, isa = request.param
-    reason = {info.name: info.reason for info in backends()}[name]
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{name} on {device}: no CUDA GPU")
-    with _isa(isa), use_backend(name):
-        yield name, torch.device(device)
-
-
-@pytest.fixture
-def backend(run: tuple[str, torch.device]) -> str:
-    """Name of the forced backend."""
-    return run[0]
-
-
-@pytest.fixture
-def device(run: tuple[str, torch.device]) -> torch.device:
-    """Device that the forced backend runs on."""
-    return run[1]
 
 
 @pytest.fixture

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from biper_engine.models import load_checkpoint
-from biper_engine.training import RunOptions, StageConfig, TrainingConfig, data, fit
+from biper_engine.training import (
+    RunOptions,
+    StageConfig,
+    TrainingConfig,
+    data,
+    export_official,
+    fit,
+)
 from biper_engine.training.module import StageModule, augment, learning_rate_factor
 
 QUIET = RunOptions(progress_bar=False, accelerator="cpu")
@@ -144,6 +151,26 @@ def test_unknown_dataset_and_network_are_refused_before_anything_is_written(tmp_
     with pytest.raises(ValueError, match="Unknown network 'resnet'"):
         fit(TrainingConfig(architecture="resnet"), output_dir=tmp_path / "a", options=QUIET)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_network_for_images_of_another_size_is_refused_before_anything_is_written(tmp_path):
+    config = TrainingConfig(architecture="imagenet/resnet18_1w1a")
+    with pytest.raises(ValueError, match=r"takes images of 3x224x224.*'digits' are 3x32x32.*cifar"):
+        fit(config, output_dir=tmp_path / "a", options=QUIET)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_finished_run_can_be_exported_for_the_official_code(uninterrupted):
+    paths = export_official(uninterrupted)
+    for path, stage in zip(paths, (uninterrupted.stage1, uninterrupted.stage2), strict=True):
+        exported, own = load_checkpoint(path), load_checkpoint(stage.path)
+        assert exported.provenance == own.provenance
+        assert same(own.state_dict(), exported.state_dict())
+        contents = torch.load(path, weights_only=True)
+        assert contents["best_prec1"] == pytest.approx(100 * stage.test_accuracy)
+    assert [path.parent.name for path in paths] == ["stage1", "stage2"]
+    lines = (paths[1].parent / "config.txt").read_text().splitlines()
+    assert {"dataset:  digits", "tau:  0.03", "lr:  0.02", "stage2:  True"} <= set(lines)
 
 
 @pytest.mark.parametrize("name", ["lightning", "sklearn"])

@@ -6,60 +6,79 @@ official cifar10/models_cifar/resnet.py (ResNet-20) and resnet2.py (ResNet-18).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biper_engine.models.network import Network
-from biper_engine.nn import BinaryConv2d
+from biper_engine.nn import BinaryConv2d, BinaryWeightConv2d
 
-__all__ = ["ResNet18", "ResNet20"]
+__all__ = ["ResNet18", "ResNet20", "ResNet20BinaryWeights"]
 
 
 class PaddingShortcut(nn.Module):
     """Option A of the ResNet paper: halve the map by averaging, add zero channels on both sides.
 
-    Input channel c lands at channel c + out_channels // 4, not c.
+    Input channel c lands at channel c + out_channels // 4 if channels are added, else at c.
     """
 
-    def __init__(self, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.padding = out_channels // 4
+        self.padding = 0 if in_channels == out_channels else out_channels // 4
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, self.padding, self.padding))
+        halved = F.avg_pool2d(x, 2)
+        if not self.padding:
+            return halved
+        return F.pad(halved, (0, 0, 0, 0, self.padding, self.padding))
 
 
 class _Block(nn.Module):
-    """Two binary 3x3 convolutions, each with BatchNorm, and the parameters of both block kinds."""
+    """Two 3x3 convolutions, each with BatchNorm, and the parameters of every block kind."""
+
+    convolution: type[BinaryConv2d] = BinaryConv2d
+    beta = True  # official checkpoints of networks with binary activations have it
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, *, frequency: float, stage: int
     ) -> None:
         super().__init__()
-        self.conv1 = BinaryConv2d(
-            in_channels, channels, 3, stride, padding=1, frequency=frequency, stage=stage
-        )
+        settings: dict[str, Any] = {
+            "padding": 1,
+            "frequency": frequency,
+            "stage": stage,
+            "beta": self.beta,
+        }
+        self.conv1 = self.convolution(in_channels, channels, 3, stride, **settings)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = BinaryConv2d(
-            channels, channels, 3, padding=1, frequency=frequency, stage=stage
-        )
+        self.conv2 = self.convolution(channels, channels, 3, **settings)
         self.bn2 = nn.BatchNorm2d(channels)
         changes_shape = stride != 1 or in_channels != channels
-        self.shortcut = PaddingShortcut(channels) if changes_shape else nn.Identity()
+        self.shortcut = PaddingShortcut(in_channels, channels) if changes_shape else nn.Identity()
 
 
 class DenseShortcutBlock(_Block):
     """A shortcut around every convolution, as in Bi-Real Net; used by ResNet-20."""
 
+    activation: Callable[..., Tensor] = staticmethod(F.hardtanh)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
         y += self.shortcut(x)
-        y = F.hardtanh(y, inplace=True)
+        y = self.activation(y, inplace=True)
         z = self.bn2(self.conv2(y))
         z += y
-        return F.hardtanh(z, inplace=True)
+        return self.activation(z, inplace=True)
+
+
+class BinaryWeightBlock(DenseShortcutBlock):
+    """The same with real activations, after ReLU: W1A32."""
+
+    convolution = BinaryWeightConv2d
+    beta = False
+    activation = staticmethod(F.relu)
 
 
 class BasicBlock(_Block):
@@ -102,12 +121,14 @@ def _initialize(network: nn.Module) -> None:
 class ResNet20(Network):
     """16, 32 and 64 channels, three blocks each; hardtanh after the first BatchNorm."""
 
+    block: type[DenseShortcutBlock] = DenseShortcutBlock
+
     def __init__(self, num_classes: int = 10, *, frequency: float = 20.0, stage: int = 2) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1, self.layer2, self.layer3 = _layers(
-            DenseShortcutBlock, (16, 32, 64), 3, frequency=frequency, stage=stage
+            self.block, (16, 32, 64), 3, frequency=frequency, stage=stage
         )
         self.bn2 = nn.BatchNorm1d(64)
         self.linear = nn.Linear(64, num_classes)
@@ -115,25 +136,43 @@ class ResNet20(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes] for images [N, 3, 32, 32]."""
-        x = F.hardtanh(self.bn1(self.conv1(x)), inplace=True)
+        x = self.block.activation(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.avg_pool2d(x, x.size(3)).flatten(1)
         logits: Tensor = self.linear(self.bn2(x))
         return logits
 
 
-class ResNet18(Network):
-    """64 to 512 channels, two blocks each; no hardtanh after the first BatchNorm."""
+class ResNet20BinaryWeights(ResNet20):
+    """ResNet-20 with binary weights and real activations, W1A32; ReLU in place of hardtanh."""
 
-    def __init__(self, num_classes: int = 10, *, frequency: float = 20.0, stage: int = 2) -> None:
+    block = BinaryWeightBlock
+
+
+class ResNet18(Network):
+    """Two blocks per width; no hardtanh after the first BatchNorm.
+
+    Args:
+        widths: channels of the four layers; the official code's A, B, C and full width differ in
+            nothing else.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        *,
+        widths: tuple[int, int, int, int] = (64, 128, 256, 512),
+        frequency: float = 20.0,
+        stage: int = 2,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
         self.layer1, self.layer2, self.layer3, self.layer4 = _layers(
-            BasicBlock, (64, 128, 256, 512), 2, frequency=frequency, stage=stage
+            BasicBlock, widths, 2, frequency=frequency, stage=stage
         )
-        self.linear = nn.Linear(512, num_classes)
-        self.bn2 = nn.BatchNorm1d(512)
+        self.linear = nn.Linear(widths[-1], num_classes)
+        self.bn2 = nn.BatchNorm1d(widths[-1])
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""Shapes without data: the rules of ours say what PyTorch's say."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from biper_engine.serialization import shapes
+from biper_engine.serialization.shapes import call_without_data
+from tests.networks_by_hand import classifier
+
+aten = torch.ops.aten
+
+
+def blank(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+X, F64 = blank(2, 6, 9, 8), blank(2, 6, 9, 8, dtype=torch.float64)
+INT = blank(2, 6, 9, 8, dtype=torch.int32)
+V = [blank(6) for _ in range(4)]
+WEIGHT = blank(4, 3, 3, 2)
+
+CALLS: list[tuple[Any, tuple[Any, ...]]] = [
+    (aten.hardtanh.default, (X,)),
+    (aten.hardtanh.default, (F64, -2, 3)),
+    (aten.hardtanh.default, (INT, -2, 3)),
+    (aten.clamp.default, (X, -1.0, 1.0)),
+    (aten.clamp.default, (X, 0.5)),
+    (aten.clamp.default, (X,)),
+    (aten.relu.default, (F64,)),
+    (aten.leaky_relu.default, (X, 0.3)),
+    (aten.sigmoid.default, (X,)),
+    (aten.sigmoid.default, (INT,)),
+    (aten.add.Tensor, (X, X)),
+    (aten.add.Tensor, (X, F64)),
+    (aten.add.Tensor, (X, blank(6, 1, 1))),
+    (aten.add.Tensor, (X, blank(5, 1, 1))),
+    (aten.sub.Tensor, (X, 2.0)),
+    (aten.mul.Tensor, (X, V[0])),
+    (aten.mul.Tensor, (X, X)),
+    (aten.conv2d.default, (X, WEIGHT, blank(4), [2, 1], [1, 0], [1, 2], 2)),
+    (aten.conv2d.default, (X, WEIGHT, None, [1, 1], [0, 0], [1, 1], 1)),
+    (aten.conv2d.default, (X, WEIGHT, blank(3), [1, 1], [0, 0], [1, 1], 2)),
+    (aten.conv2d.default, (X, WEIGHT, None, [0, 1], [0, 0], [1, 1], 2)),
+    (aten.conv2d.default, (X, WEIGHT, None, [1, 1], [0, 0], [9, 1], 2)),
+    (aten.conv2d.default, (X, WEIGHT.double(), None, [1, 1], [0, 0], [1, 1], 2)),
+    (aten.conv2d.default, (X, WEIGHT, None, [2], [1], [1], 2)),
+    (aten.linear.default, (blank(2, 5), blank(3, 5), blank(3))),
+    (aten.linear.default, (blank(2, 7, 5), blank(3, 5))),
+    (aten.linear.default, (blank(2, 4), blank(3, 5))),
+    (aten.linear.default, (blank(2, 5), blank(3, 5), blank(4))),
+    (aten.batch_norm.default, (X, *V, False, 0.1, 1e-5, False)),
+    (aten.batch_norm.default, (X, None, None, *V[2:], False, 0.1, 1e-5, False)),
+    (aten.batch_norm.default, (X, *V[:3], blank(5), False, 0.1, 1e-5, False)),
+    (aten.max_pool2d.default, (X, [2, 2], [2, 2], [0, 0], [1, 1], False)),
+    (aten.max_pool2d.default, (X, [3], [2], [1], [1], True)),
+    (aten.max_pool2d.default, (X, [3, 3], [1, 1], [0, 0], [2, 2], False)),
+    (aten.max_pool2d.default, (X, [10, 3])),
+    (aten.max_pool2d.default, (X, [2, 2], [2, 2], [2, 2])),
+    (aten.avg_pool2d.default, (X, [2, 2])),
+    (aten.avg_pool2d.default, (X, [2, 2], [2, 2], [0, 0], True, False)),
+    (aten.avg_pool2d.default, (X, [2, 2], [], [0, 0], False, True, 3)),
+    (aten.avg_pool2d.default, (X, [2, 2], [0, 1])),
+    (aten.mean.dim, (X, [-1, -2], True)),
+    (aten.mean.dim, (X, [1])),
+    (aten.mean.dim, (X, [4])),
+    (aten.mean.dim, (X, [1, -3])),
+    (aten.mean.dim, (X, [])),
+    (aten._adaptive_avg_pool2d.default, (X, [1, 1])),
+    (aten._adaptive_avg_pool2d.default, (X, [3, 20])),
+    (aten._adaptive_avg_pool2d.default, (X, [3])),
+]  # fmt: skip
+
+
+def outcome(target: Any, args: tuple[Any, ...]) -> Any:
+    """Return dtype and shape of a result, or that there is none."""
+    try:
+        result = target(*args)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ArithmeticError):
+        return None
+    return result.dtype, tuple(result.shape)
+
+
+@pytest.mark.parametrize(("target", "args"), CALLS)
+def test_a_call_has_the_shape_that_pytorch_gives_it_or_is_refused(
+    target: Any, args: tuple[Any, ...]
+) -> None:
+    assert outcome(lambda *a: call_without_data(target, a, {}), args) == outcome(target, args)
+
+
+def test_every_rule_is_tried_and_gives_an_answer() -> None:
+    answered = set()
+    for target, args in CALLS:
+        values = shapes._with_defaults(target, args, {})
+        if isinstance(values[0], Tensor) and values[0].is_floating_point():
+            answered |= {target} if shapes._RULES[target](*values) is not None else set()
+    assert answered == set(shapes._RULES)
+
+
+@given(
+    size=st.integers(1, 12),
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 4),
+    padding=st.integers(0, 2),
+    ceil_mode=st.booleans(),
+    target=st.sampled_from([aten.avg_pool2d.default, aten.max_pool2d.default]),
+)
+def test_pools_end_where_pytorch_ends_them(
+    size: int, kernel: int, stride: int, padding: int, ceil_mode: bool, target: Any
+) -> None:
+    args = (blank(1, 2, size, 7), [kernel, 2], [stride, 1], [padding, 0])
+    options = ([1, 1], ceil_mode) if target is aten.max_pool2d.default else (ceil_mode,)
+    call = (*args, *options)
+    assert outcome(lambda *a: call_without_data(target, a, {}), call) == outcome(target, call)
+
+
+def test_loading_imports_no_compiler(tmp_path: Path) -> None:
+    """PyTorch's rules would import SymPy and Dynamo: seconds for milliseconds of work."""
+    classifier().save(tmp_path / "net.biper")
+    code = (
+        "import sys, biper_engine\n"
+        f"biper_engine.load({str(tmp_path / 'net.biper')!r})\n"
+        "loaded = {'sympy', 'torch._dynamo'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {loaded}' if loaded else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
