@@ -164,5 +164,5 @@ def summary(report: ConversionReport, file_bytes: int, verified: VerifyReport | 
         return f"{sizes}, not compared with the model"
     return (
         f"{sizes}, {verified.layers_equal}/{verified.layers} layers equal, "
-        f"logit error {verified.logit_error:.1e}"
+        f"logit error {verified.logit_error:.1e} (relative {verified.relative_error:.1e})"
     )

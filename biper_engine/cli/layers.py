@@ -48,5 +48,16 @@ def _bytes(row: LayerReport) -> str:
 
 
 def float_reasons(report: ConversionReport) -> list[str]:
-    """Return a line for every layer that stays float."""
-    return [f"{row.name} stays float: {row.reason}" for row in report.layers if not row.packed]
+    """Return a line for every reason why layers stay float."""
+    names: dict[str, list[str]] = {}
+    for row in report.layers:
+        if not row.packed:
+            names.setdefault(row.reason, []).append(row.name)
+    return [f"{_listed(layers)} float: {reason}" for reason, layers in names.items()]
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} stays"
+    shown = names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]
+    return f"{', '.join(shown[:-1])} and {shown[-1]} stay"

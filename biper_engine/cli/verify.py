@@ -118,6 +118,8 @@ def _alone(
 
 def _verdict(operators: BackendReport, proof: ProofReport) -> str:
     if operators.ok and proof.bit_identical:
+        if not operators.nodes:
+            return "no layer runs on bits; the proof's outputs are as recorded, bit by bit"
         ran = ", ".join(sorted({node.backend for node in operators.nodes}))
         return (
             f"bit-identical on backend {ran}: {len(operators.nodes)} of {len(operators.nodes)} "

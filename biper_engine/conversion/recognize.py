@@ -115,7 +115,8 @@ def _layer(
     if any(fnmatchcase(path, pattern) or fnmatchcase(name, pattern) for pattern in keep_float):
         return replace(row, reason="kept by `keep_float`")
     if isinstance(split, str) or isinstance(operand, str):
-        clauses = [f"its input {operand}"] if isinstance(operand, str) else []
+        weight_alone = "its weight is binary, but " if binary_weight else ""
+        clauses = [f"{weight_alone}its input {operand}"] if isinstance(operand, str) else []
         clauses += [f"its weight {split}"] if isinstance(split, str) else []
         ternary = isinstance(split, str) and "exactly 0" in split
         return replace(row, reason=", ".join(clauses), binary=row.binary or ternary)

@@ -31,6 +31,7 @@ aten = torch.ops.aten
 
 MAX_CONE = 64
 EXTREME = 1e30
+NEGLIGIBLE = 2.0**-60
 
 _ELEMENTWISE_NAMES = """
     abs add bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min
@@ -319,9 +320,12 @@ def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
     """Whether what computes the source sits at the step on a whole interval, as ReLU does."""
     larger: _Cone | None = cone
     while larger is not None:
-        third = _third_values(larger, rule, _probes(larger.channels))
+        probes = _probes(larger.channels)
+        third = _third_values(larger, rule, probes)
         if third is None:
             return False
+        # Scales take what is smaller still to 0, by underflow: no interval that a map rests on.
+        third &= (probes == 0) | (probes.abs() >= NEGLIGIBLE)
         if int(third.sum(0).max()) > 3:  # -0.0, 0.0 and the grid's 0.0 are one point
             return True
         largest, larger = larger, larger.extended()

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from biper_engine.errors import CheckpointError
+from biper_engine.files import write_atomically
 from biper_engine.metadata import Metadata
 from biper_engine.models.network import Network
 from biper_engine.models.registry import architecture, available, build, state_dict_shapes
@@ -43,7 +43,6 @@ __all__ = [
     "load_checkpoint",
     "network_name",
     "save_checkpoint",
-    "write_atomically",
 ]
 
 _T = TypeVar("_T", float, int)
@@ -137,8 +136,7 @@ def save_checkpoint(
 ) -> None:
     """Write a network of `build` to a file that `load_checkpoint` reads.
 
-    The file appears whole or not at all: it is written under a temporary name in the same
-    directory, synced, and renamed over `path`.
+    The file appears whole or not at all.
 
     Args:
         path: file to write; an existing one is replaced.
@@ -166,7 +164,7 @@ def save_checkpoint(
         "config": json.loads(json.dumps(dict(config or {}))),
         "metrics": json.loads(json.dumps(dict(metrics or {}))),
     }
-    write_atomically(Path(path), contents)
+    write_atomically(path, lambda file: torch.save(contents, file))
 
 
 def _read(path: str) -> _Contents:
@@ -379,20 +377,3 @@ def common_settings(model: nn.Module) -> tuple[float, int]:
             f"`model` mixes (frequency, stage) pairs: {sorted(settings)}; a checkpoint stores one."
         )
     return settings.pop()
-
-
-def write_atomically(path: Path, contents: Mapping[str, Any] | bytes) -> None:
-    """Write bytes, or by `torch.save` a dict, to a file that appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if isinstance(contents, bytes):
-                file.write(contents)
-            else:
-                torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -9,9 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from biper_engine.models.checkpoints import common_settings, network_name, write_atomically
+from biper_engine.files import write_atomically
+from biper_engine.models.checkpoints import common_settings, network_name
 from biper_engine.models.torch_file import CONFIG_NAME
 
 __all__ = ["export_official"]
@@ -71,6 +73,7 @@ def export_official(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _CHECKPOINT_NAME
-    write_atomically(folder / CONFIG_NAME, f"{datetime.now()}\n\n{text}".encode())
-    write_atomically(path, contents)
+    config = f"{datetime.now()}\n\n{text}".encode()
+    write_atomically(folder / CONFIG_NAME, lambda file: file.write(config))
+    write_atomically(path, lambda file: torch.save(contents, file))
     return path

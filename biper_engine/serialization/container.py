@@ -8,12 +8,10 @@ whole file with the sum's own 64 digits written as zeros, so that it covers ever
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from safetensors.torch import save as _to_safetensors
 from torch import Tensor
 
 from biper_engine.errors import FileFormatError
+from biper_engine.files import write_atomically
 
 __all__ = ["FORMAT", "read", "write"]
 
@@ -93,7 +92,8 @@ def write(
         raise FileFormatError("The engine cannot be saved: `sha256` occurs twice in its header.")
     start, end = matches[0].span(1)
     digest = hashlib.sha256(blob).hexdigest().encode()
-    _write_atomically(Path(os.path.realpath(path)), blob[:start] + digest + blob[end:])
+    sealed = blob[:start] + digest + blob[end:]
+    write_atomically(path, lambda file: file.write(sealed))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,34 +107,6 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
     }
-
-
-def _write_atomically(path: Path, blob: bytes) -> None:
-    # O_EXCL, 0o666: a new file with the user's own permissions, which tempfile would narrow.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open directories
-        return
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Some network file systems refuse; the file itself is complete and in place.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

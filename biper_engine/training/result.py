@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from biper_engine.files import write_atomically
 
 __all__ = ["StageResult", "TrainingResult", "read_json", "write_json"]
 
@@ -75,6 +76,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object so that `path` is never half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

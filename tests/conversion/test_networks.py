@@ -129,13 +129,14 @@ def test_the_float_operators_are_the_fewest_possible() -> None:
     assert names == [*stem, *["aten.conv2d.default"] * 3, *tail]
 
 
-@pytest.mark.parametrize("name", ["cifar10/resnet20_1w1a", "imagenet/resnet18_1w1a"])
+@pytest.mark.parametrize("name", ["cifar10/resnet18A_1w1a", "imagenet/resnet18_1w1a"])
 def test_a_fresh_network_and_a_zero_image(name: str) -> None:
     """BatchNorm without an offset makes zeros of zeros; of ImageNet's, the scales are 1e-8."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build(name).eval()
     engine = convert(model, check=False)
+    assert engine.report.packed == PACKED[name]
     images = torch.cat([torch.zeros(1, *model.input_shape), images_of(name)[:1]])
     for image in images.split(1):
         report = verify(engine, model, image)

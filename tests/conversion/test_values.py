@@ -125,6 +125,7 @@ def test_a_channel_that_never_changes_has_an_infinite_threshold() -> None:
         (lambda self, x: torch.sign(F.hardtanh(x, 0, 6)), "rests at 0"),
         (lambda self, x: torch.sign(x.round()), "rests at 0"),
         (lambda self, x: torch.sign(F.softshrink(x, 0.1)), "rests at 0|float map"),
+        (lambda self, x: torch.sign(F.relu(x) * 1e-8), "rests at 0"),
         (lambda self, x: F.relu(x), "a ReLU"),
         (lambda self, x: x + x.mean(), "a sum"),
         (lambda self, x: F.hardtanh(x), "a clamp"),
@@ -155,6 +156,14 @@ def test_a_relu_far_from_the_step_does_no_harm(run: Callable[..., Tensor]) -> No
         torch.manual_seed(0)
         lived_in(norm)
     assert isinstance(step_of(run, norm=norm), StepRule)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1e-8, 1e-20])
+def test_what_underflows_before_a_sign_is_no_rest(scale: float) -> None:
+    """BatchNorm's first weight in BiPer's ImageNet networks is 1e-8, its offset 0."""
+    found = step_of(lambda self, x: torch.sign(F.hardtanh(x * 1e-2 * scale)))
+    assert isinstance(found, StepRule)
+    assert bool((found.threshold == 0).all())
 
 
 def test_a_threshold_that_widens_its_input_is_no_step_of_it() -> None:

@@ -1,0 +1,76 @@
+"""Print the tables of docs/networks.md, in Markdown.
+
+    python docs/tables.py
+
+tests/test_docs.py holds the page to them.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import biper_engine
+from biper_engine.models import registry
+
+FOOTPRINT = Path(__file__).resolve().parent.parent / "benchmarks/results/footprint-epyc-zen4.json"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def head(*cells: str) -> list[str]:
+    return [row(*cells), row("---", *["--:"] * (len(cells) - 1))]
+
+
+def network(name: str) -> str:
+    """Return the row of one network, which is converted to find out."""
+    entry = registry.architecture(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", biper_engine.UnconvertedWarning)
+        report = biper_engine.convert(biper_engine.models.build(name), check=False).report
+    binary = sum(layer.binary_weight for layer in report.layers)
+    top1 = entry.reported_top1
+    return row(
+        f"`{name}`",
+        f"{report.packed} of {binary}",
+        f"{report.binary_macs / 1e6:,.1f} M",
+        f"{report.float_macs / 1e6:,.1f} M",
+        f"{report.bytes_before:,}",
+        f"{report.bytes_after:,}",
+        f"{report.bytes_before / report.bytes_after:.1f}x",
+        "not reported" if top1 is None else f"{top1:.2f} %",
+    )
+
+
+def networks() -> str:
+    """Return the table of all networks."""
+    columns = (
+        "binary layers packed",
+        "MACs on bits",
+        "MACs in float",
+        "float bytes",
+        "engine bytes",
+    )
+    lines = head("network", *columns, "smaller by", "top-1 as reported")
+    return "\n".join([*lines, *map(network, biper_engine.models.available())])
+
+
+def footprint() -> str:
+    """Return the table of what was measured by benchmarks/footprint.py."""
+    measured: dict[str, Any] = json.loads(FOOTPRINT.read_text(encoding="utf-8"))
+    lines = head(measured["network"], "float network", "engine")
+    rows = {
+        "converted, compared with the network": ("", f"{measured['convert_seconds']:.1f} s"),
+        "file": (f"{measured['float_bytes']:,} bytes", f"{measured['file_bytes']:,} bytes"),
+        "loaded from a file": ("", f"{measured['load_seconds']:.3f} s"),
+        "memory of a batch-1 run": tuple(
+            f"{measured['run_bytes'][who] / 2**20:.0f} MiB" for who in ("float", "engine")
+        ),
+    }
+    return "\n".join([*lines, *(row(name, *cells) for name, cells in rows.items())])
+
+
+if __name__ == "__main__":
+    print(networks(), footprint(), sep="\n\n")
