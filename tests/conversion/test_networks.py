@@ -110,11 +110,11 @@ def test_an_engine_knows_what_its_network_knows() -> None:
 
 def test_binary_weights_alone_stay_float_and_the_report_says_why() -> None:
     model = model_of("cifar10/resnet20_1w32a")
-    with pytest.warns(UnconvertedWarning, match=r"18 binary layer\(s\).*its input is a ReLU"):
+    with pytest.warns(UnconvertedWarning, match=r"18 binary layer\(s\).*binary, but its input is a ReLU"):
         engine = convert(model)
     rows = {row.name: row for row in engine.report.layers}
     assert sum(row.binary_weight for row in rows.values()) == 18
-    assert rows["layer3.2.conv2"].reason == "its input is a ReLU"
+    assert rows["layer3.2.conv2"].reason == "its weight is binary, but its input is a ReLU"
     assert not rows["linear"].binary_weight
     with pytest.raises(ConversionError, match="18 binary layer"):
         convert(model, unconverted="raise")
@@ -142,4 +142,4 @@ def test_a_fresh_network_and_a_zero_image(name: str) -> None:
         report = verify(engine, model, image)
         assert report.ok, report.table()
         assert report.exact_zeros > 0 or bool(image.any())
-    assert f"{report.exact_zeros:,}" in str(report)
+    assert f"{report.exact_zeros} exact zeros" in str(report)
