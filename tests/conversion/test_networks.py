@@ -110,7 +110,9 @@ def test_an_engine_knows_what_its_network_knows() -> None:
 
 def test_binary_weights_alone_stay_float_and_the_report_says_why() -> None:
     model = model_of("cifar10/resnet20_1w32a")
-    with pytest.warns(UnconvertedWarning, match=r"18 binary layer\(s\).*binary, but its input is a ReLU"):
+    with pytest.warns(
+        UnconvertedWarning, match=r"18 binary layer\(s\).*binary, but its input is a ReLU"
+    ):
         engine = convert(model)
     rows = {row.name: row for row in engine.report.layers}
     assert sum(row.binary_weight for row in rows.values()) == 18
