@@ -17,6 +17,7 @@ from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport
 from biper_engine.runtime import (
     InputSpec,
+    Plan,
     PlanSlot,
     ProfileReport,
     Signature,
@@ -76,6 +77,7 @@ class Engine(nn.Module):
         self.options = dict(options or {})
         self.proof: Any = None
         self._plan = PlanSlot()
+        self._images = _images(signature)
         self._returns_tensor = signature.out_spec == pytree.tree_structure(0)
         self._refresh()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -93,6 +95,18 @@ class Engine(nn.Module):
                 "has no single `input_shape`; see `engine.signature.inputs`."
             )
         return tuple(size for size in self.signature.inputs[0].shape if size is not None)
+
+    @property
+    def execution(self) -> str:
+        """How calls run now, in a few words: as one native program, or operator by operator.
+
+        Raises:
+            BackendUnavailableError: a backend is forced that cannot run the network.
+        """
+        native = self._get_plan().native
+        if isinstance(native, str):
+            return f"operator by operator, since {native}"
+        return f"one native program of {len(native.steps)} steps"
 
     @property
     def device(self) -> torch.device | None:
@@ -117,10 +131,11 @@ class Engine(nn.Module):
         return pytree.tree_unflatten(outputs, self.signature.out_spec)
 
     def profile(self, *args: Any, rounds: int = 20, **kwargs: Any) -> ProfileReport:
-        """Run the network operator by operator, with a clock around each.
+        """Run the network with a clock around each step or operator.
 
-        The rows do not add up to the time of a call: what happens between operators is in none of
-        them, and the clock's own time is in each. Where the cpu backend ran a binary convolution,
+        Of a native program the rows are its steps. Of a network that runs operator by operator they
+        do not add up to the time of a call: what happens in between is in none of them, and the
+        clock's own time is in each. Where the cpu backend ran a binary convolution,
         the popcount peak of its cores is measured, too, in 0.1 s or so.
 
         Args:
@@ -135,7 +150,9 @@ class Engine(nn.Module):
         self.signature.check(inputs, self._device)
         kind = inputs[0].device.type if inputs else "cpu"
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            return profile(self.graph_module, inputs, self._device, rounds)
+            native = self._get_plan().native
+            program = None if isinstance(native, str) else native
+            return profile(self.graph_module, inputs, self._device, rounds, program)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.biper` file, atomically; `biper_engine.load` reads it.
@@ -172,7 +189,10 @@ class Engine(nn.Module):
         with torch.autocast(kind, enabled=False) if autocast else nullcontext():
             if torch.compiler.is_compiling() or _is_traced(inputs):
                 return self.graph_module.forward(*inputs)
-            return self._plan.get(self.graph_module, self._device)(*inputs)
+            return self._get_plan().run(*inputs)
+
+    def _get_plan(self) -> Plan:
+        return self._plan.get(self.graph_module, self._device, self._images)
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -214,6 +234,17 @@ class Engine(nn.Module):
         graph = state.pop("_portable_graph")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.graph_module = from_portable(graph).eval()
+
+
+def _images(signature: Signature) -> tuple[tuple[int, ...], ...] | None:
+    """Return the shape of one image of each input, None where an input is no float32 map."""
+    shapes = [spec.shape[1:] for spec in signature.inputs]
+    maps = [
+        tuple(size for size in shape if size is not None)
+        for spec, shape in zip(signature.inputs, shapes, strict=True)
+        if spec.dtype == torch.float32 and len(shape) == 3 and None not in shape
+    ]
+    return tuple(maps) if maps and len(maps) == len(shapes) else None
 
 
 def _after_load(engine: Engine, _incompatible_keys: Any) -> None:

@@ -31,7 +31,8 @@ def images() -> Tensor:
 
 
 def test_a_call_gives_what_the_graph_gives(engine: Engine, images: Tensor) -> None:
-    assert torch.equal(engine(images), engine.graph_module(images)[0])
+    # Native float layers round in another order than torch's.
+    torch.testing.assert_close(engine(images), engine.graph_module(images)[0])
 
 
 def test_an_empty_batch_gives_an_empty_result(engine: Engine, images: Tensor) -> None:
@@ -324,7 +325,7 @@ def test_a_plan_made_in_inference_mode_serves_later_calls(images: Tensor) -> Non
 def test_results_do_not_depend_on_the_backend_being_forced(engine: Engine, images: Tensor) -> None:
     expected = engine(images)
     with use_backend("reference"):
-        assert torch.allclose(engine(images), expected)
+        torch.testing.assert_close(engine(images), expected)
 
 
 # -- compilers ------------------------------------------------------------------------------------

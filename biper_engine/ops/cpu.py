@@ -82,7 +82,7 @@ def _torch_parallel_region() -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _native() -> Any:
+def native() -> Any:
     return _load()[0]
 
 
@@ -150,7 +150,7 @@ def thread_count() -> int:
     threads = torch.get_num_threads()
     if threads == 1:
         return 1
-    affinity: int = _native().affinity()
+    affinity: int = native().affinity()
     return max(1, min(threads, affinity, _cached_cgroup_limit()))
 
 
@@ -199,13 +199,13 @@ def _require_native() -> Any:
     from biper_engine.ops.backends import by_name
 
     by_name("cpu")
-    return _native()
+    return native()
 
 
 # -- calls ----------------------------------------------------------------------------------------
 
 
-def _memory(tensor: Tensor | None) -> tuple[int, int] | None:
+def memory(tensor: Tensor | None) -> tuple[int, int] | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.numel())
 
 
@@ -230,7 +230,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
+def geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
     return (
         *(geometry.in_channels, geometry.out_channels, geometry.groups),
         *(*geometry.kernel_size, *geometry.stride, *geometry.padding, *geometry.dilation),
@@ -239,6 +239,23 @@ def _geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
 
 def _pool_values(pool: Pool2dGeometry) -> tuple[int, ...]:
     return (*pool.kernel_size, *pool.stride, *pool.padding)
+
+
+def native_conv(
+    geometry: Conv2dGeometry, epilogue: Epilogue, prepacked: Tensor
+) -> tuple[Any, tuple[Any, ...]]:
+    """Return a native convolution, and what must live as long as it does."""
+    tensors = {name: value.contiguous() for name, value in epilogue.tensors().items()}
+    names = ("multiplier", "bias", "slope", "shift", "threshold", "sense", "pool_min")
+    conv = native().Conv(
+        geometry_values(geometry),
+        memory(prepacked),
+        pool=_pool_values(epilogue.pool),
+        clamp_min=epilogue.clamp_min,
+        clamp_max=epilogue.clamp_max,
+        **{name: memory(tensors.get(name)) for name in names},
+    )
+    return conv, (prepacked, tensors)
 
 
 class _Fused:
@@ -252,17 +269,7 @@ class _Fused:
         float_dtype: torch.dtype | None,
         want_bits: bool,
     ) -> None:
-        tensors = {name: value.contiguous() for name, value in epilogue.tensors().items()}
-        self._kept = (prepacked, tensors)  # the native object holds their addresses only
-        names = ("multiplier", "bias", "slope", "shift", "threshold", "sense", "pool_min")
-        self._conv = _native().Conv(
-            _geometry_values(geometry),
-            _memory(prepacked),
-            pool=_pool_values(epilogue.pool),
-            clamp_min=epilogue.clamp_min,
-            clamp_max=epilogue.clamp_max,
-            **{name: _memory(tensors.get(name)) for name in names},
-        )
+        self._conv, self._kept = native_conv(geometry, epilogue, prepacked)
         self._geometry = geometry
         self._pool = None if epilogue.pool.is_identity else epilogue.pool
         self._float_dtype = float_dtype
@@ -297,10 +304,10 @@ class _Fused:
             batch,
             height,
             width,
-            _memory(bits),
+            memory(bits),
             _float_memory(residual),
             _float_memory(floats),
-            _memory(packed),
+            memory(packed),
             thread_count(),
         )
         return floats, packed
@@ -320,26 +327,26 @@ class CpuBackend(Backend):
         return None if device.type == "cpu" else f"it runs on the CPU, the tensors are on {device}"
 
     def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:
-        return (_native().prepacked_words(_geometry_values(geometry)),), torch.int32
+        return (native().prepacked_words(geometry_values(geometry)),), torch.int32
 
     def prepack(self, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
         shape, dtype = self.prepack_layout(geometry)
         weight = weight.contiguous()
         prepacked = weight.new_empty(shape, dtype=dtype)
-        _native().prepack(_geometry_values(geometry), _memory(weight), _memory(prepacked))
+        native().prepack(geometry_values(geometry), memory(weight), memory(prepacked))
         return prepacked
 
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
         x, threshold, sense = _channels_last(x), _contiguous(threshold), _contiguous(sense)
         n, c, h, w = x.shape
         packed = torch.empty((n, h, w, words(c)), dtype=torch.int32)
-        _native().binarize(
+        native().binarize(
             n * h * w,
             c,
             _float_memory(x),
-            _memory(threshold),
-            _memory(sense),
-            _memory(packed),
+            memory(threshold),
+            memory(sense),
+            memory(packed),
             thread_count(),
         )
         return packed
@@ -348,7 +355,7 @@ class CpuBackend(Backend):
         bits = bits.contiguous()
         n, h, w, _ = bits.shape
         x = _empty_map(n, channels, h, w, dtype)
-        _native().unbinarize(n * h * w, channels, _memory(bits), _float_memory(x), thread_count())
+        native().unbinarize(n * h * w, channels, memory(bits), _float_memory(x), thread_count())
         return x
 
     def bmaxpool2d(
@@ -357,15 +364,15 @@ class CpuBackend(Backend):
         bits, take_and = bits.contiguous(), _contiguous(take_and)
         n, h, w, count = bits.shape
         out = torch.empty((n, *pool.output_size(h, w), count), dtype=torch.int32)
-        _native().maxpool(
+        native().maxpool(
             n,
             h,
             w,
             channels,
             _pool_values(pool),
-            _memory(bits),
-            _memory(take_and),
-            _memory(out),
+            memory(bits),
+            memory(take_and),
+            memory(out),
             thread_count(),
         )
         return out
@@ -377,8 +384,8 @@ class CpuBackend(Backend):
         prepacked = self._prepacked(weight, geometry, prepacked)
         n, h, w, _ = bits.shape
         dots = _empty_map(n, geometry.out_channels, *geometry.output_size(h, w), torch.int32)
-        conv = _native().Conv(_geometry_values(geometry), _memory(prepacked))
-        conv.accumulate(n, h, w, _memory(bits), _memory(dots), thread_count())
+        conv = native().Conv(geometry_values(geometry), memory(prepacked))
+        conv.accumulate(n, h, w, memory(bits), memory(dots), thread_count())
         return dots
 
     def bconv2d_fused(

@@ -17,14 +17,18 @@ from biper_engine.runtime.graph import (
     packed_map,
     to_portable,
 )
-from biper_engine.runtime.plan import PlanSlot
+from biper_engine.runtime.native import NativePlan, NativeStep
+from biper_engine.runtime.plan import Plan, PlanSlot
 from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
 from biper_engine.runtime.signature import InputSpec, Signature
 
 __all__ = [
     "Call",
     "InputSpec",
+    "NativePlan",
+    "NativeStep",
     "NodeProfile",
+    "Plan",
     "PlanSlot",
     "PortableGraph",
     "ProfileReport",

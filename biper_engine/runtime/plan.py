@@ -1,14 +1,15 @@
-"""The default plan: run the graph op by op, each bound once to the backend that runs it.
+"""The plan of a network: one native program where that can be, else operator by operator.
 
-A plan belongs to one device and one forced backend. It is made at the first call, outside the state
-dict, and dropped when the tensors it was made from move or change.
+Operators that run one by one are bound once to the backend that runs them. A plan belongs to one
+device and one forced backend. It is made at the first call, outside the state dict, and dropped
+when the tensors it was made from move or change.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,27 +19,47 @@ from torch import fx
 from biper_engine.ops.backends import forced_name
 from biper_engine.runtime.binding import bind_node
 from biper_engine.runtime.graph import get_constant, output_values
+from biper_engine.runtime.native import NativePlan, native_plan
 
-__all__ = ["PlanSlot", "bound_graph"]
+__all__ = ["Plan", "PlanSlot", "bound_graph"]
+
+Images = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """How a network runs on one device.
+
+    Attributes:
+        device: where its tensors are.
+        forced: the backend that was forced when it was made, or None.
+        run: takes and returns what the graph does.
+        native: the program that runs it, or why it runs operator by operator.
+    """
+
     device: torch.device | None
     forced: str | None
     run: Callable[..., Any]
+    native: NativePlan | str
 
 
 class PlanSlot:
     """Holds at most one plan. Concurrent calls are safe; copies and pickles start empty."""
 
     def __init__(self) -> None:
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._locks: dict[int, threading.Lock] = {}
         self._generation = 0
 
-    def get(self, module: fx.GraphModule, device: torch.device | None) -> Callable[..., Any]:
-        """Return the function that runs `module` on `device` with the backend forced now, if any.
+    def get(
+        self, module: fx.GraphModule, device: torch.device | None, images: Images | None = None
+    ) -> Plan:
+        """Return the plan of `module` on `device` with the backend forced now, if any.
+
+        Args:
+            module: a converted network.
+            device: where its tensors are.
+            images: shape of one image of each input, [C, H, W], where all are float32 maps.
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
@@ -46,17 +67,23 @@ class PlanSlot:
         forced = forced_name()
         plan = self._plan
         if plan is not None and plan.device == device and plan.forced == forced:
-            return plan.run
+            return plan
         # One lock per process: a lock that another thread held at a fork is never released here.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             plan = self._plan
             if plan is None or plan.device != device or plan.forced != forced:
                 generation = self._generation
-                plan = _Plan(device, forced, bound_graph(module, device).forward)
+                native = native_plan(module, device, images)
+                run = (
+                    bound_graph(module, device).forward
+                    if isinstance(native, str)
+                    else native.program
+                )
+                plan = Plan(device, forced, run, native)
                 # Weights that changed meanwhile made this plan stale: it serves this call alone.
                 if generation == self._generation:
                     self._plan = plan
-        return plan.run
+        return plan
 
     def drop(self) -> None:
         """Forget the plan; the next call makes a new one."""

@@ -1,4 +1,4 @@
-"""Where an engine's time goes: its plan, run node by node with a clock around each."""
+"""Where an engine's time goes: its plan, run step by step with a clock around each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from biper_engine.runtime.choice import node_backend, node_geometry
 from biper_engine.runtime.graph import biper_op, interpret
+from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import bound_graph
 
 __all__ = ["NodeProfile", "ProfileReport", "profile"]
@@ -21,13 +22,13 @@ __all__ = ["NodeProfile", "ProfileReport", "profile"]
 
 @dataclass(frozen=True, kw_only=True)
 class NodeProfile:
-    """One operator of the network.
+    """One operator of the network, or one step of its native program.
 
     Attributes:
-        name: of its node, which is made from the layer's.
-        op: "bconv2d_bits" and the like, or a float operator of torch.
-        backend: what ran it; "torch" for float operators.
-        ms: median wall-clock time, the call from Python included.
+        name: of its node, which is made from the layer's; of the first one of a step.
+        op: "bconv2d_bits" and the like, or a float operator; those of a step joined by " + ".
+        backend: what ran it; "torch" for operators that torch ran.
+        ms: median wall-clock time, a call from Python included where there was one.
         macs: multiply-accumulates on bits, of the whole batch, padded taps counted; None for an
             operator without any.
     """
@@ -137,15 +138,20 @@ class ProfileReport:
 
 
 def profile(
-    module: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device | None, rounds: int
+    module: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    device: torch.device | None,
+    rounds: int,
+    native: NativePlan | None = None,
 ) -> ProfileReport:
-    """Run a network's plan node by node.
+    """Run a network's plan step by step, or node by node.
 
     Args:
         module: a converted network.
         inputs: its flat inputs.
         device: where its tensors are.
         rounds: calls to take medians of, after one to warm up.
+        native: the network's program, where it runs as one.
 
     Raises:
         ValueError: `rounds` is below 1.
@@ -153,17 +159,10 @@ def profile(
     """
     if rounds < 1:
         raise ValueError(f"`rounds` (={rounds}) must be 1 or more.")
-    ms, macs = _measure(module, inputs, device, rounds)
-    nodes = tuple(
-        NodeProfile(
-            name=node.name,
-            op=biper_op(node) or str(node.target).removesuffix(".default"),
-            backend=node_backend(module, node, device) or "torch",
-            ms=ms[node.name],
-            macs=macs.get(node.name),
-        )
-        for node in module.graph.nodes
-        if node.op == "call_function" and node.target is not operator.getitem
+    nodes = (
+        _operators(module, inputs, device, rounds)
+        if native is None
+        else _steps(native, inputs, rounds)
     )
     threads, peak, isa = _limits(nodes)
     return ProfileReport(
@@ -173,6 +172,41 @@ def profile(
         nodes=nodes,
         peak_macs_per_second=peak,
         isa=isa,
+    )
+
+
+def _steps(native: NativePlan, inputs: Sequence[Tensor], rounds: int) -> tuple[NodeProfile, ...]:
+    taken = [native.program.step_seconds(*inputs) for _ in range(rounds + 1)][1:]
+    return tuple(
+        NodeProfile(
+            name=step.nodes[0].name,
+            op=" + ".join(_op(node) for node in step.nodes),
+            backend="cpu",
+            ms=1e3 * statistics.median(seconds),
+            macs=None if step.macs is None else len(inputs[0]) * step.macs,
+        )
+        for step, seconds in zip(native.steps, zip(*taken, strict=True), strict=True)
+    )
+
+
+def _op(node: fx.Node) -> str:
+    return biper_op(node) or str(node.target).removesuffix(".default")
+
+
+def _operators(
+    module: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device | None, rounds: int
+) -> tuple[NodeProfile, ...]:
+    ms, macs = _measure(module, inputs, device, rounds)
+    return tuple(
+        NodeProfile(
+            name=node.name,
+            op=_op(node),
+            backend=node_backend(module, node, device) or "torch",
+            ms=ms[node.name],
+            macs=macs.get(node.name),
+        )
+        for node in module.graph.nodes
+        if node.op == "call_function" and node.target is not operator.getitem
     )
 
 

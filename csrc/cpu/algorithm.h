@@ -11,6 +11,7 @@
 #pragma once
 
 #include "convolution.h"
+#include "float_kernels.h"
 #include "maps_kernels.h"
 
 namespace biper {
@@ -47,6 +48,12 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       &binarize<I>,
       &unbinarize<I>,
       &maxpool_row<I>,
+      int64_t{I::kFloatVectors} * I::kFloats,
+      I::kFloats,
+      &float_conv_unit<I>,
+      &average_row<I>,
+      &maximum_row<I>,
+      &sum<I>,
       &peak<I>,
       int64_t{I::kPeakSums} * I::kLanes * kWordBits / I::kParts,
   };

@@ -15,6 +15,7 @@
 #include "dispatch.h"
 #include "maps.h"
 #include "peak.h"
+#include "program.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -51,7 +52,7 @@ ConvGeometry geometry(const GeometryValues& v) {
 
 Window window(const WindowValues& v) { return {v[0], v[1], v[2], v[3], v[4], v[5]}; }
 
-std::unique_ptr<Conv> fused_conv(const GeometryValues& values, const Memory& prepacked,
+std::shared_ptr<Conv> fused_conv(const GeometryValues& values, const Memory& prepacked,
                                  const WindowValues& pool, const Memory& multiplier,
                                  const Memory& bias, const OptionalMemory& slope,
                                  const OptionalMemory& shift, const OptionalMemory& threshold,
@@ -68,8 +69,100 @@ std::unique_ptr<Conv> fused_conv(const GeometryValues& values, const Memory& pre
   epilogue.pool_min = span<const uint8_t>(pool_min);
   epilogue.clamp_min = clamp_min.value_or(-kInfinity);
   epilogue.clamp_max = clamp_max.value_or(kInfinity);
-  return std::make_unique<Conv>(geometry(values), span<const uint32_t>(prepacked), window(pool),
+  return std::make_shared<Conv>(geometry(values), span<const uint32_t>(prepacked), window(pool),
                                 epilogue);
+}
+
+MapShape map_shape(const std::tuple<int64_t, int64_t, int64_t, bool>& v) {
+  return {std::get<0>(v), std::get<1>(v), std::get<2>(v), std::get<3>(v)};
+}
+
+float or_infinite(std::optional<float> limit, float sign) {
+  return limit.value_or(sign * std::numeric_limits<float>::infinity());
+}
+
+std::shared_ptr<FloatConv> float_conv(const GeometryValues& values, const Memory& weight,
+                                      const OptionalMemory& bias, const WindowValues& pool,
+                                      std::optional<float> clamp_min,
+                                      std::optional<float> clamp_max,
+                                      const OptionalMemory& threshold,
+                                      const OptionalMemory& sense) {
+  const FloatEpilogue epilogue{window(pool), or_infinite(clamp_min, -1), or_infinite(clamp_max, 1),
+                               span<const float>(threshold), span<const uint8_t>(sense)};
+  return std::make_shared<FloatConv>(geometry(values), span<const float>(weight),
+                                     span<const float>(bias), epilogue);
+}
+
+using MapMemoryValues = std::tuple<uintptr_t, int64_t, bool>;
+
+std::vector<MapMemory> map_memory(const std::vector<MapMemoryValues>& values) {
+  std::vector<MapMemory> memory;
+  for (const auto& [address, size, planar] : values) {
+    memory.push_back({reinterpret_cast<void*>(address), size, planar});
+  }
+  return memory;
+}
+
+void define_program(py::module_& m) {
+  using Shape = std::tuple<int64_t, int64_t, int64_t, bool>;
+  py::class_<FloatConv, std::shared_ptr<FloatConv>>(m, "FloatConv")
+      .def(py::init(&float_conv), py::arg("geometry"), py::arg("weight"), py::arg("bias"),
+           py::kw_only(), py::arg("pool"), py::arg("clamp_min"), py::arg("clamp_max"),
+           py::arg("threshold"), py::arg("sense"));
+
+  py::class_<Program>(m, "Program")
+      .def(py::init<>())
+      .def("add_map", [](Program& p, const Shape& shape) { return p.add_map(map_shape(shape)); })
+      .def("add_view", [](Program& p, int64_t map,
+                          const Shape& shape) { return p.add_view(map, map_shape(shape)); })
+      .def("add_conv",
+           [](Program& p, std::shared_ptr<Conv> conv, int64_t bits, int64_t residual,
+              int64_t out_float, int64_t out_bits) {
+             p.add_conv(std::move(conv), bits, residual, out_float, out_bits);
+           })
+      .def("add_float_conv",
+           [](Program& p, std::shared_ptr<FloatConv> conv, int64_t x, int64_t out_float,
+              int64_t out_bits) { p.add_float_conv(std::move(conv), x, out_float, out_bits); })
+      .def("add_binarize",
+           [](Program& p, int64_t x, const OptionalMemory& threshold, const OptionalMemory& sense,
+              int64_t out) {
+             p.add_binarize(x, span<const float>(threshold), span<const uint8_t>(sense), out);
+           })
+      .def("add_bit_pool",
+           [](Program& p, int64_t bits, const WindowValues& pool, const OptionalMemory& take_and,
+              int64_t out) {
+             p.add_bit_pool(bits, window(pool), span<const uint8_t>(take_and), out);
+           })
+      .def("add_average",
+           [](Program& p, int64_t x, const WindowValues& pool, bool count_padding, int64_t divisor,
+              int64_t first_channel, int64_t out) {
+             p.add_average(x, window(pool), count_padding, divisor, first_channel, out);
+           })
+      .def("add_maximum", [](Program& p, int64_t x, const WindowValues& pool,
+                             int64_t out) { p.add_maximum(x, window(pool), out); })
+      .def("add_sum",
+           [](Program& p, int64_t a, int64_t b, std::optional<float> clamp_min,
+              std::optional<float> clamp_max, int64_t out) {
+             p.add_sum(a, b, or_infinite(clamp_min, -1), or_infinite(clamp_max, 1), out);
+           })
+      .def("finish", &Program::finish)
+      .def("arena_bytes", &Program::arena_bytes)
+      .def("run",
+           [](const Program& p, int64_t batch, const std::vector<MapMemoryValues>& inputs,
+              const std::vector<MapMemoryValues>& outputs, int64_t threads) {
+             const auto from = map_memory(inputs), to = map_memory(outputs);
+             py::gil_scoped_release release;
+             p.run(batch, from, to, threads);
+           })
+      .def("timed_run",
+           [](const Program& p, int64_t batch, const std::vector<MapMemoryValues>& inputs,
+              const std::vector<MapMemoryValues>& outputs, int64_t threads) {
+             const auto from = map_memory(inputs), to = map_memory(outputs);
+             std::vector<double> seconds;
+             py::gil_scoped_release release;
+             p.run(batch, from, to, threads, &seconds);
+             return seconds;
+           });
 }
 
 }  // namespace
@@ -99,9 +192,9 @@ PYBIND11_MODULE(_cpu, m) {
       },
       nogil);
 
-  py::class_<Conv>(m, "Conv")
+  py::class_<Conv, std::shared_ptr<Conv>>(m, "Conv")
       .def(py::init([](const GeometryValues& g, const Memory& prepacked) {
-        return std::make_unique<Conv>(geometry(g), span<const uint32_t>(prepacked));
+        return std::make_shared<Conv>(geometry(g), span<const uint32_t>(prepacked));
       }))
       .def(py::init(&fused_conv), py::arg("geometry"), py::arg("prepacked"), py::kw_only(),
            py::arg("pool"), py::arg("multiplier"), py::arg("bias"), py::arg("slope"),
@@ -150,6 +243,8 @@ PYBIND11_MODULE(_cpu, m) {
                 span<const uint8_t>(take_and), span<uint32_t>(out), threads);
       },
       nogil);
+
+  define_program(m);
 }
 
 }  // namespace biper

@@ -56,31 +56,6 @@ Layout layout_of(const ConvGeometry& g, const Blocking& blocking) {
   return l;
 }
 
-void require_geometry(const ConvGeometry& g) {
-  require_range("in_channels", g.in_channels, 1, kMost);
-  require_range("out_channels", g.out_channels, 1, kMost);
-  require_range("groups", g.groups, 1, kMost);
-  if (g.in_channels % g.groups != 0 || g.out_channels % g.groups != 0) {
-    fail("`groups` must divide `in_channels` and `out_channels`.");
-  }
-  for (const int64_t value : {g.kernel_h, g.kernel_w}) {
-    require_range("kernel_size", value, 1, kMostReduction);
-  }
-  for (const int64_t value : {g.stride_h, g.stride_w}) require_range("stride", value, 1, kMost);
-  for (const int64_t value : {g.pad_top, g.pad_bottom, g.pad_left, g.pad_right}) {
-    require_range("padding", value, 0, kMost);
-  }
-  for (const int64_t value : {g.dilation_h, g.dilation_w}) {
-    require_range("dilation", value, 1, kMost);
-  }
-  const int64_t reduction =
-      checked_product("The receptive field", {g.kernel_h, g.kernel_w, g.in_channels / g.groups});
-  if (reduction >= kMostReduction) {
-    fail("The receptive field has " + std::to_string(reduction) +
-         " inputs, but fewer than 2^24 are wanted.");
-  }
-}
-
 std::array<uint32_t, kHeaderWords> header_of(const ConvGeometry& g, const Kernels& kernels) {
   return {kMagic,
           static_cast<uint32_t>(kernels.id),
@@ -197,6 +172,31 @@ void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
 
 }  // namespace
 
+void require_geometry(const ConvGeometry& g) {
+  require_range("in_channels", g.in_channels, 1, kMost);
+  require_range("out_channels", g.out_channels, 1, kMost);
+  require_range("groups", g.groups, 1, kMost);
+  if (g.in_channels % g.groups != 0 || g.out_channels % g.groups != 0) {
+    fail("`groups` must divide `in_channels` and `out_channels`.");
+  }
+  for (const int64_t value : {g.kernel_h, g.kernel_w}) {
+    require_range("kernel_size", value, 1, kMostReduction);
+  }
+  for (const int64_t value : {g.stride_h, g.stride_w}) require_range("stride", value, 1, kMost);
+  for (const int64_t value : {g.pad_top, g.pad_bottom, g.pad_left, g.pad_right}) {
+    require_range("padding", value, 0, kMost);
+  }
+  for (const int64_t value : {g.dilation_h, g.dilation_w}) {
+    require_range("dilation", value, 1, kMost);
+  }
+  const int64_t reduction =
+      checked_product("The receptive field", {g.kernel_h, g.kernel_w, g.in_channels / g.groups});
+  if (reduction >= kMostReduction) {
+    fail("The receptive field has " + std::to_string(reduction) +
+         " inputs, but fewer than 2^24 are wanted.");
+  }
+}
+
 int64_t prepacked_words(const ConvGeometry& geometry) {
   require_geometry(geometry);
   return layout_of(geometry, kernels().blocking).words;
@@ -222,7 +222,7 @@ void prepack(const ConvGeometry& g, Span<const uint32_t> weight, Span<uint32_t> 
 }
 
 Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked)
-    : kernels_(&kernels()), geometry_(geometry), prepacked_(prepacked.data) {
+    : kernels_(&biper::kernels()), geometry_(geometry), prepacked_(prepacked.data) {
   require_geometry(geometry);
   const Layout l = layout_of(geometry, kernels_->blocking);
   require_memory("prepacked", prepacked.data, prepacked.size, l.words, 4);
@@ -270,8 +270,7 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   has_epilogue_ = true;
 }
 
-ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width,
-                        Span<const uint32_t> bits) const {
+ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) const {
   require_range("batch", batch, 0, kMost);
   require_range("height", height, 1, kMost);
   require_range("width", width, 1, kMost);
@@ -293,6 +292,13 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width,
                                  g.pad_left + g.pad_right, g.dilation_w);
   plan.out_h = plan.conv_h;
   plan.out_w = plan.conv_w;
+  plan.pooled = pooled_ && !raw;
+  if (plan.pooled) {
+    plan.out_h =
+        window_positions("A pool", plan.conv_h, pool_.kernel_h, pool_.stride_h, 2 * pool_.pad_h, 1);
+    plan.out_w =
+        window_positions("A pool", plan.conv_w, pool_.kernel_w, pool_.stride_w, 2 * pool_.pad_w, 1);
+  }
   plan.group_channels = l.group_channels;
   plan.group_words = l.group_words;
   plan.group_outputs = l.group_outputs;
@@ -307,15 +313,11 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width,
   const bool padded = g.pad_top || g.pad_bottom || g.pad_left || g.pad_right;
   plan.direct = g.groups == 1 && g.in_channels % kWordBits == 0 && !padded;
   plan.strip_w = (plan.conv_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
-  require_memory("bits", bits.data, bits.size,
-                 checked_product("The input", {batch, height, width, plan.in_words}), 4);
-  plan.bits = bits.data;
   return plan;
 }
 
-void Conv::start(ConvPlan& plan, int64_t threads) const {
+int64_t Conv::prepare(ConvPlan& plan, int64_t threads) const {
   require_range("threads", threads, 1, kMost);
-  if (plan.batch == 0) return;
   threads = cut(plan, kernels_->blocking, threads);
   const int64_t reach = checked_product(
       "The receptive field", {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
@@ -325,6 +327,13 @@ void Conv::start(ConvPlan& plan, int64_t threads) const {
          " words of a strip, but fewer than 2^31 are wanted.");
   }
   lay_out_scratch(plan, kernels_->blocking);
+  return threads;
+}
+
+void Conv::start(ConvPlan& plan, int64_t threads) const {
+  require_range("threads", threads, 1, kMost);
+  if (plan.batch == 0) return;
+  threads = prepare(plan, threads);
   struct Context {
     const Kernels* kernels;
     const ConvPlan* plan;
@@ -336,9 +345,17 @@ void Conv::start(ConvPlan& plan, int64_t threads) const {
   run_job({run_unit, &context, plan.units, static_cast<size_t>(plan.scratch.bytes)}, threads);
 }
 
+void Conv::take_bits(ConvPlan& plan, Span<const uint32_t> bits) const {
+  require_memory("bits", bits.data, bits.size,
+                 checked_product("The input", {plan.batch, plan.height, plan.width, plan.in_words}),
+                 4);
+  plan.bits = bits.data;
+}
+
 void Conv::accumulate(int64_t batch, int64_t height, int64_t width, Span<const uint32_t> bits,
                       Span<int32_t> dots, int64_t threads) const {
-  ConvPlan plan = plan_for(batch, height, width, bits);
+  ConvPlan plan = plan_for(batch, height, width, true);
+  take_bits(plan, bits);
   const int64_t outputs = geometry_.out_channels;
   require_memory("dots", dots.data, dots.size,
                  checked_product("The output", {batch, plan.conv_h, plan.conv_w, outputs}), 4);
@@ -348,14 +365,8 @@ void Conv::accumulate(int64_t batch, int64_t height, int64_t width, Span<const u
 
 void Conv::run(const Images& images, int64_t threads) const {
   if (!has_epilogue_) fail("This convolution was made without an epilogue.");
-  ConvPlan plan = plan_for(images.batch, images.height, images.width, images.bits);
-  plan.pooled = pooled_;
-  if (plan.pooled) {
-    plan.out_h =
-        window_positions("A pool", plan.conv_h, pool_.kernel_h, pool_.stride_h, 2 * pool_.pad_h, 1);
-    plan.out_w =
-        window_positions("A pool", plan.conv_w, pool_.kernel_w, pool_.stride_w, 2 * pool_.pad_w, 1);
-  }
+  ConvPlan plan = plan_for(images.batch, images.height, images.width, false);
+  take_bits(plan, images.bits);
   const int64_t pixels = checked_product("The output", {images.batch, plan.out_h, plan.out_w});
   const int64_t values = checked_product("The output", {pixels, geometry_.out_channels});
   const auto stream = [values](const char* name, const FloatSpan& span) {

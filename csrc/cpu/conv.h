@@ -63,8 +63,19 @@ class Conv {
   // Writes the epilogue's float map, its bits, or both.
   void run(const Images& images, int64_t threads) const;
 
+  // The plan of a call at one image size, all but its addresses; `raw` without the epilogue's pool.
+  ConvPlan plan_for(int64_t batch, int64_t height, int64_t width, bool raw) const;
+
+  // Cuts a plan into units and lays out its scratch; returns how many threads are worth waking.
+  int64_t prepare(ConvPlan& plan, int64_t threads) const;
+
+  const ConvGeometry& geometry() const { return geometry_; }
+  const Kernels& kernels() const { return *kernels_; }
+  bool has_threshold() const { return epilogue_.threshold != nullptr; }
+  bool has_epilogue() const { return has_epilogue_; }
+
  private:
-  ConvPlan plan_for(int64_t batch, int64_t height, int64_t width, Span<const uint32_t> bits) const;
+  void take_bits(ConvPlan& plan, Span<const uint32_t> bits) const;
   void start(ConvPlan& plan, int64_t threads) const;
 
   const Kernels* kernels_;
@@ -93,6 +104,8 @@ void require_memory(const char* name, const void* data, int64_t size, int64_t wa
                     int64_t element_bytes);
 
 void require_window(const Window& window);
+
+void require_geometry(const ConvGeometry& geometry);
 
 // Positions of a window along one axis; throws where there is none.
 int64_t window_positions(const char* what, int64_t size, int64_t kernel, int64_t stride,

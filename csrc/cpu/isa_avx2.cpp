@@ -44,6 +44,9 @@ struct Avx2 {
   static constexpr int kPartWords = 8;        // 32 bytes, a nibble each
   static constexpr int64_t kWordsPerSum = 7;  // a word adds 32 at most: 7 * 32 fits a byte
   static constexpr int kFloats = 8;
+  // 12 sums, 2 weights and a value in 16 registers.
+  static constexpr int kFloatVectors = 2;
+  static constexpr int kFloatPixels = 6;
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 8;
 

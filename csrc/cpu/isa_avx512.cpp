@@ -28,6 +28,9 @@ struct Avx512 {
   static constexpr int kPartWords = 16;
   static constexpr int64_t kWordsPerSum = 0;  // K < 2^24 fits a lane
   static constexpr int kFloats = 16;
+  // 24 sums, 4 weights and a value in 32 registers.
+  static constexpr int kFloatVectors = 4;
+  static constexpr int kFloatPixels = 6;
   static constexpr bool kSumsFitFloats = true;
   static constexpr int kPeakSums = 16;
 

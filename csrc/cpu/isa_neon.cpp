@@ -32,6 +32,9 @@ struct Neon {
   static constexpr int kPartWords = 16;
   static constexpr int64_t kWordsPerSum = 31;  // a word adds 8 to a byte at most
   static constexpr int kFloats = 4;
+  // 24 sums, 4 weights and a value in 32 registers.
+  static constexpr int kFloatVectors = 4;
+  static constexpr int kFloatPixels = 6;
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 4;
 

@@ -23,6 +23,8 @@ struct Portable {
   static constexpr int kPartWords = 16;
   static constexpr int64_t kWordsPerSum = 31;  // a word adds 8 to a byte at most
   static constexpr int kFloats = 4;
+  static constexpr int kFloatVectors = 4;
+  static constexpr int kFloatPixels = 2;
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 1;
 

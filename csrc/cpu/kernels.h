@@ -134,6 +134,63 @@ struct PoolCall {
   uint32_t* out;             // [N, out_h, out_w, words]
 };
 
+// A float convolution at one image size, BatchNorm folded, with what may follow it in a network:
+// max pool, clamp, the float map, its bits. Filled by float_conv.cpp.
+//
+// Every output is a chain of fused multiply-adds from its bias on, over (ky, kx, c) in that order,
+// padding as zeros; every 256 a new chain begins at 0, whose sum is added. That order is what makes
+// the same bytes on every instruction set, for every number of threads and in every batch.
+struct FloatConvPlan {
+  int64_t in_channels, out_channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  Window pool;
+  bool pooled;
+  float clamp_min, clamp_max;  // infinite where there is none
+  const float* threshold;      // [O] or null: 0
+  const uint32_t* sense;       // a bit per channel, or null: all 0
+
+  int64_t batch, height, width;
+  int64_t conv_h, conv_w, out_h, out_w;
+  bool planar;      // x is [N, C, H, W], else [N, H, W, C]
+  bool direct;      // windows lie in the input itself
+  int64_t depth;    // KH * KW * C
+  int64_t strip_w;  // pixels of a strip's row
+  int64_t out_words;
+
+  int64_t strip_rows, strips, chunk_blocks, chunks, blocks, units;
+  struct Scratch {
+    int64_t strip;    // float [input rows of a unit][C][strip_w], or [rows][strip_w][C]
+    int64_t offsets;  // int32 [depth] from a window's first value to each of its values
+    int64_t ring;     // float [rows of a pool window][conv_w][lanes of a block]
+    int64_t bytes;
+  } scratch;
+
+  const float* weights;  // [block][depth][lanes of the block], padded with zeros
+  const float* bias;     // [blocks * lanes], padded with zeros
+  const float* x;
+  float* out_float;    // [N, out_h, out_w, O] or null
+  uint32_t* out_bits;  // [N, out_h, out_w, out_words] or null
+};
+
+// An average or a maximum over windows, NHWC; averages may land between channels of zeros.
+struct FloatPoolCall {
+  const float* x;
+  int64_t height, width, channels;
+  Window window;
+  int64_t out_h, out_w;
+  int64_t out_channels, first_channel;
+  bool count_padding;
+  int64_t divisor;  // 0: the number of values in a window
+  float* out;
+};
+
+// out[i] = clamp(a[i] + b[i]), b null for 0.
+struct SumCall {
+  const float *a, *b;
+  float clamp_min, clamp_max;
+  float* out;
+};
+
 // The kernels of one instruction set. Ranges are half open; disjoint ranges may run at once.
 struct Kernels {
   const char* name;
@@ -148,6 +205,13 @@ struct Kernels {
   void (*binarize)(const BinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
   void (*unbinarize)(const UnbinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
   void (*maxpool_row)(const PoolCall& call, int64_t row);  // row of all images: n * out_h + y
+
+  int64_t float_lanes;   // output channels of a whole block of a float convolution
+  int64_t float_vector;  // of one of its vectors
+  void (*float_conv_unit)(const FloatConvPlan& plan, int64_t unit, void* scratch);
+  void (*average_row)(const FloatPoolCall& call, int64_t row);  // row of all images
+  void (*maximum_row)(const FloatPoolCall& call, int64_t row);
+  void (*sum)(const SumCall& call, int64_t first, int64_t last);
 
   // The inner loop on registers alone, `rounds` times; each round does `macs_per_round`.
   void (*peak)(int64_t rounds);

@@ -1,8 +1,6 @@
 """What the tests of operators share: random operands, and an exact fused multiply-add."""
 
-import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -35,34 +33,6 @@ def need(run: tuple[str, torch.device]) -> Callable[..., None]:
 def operands() -> type[Operands]:
     """Return the class that makes operands of a geometry."""
     return Operands
-
-
-def _round_to_float32(exact: Fraction) -> float:
-    if exact == 0:
-        return 0.0
-    size = abs(exact)
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    if size < Fraction(2) ** exponent:
-        exponent -= 1
-    quantum = Fraction(2) ** (max(exponent, -126) - 23)
-    rounded = round(size / quantum) * quantum  # to nearest, ties to even
-    value = math.inf if rounded >= 2**128 else float(rounded)
-    return math.copysign(value, exact.numerator)
-
-
-def _exact_fma(a: float, b: float, c: float) -> float:
-    product = Fraction(a) * Fraction(b)
-    exact = product + Fraction(c)
-    if exact != 0:
-        return _round_to_float32(exact)
-    negative = math.copysign(1, a) * math.copysign(1, b) < 0
-    return -0.0 if product == 0 and negative and math.copysign(1, c) < 0 else 0.0
-
-
-@pytest.fixture(scope="session")
-def exact_fma() -> Callable[[float, float, float], float]:
-    """Return a * b + c of float32 values in rational arithmetic, rounded once to float32."""
-    return _exact_fma
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, bconv2d, bconv2d_float_bits, binarize, prepack, use_backend
 from biper_engine.ops.backends import backends, by_name, select
-from biper_engine.ops.cpu import _cgroup_limit, _geometry_values, popcount_peak, thread_count
+from biper_engine.ops.cpu import _cgroup_limit, geometry_values, popcount_peak, thread_count
 
 REASON = {info.name: info.reason for info in backends()}["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cpu: {REASON}")
@@ -129,7 +129,7 @@ def _size_for(isa: str) -> int:
     from biper_engine import _cpu
 
     _cpu.select_isa(isa)
-    return int(_cpu.prepacked_words(_geometry_values(CONV)))
+    return int(_cpu.prepacked_words(geometry_values(CONV)))
 
 
 def _resized(prepacked: Tensor, isa: str) -> Tensor:
@@ -288,7 +288,7 @@ def test_threads_are_torchs_bounded_by_affinity_and_quota(
             return 6
 
     monkeypatch.delenv("BIPER_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu, "_native", lambda: Native)
+    monkeypatch.setattr(cpu, "native", lambda: Native)
     monkeypatch.setattr(cpu, "_cached_cgroup_limit", lambda: 100)
     for torchs, wanted in ((1, 1), (4, 4), (9, 6)):
         torch_threads(torchs)

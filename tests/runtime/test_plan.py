@@ -1,4 +1,7 @@
-"""The default plan: prepacked once, dropped when its tensors or the forced backend change."""
+"""Plans: prepacked once, dropped when tensors or the forced backend change.
+
+Networks run operator by operator here; tests/runtime/test_native.py has native programs.
+"""
 
 import copy
 import pickle
@@ -20,6 +23,7 @@ from biper_engine.runtime import (
     isolate_outputs,
     output_values,
     packed_map,
+    plan,
     to_portable,
 )
 from tests.networks_by_hand import GraphBuilder, classifier, classifier_graph
@@ -32,6 +36,11 @@ def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIPER_BACKEND", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _no_native_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "native_plan", lambda *_: "it is not wanted")
+
+
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -39,7 +48,7 @@ def images() -> Tensor:
 
 def planned(engine: Engine) -> fx.GraphModule:
     """Return the graph that an engine's plan runs; bound methods remember it."""
-    run = engine._plan.get(engine.graph_module, engine.device)
+    run = engine._plan.get(engine.graph_module, engine.device).run
     module = run.__self__  # type: ignore[attr-defined]
     assert isinstance(module, fx.GraphModule)
     return module
@@ -93,7 +102,7 @@ def test_a_node_with_computed_parameters_runs_as_it_stands(images: Tensor) -> No
     threshold = g.call("threshold", _aten.mean.dim, x, [0, 2, 3])
     bits = g.call("bits", torch.ops.biper.binarize.default, x, threshold)
     module = g.module(bits)
-    run = PlanSlot().get(module, torch.device("cpu"))
+    run = PlanSlot().get(module, torch.device("cpu")).run
     assert torch.equal(run(images)[0], module(images)[0])
 
 

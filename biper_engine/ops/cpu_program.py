@@ -1,0 +1,307 @@
+"""Native programs: a run of a network's operators as one call into `csrc/cpu`.
+
+A program is built step by step from maps, which stand for the values that flow: float32
+[N, C, H, W] in channels_last memory, or packed [N, H, W, words]. The batch is free, H and W are
+fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops.cpu import geometry_values, memory, native, native_conv, thread_count
+from biper_engine.ops.epilogue import Epilogue
+
+__all__ = ["Clamp", "CpuProgram", "Map"]
+
+_NONE = -1
+_NO_POOL = Pool2dGeometry()
+
+
+@dataclass(frozen=True)
+class Map:
+    """A value that flows: one image of it.
+
+    Attributes:
+        index: its number in the program.
+        channels, height, width: of the float map, or of the unpacked one.
+        packed: whether it holds bits.
+    """
+
+    index: int
+    channels: int
+    height: int
+    width: int
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Limits of values; infinite where there is none."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class CpuProgram:
+    """A program for the instruction set that is in use when it is made.
+
+    Methods that add a step return its maps. What they are given stays alive with the program.
+
+    Raises:
+        ValueError: shapes do not fit; nothing was added.
+    """
+
+    def __init__(self) -> None:
+        self._program = native().Program()
+        self._kept: list[Any] = []
+        self._inputs: list[Map] = []
+        self._outputs: list[Map] = []
+        self._flat_outputs: list[bool] = []
+        self._planar: list[bool] = []
+
+    # -- maps -------------------------------------------------------------------------------------
+
+    def add_map(self, channels: int, height: int, width: int, *, packed: bool = False) -> Map:
+        """Return a new map."""
+        index = self._program.add_map((height, width, channels, packed))
+        return Map(index, channels, height, width, packed)
+
+    def view(self, x: Map, channels: int, height: int, width: int) -> Map:
+        """Return the values of `x`, in the order of its memory, as another shape."""
+        index = self._program.add_view(x.index, (height, width, channels, x.packed))
+        return Map(index, channels, height, width, x.packed)
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    def conv(
+        self,
+        bits: Map,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        prepacked: Tensor,
+        residual: Map | None,
+        *,
+        want_float: bool,
+        want_bits: bool,
+    ) -> tuple[Map | None, Map | None]:
+        """Add a binary convolution with its epilogue."""
+        conv, kept = native_conv(geometry, epilogue, prepacked.contiguous())
+        self._kept.append(kept)
+        rows, columns = epilogue.pool.output_size(*geometry.output_size(bits.height, bits.width))
+        outs = self._outs(geometry.out_channels, rows, columns, want_float, want_bits)
+        self._program.add_conv(
+            conv,
+            bits.index,
+            _NONE if residual is None else residual.index,
+            *map(_index, outs),
+        )
+        return outs
+
+    def float_conv(
+        self,
+        x: Map,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Conv2dGeometry,
+        *,
+        pool: Pool2dGeometry = _NO_POOL,
+        clamp: Clamp = Clamp(),
+        want_float: bool = True,
+        want_bits: bool = False,
+        threshold: Tensor | None = None,
+        sense: Tensor | None = None,
+    ) -> tuple[Map | None, Map | None]:
+        """Add a float convolution without groups, then max pool, clamp, its map and its bits.
+
+        Args:
+            x: its input.
+            weight: [O, C, KH, KW].
+            bias: [O], or None.
+            geometry: the convolution.
+            pool: after the convolution.
+            clamp: after the pool.
+            want_float: whether the float map leaves.
+            want_bits: whether its bits leave.
+            threshold: of the bits, as in `biper::binarize`.
+            sense: of the bits, as in `biper::binarize`.
+        """
+        ordered = weight.permute(0, 2, 3, 1).contiguous()
+        bias, threshold, sense = (
+            None if value is None else value.contiguous() for value in (bias, threshold, sense)
+        )
+        conv = native().FloatConv(
+            geometry_values(geometry),
+            memory(ordered),
+            memory(bias),
+            pool=_window(pool.kernel_size, pool.stride, pool.padding),
+            clamp_min=clamp.low,
+            clamp_max=clamp.high,
+            threshold=memory(threshold),
+            sense=memory(sense),
+        )
+        rows, columns = pool.output_size(*geometry.output_size(x.height, x.width))
+        outs = self._outs(geometry.out_channels, rows, columns, want_float, want_bits)
+        self._program.add_float_conv(conv, x.index, *map(_index, outs))
+        return outs
+
+    def binarize(self, x: Map, threshold: Tensor | None, sense: Tensor | None) -> Map:
+        """Add `biper::binarize`."""
+        out = self.add_map(x.channels, x.height, x.width, packed=True)
+        threshold, sense = (
+            None if value is None else value.contiguous() for value in (threshold, sense)
+        )
+        self._program.add_binarize(x.index, memory(threshold), memory(sense), out.index)
+        self._kept.append((threshold, sense))
+        return out
+
+    def bit_pool(self, bits: Map, pool: Pool2dGeometry, take_and: Tensor | None) -> Map:
+        """Add `biper::bmaxpool2d`."""
+        out = self.add_map(bits.channels, *pool.output_size(bits.height, bits.width), packed=True)
+        take_and = None if take_and is None else take_and.contiguous()
+        window = _window(pool.kernel_size, pool.stride, pool.padding)
+        self._program.add_bit_pool(bits.index, window, memory(take_and), out.index)
+        return out
+
+    def average(
+        self,
+        x: Map,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        size: tuple[int, int],
+        *,
+        count_padding: bool = True,
+        divisor: int = 0,
+        channels_before: int = 0,
+        channels_after: int = 0,
+    ) -> Map:
+        """Add an average pool, then zero channels on both sides.
+
+        Args:
+            x: its input.
+            kernel: (KH, KW).
+            stride: of the pool.
+            padding: of the pool, at most half the kernel.
+            size: (OH, OW), which `ceil_mode` decides.
+            count_padding: divide by the window with its padding, else by the values in the map.
+            divisor: divide by this instead, unless 0.
+            channels_before: zero channels to add in front.
+            channels_after: zero channels to add behind.
+        """
+        out = self.add_map(channels_before + x.channels + channels_after, *size)
+        self._program.add_average(
+            x.index,
+            _window(kernel, stride, padding),
+            count_padding,
+            divisor,
+            channels_before,
+            out.index,
+        )
+        return out
+
+    def maximum(
+        self,
+        x: Map,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        size: tuple[int, int],
+    ) -> Map:
+        """Add a max pool of a float map; padding never wins."""
+        out = self.add_map(x.channels, *size)
+        self._program.add_maximum(x.index, _window(kernel, stride, padding), out.index)
+        return out
+
+    def sum(self, a: Map, b: Map | None, clamp: Clamp) -> Map:
+        """Add `clamp(a + b)`, or `clamp(a)`."""
+        out = self.add_map(a.channels, a.height, a.width)
+        other = _NONE if b is None else b.index
+        self._program.add_sum(a.index, other, clamp.low, clamp.high, out.index)
+        return out
+
+    def _outs(
+        self, channels: int, height: int, width: int, want_float: bool, want_bits: bool
+    ) -> tuple[Map | None, Map | None]:
+        floats = self.add_map(channels, height, width) if want_float else None
+        bits = self.add_map(channels, height, width, packed=True) if want_bits else None
+        return floats, bits
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    def finish(
+        self,
+        inputs: Sequence[Map],
+        planar: Sequence[bool],
+        outputs: Sequence[Map],
+        flat: Sequence[bool],
+    ) -> None:
+        """End the program.
+
+        Args:
+            inputs: float maps that calls pass.
+            planar: for each input, whether [N, C, H, W] memory does as well as channels_last.
+            outputs: float maps that calls return.
+            flat: for each output, whether it is returned as [N, C] instead of [N, C, 1, 1].
+        """
+        self._inputs, self._planar = list(inputs), list(planar)
+        self._outputs, self._flat_outputs = list(outputs), list(flat)
+        self._program.finish([x.index for x in inputs], [x.index for x in outputs])
+
+    def arena_bytes(self, batch: int) -> int:
+        """Return the bytes of the maps that neither come in nor leave."""
+        return int(self._program.arena_bytes(batch))
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the program on float32 tensors [N, C, H, W] on the CPU."""
+        sources, outputs = self._prepare(inputs)
+        if len(inputs[0]):
+            self._program.run(len(inputs[0]), *self._memory(sources, outputs), thread_count())
+        return tuple(outputs)
+
+    def step_seconds(self, *inputs: Tensor) -> list[float]:
+        """Run the program and return how long each step took, in order."""
+        sources, outputs = self._prepare(inputs)
+        ends = self._program.timed_run(
+            len(inputs[0]), *self._memory(sources, outputs), thread_count()
+        )
+        return [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+
+    def _prepare(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        batch = len(inputs[0])
+        sources = [
+            x if planar and x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)
+            for x, planar in zip(inputs, self._planar, strict=True)
+        ]
+        outputs = []
+        for out, flat in zip(self._outputs, self._flat_outputs, strict=True):
+            shape = (batch, out.channels, out.height, out.width)
+            layout = torch.contiguous_format if flat else torch.channels_last
+            outputs.append(
+                torch.empty(shape[:2] if flat else shape, dtype=torch.float32, memory_format=layout)
+            )
+        return sources, outputs
+
+    def _memory(self, sources: list[Tensor], outputs: list[Tensor]) -> tuple[Any, Any]:
+        given = [
+            (x.data_ptr(), x.numel(), planar and x.is_contiguous())
+            for x, planar in zip(sources, self._planar, strict=True)
+        ]
+        return given, [(out.data_ptr(), out.numel(), False) for out in outputs]
+
+
+def _index(x: Map | None) -> int:
+    return _NONE if x is None else x.index
+
+
+def _window(
+    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> tuple[int, ...]:
+    return (*kernel, *stride, *padding)

@@ -1,0 +1,172 @@
+// How a float convolution is checked, laid out in memory and cut into units of work.
+#include "float_conv.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+
+namespace biper {
+namespace {
+
+constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+// A strip of input shares the second-level cache, 256 KiB or more, with the weights of a block.
+constexpr int64_t kStripBytes = 192 << 10;
+constexpr int64_t kUnitsPerThread = 4;  // so that threads of unequal speed end together
+// Where a pool follows, neighbouring strips both compute the rows between them: few, tall strips.
+constexpr int64_t kPooledUnitsPerThread = 2;
+constexpr int64_t kFewestRows = 2;
+// Multiply-adds, some 10 us, below which waking another thread costs more than it brings.
+constexpr double kStepsPerThread = 200000;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t strip_values(const FloatConvPlan& plan, int64_t out_rows) {
+  int64_t rows = out_rows;
+  if (plan.pooled) {
+    rows = std::min(plan.conv_h, (out_rows - 1) * plan.pool.stride_h + plan.pool.kernel_h);
+  }
+  rows = checked_product("A strip", {rows - 1, plan.stride_h}) +
+         (plan.kernel_h - 1) * plan.dilation_h + 1;
+  return checked_product("A strip", {rows, plan.strip_w, plan.in_channels});
+}
+
+void cut(FloatConvPlan& plan, int64_t lanes, bool wants_bits, int64_t threads) {
+  plan.strip_rows = plan.out_h;
+  plan.chunk_blocks = plan.blocks;
+  while (plan.strip_rows > 1 && !plan.direct &&
+         strip_values(plan, plan.strip_rows) * 4 > kStripBytes) {
+    plan.strip_rows = ceil_div(plan.strip_rows, 2);
+  }
+  const double steps = double(plan.batch) * double(plan.conv_h) * double(plan.conv_w) *
+                       double(plan.depth) * double(plan.out_channels);
+  const double useful = std::max(1.0, std::min(double(threads), steps / kStepsPerThread));
+  if (useful > 1.0) {
+    const int64_t per_thread = plan.pooled ? kPooledUnitsPerThread : kUnitsPerThread;
+    const int64_t pieces =
+        ceil_div(static_cast<int64_t>(useful) * per_thread, std::max<int64_t>(plan.batch, 1));
+    const int64_t strips = std::min(pieces, std::max<int64_t>(1, plan.out_h / kFewestRows));
+    plan.strip_rows = std::min(plan.strip_rows, ceil_div(plan.out_h, strips));
+    const int64_t chunks = ceil_div(pieces, ceil_div(plan.out_h, plan.strip_rows));
+    // Threads share no word of bits.
+    const int64_t together = wants_bits ? std::max<int64_t>(1, kWordBits / lanes) : 1;
+    const int64_t groups = ceil_div(plan.blocks, together);
+    plan.chunk_blocks = ceil_div(groups, std::min(chunks, groups)) * together;
+  }
+  plan.strips = ceil_div(plan.out_h, plan.strip_rows);
+  plan.chunks = ceil_div(plan.blocks, plan.chunk_blocks);
+  plan.units = checked_product("The batch", {plan.batch, plan.strips, plan.chunks});
+}
+
+void lay_out_scratch(FloatConvPlan& plan, int64_t lanes) {
+  int64_t end = 0;
+  const auto place = [&end](std::initializer_list<int64_t> sizes) {
+    const int64_t offset = end;
+    end += ceil_div(checked_product("The scratch", sizes) * 4, 64) * 64;
+    return offset;
+  };
+  plan.scratch.strip = place({plan.direct ? 0 : strip_values(plan, plan.strip_rows)});
+  plan.scratch.offsets = place({plan.depth});
+  plan.scratch.ring = place({plan.pooled ? plan.pool.kernel_h : 0, plan.conv_w, lanes});
+  plan.scratch.bytes = end;
+}
+
+}  // namespace
+
+FloatConv::FloatConv(const ConvGeometry& g, Span<const float> weight, Span<const float> bias,
+                     const FloatEpilogue& epilogue)
+    : kernels_(&biper::kernels()),
+      geometry_(g),
+      pool_(epilogue.pool),
+      clamp_min_(epilogue.clamp_min),
+      clamp_max_(epilogue.clamp_max) {
+  require_geometry(g);
+  require_window(pool_);
+  if (g.groups != 1) fail("`groups` of a float convolution must be 1.");
+  pooled_ =
+      pool_.kernel_h != 1 || pool_.kernel_w != 1 || pool_.stride_h != 1 || pool_.stride_w != 1;
+  const int64_t outputs = g.out_channels, depth = g.kernel_h * g.kernel_w * g.in_channels;
+  require_memory("weight", weight.data, weight.size,
+                 checked_product("The weight", {outputs, depth}), 4);
+  if (bias.data != nullptr || bias.size != 0) {
+    require_memory("bias", bias.data, bias.size, outputs, 4);
+  }
+  const int64_t lanes = kernels_->float_lanes;
+  const int64_t blocks = ceil_div(outputs, lanes);
+  bias_.assign(static_cast<size_t>(blocks * lanes), 0.0f);
+  if (bias.data != nullptr) std::copy(bias.data, bias.data + outputs, bias_.begin());
+  weights_.assign(static_cast<size_t>(checked_product("The weight", {blocks, lanes, depth})), 0.0f);
+  // The last block is as wide as its vectors: a kernel steps by that from value to value.
+  const int64_t vector = kernels_->float_vector;
+  for (int64_t o = 0; o < outputs; ++o) {
+    const int64_t block = o / lanes;
+    const int64_t wide = std::min(lanes, ceil_div(outputs - block * lanes, vector) * vector);
+    float* to = weights_.data() + block * lanes * depth + o % lanes;
+    for (int64_t k = 0; k < depth; ++k) to[k * wide] = weight.data[o * depth + k];
+  }
+  if (epilogue.threshold.data != nullptr || epilogue.threshold.size != 0) {
+    require_memory("threshold", epilogue.threshold.data, epilogue.threshold.size, outputs, 4);
+    threshold_.assign(epilogue.threshold.data, epilogue.threshold.data + outputs);
+  }
+  if (epilogue.sense.data != nullptr || epilogue.sense.size != 0) {
+    require_memory("sense", epilogue.sense.data, epilogue.sense.size, outputs, 1);
+    sense_ = pack_flags(epilogue.sense);
+  }
+}
+
+FloatConvPlan FloatConv::plan_for(int64_t batch, int64_t height, int64_t width, bool planar,
+                                  bool wants_bits, int64_t threads) const {
+  require_range("batch", batch, 0, kMost);
+  require_range("height", height, 1, kMost);
+  require_range("width", width, 1, kMost);
+  require_range("threads", threads, 1, kMost);
+  const ConvGeometry& g = geometry_;
+  FloatConvPlan plan{};
+  plan.in_channels = g.in_channels;
+  plan.out_channels = g.out_channels;
+  plan.kernel_h = g.kernel_h;
+  plan.kernel_w = g.kernel_w;
+  plan.stride_h = g.stride_h;
+  plan.stride_w = g.stride_w;
+  plan.pad_top = g.pad_top;
+  plan.pad_left = g.pad_left;
+  plan.dilation_h = g.dilation_h;
+  plan.dilation_w = g.dilation_w;
+  plan.pool = pool_;
+  plan.pooled = pooled_;
+  plan.clamp_min = clamp_min_;
+  plan.clamp_max = clamp_max_;
+  plan.threshold = threshold_.empty() ? nullptr : threshold_.data();
+  plan.sense = sense_.empty() ? nullptr : sense_.data();
+  plan.batch = batch;
+  plan.height = height;
+  plan.width = width;
+  plan.conv_h = window_positions("A kernel", height, g.kernel_h, g.stride_h,
+                                 g.pad_top + g.pad_bottom, g.dilation_h);
+  plan.conv_w = window_positions("A kernel", width, g.kernel_w, g.stride_w,
+                                 g.pad_left + g.pad_right, g.dilation_w);
+  plan.out_h = plan.conv_h;
+  plan.out_w = plan.conv_w;
+  if (pooled_) {
+    plan.out_h =
+        window_positions("A pool", plan.conv_h, pool_.kernel_h, pool_.stride_h, 2 * pool_.pad_h, 1);
+    plan.out_w =
+        window_positions("A pool", plan.conv_w, pool_.kernel_w, pool_.stride_w, 2 * pool_.pad_w, 1);
+  }
+  plan.planar = planar && g.in_channels > 1;
+  plan.direct = !plan.planar && !g.pad_top && !g.pad_bottom && !g.pad_left && !g.pad_right;
+  plan.depth = g.kernel_h * g.kernel_w * g.in_channels;
+  plan.strip_w = (plan.conv_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
+  plan.out_words = ceil_div(g.out_channels, kWordBits);
+  plan.blocks = ceil_div(g.out_channels, kernels_->float_lanes);
+  plan.weights = weights_.data();
+  plan.bias = bias_.data();
+  const int64_t reach = checked_product(
+      "The receptive field",
+      {(g.kernel_h - 1) * g.dilation_h + 1, plan.direct ? width : plan.strip_w, g.in_channels});
+  if (reach > kMost) fail("The receptive field spans 2^31 values of a strip, or more.");
+  cut(plan, kernels_->float_lanes, wants_bits, threads);
+  lay_out_scratch(plan, kernels_->float_lanes);
+  return plan;
+}
+
+}  // namespace biper

@@ -1,0 +1,377 @@
+// Float maps: convolutions with what follows them, pools, sums. All maps are NHWC but for the input
+// of a network, which may be planar.
+//
+// A convolution works like the binary one: per unit of work (a strip of output rows of one image,
+// some blocks of output channels) the input rows are copied into a strip with their padding, and a
+// tile of P pixels x J vectors of outputs stays in registers over the whole receptive field. Where
+// a max pool follows, rows of results pass through a ring as high as its window.
+#pragma once
+
+#include "epilogue.h"
+
+namespace biper {
+
+struct FloatUnit {
+  int64_t image, first_row, last_row;  // of the output
+  int64_t conv_first, conv_last;       // rows of the convolution that they need
+  int64_t first_block, last_block;
+};
+
+BIPER_INLINE FloatUnit float_unit_of(const FloatConvPlan& plan, int64_t index) {
+  FloatUnit unit;
+  const int64_t chunk = index % plan.chunks;
+  const int64_t strip = index / plan.chunks % plan.strips;
+  unit.image = index / plan.chunks / plan.strips;
+  unit.first_row = strip * plan.strip_rows;
+  unit.last_row = min64(unit.first_row + plan.strip_rows, plan.out_h);
+  unit.conv_first = unit.first_row;
+  unit.conv_last = unit.last_row;
+  if (plan.pooled) {
+    const Window& pool = plan.pool;
+    unit.conv_first = max64(unit.first_row * pool.stride_h - pool.pad_h, 0);
+    unit.conv_last =
+        min64((unit.last_row - 1) * pool.stride_h - pool.pad_h + pool.kernel_h, plan.conv_h);
+  }
+  unit.first_block = chunk * plan.chunk_blocks;
+  unit.last_block = min64(unit.first_block + plan.chunk_blocks, plan.blocks);
+  return unit;
+}
+
+// Where windows find their input: values [depth] at `offsets` from a window's first one.
+struct FloatStrip {
+  const float* values;  // of the window at (conv_first, 0)
+  int64_t row_step, column_step;
+  const int32_t* offsets;
+};
+
+// Copies `count` values of a row between `left` and `right` zeros.
+BIPER_INLINE void pad_row(const float* from, int64_t left, int64_t count, int64_t right,
+                          float* to) {
+  __builtin_memset(to, 0, static_cast<size_t>(left) * sizeof(float));
+  if (count > 0) {
+    __builtin_memcpy(to + left, from, static_cast<size_t>(count) * sizeof(float));
+  }
+  __builtin_memset(to + left + count, 0, static_cast<size_t>(right) * sizeof(float));
+}
+
+// Copies the input rows that a unit's windows see, padding as zeros, in the input's own layout.
+BIPER_INLINE void fill_float_strip(const FloatConvPlan& plan, const FloatUnit& unit, float* strip) {
+  const int64_t channels = plan.in_channels;
+  const int64_t row_values = plan.strip_w * channels;
+  const int64_t first = unit.conv_first * plan.stride_h - plan.pad_top;
+  const int64_t rows = (unit.conv_last - unit.conv_first - 1) * plan.stride_h +
+                       (plan.kernel_h - 1) * plan.dilation_h + 1;
+  const int64_t left = min64(plan.pad_left, plan.strip_w);
+  const int64_t inside = min64(plan.width, plan.strip_w - left);
+  const int64_t right = plan.strip_w - left - inside;
+  const float* image = plan.x + unit.image * plan.height * plan.width * channels;
+  for (int64_t r = 0; r < rows; ++r, strip += row_values) {
+    const int64_t y = first + r;
+    if (y < 0 || y >= plan.height) {
+      __builtin_memset(strip, 0, static_cast<size_t>(row_values) * sizeof(float));
+    } else if (plan.planar) {
+      for (int64_t c = 0; c < channels; ++c) {
+        pad_row(image + (c * plan.height + y) * plan.width, left, inside, right,
+                strip + c * plan.strip_w);
+      }
+    } else {
+      pad_row(image + y * plan.width * channels, left * channels, inside * channels,
+              right * channels, strip);
+    }
+  }
+}
+
+BIPER_INLINE FloatStrip float_strip_of(const FloatConvPlan& plan, const FloatUnit& unit,
+                                       char* scratch) {
+  FloatStrip strip;
+  const int64_t channels = plan.in_channels;
+  const int64_t row = (plan.direct ? plan.width : plan.strip_w) * channels;
+  const int64_t pixel = plan.planar ? 1 : channels;
+  const int64_t channel = plan.planar ? plan.strip_w : 1;
+  if (plan.direct) {
+    strip.values = plan.x + (unit.image * plan.height + unit.conv_first * plan.stride_h) * row;
+  } else {
+    float* values = reinterpret_cast<float*>(scratch + plan.scratch.strip);
+    fill_float_strip(plan, unit, values);
+    strip.values = values;
+  }
+  strip.row_step = plan.stride_h * row;
+  strip.column_step = plan.stride_w * pixel;
+  int32_t* offsets = reinterpret_cast<int32_t*>(scratch + plan.scratch.offsets);
+  strip.offsets = offsets;
+  for (int64_t ky = 0; ky < plan.kernel_h; ++ky) {
+    for (int64_t kx = 0; kx < plan.kernel_w; ++kx) {
+      for (int64_t c = 0; c < channels; ++c) {
+        *offsets++ = static_cast<int32_t>(ky * plan.dilation_h * row +
+                                          kx * plan.dilation_w * pixel + c * channel);
+      }
+    }
+  }
+  return strip;
+}
+
+// Fused multiply-adds in one chain; a longer sum is that of several chains, one after the other. A
+// single chain of thousands would round more than is needed.
+constexpr int64_t kChain = 256;
+
+// Adds the products [first, last) of P windows with J vectors of weights to `sums`.
+template <class I, int P, int J>
+BIPER_INLINE void multiply_windows(const float* const* windows, const int32_t* offsets,
+                                   int64_t first, int64_t last, const float* weights,
+                                   int64_t weight_step, typename I::Float (&sums)[P * J]) {
+  weights += first * weight_step;
+  for (int64_t k = first; k < last; ++k, weights += weight_step) {
+    const int64_t offset = offsets[k];
+    typename I::Float w[J];
+    BIPER_UNROLL
+    for (int j = 0; j < J; ++j) w[j] = I::load(weights + j * I::kFloats);
+    BIPER_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const typename I::Float value = I::broadcast(windows[p][offset]);
+      BIPER_UNROLL
+      for (int j = 0; j < J; ++j) sums[p * J + j] = I::fma(value, w[j], sums[p * J + j]);
+    }
+  }
+}
+
+// The block at work: J vectors of outputs from `channel` on, `channels` of them wanted.
+struct FloatBlock {
+  int64_t channel, channels, lanes;
+  const float *weights, *bias;
+};
+
+// Takes one vector of `count` results to the outputs; returns its bits.
+template <class I, bool kFull>
+BIPER_INLINE uint32_t finish_floats(const FloatConvPlan& plan, typename I::Float v, int64_t pixel,
+                                    int64_t channel, int64_t count) {
+  const typename I::Float low = I::broadcast(plan.clamp_min);
+  v = I::at_most_or(I::at_least_or(v, low), I::broadcast(plan.clamp_max));
+  if (plan.out_float) {
+    store_stream<I, kFull>(plan.out_float, FloatType::kFloat32, pixel * plan.out_channels + channel,
+                           count, v);
+  }
+  if (!plan.out_bits) return 0;
+  const typename I::Float threshold =
+      plan.threshold ? load_channels<I, kFull>(plan.threshold, channel, count) : I::broadcast(0.0f);
+  const uint32_t inverted = plan.sense ? get_bits(plan.sense, channel, count) : 0;
+  return compare<I>(v, threshold, inverted) & low_bits(count);
+}
+
+// Finishes J vectors of a pixel; `value(j)` gives them.
+template <class I, int J, class Value>
+BIPER_INLINE void finish_pixel(const FloatConvPlan& plan, const FloatBlock& block, int64_t pixel,
+                               const Value& value) {
+  static_assert(J * I::kFloats <= 64, "the bits of a block fit a mask");
+  uint64_t mask = 0;
+  BIPER_UNROLL
+  for (int j = 0; j < J; ++j) {
+    const int64_t at = j * I::kFloats, count = min64(block.channels - at, I::kFloats);
+    const int64_t channel = block.channel + at;
+    const uint64_t bits = count == I::kFloats
+                              ? finish_floats<I, true>(plan, value(j), pixel, channel, count)
+                              : finish_floats<I, false>(plan, value(j), pixel, channel, count);
+    mask |= bits << at;
+  }
+  if (plan.out_bits) {
+    put_mask(plan.out_bits + pixel * plan.out_words, block.channel, mask, block.channels);
+  }
+}
+
+// Runs P pixels: into the ring at `keep`, where that is not null, else to the outputs.
+template <class I, int P, int J>
+static void float_tile(const FloatConvPlan& plan, const FloatBlock& block, const FloatStrip& strip,
+                       const float* const* windows, int64_t first_pixel, float* keep) {
+  typename I::Float sums[P * J];
+  BIPER_UNROLL
+  for (int j = 0; j < J; ++j) {
+    const typename I::Float bias = I::load(block.bias + j * I::kFloats);
+    BIPER_UNROLL
+    for (int p = 0; p < P; ++p) sums[p * J + j] = bias;
+  }
+  multiply_windows<I, P, J>(windows, strip.offsets, 0, min64(plan.depth, kChain), block.weights,
+                            block.lanes, sums);
+  for (int64_t k = kChain; k < plan.depth; k += kChain) {
+    typename I::Float chain[P * J];
+    BIPER_UNROLL
+    for (int i = 0; i < P * J; ++i) chain[i] = I::broadcast(0.0f);
+    multiply_windows<I, P, J>(windows, strip.offsets, k, min64(k + kChain, plan.depth),
+                              block.weights, block.lanes, chain);
+    BIPER_UNROLL
+    for (int i = 0; i < P * J; ++i) sums[i] = I::add(sums[i], chain[i]);
+  }
+  BIPER_UNROLL
+  for (int p = 0; p < P; ++p) {
+    if (keep) {
+      BIPER_UNROLL
+      for (int j = 0; j < J; ++j)
+        I::store(keep + p * block.lanes + j * I::kFloats, sums[p * J + j]);
+    } else {
+      finish_pixel<I, J>(plan, block, first_pixel + p, [&](int j) { return sums[p * J + j]; });
+    }
+  }
+}
+
+template <class I, int P, int J>
+BIPER_INLINE void float_tile_of(int64_t pixels, const FloatConvPlan& plan, const FloatBlock& block,
+                                const FloatStrip& strip, const float* const* windows,
+                                int64_t first_pixel, float* keep) {
+  if (pixels == P) {
+    float_tile<I, P, J>(plan, block, strip, windows, first_pixel, keep);
+  } else if constexpr (P > 1) {
+    float_tile_of<I, P - 1, J>(pixels, plan, block, strip, windows, first_pixel, keep);
+  }
+}
+
+// Runs `rows` rows of the convolution from row `row` of the unit on, tile after tile of consecutive
+// pixels.
+template <class I, int J>
+BIPER_INLINE void float_rows(const FloatConvPlan& plan, const FloatBlock& block,
+                             const FloatStrip& strip, int64_t row, int64_t rows,
+                             int64_t first_pixel, float* keep) {
+  constexpr int kPixels = I::kFloatPixels;
+  const float* windows[kPixels];
+  const int64_t total = rows * plan.conv_w;
+  int64_t column = 0;
+  for (int64_t pixel = 0; pixel < total; pixel += kPixels) {
+    const int64_t pixels = min64(total - pixel, kPixels);
+    for (int64_t p = 0; p < pixels; ++p) {
+      windows[p] = strip.values + row * strip.row_step + column * strip.column_step;
+      if (++column == plan.conv_w) column = 0, ++row;
+    }
+    float_tile_of<I, kPixels, J>(pixels, plan, block, strip, windows, first_pixel + pixel,
+                                 keep ? keep + pixel * block.lanes : nullptr);
+  }
+}
+
+template <class I, int J>
+static void float_pooled_rows(const FloatConvPlan& plan, const FloatUnit& unit,
+                              const FloatBlock& block, const FloatStrip& strip, float* ring) {
+  const Window& pool = plan.pool;
+  const int64_t row_values = plan.conv_w * block.lanes;
+  int64_t done = unit.conv_first;  // rows of the convolution below this are in the ring
+  for (int64_t y = unit.first_row; y < unit.last_row; ++y) {
+    const int64_t start = y * pool.stride_h - pool.pad_h;
+    const int64_t first = max64(start, 0), last = min64(start + pool.kernel_h, plan.conv_h);
+    for (done = max64(done, first); done < last; ++done) {
+      float_rows<I, J>(plan, block, strip, done - unit.conv_first, 1, 0,
+                       ring + done % pool.kernel_h * row_values);
+    }
+    for (int64_t x = 0; x < plan.out_w; ++x) {
+      const int64_t from = x * pool.stride_w - pool.pad_w;
+      const int64_t left = max64(from, 0), right = min64(from + pool.kernel_w, plan.conv_w);
+      typename I::Float best[J];
+      BIPER_UNROLL
+      for (int j = 0; j < J; ++j) best[j] = I::broadcast(-__builtin_inff());
+      for (int64_t r = first; r < last; ++r) {
+        const float* from = ring + r % pool.kernel_h * row_values + left * block.lanes;
+        for (int64_t at = left; at < right; ++at, from += block.lanes) {
+          BIPER_UNROLL
+          for (int j = 0; j < J; ++j) {
+            best[j] = I::at_least_or(best[j], I::load(from + j * I::kFloats));
+          }
+        }
+      }
+      finish_pixel<I, J>(plan, block, (unit.image * plan.out_h + y) * plan.out_w + x,
+                         [&](int j) { return best[j]; });
+    }
+  }
+}
+
+template <class I, int J = I::kFloatVectors>
+BIPER_INLINE void float_block_of(int64_t vectors, const FloatConvPlan& plan, const FloatUnit& unit,
+                                 const FloatBlock& block, const FloatStrip& strip, float* ring) {
+  if (vectors == J) {
+    if (plan.pooled) {
+      float_pooled_rows<I, J>(plan, unit, block, strip, ring);
+    } else {
+      float_rows<I, J>(plan, block, strip, 0, unit.last_row - unit.first_row,
+                       (unit.image * plan.out_h + unit.first_row) * plan.out_w, nullptr);
+    }
+  } else if constexpr (J > 1) {
+    float_block_of<I, J - 1>(vectors, plan, unit, block, strip, ring);
+  }
+}
+
+template <class I>
+static void float_conv_unit(const FloatConvPlan& plan, int64_t index, void* scratch_memory) {
+  char* scratch = static_cast<char*>(scratch_memory);
+  const FloatUnit unit = float_unit_of(plan, index);
+  const FloatStrip strip = float_strip_of(plan, unit, scratch);
+  constexpr int64_t kLanes = int64_t{I::kFloatVectors} * I::kFloats;
+  for (int64_t b = unit.first_block; b < unit.last_block; ++b) {
+    FloatBlock block;
+    block.channel = b * kLanes;
+    block.channels = min64(plan.out_channels - block.channel, kLanes);
+    const int64_t vectors = (block.channels + I::kFloats - 1) / I::kFloats;
+    block.lanes = vectors * I::kFloats;
+    block.weights = plan.weights + b * kLanes * plan.depth;
+    block.bias = plan.bias + block.channel;
+    float_block_of<I>(vectors, plan, unit, block, strip,
+                      reinterpret_cast<float*>(scratch + plan.scratch.ring));
+  }
+}
+
+// -- pools and sums -------------------------------------------------------------------------------
+
+template <class I>
+static void average_row(const FloatPoolCall& call, int64_t row) {
+  const Window& w = call.window;
+  const int64_t top = row % call.out_h * w.stride_h - w.pad_h;
+  const int64_t bottom = min64(top + w.kernel_h, call.height + w.pad_h);
+  const int64_t y0 = max64(top, 0), y1 = min64(bottom, call.height);
+  const float* image = call.x + row / call.out_h * call.height * call.width * call.channels;
+  float* out = call.out + row * call.out_w * call.out_channels;
+  for (int64_t x = 0; x < call.out_w; ++x, out += call.out_channels) {
+    const int64_t left = x * w.stride_w - w.pad_w;
+    const int64_t right = min64(left + w.kernel_w, call.width + w.pad_w);
+    const int64_t x0 = max64(left, 0), x1 = min64(right, call.width);
+    int64_t count = call.divisor;
+    if (count == 0) {
+      count = call.count_padding ? (bottom - top) * (right - left) : (y1 - y0) * (x1 - x0);
+    }
+    const float divisor = static_cast<float>(count);
+    for (int64_t c = 0; c < call.first_channel; ++c) out[c] = 0.0f;
+    float* to = out + call.first_channel;
+    for (int64_t c = 0; c < call.channels; ++c) to[c] = 0.0f;
+    for (int64_t y = y0; y < y1; ++y) {
+      const float* from = image + (y * call.width + x0) * call.channels;
+      for (int64_t at = x0; at < x1; ++at, from += call.channels) {
+        for (int64_t c = 0; c < call.channels; ++c) to[c] += from[c];
+      }
+    }
+    for (int64_t c = 0; c < call.channels; ++c) to[c] /= divisor;
+    for (int64_t c = call.first_channel + call.channels; c < call.out_channels; ++c) out[c] = 0.0f;
+  }
+}
+
+template <class I>
+static void maximum_row(const FloatPoolCall& call, int64_t row) {
+  const Window& w = call.window;
+  const int64_t top = row % call.out_h * w.stride_h - w.pad_h;
+  const int64_t y0 = max64(top, 0), y1 = min64(top + w.kernel_h, call.height);
+  const float* image = call.x + row / call.out_h * call.height * call.width * call.channels;
+  float* out = call.out + row * call.out_w * call.channels;
+  for (int64_t x = 0; x < call.out_w; ++x, out += call.channels) {
+    const int64_t left = x * w.stride_w - w.pad_w;
+    const int64_t x0 = max64(left, 0), x1 = min64(left + w.kernel_w, call.width);
+    for (int64_t c = 0; c < call.channels; ++c) out[c] = -__builtin_inff();
+    for (int64_t y = y0; y < y1; ++y) {
+      const float* from = image + (y * call.width + x0) * call.channels;
+      for (int64_t at = x0; at < x1; ++at, from += call.channels) {
+        for (int64_t c = 0; c < call.channels; ++c) out[c] = from[c] > out[c] ? from[c] : out[c];
+      }
+    }
+  }
+}
+
+template <class I>
+static void sum(const SumCall& call, int64_t first, int64_t last) {
+  const float low = call.clamp_min, high = call.clamp_max;
+  for (int64_t i = first; i < last; ++i) {
+    float v = call.b ? call.a[i] + call.b[i] : call.a[i];
+    v = v < low ? low : v;
+    call.out[i] = v > high ? high : v;
+  }
+}
+
+}  // namespace biper

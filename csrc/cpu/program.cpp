@@ -1,0 +1,448 @@
+// How a program is checked, placed in memory and run by several threads.
+//
+// Threads run the steps side by side: units of the current step are taken from a counter, and a
+// thread that finds none left waits until those that others took are done. So a thread that comes
+// late, or whose core is taken away while it holds no unit, keeps nobody waiting.
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <limits>
+#include <thread>
+
+#include "steps.h"
+
+namespace biper {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+// What is kept for later calls: the last one used, and others within these limits.
+constexpr size_t kIdleInstances = 8;
+constexpr int64_t kIdleBytes = int64_t{64} << 20;
+constexpr int kPausesBeforeYield = 4000;
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+void pause_processor() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct alignas(64) Progress {
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+};
+
+double now() {
+  const auto time = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(time).count();
+}
+
+}  // namespace
+
+struct Program::Instance {
+  Setting setting;
+  std::vector<std::unique_ptr<ReadyStep>> steps;
+  std::unique_ptr<Progress[]> progress;
+  std::unique_ptr<char, void (*)(void*)> arena{nullptr, std::free};
+  std::vector<void*> maps;
+  size_t scratch_bytes = 0;
+  double* seconds = nullptr;  // [steps] or null
+
+  void run(void* scratch) const;
+};
+
+void Program::Instance::run(void* scratch) const {
+  for (size_t s = 0; s < steps.size(); ++s) {
+    const Job& job = steps[s]->job;
+    Progress& at = progress[s];
+    int64_t mine = 0;
+    for (;;) {
+      const int64_t unit = at.next.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= job.units) break;
+      job.run(job.context, unit, scratch);
+      ++mine;
+    }
+    if (mine > 0 && at.done.fetch_add(mine, std::memory_order_acq_rel) + mine == job.units) {
+      if (seconds != nullptr) seconds[s] = now();
+      continue;
+    }
+    for (int looks = 0; at.done.load(std::memory_order_acquire) < job.units; ++looks) {
+      looks < kPausesBeforeYield ? pause_processor() : std::this_thread::yield();
+    }
+  }
+}
+
+Program::Program() = default;
+Program::~Program() = default;
+
+int64_t Program::add_map(const MapShape& shape) {
+  if (finished_) fail("The program is finished.");
+  for (const int64_t size : {shape.height, shape.width, shape.channels}) {
+    require_range("size of a map", size, 1, std::numeric_limits<int32_t>::max());
+  }
+  checked_product("The map", {shape.height, shape.width, shape.channels});
+  const int64_t map = static_cast<int64_t>(maps_.size());
+  maps_.push_back({shape, map});
+  return map;
+}
+
+int64_t Program::add_view(int64_t map, const MapShape& shape) {
+  const MapShape& old = shape_of(map, shape.packed);
+  if (old.values() != shape.values()) {
+    fail("A view has " + std::to_string(shape.values()) + " values an image, its map " +
+         std::to_string(old.values()) + ".");
+  }
+  const int64_t root = maps_[static_cast<size_t>(map)].root;
+  const int64_t view = add_map(shape);
+  maps_[static_cast<size_t>(view)].root = root;
+  return view;
+}
+
+const MapShape& Program::shape_of(int64_t map, bool packed) const {
+  require_range("map", map, 0, static_cast<int64_t>(maps_.size()) - 1);
+  const Map& found = maps_[static_cast<size_t>(map)];
+  if (found.shape.packed != packed) {
+    fail("Map " + std::to_string(map) + " has " + (packed ? "floats" : "bits") + ", wanted " +
+         (packed ? "bits." : "floats."));
+  }
+  return found.shape;
+}
+
+namespace {
+
+void require_shape(const char* name, const MapShape& shape, int64_t height, int64_t width,
+                   int64_t channels) {
+  if (shape.height == height && shape.width == width && shape.channels == channels) return;
+  const auto text = [](int64_t h, int64_t w, int64_t c) {
+    return std::to_string(h) + "x" + std::to_string(w) + "x" + std::to_string(c);
+  };
+  fail(std::string("`") + name + "` is " + text(shape.height, shape.width, shape.channels) +
+       ", wanted " + text(height, width, channels) + " (height, width, channels).");
+}
+
+}  // namespace
+
+void Program::add(std::unique_ptr<Step> step) {
+  if (finished_) fail("The program is finished.");
+  const int64_t now = steps();
+  for (const int64_t map : step->writes) {
+    Map& root = maps_[static_cast<size_t>(maps_[static_cast<size_t>(map)].root)];
+    if (root.written || map != maps_[static_cast<size_t>(map)].root) {
+      fail("Map " + std::to_string(map) + " is written twice.");
+    }
+    root.written = true;
+    root.first = root.last = now;
+  }
+  for (const int64_t map : step->reads) {
+    Map& root = maps_[static_cast<size_t>(maps_[static_cast<size_t>(map)].root)];
+    root.last = std::max(root.last, now);
+  }
+  steps_.push_back(std::move(step));
+}
+
+void Program::add_conv(std::shared_ptr<const Conv> conv, int64_t bits, int64_t residual,
+                       int64_t out_float, int64_t out_bits) {
+  if (!conv->has_epilogue()) fail("This convolution was made without an epilogue.");
+  const MapShape in = shape_of(bits, true);
+  if (in.channels != conv->geometry().in_channels) {
+    require_shape("bits", in, in.height, in.width, conv->geometry().in_channels);
+  }
+  const ConvPlan plan = conv->plan_for(1, in.height, in.width, false);
+  const int64_t outputs = conv->geometry().out_channels;
+  for (const int64_t map : {residual, out_float}) {
+    if (map == kNoMap) continue;
+    require_shape(map == residual ? "residual" : "out_float", shape_of(map, false), plan.out_h,
+                  plan.out_w, outputs);
+  }
+  if (out_bits != kNoMap) {
+    if (!conv->has_threshold()) fail("Bits leave, but there is no `threshold`.");
+    require_shape("out_bits", shape_of(out_bits, true), plan.out_h, plan.out_w, outputs);
+  }
+  add(conv_step(std::move(conv), in, bits, residual, out_float, out_bits));
+}
+
+void Program::add_float_conv(std::shared_ptr<const FloatConv> conv, int64_t x, int64_t out_float,
+                             int64_t out_bits) {
+  const MapShape in = shape_of(x, false);
+  require_shape("x", in, in.height, in.width, conv->geometry().in_channels);
+  const FloatConvPlan plan = conv->plan_for(1, in.height, in.width, false, true, 1);
+  const int64_t outputs = conv->geometry().out_channels;
+  if (out_float != kNoMap) {
+    require_shape("out_float", shape_of(out_float, false), plan.out_h, plan.out_w, outputs);
+  }
+  if (out_bits != kNoMap) {
+    require_shape("out_bits", shape_of(out_bits, true), plan.out_h, plan.out_w, outputs);
+  }
+  add(float_conv_step(std::move(conv), in, x, out_float, out_bits));
+}
+
+void Program::add_binarize(int64_t x, Span<const float> threshold, Span<const uint8_t> sense,
+                           int64_t out) {
+  const MapShape in = shape_of(x, false);
+  require_shape("out", shape_of(out, true), in.height, in.width, in.channels);
+  if (threshold.data != nullptr || threshold.size != 0) {
+    require_memory("threshold", threshold.data, threshold.size, in.channels, 4);
+  }
+  if (sense.data != nullptr || sense.size != 0) {
+    require_memory("sense", sense.data, sense.size, in.channels, 1);
+  }
+  add(binarize_step(in, x, threshold, sense, out));
+}
+
+void Program::add_bit_pool(int64_t bits, const Window& window, Span<const uint8_t> take_and,
+                           int64_t out) {
+  require_window(window);
+  const MapShape in = shape_of(bits, true), shape = shape_of(out, true);
+  require_shape(
+      "out", shape,
+      window_positions("A pool", in.height, window.kernel_h, window.stride_h, 2 * window.pad_h, 1),
+      window_positions("A pool", in.width, window.kernel_w, window.stride_w, 2 * window.pad_w, 1),
+      in.channels);
+  if (take_and.data != nullptr || take_and.size != 0) {
+    require_memory("take_and", take_and.data, take_and.size, in.channels, 1);
+  }
+  add(bit_pool_step(in, shape, bits, window, take_and, out));
+}
+
+namespace {
+
+// Every window must have a value of the map in it, or its mean would be 0 / 0.
+void require_windows(const char* name, int64_t size, int64_t out, int64_t kernel, int64_t stride,
+                     int64_t pad) {
+  require_range("stride", stride, 1, std::numeric_limits<int32_t>::max());
+  require_range("kernel_size", kernel, 1, std::numeric_limits<int32_t>::max());
+  require_range("padding", pad, 0, kernel / 2);
+  if ((out - 1) * stride - pad >= size) {
+    fail(std::string("The last window along the ") + name + " lies outside of the map.");
+  }
+}
+
+}  // namespace
+
+void Program::add_average(int64_t x, const Window& w, bool count_padding, int64_t divisor,
+                          int64_t first_channel, int64_t out) {
+  const MapShape in = shape_of(x, false), shape = shape_of(out, false);
+  require_windows("height", in.height, shape.height, w.kernel_h, w.stride_h, w.pad_h);
+  require_windows("width", in.width, shape.width, w.kernel_w, w.stride_w, w.pad_w);
+  require_range("divisor", divisor, 0, std::numeric_limits<int32_t>::max());
+  require_range("first_channel", first_channel, 0, shape.channels - in.channels);
+  add(average_step({nullptr, in.height, in.width, in.channels, w, shape.height, shape.width,
+                    shape.channels, first_channel, count_padding, divisor, nullptr},
+                   x, out));
+}
+
+void Program::add_maximum(int64_t x, const Window& w, int64_t out) {
+  const MapShape in = shape_of(x, false), shape = shape_of(out, false);
+  require_windows("height", in.height, shape.height, w.kernel_h, w.stride_h, w.pad_h);
+  require_windows("width", in.width, shape.width, w.kernel_w, w.stride_w, w.pad_w);
+  require_shape("out", shape, shape.height, shape.width, in.channels);
+  add(maximum_step({nullptr, in.height, in.width, in.channels, w, shape.height, shape.width,
+                    in.channels, 0, false, 0, nullptr},
+                   x, out));
+}
+
+void Program::add_sum(int64_t a, int64_t b, float clamp_min, float clamp_max, int64_t out) {
+  const MapShape shape = shape_of(a, false);
+  if (b != kNoMap)
+    require_shape("b", shape_of(b, false), shape.height, shape.width, shape.channels);
+  require_shape("out", shape_of(out, false), shape.height, shape.width, shape.channels);
+  add(sum_step(shape, a, b, clamp_min, clamp_max, out));
+}
+
+void Program::finish(const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs) {
+  if (finished_) fail("The program is finished.");
+  std::vector<bool> defined(maps_.size(), false);
+  for (const int64_t map : inputs) {
+    require_range("input", map, 0, static_cast<int64_t>(maps_.size()) - 1);
+    Map& input = maps_[static_cast<size_t>(map)];
+    if (input.written || input.root != map || input.external)
+      fail("An input is no map of its own.");
+    input.external = true;
+    defined[static_cast<size_t>(map)] = true;
+  }
+  for (const auto& step : steps_) {
+    for (const int64_t map : step->reads) {
+      if (!defined[static_cast<size_t>(maps_[static_cast<size_t>(map)].root)]) {
+        fail("Map " + std::to_string(map) + " is read before it is written.");
+      }
+    }
+    for (const int64_t map : step->writes) defined[static_cast<size_t>(map)] = true;
+  }
+  for (const int64_t map : outputs) {
+    require_range("output", map, 0, static_cast<int64_t>(maps_.size()) - 1);
+    Map& root = maps_[static_cast<size_t>(maps_[static_cast<size_t>(map)].root)];
+    if (!root.written || root.external) fail("An output is no map of its own.");
+    root.external = true;
+  }
+  inputs_ = inputs;
+  outputs_ = outputs;
+  place_in_arena();
+  finished_ = true;
+}
+
+// Gives every internal map the lowest offset that no map needed at the same time covers. A map that
+// may be written in place of one that nobody reads later shares its memory.
+void Program::place_in_arena() {
+  for (int64_t s = 0; s < steps(); ++s) {
+    const Step& step = *steps_[static_cast<size_t>(s)];
+    if (step.in_place == kNoMap || step.writes.empty()) continue;
+    Map& out = maps_[static_cast<size_t>(step.writes[0])];
+    const int64_t old = maps_[static_cast<size_t>(step.in_place)].root;
+    Map& root = maps_[static_cast<size_t>(old)];
+    if (root.external || out.external || root.last != s ||
+        root.shape.values() != out.shape.values())
+      continue;
+    root.last = out.last;
+    const int64_t replaced = out.root;
+    for (Map& map : maps_) {
+      if (map.root == replaced) map.root = old;
+    }
+  }
+  std::vector<size_t> placed;
+  for (size_t m = 0; m < maps_.size(); ++m) {
+    Map& map = maps_[m];
+    if (map.root != static_cast<int64_t>(m) || map.external || !map.written) continue;
+    const int64_t bytes = aligned(map.shape.values() * 4);
+    std::sort(placed.begin(), placed.end(),
+              [&](size_t a, size_t b) { return maps_[a].offset < maps_[b].offset; });
+    int64_t offset = 0;
+    for (const size_t other : placed) {
+      const Map& o = maps_[other];
+      if (o.last < map.first || map.last < o.first) continue;
+      if (offset + bytes <= o.offset) break;
+      offset = std::max(offset, o.offset + aligned(o.shape.values() * 4));
+    }
+    map.offset = offset;
+    arena_bytes_ = std::max(arena_bytes_, offset + bytes);
+    placed.push_back(m);
+  }
+}
+
+int64_t Program::arena_bytes(int64_t batch) const {
+  return checked_product("The arena", {batch, arena_bytes_});
+}
+
+std::unique_ptr<Program::Instance> Program::make(const Setting& setting) const {
+  auto instance = std::make_unique<Instance>();
+  instance->setting = setting;
+  const int64_t bytes = std::max<int64_t>(kAlignment, arena_bytes(setting.batch));
+  instance->arena.reset(
+      static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes))));
+  if (!instance->arena) throw std::bad_alloc();
+  for (const auto& step : steps_) {
+    instance->steps.push_back(step->ready(setting));
+    instance->scratch_bytes =
+        std::max(instance->scratch_bytes, instance->steps.back()->job.scratch_bytes);
+  }
+  instance->progress = std::make_unique<Progress[]>(steps_.size());
+  instance->maps.assign(maps_.size(), nullptr);
+  return instance;
+}
+
+std::unique_ptr<Program::Instance> Program::take(const Setting& setting) const {
+  {
+    // Not a wait: a lock that was held when the process forked is never released in the child.
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock()) {
+      for (auto at = idle_.rbegin(); at != idle_.rend(); ++at) {
+        const Setting& found = (*at)->setting;
+        if (found.batch == setting.batch && found.threads == setting.threads &&
+            found.planar == setting.planar) {
+          std::unique_ptr<Instance> instance = std::move(*at);
+          idle_.erase(std::next(at).base());
+          return instance;
+        }
+      }
+    }
+  }
+  return make(setting);
+}
+
+void Program::give_back(std::unique_ptr<Instance> instance) const {
+  std::vector<std::unique_ptr<Instance>> dropped;  // freed outside of the lock
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return;
+  idle_.push_back(std::move(instance));
+  int64_t bytes = 0;
+  for (const auto& kept : idle_) bytes += arena_bytes(kept->setting.batch);
+  while (idle_.size() > 1 && (idle_.size() > kIdleInstances || bytes > kIdleBytes)) {
+    bytes -= arena_bytes(idle_.front()->setting.batch);
+    dropped.push_back(std::move(idle_.front()));
+    idle_.erase(idle_.begin());
+  }
+  lock.unlock();
+}
+
+void Program::check_memory(const char* what, const std::vector<int64_t>& maps,
+                           const std::vector<MapMemory>& memory, int64_t batch) const {
+  if (memory.size() != maps.size()) {
+    fail(std::string("This program has ") + std::to_string(maps.size()) + " " + what + "s, but " +
+         std::to_string(memory.size()) + " came.");
+  }
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const MapShape& shape = maps_[static_cast<size_t>(maps[i])].shape;
+    require_memory(what, memory[i].data, memory[i].size,
+                   checked_product("The map", {batch, shape.values()}), 4);
+  }
+}
+
+void Program::run(int64_t batch, const std::vector<MapMemory>& inputs,
+                  const std::vector<MapMemory>& outputs, int64_t threads,
+                  std::vector<double>* seconds) const {
+  if (!finished_) fail("The program is not finished.");
+  require_range("batch", batch, 0, std::numeric_limits<int32_t>::max());
+  require_range("threads", threads, 1, std::numeric_limits<int32_t>::max());
+  check_memory("input", inputs_, inputs, batch);
+  check_memory("output", outputs_, outputs, batch);
+  Setting setting{batch, threads, std::vector<bool>(maps_.size(), false)};
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!inputs[i].planar) continue;
+    for (const auto& step : steps_) {
+      for (const int64_t map : step->reads) {
+        const int64_t root = maps_[static_cast<size_t>(map)].root;
+        if (root != inputs_[i]) continue;
+        if (map != root || !step->takes_planar()) fail("An input must be [N, H, W, C] here.");
+      }
+    }
+    setting.planar[static_cast<size_t>(inputs_[i])] = true;
+  }
+  if (batch == 0) return;
+  std::unique_ptr<Instance> instance = take(setting);
+  for (size_t m = 0; m < maps_.size(); ++m) {
+    const Map& root = maps_[static_cast<size_t>(maps_[m].root)];
+    instance->maps[m] = instance->arena.get() + root.offset * batch;
+  }
+  for (size_t m = 0; m < maps_.size(); ++m) {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (maps_[m].root == inputs_[i]) instance->maps[m] = inputs[i].data;
+    }
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (maps_[m].root == maps_[static_cast<size_t>(outputs_[i])].root) {
+        instance->maps[m] = outputs[i].data;
+      }
+    }
+  }
+  for (size_t s = 0; s < steps_.size(); ++s) {
+    instance->steps[s]->bind(instance->maps.data());
+    instance->progress[s].next.store(0, std::memory_order_relaxed);
+    instance->progress[s].done.store(0, std::memory_order_relaxed);
+  }
+  if (seconds != nullptr) seconds->assign(steps_.size(), 0.0);
+  instance->seconds = seconds != nullptr ? seconds->data() : nullptr;
+  const double start = now();
+  const auto walk = [](const void* context, int64_t, void* scratch) {
+    static_cast<const Instance*>(context)->run(scratch);
+  };
+  run_job({walk, instance.get(), threads, instance->scratch_bytes}, threads);
+  if (seconds != nullptr) {
+    for (double& second : *seconds) second -= start;
+  }
+  give_back(std::move(instance));
+}
+
+}  // namespace biper

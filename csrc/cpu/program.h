@@ -1,0 +1,128 @@
+// A network, or a run of its operators, as one call.
+//
+// Steps read and write maps: float32 [N, H, W, C] or packed [N, H, W, words], of which one image
+// has a fixed size. Maps that are neither inputs nor outputs share one arena by the steps in which
+// they are needed. What depends on the batch size, the arena among it, is made at the first call
+// and kept for later ones; a call takes it for itself, so that calls from several threads are safe.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "float_conv.h"
+#include "thread_pool.h"
+
+namespace biper {
+
+// One image of a map.
+struct MapShape {
+  int64_t height, width, channels;
+  bool packed;
+
+  int64_t values() const {  // floats or words
+    const int64_t last = packed ? (channels + kWordBits - 1) / kWordBits : channels;
+    return height * width * last;
+  }
+};
+
+constexpr int64_t kNoMap = -1;
+
+// What a step is made ready for. planar[m]: map m is [N, C, H, W] in this call.
+struct Setting {
+  int64_t batch, threads;
+  std::vector<bool> planar;
+};
+
+// A step with everything that depends on the batch size but the addresses of maps.
+class ReadyStep {
+ public:
+  virtual ~ReadyStep() = default;
+  virtual void bind(void* const* maps) = 0;
+
+  Job job{};
+};
+
+class Step {
+ public:
+  virtual ~Step() = default;
+  virtual std::unique_ptr<ReadyStep> ready(const Setting& setting) const = 0;
+  virtual bool takes_planar() const { return false; }
+
+  std::vector<int64_t> reads, writes;  // maps
+  int64_t in_place = kNoMap;           // of `reads`: its memory may become that of writes[0]
+};
+
+// Memory of a caller for one map. A planar float map is [N, C, H, W].
+struct MapMemory {
+  void* data;
+  int64_t size;
+  bool planar;
+};
+
+class Program {
+ public:
+  Program();
+  ~Program();
+
+  // Each returns the map's number.
+  int64_t add_map(const MapShape& shape);
+  int64_t add_view(int64_t map, const MapShape& shape);  // the same values as another shape
+
+  // Steps, in the order in which they run. Maps that are not wanted are kNoMap. Where shapes do not
+  // fit, std::invalid_argument is thrown.
+  void add_conv(std::shared_ptr<const Conv> conv, int64_t bits, int64_t residual, int64_t out_float,
+                int64_t out_bits);
+  void add_float_conv(std::shared_ptr<const FloatConv> conv, int64_t x, int64_t out_float,
+                      int64_t out_bits);
+  void add_binarize(int64_t x, Span<const float> threshold, Span<const uint8_t> sense, int64_t out);
+  void add_bit_pool(int64_t bits, const Window& window, Span<const uint8_t> take_and, int64_t out);
+  void add_average(int64_t x, const Window& window, bool count_padding, int64_t divisor,
+                   int64_t first_channel, int64_t out);
+  void add_maximum(int64_t x, const Window& window, int64_t out);
+  void add_sum(int64_t a, int64_t b, float clamp_min, float clamp_max, int64_t out);
+
+  // Ends the program; only calls come after it.
+  void finish(const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs);
+
+  // Runs all steps. With `seconds`, [steps], also says when each was done, counted from the start.
+  void run(int64_t batch, const std::vector<MapMemory>& inputs,
+           const std::vector<MapMemory>& outputs, int64_t threads,
+           std::vector<double>* seconds = nullptr) const;
+
+  // Bytes of the arena at a batch size.
+  int64_t arena_bytes(int64_t batch) const;
+
+  int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
+
+ private:
+  struct Map {
+    MapShape shape;
+    int64_t root;                  // the map whose memory it shares, itself if none
+    bool written = false;          // by a step
+    bool external = false;         // an input or output
+    int64_t first = 0, last = -1;  // steps between which a root is needed
+    int64_t offset = 0;            // in the arena, in bytes for one image
+  };
+  struct Instance;
+
+  const MapShape& shape_of(int64_t map, bool packed) const;
+  void add(std::unique_ptr<Step> step);
+  void place_in_arena();
+  void check_memory(const char* what, const std::vector<int64_t>& maps,
+                    const std::vector<MapMemory>& memory, int64_t batch) const;
+  std::unique_ptr<Instance> make(const Setting& setting) const;
+  std::unique_ptr<Instance> take(const Setting& setting) const;
+  void give_back(std::unique_ptr<Instance> instance) const;
+
+  std::vector<Map> maps_;
+  std::vector<std::unique_ptr<Step>> steps_;
+  std::vector<int64_t> inputs_, outputs_;
+  bool finished_ = false;
+  int64_t arena_bytes_ = 0;   // for one image
+  mutable std::mutex mutex_;  // guards idle_
+  mutable std::vector<std::unique_ptr<Instance>> idle_;
+};
+
+}  // namespace biper

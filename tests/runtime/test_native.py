@@ -1,0 +1,335 @@
+"""Native programs: the whole network in one call, with the same bytes however it is called."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from biper_engine.conversion import convert
+from biper_engine.engine import Engine
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.models import build
+from biper_engine.ops.backends import backends, use_backend
+from biper_engine.ops.cpu_program import Clamp, CpuProgram
+from biper_engine.runtime import NativePlan, interpret
+from tests.golden import weights
+from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature, two_inputs
+
+_aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BIPER_BACKEND", raising=False)
+    if not {info.name: info.available for info in backends()}["cpu"]:
+        pytest.skip("no cpu backend here")
+
+
+@pytest.fixture
+def isas() -> Iterator[Callable[[str], None]]:
+    """Return a function that selects an instruction set until the test ends."""
+    from biper_engine import _cpu
+
+    before = _cpu.isa()
+    yield _cpu.select_isa
+    _cpu.select_isa(before)
+
+
+def usable_isas() -> list[str]:
+    try:
+        from biper_engine import _cpu
+    except ImportError:
+        return []
+    return list(_cpu.usable_isas())
+
+
+def native(engine: Engine) -> NativePlan:
+    plan = engine._get_plan().native
+    assert isinstance(plan, NativePlan), plan
+    return plan
+
+
+def one_by_one(engine: Engine, *inputs: Tensor) -> Tensor:
+    """Run the operators of an engine's graph as torch runs them."""
+    with torch.no_grad():
+        return interpret(engine.graph_module, inputs, lambda n, a, k: n.target(*a, **k))[0]
+
+
+def golden(name: str) -> Engine:
+    model = build(name).eval()
+    model.load_state_dict(weights.tensors(model))
+    return convert(model, check=False, unconverted="ignore")
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+NETWORKS = {
+    "cifar10/resnet20_1w1a": 23,
+    "cifar10/resnet18A_1w1a": 22,
+    "cifar10/resnet20_1w32a": 41,
+    "cifar10/vgg_small_1w1a": 7,
+    "imagenet/resnet18_1w1a": 22,
+    "imagenet/mobilenet_1w1a": 46,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_one_program_and_gives_what_its_operators_give(name: str) -> None:
+    engine = golden(name)
+    assert engine.execution == f"one native program of {NETWORKS[name]} steps"
+    images = torch.from_numpy(weights.images(name, 4, engine.input_shape[1]))[:1]
+    # A bit within rounding of its threshold may flip: these images have none.
+    assert relative(engine(images), one_by_one(engine, images)) < 2e-6
+    covered = [node.name for step in native(engine).steps for node in step.nodes]
+    assert len(covered) == len(set(covered))
+
+
+@pytest.mark.parametrize("name", ["cifar10/resnet20_1w1a", "cifar10/vgg_small_1w1a"])
+def test_one_file_gives_the_same_bytes_on_every_instruction_set_thread_count_and_batch(
+    name: str, isas: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.from_numpy(weights.images(name, 5, 32))
+    results = []
+    for isa in usable_isas():
+        isas(isa)
+        engine = golden(name)
+        for threads in ("1", "2", "3"):
+            monkeypatch.setenv("BIPER_NUM_THREADS", threads)
+            results.append(engine(images))
+            results.append(torch.cat([engine(part) for part in images.split(2)]))
+            results.append(engine(images.contiguous(memory_format=torch.channels_last)))
+            results.append(engine(images.flip(0)).flip(0))
+    for result in results[1:]:
+        assert torch.equal(result.view(torch.int32), results[0].view(torch.int32))
+
+
+def test_an_image_with_holes_in_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = classifier()
+    wide = torch.randn(4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(engine(wide[..., ::2]), engine(wide[..., ::2].contiguous()))
+    assert engine(wide[:0, :, :, :8]).shape == (0, 10)
+
+
+def test_concurrent_calls_of_several_batch_sizes_do_not_disturb_each_other() -> None:
+    engine = classifier()
+    batches = [torch.randn(n, 3, 8, 8) for n in (1, 2, 3, 5, 8, 13)]
+    wanted = [engine(batch) for batch in batches]
+    wrong = []
+
+    def call(start: int) -> None:
+        for i in range(60):
+            at = (start + i) % len(batches)
+            if not torch.equal(engine(batches[at]), wanted[at]):
+                wrong.append(at)
+
+    threads = [threading.Thread(target=call, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_what_has_no_step_runs_operator_by_operator_and_says_so() -> None:
+    engine = two_inputs()
+    assert engine.execution.startswith("operator by operator, since product (aten.mul.Tensor)")
+    with use_backend("reference"):
+        assert "backend reference" in classifier().execution
+
+
+def test_the_profile_has_a_row_for_every_step() -> None:
+    engine, images = classifier(), torch.randn(2, 3, 8, 8)
+    report = engine.profile(images, rounds=2)
+    assert [(node.name, node.op, node.backend) for node in report.nodes][:3] == [
+        ("stem", "aten.conv2d + binarize", "cpu"),
+        ("layer1_0", "bconv2d_float_bits", "cpu"),
+        ("layer1_1", "bconv2d_bits", "cpu"),
+    ]
+    assert report.nodes[1].macs == 2 * 8 * 8 * 33 * 33 * 9
+    assert all(node.ms >= 0 for node in report.nodes)
+
+
+# -- steps ----------------------------------------------------------------------------------------
+
+
+def run_one(
+    x: Tensor, step: Callable[[CpuProgram, Any], Any], *, planar: bool = False, flat: bool = False
+) -> Tensor:
+    """Run a program of one step on `x`."""
+    program = CpuProgram()
+    source = program.add_map(*x.shape[1:])
+    out = step(program, source)
+    program.finish([source], [planar], [out], [flat])
+    return program(x)[0]
+
+
+CONVS = {
+    "7x7, stride 2": ((3, 64, 7), {"stride": 2, "padding": 3}),
+    "3x3 on one channel": ((1, 5, 3), {"padding": 1}),
+    "1x1, stride 2": ((33, 70, 1), {"stride": 2}),
+    "1x1": ((40, 130, 1), {}),
+    "3x2, dilated": ((5, 17, (3, 2)), {"dilation": (2, 1), "stride": (1, 2), "padding": (2, 0)}),
+}
+
+
+def conv_case(name: str) -> tuple[Tensor, Tensor, Tensor, Conv2dGeometry, dict[str, Any]]:
+    (channels, outputs, kernel), options = CONVS[name]
+    random = torch.Generator().manual_seed(0)
+    height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    x = torch.randn(3, channels, 19, 14, generator=random)
+    weight = torch.randn(outputs, channels, height, width, generator=random)
+
+    def pair(value: Any) -> tuple[int, int]:
+        return value if isinstance(value, tuple) else (value, value)
+
+    vertical, horizontal = pair(options.get("padding", 0))
+    geometry = Conv2dGeometry(
+        in_channels=channels,
+        out_channels=outputs,
+        kernel_size=(height, width),
+        stride=pair(options.get("stride", 1)),
+        padding=(vertical, vertical, horizontal, horizontal),
+        dilation=pair(options.get("dilation", 1)),
+    )
+    return x, weight, torch.randn(outputs, generator=random), geometry, options
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("isa", usable_isas())
+def test_a_float_convolution_is_torchs_with_what_follows(
+    isas: Callable[[str], None], isa: str, name: str, pooled: bool, planar: bool
+) -> None:
+    isas(isa)
+    x, weight, bias, geometry, options = conv_case(name)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), **options)
+    pool = Pool2dGeometry()
+    if pooled:
+        pool = Pool2dGeometry(kernel_size=(3, 2), stride=(2, 1), padding=(1, 0))
+        wanted = F.max_pool2d(wanted, (3, 2), (2, 1), (1, 0))
+    wanted = wanted.clamp(-2.0, 4.0)
+    threshold = torch.linspace(-1, 1, len(bias))
+    sense = torch.arange(len(bias)) % 3 == 0
+
+    def step(program: CpuProgram, source: Any) -> Any:
+        floats, bits = program.float_conv(
+            source,
+            weight,
+            bias,
+            geometry,
+            pool=pool,
+            clamp=Clamp(-2.0, 4.0),
+            want_bits=True,
+            threshold=threshold,
+            sense=sense,
+        )
+        assert bits is not None
+        return floats
+
+    got = run_one(x, step, planar=planar)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_float_convolution_is_one_chain_of_fused_multiply_adds(
+    exact_fma: Callable[[float, float, float], float],
+) -> None:
+    """The order (ky, kx, c) from the bias on is what makes bytes equal everywhere."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 5, 4, generator=random)
+    weight, bias = torch.randn(2, 3, 3, 3, generator=random), torch.randn(2, generator=random)
+    geometry = Conv2dGeometry(
+        in_channels=3, out_channels=2, kernel_size=(3, 3), padding=(1, 1, 1, 1)
+    )
+    got = run_one(x, lambda p, s: p.float_conv(s, weight, bias, geometry)[0])
+    padded = F.pad(x, (1, 1, 1, 1))
+    for o in range(2):
+        for y in range(5):
+            for left in range(4):
+                total = float(bias[o])
+                for ky in range(3):
+                    for kx in range(3):
+                        for c in range(3):
+                            value = float(padded[0, c, y + ky, left + kx])
+                            total = exact_fma(value, float(weight[o, c, ky, kx]), total)
+                assert float(got[0, o, y, left]) == total
+
+
+def test_bits_of_a_float_convolution_are_those_of_its_map() -> None:
+    x, weight, bias, geometry, _ = conv_case("7x7, stride 2")
+    threshold, sense = torch.linspace(-1, 1, 64), torch.arange(64) % 3 == 0
+    program = CpuProgram()
+    source = program.add_map(*x.shape[1:])
+    options = {"want_bits": True, "threshold": threshold, "sense": sense}
+    floats, _ = program.float_conv(source, weight, bias, geometry, **options)
+    assert floats is not None
+    # Bits come out as counts, once those of `binarize` and once the convolution's own.
+    both = [program.binarize(floats, threshold, sense)]
+    _, own = program.float_conv(source, weight, bias, geometry, want_float=False, **options)
+    assert own is not None
+    both.append(own)
+    outs = [counted(program, bits) for bits in both]
+    program.finish([source], [True], outs, [False, False])
+    first, second = program(x)
+    assert torch.equal(first, second)
+    assert first.unique().numel() > 10
+
+
+def counted(program: CpuProgram, bits: Any) -> Any:
+    """Add a binary 1x1 convolution whose output o tells the channels below o from the others."""
+    from biper_engine.bits import pack_weight
+    from biper_engine.ops import functional
+    from biper_engine.ops.epilogue import Epilogue
+
+    channels = bits.channels
+    geometry = Conv2dGeometry(in_channels=channels, out_channels=channels, kernel_size=(1, 1))
+    signs = torch.ones(channels, channels).tril()[:, :, None, None] > 0
+    epilogue = Epilogue(multiplier=torch.ones(channels), bias=torch.zeros(channels))
+    prepacked = functional.prepack(pack_weight(signs), geometry, backend="cpu")
+    return program.conv(
+        bits, geometry, epilogue, prepacked, None, want_float=True, want_bits=False
+    )[0]
+
+
+AVERAGES = [
+    {"kernel_size": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False},
+    {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False},
+    {"kernel_size": (3, 2), "stride": (2, 1), "ceil_mode": True, "padding": (1, 1)},
+    {"kernel_size": 2, "divisor_override": 3},
+]
+
+
+@pytest.mark.parametrize("options", AVERAGES)
+def test_an_average_pool_in_a_graph_is_torchs(options: dict[str, Any]) -> None:
+    g = GraphBuilder()
+    x = g.input("x")
+
+    def two(value: Any) -> list[int]:
+        return list(value) if isinstance(value, tuple) else [value, value]
+
+    args = [
+        two(options["kernel_size"]),
+        two(options["stride"]) if "stride" in options else [],
+        two(options.get("padding", 0)),
+        options.get("ceil_mode", False),
+        options.get("count_include_pad", True),
+        options.get("divisor_override"),
+    ]
+    pool = g.call("pool", _aten.avg_pool2d.default, x, *args)
+    pad = g.call("pad", _aten.constant_pad_nd.default, pool, [0, 0, 0, 0, 2, 3])
+    engine = Engine(
+        g.module(pad), signature=signature({"x": (5, 9, 7)}, (0,), {}, 0), report=leaf_report()
+    )
+    images = torch.randn(3, 5, 9, 7, generator=torch.Generator().manual_seed(0))
+    engine._device = torch.device("cpu")  # a network without tensors is on none
+    assert engine.execution == "one native program of 1 steps"
+    wanted = F.pad(F.avg_pool2d(images, **options), (0, 0, 0, 0, 2, 3))
+    torch.testing.assert_close(engine(images), wanted, rtol=1e-6, atol=1e-6)
