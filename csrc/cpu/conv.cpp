@@ -286,19 +286,8 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) 
   plan.batch = batch;
   plan.height = height;
   plan.width = width;
-  plan.conv_h = window_positions("A kernel", height, g.kernel_h, g.stride_h,
-                                 g.pad_top + g.pad_bottom, g.dilation_h);
-  plan.conv_w = window_positions("A kernel", width, g.kernel_w, g.stride_w,
-                                 g.pad_left + g.pad_right, g.dilation_w);
-  plan.out_h = plan.conv_h;
-  plan.out_w = plan.conv_w;
   plan.pooled = pooled_ && !raw;
-  if (plan.pooled) {
-    plan.out_h =
-        window_positions("A pool", plan.conv_h, pool_.kernel_h, pool_.stride_h, 2 * pool_.pad_h, 1);
-    plan.out_w =
-        window_positions("A pool", plan.conv_w, pool_.kernel_w, pool_.stride_w, 2 * pool_.pad_w, 1);
-  }
+  set_sizes(plan, g);
   plan.group_channels = l.group_channels;
   plan.group_words = l.group_words;
   plan.group_outputs = l.group_outputs;

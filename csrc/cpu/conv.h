@@ -111,6 +111,21 @@ void require_geometry(const ConvGeometry& geometry);
 int64_t window_positions(const char* what, int64_t size, int64_t kernel, int64_t stride,
                          int64_t pads, int64_t dilation);
 
+// Sets the sizes of a plan's convolution, and of what leaves it, where a pool may follow.
+template <class Plan>
+void set_sizes(Plan& plan, const ConvGeometry& g) {
+  plan.conv_h = window_positions("A kernel", plan.height, g.kernel_h, g.stride_h,
+                                 g.pad_top + g.pad_bottom, g.dilation_h);
+  plan.conv_w = window_positions("A kernel", plan.width, g.kernel_w, g.stride_w,
+                                 g.pad_left + g.pad_right, g.dilation_w);
+  plan.out_h = plan.conv_h;
+  plan.out_w = plan.conv_w;
+  if (!plan.pooled) return;
+  const Window& p = plan.pool;
+  plan.out_h = window_positions("A pool", plan.conv_h, p.kernel_h, p.stride_h, 2 * p.pad_h, 1);
+  plan.out_w = window_positions("A pool", plan.conv_w, p.kernel_w, p.stride_w, 2 * p.pad_w, 1);
+}
+
 // A bit per flag, and a spare word.
 std::vector<uint32_t> pack_flags(Span<const uint8_t> flags);
 

@@ -17,13 +17,6 @@
 
 namespace biper {
 
-// The part of a convolution that one unit computes.
-struct Unit {
-  int64_t image, first_row, last_row;  // of the output
-  int64_t conv_first, conv_last;       // rows of accumulators that they need
-  int64_t first_block, last_block;
-};
-
 // One group of a unit: where windows find their input and their border class.
 struct Strip {
   const uint32_t* words;        // first pixel of the first window
@@ -43,27 +36,6 @@ struct Block {
   const int32_t* tap_counts;  // of its first lane
   const int32_t* borders;     // [row class][column class][lanes]
 };
-
-BIPER_INLINE Unit unit_of(const ConvPlan& plan, int64_t index) {
-  Unit unit;
-  const int64_t chunk = index % plan.chunks;
-  const int64_t strip = index / plan.chunks % plan.strips;
-  unit.image = index / plan.chunks / plan.strips;
-  unit.first_row = strip * plan.strip_rows;
-  unit.last_row = min64(unit.first_row + plan.strip_rows, plan.out_h);
-  unit.conv_first = unit.first_row;
-  unit.conv_last = unit.last_row;
-  if (plan.pooled) {
-    const Window& pool = plan.pool;
-    unit.conv_first = max64(unit.first_row * pool.stride_h - pool.pad_h, 0);
-    unit.conv_last =
-        min64((unit.last_row - 1) * pool.stride_h - pool.pad_h + pool.kernel_h, plan.conv_h);
-  }
-  unit.first_block = chunk * plan.chunk_blocks;
-  unit.last_block =
-      min64(unit.first_block + plan.chunk_blocks, plan.geometry.groups * plan.group_blocks);
-  return unit;
-}
 
 // Kernel positions [first, last) of [0, kernel) whose tap start + position * dilation is in
 // [0, size).
@@ -410,7 +382,7 @@ static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory)
   static_assert(I::kLanes * I::kVectors % kWordBits == 0, "a chunk owns whole words of bits");
   static_assert(I::kLanes % I::kFloats == 0, "a vector of sums is whole vectors of floats");
   char* scratch = static_cast<char*>(scratch_memory);
-  const Unit unit = unit_of(plan, index);
+  const Unit unit = unit_of(plan, index, plan.geometry.groups * plan.group_blocks);
   const Strip strip = strip_of(plan, unit, scratch);
   int32_t* borders = reinterpret_cast<int32_t*>(scratch + plan.scratch.borders);
   int64_t filled_group = -1;

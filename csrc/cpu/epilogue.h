@@ -5,6 +5,35 @@
 
 namespace biper {
 
+// The part of a convolution, binary or float, that one unit of work computes.
+struct Unit {
+  int64_t image, first_row, last_row;  // of the output
+  int64_t conv_first, conv_last;       // rows of the convolution that they need
+  int64_t first_block, last_block;
+};
+
+// Returns unit `index` of a plan whose outputs are `blocks` blocks.
+template <class Plan>
+BIPER_INLINE Unit unit_of(const Plan& plan, int64_t index, int64_t blocks) {
+  Unit unit;
+  const int64_t chunk = index % plan.chunks;
+  const int64_t strip = index / plan.chunks % plan.strips;
+  unit.image = index / plan.chunks / plan.strips;
+  unit.first_row = strip * plan.strip_rows;
+  unit.last_row = min64(unit.first_row + plan.strip_rows, plan.out_h);
+  unit.conv_first = unit.first_row;
+  unit.conv_last = unit.last_row;
+  if (plan.pooled) {
+    const Window& pool = plan.pool;
+    unit.conv_first = max64(unit.first_row * pool.stride_h - pool.pad_h, 0);
+    unit.conv_last =
+        min64((unit.last_row - 1) * pool.stride_h - pool.pad_h + pool.kernel_h, plan.conv_h);
+  }
+  unit.first_block = chunk * plan.chunk_blocks;
+  unit.last_block = min64(unit.first_block + plan.chunk_blocks, blocks);
+  return unit;
+}
+
 // Pixels that finish() takes at once.
 constexpr int64_t kMostPixels = 8;
 

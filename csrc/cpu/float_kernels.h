@@ -11,32 +11,6 @@
 
 namespace biper {
 
-struct FloatUnit {
-  int64_t image, first_row, last_row;  // of the output
-  int64_t conv_first, conv_last;       // rows of the convolution that they need
-  int64_t first_block, last_block;
-};
-
-BIPER_INLINE FloatUnit float_unit_of(const FloatConvPlan& plan, int64_t index) {
-  FloatUnit unit;
-  const int64_t chunk = index % plan.chunks;
-  const int64_t strip = index / plan.chunks % plan.strips;
-  unit.image = index / plan.chunks / plan.strips;
-  unit.first_row = strip * plan.strip_rows;
-  unit.last_row = min64(unit.first_row + plan.strip_rows, plan.out_h);
-  unit.conv_first = unit.first_row;
-  unit.conv_last = unit.last_row;
-  if (plan.pooled) {
-    const Window& pool = plan.pool;
-    unit.conv_first = max64(unit.first_row * pool.stride_h - pool.pad_h, 0);
-    unit.conv_last =
-        min64((unit.last_row - 1) * pool.stride_h - pool.pad_h + pool.kernel_h, plan.conv_h);
-  }
-  unit.first_block = chunk * plan.chunk_blocks;
-  unit.last_block = min64(unit.first_block + plan.chunk_blocks, plan.blocks);
-  return unit;
-}
-
 // Where windows find their input: values [depth] at `offsets` from a window's first one.
 struct FloatStrip {
   const float* values;  // of the window at (conv_first, 0)
@@ -55,7 +29,7 @@ BIPER_INLINE void pad_row(const float* from, int64_t left, int64_t count, int64_
 }
 
 // Copies the input rows that a unit's windows see, padding as zeros, in the input's own layout.
-BIPER_INLINE void fill_float_strip(const FloatConvPlan& plan, const FloatUnit& unit, float* strip) {
+BIPER_INLINE void fill_float_strip(const FloatConvPlan& plan, const Unit& unit, float* strip) {
   const int64_t channels = plan.in_channels;
   const int64_t row_values = plan.strip_w * channels;
   const int64_t first = unit.conv_first * plan.stride_h - plan.pad_top;
@@ -81,8 +55,7 @@ BIPER_INLINE void fill_float_strip(const FloatConvPlan& plan, const FloatUnit& u
   }
 }
 
-BIPER_INLINE FloatStrip float_strip_of(const FloatConvPlan& plan, const FloatUnit& unit,
-                                       char* scratch) {
+BIPER_INLINE FloatStrip float_strip_of(const FloatConvPlan& plan, const Unit& unit, char* scratch) {
   FloatStrip strip;
   const int64_t channels = plan.in_channels;
   const int64_t row = (plan.direct ? plan.width : plan.strip_w) * channels;
@@ -244,8 +217,8 @@ BIPER_INLINE void float_rows(const FloatConvPlan& plan, const FloatBlock& block,
 }
 
 template <class I, int J>
-static void float_pooled_rows(const FloatConvPlan& plan, const FloatUnit& unit,
-                              const FloatBlock& block, const FloatStrip& strip, float* ring) {
+static void float_pooled_rows(const FloatConvPlan& plan, const Unit& unit, const FloatBlock& block,
+                              const FloatStrip& strip, float* ring) {
   const Window& pool = plan.pool;
   const int64_t row_values = plan.conv_w * block.lanes;
   int64_t done = unit.conv_first;  // rows of the convolution below this are in the ring
@@ -278,7 +251,7 @@ static void float_pooled_rows(const FloatConvPlan& plan, const FloatUnit& unit,
 }
 
 template <class I, int J = I::kFloatVectors>
-BIPER_INLINE void float_block_of(int64_t vectors, const FloatConvPlan& plan, const FloatUnit& unit,
+BIPER_INLINE void float_block_of(int64_t vectors, const FloatConvPlan& plan, const Unit& unit,
                                  const FloatBlock& block, const FloatStrip& strip, float* ring) {
   if (vectors == J) {
     if (plan.pooled) {
@@ -295,7 +268,7 @@ BIPER_INLINE void float_block_of(int64_t vectors, const FloatConvPlan& plan, con
 template <class I>
 static void float_conv_unit(const FloatConvPlan& plan, int64_t index, void* scratch_memory) {
   char* scratch = static_cast<char*>(scratch_memory);
-  const FloatUnit unit = float_unit_of(plan, index);
+  const Unit unit = unit_of(plan, index, plan.blocks);
   const FloatStrip strip = float_strip_of(plan, unit, scratch);
   constexpr int64_t kLanes = int64_t{I::kFloatVectors} * I::kFloats;
   for (int64_t b = unit.first_block; b < unit.last_block; ++b) {

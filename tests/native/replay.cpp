@@ -3,6 +3,7 @@
 //     replay isa               prints the instruction set in use, then all that run here
 //     replay cases FILE ISA    runs the cases of a file (see cases.py) and compares every byte
 //     replay refusals ISA      makes calls that do not fit; each must be refused
+//     replay programs ISA      runs whole networks in many ways and prints a hash of their bytes
 //
 // Exits with 1 where a byte differs or a call is not refused, with 2 where it cannot run.
 #include <cstdio>
@@ -18,6 +19,7 @@
 #include "dispatch.h"
 #include "maps.h"
 #include "memory.h"
+#include "programs.h"
 #include "refusals.h"
 
 namespace biper {
@@ -264,6 +266,22 @@ int run_refusals(const std::string& isa) {
   return made.failures.empty() ? 0 : 1;
 }
 
+int run_programs(const std::string& isa) {
+  select_isa(isa);
+  const ProgramRuns found = program_runs();
+  for (const std::string& difference : found.differences) {
+    std::printf("%s: %s differs\n", isa.c_str(), difference.c_str());
+  }
+  const std::vector<std::string> accepted = accepted_misfits();
+  for (const std::string& name : accepted) {
+    std::printf("%s: not refused: %s\n", isa.c_str(), name.c_str());
+  }
+  std::printf("%s: %lld runs, %zu differ, hash %016llx\n", isa.c_str(),
+              static_cast<long long>(found.runs), found.differences.size(),
+              static_cast<unsigned long long>(found.hash));
+  return found.differences.empty() && accepted.empty() ? 0 : 1;
+}
+
 int print_isas() {
   std::printf("%s\n", kernels().name);
   for (const std::string& name : usable_isas()) std::printf("%s\n", name.c_str());
@@ -277,7 +295,8 @@ int main_of(const std::vector<std::string>& arguments) {
     return run_cases(arguments[1].c_str(), arguments[2]);
   }
   if (command == "refusals" && arguments.size() == 2) return run_refusals(arguments[1]);
-  std::fprintf(stderr, "usage: replay isa | cases FILE ISA | refusals ISA\n");
+  if (command == "programs" && arguments.size() == 2) return run_programs(arguments[1]);
+  std::fprintf(stderr, "usage: replay isa | cases FILE ISA | refusals ISA | programs ISA\n");
   return 2;
 }
 

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.deep
 
 ISAS = ("avx512", "avx2", "neon", "portable")
 
+# Of the bytes of the network in programs.cpp. A change of it is a change of every result.
+PROGRAM_HASH = "f9186adfbeb31e4f"
+
 
 @dataclass(frozen=True)
 class CaseFile:
@@ -44,6 +47,14 @@ def expect_refusals(replay: Replay, isa: str) -> None:
     assert done.returncode == 0
 
 
+def expect_the_same_programs(replay: Replay, isa: str) -> None:
+    """A network gives one hash everywhere: PROGRAM_HASH."""
+    done = replay("programs", isa)
+    assert done.stderr == ""
+    assert done.stdout == f"{isa}: 36 runs, 0 differ, hash {PROGRAM_HASH}\n"
+    assert done.returncode == 0
+
+
 # -- addresses and undefined behaviour ------------------------------------------------------------
 
 
@@ -66,6 +77,12 @@ def test_sanitized_kernels_give_the_bytes_of_the_reference(
 def test_calls_that_do_not_fit_are_refused_untouched(sanitized: Replay, isa: str) -> None:
     sanitized.need(isa)
     expect_refusals(sanitized, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_sanitized_programs_give_the_same_bytes(sanitized: Replay, isa: str) -> None:
+    sanitized.need(isa)
+    expect_the_same_programs(sanitized, isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -113,6 +130,7 @@ def test_threads_that_share_a_map_do_not_race(
     folder = tmp_path_factory.mktemp("raced")
     replay = builds.native(folder, "-O1", "-g1", "-fsanitize=thread").replay(folder)
     expect_equal_bytes(replay, replay.isas()[0], case_file)
+    expect_the_same_programs(replay, replay.isas()[0])
 
 
 # -- other machines -------------------------------------------------------------------------------
@@ -128,6 +146,11 @@ def test_emulated_aarch64_gives_the_bytes_of_the_reference(
     emulated: Replay, case_file: CaseFile, isa: str
 ) -> None:
     expect_equal_bytes(emulated, isa, case_file)
+
+
+@pytest.mark.parametrize("isa", ["neon", "portable"])
+def test_emulated_aarch64_runs_programs_to_the_same_bytes(emulated: Replay, isa: str) -> None:
+    expect_the_same_programs(emulated, isa)
 
 
 @pytest.mark.parametrize("isa", ["neon", "portable"])
