@@ -108,6 +108,7 @@ def _facts(engine: Engine) -> dict[str, Any]:
         "licence": origin.licence if origin is not None else None,
         "input": str(engine.signature),
         "float_maps": engine.options.get("compute_dtype"),
+        "runs_here": engine.execution,
         "images": _preprocessing(metadata) if metadata is not None else None,
         "classes": len(names) if names is not None else None,
     }
