@@ -1,0 +1,94 @@
+"""Float forms of a binary network: what it is compared with in speed by programs without bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from biper_engine.conversion.fuse import fuse
+from biper_engine.conversion.graphs import arguments, constant, is_call
+from biper_engine.conversion.ir import BinaryConv
+from biper_engine.conversion.pipeline import Built, build
+
+__all__ = ["float_twin", "folded_network"]
+
+_LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
+
+
+def folded_network(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return the network in float operators, with constants folded, as for inference.
+
+    Weights are binarized and no longer computed in each call; scales and BatchNorm are in the
+    weights of the convolutions where they fold. Signs of activations stay. It computes what the
+    model does in eval mode, up to rounding.
+
+    Args:
+        model: takes one tensor; it is not changed.
+        images: [N, C, H, W]; the batch is free afterwards, the size is not.
+
+    Returns:
+        A graph module that takes images and returns a tuple.
+
+    Raises:
+        ConversionError: the model cannot be captured.
+    """
+    return _folded(_built(model, images))
+
+
+def float_twin(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """Return the network with float convolutions where binary ones are.
+
+    The same layers, of the same sizes, with the same activations such as hardtanh, but without the
+    sign in front of a binary layer: what is left to deploy where nothing runs on bits. It does the
+    work of a float network that was trained in its place; its answers mean nothing. Weights of
+    layers that were binary are scaled to a norm of 1/2 per output channel, as a float network's
+    are: with those of a binary one, each layer would multiply differences of rounding.
+    A sign whose argument is not a map of the same shape stays.
+
+    Args:
+        model: takes one tensor; it is not changed.
+        images: [N, C, H, W]; the batch is free afterwards, the size is not.
+
+    Returns:
+        A graph module that takes images and returns a tuple.
+
+    Raises:
+        ConversionError: the model cannot be captured.
+    """
+    built = _built(model, images)
+    layers = set()
+    named = {node.name: node for node in built.float_graph.graph.nodes}
+    for node in built.lowered.graph.nodes:
+        conv = node.meta.get("conv")
+        if not isinstance(conv, BinaryConv) or conv.source is None:
+            continue
+        sign, source = named[conv.value], named[conv.source]
+        if sign is not source and sign.meta["val"].shape == source.meta["val"].shape:
+            sign.replace_all_uses_with(source)
+            layers.add(conv.layer)
+    built.float_graph.graph.eliminate_dead_code()
+    twin = _folded(built)
+    for node in twin.graph.nodes:
+        if is_call(node, *_LAYERS) and node.meta.pop("layer") in layers:
+            _scale_weight(twin, node)
+    return twin
+
+
+def _scale_weight(twin: fx.GraphModule, layer: fx.Node) -> None:
+    weight = constant(twin, arguments(layer)["weight"])
+    if weight is not None:
+        norms = weight.flatten(1).norm(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+        weight.div_(2 * norms.view(-1, *[1] * (weight.dim() - 1)))
+
+
+def _built(model: nn.Module, images: Tensor) -> Built:
+    return build(model, (images,), keep_float=(), zero_weights="float", compute_dtype=torch.float32)
+
+
+def _folded(built: Built) -> fx.GraphModule:
+    fuse(built.float_graph)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(built.float_graph.graph, {}))
+    for node in graph.nodes:  # the values of a trace that is over go
+        node.meta = {"layer": node.meta.get("layer")} if is_call(node, *_LAYERS) else {}
+    return fx.GraphModule(built.float_graph, graph)
