@@ -80,19 +80,19 @@ def signature(inputs: dict[str, tuple[int, ...]], args: Any, kwargs: Any, out: A
     )
 
 
-def classifier_graph(seed: int = 0) -> fx.GraphModule:
+def classifier_graph(seed: int = 0, *, channels: int = 33) -> fx.GraphModule:
     """Stem, a residual binary convolution, one to bits, a bit pool, one to floats, a linear."""
     g = GraphBuilder(seed)
     image = g.input("image")
-    weight = g.constant("conv1.weight", g.normal(33, 3, 3, 3) * 0.3)
+    weight = g.constant("conv1.weight", g.normal(channels, 3, 3, 3) * 0.3)
     stem = g.call("stem", _aten.conv2d.default, image, weight, None, [1, 1], [1, 1])
     bits = g.call("stem_bits", _biper.binarize.default, stem)
-    same = {"in_channels": 33, "stride": [1, 1], "padding": [1, 1, 1, 1]}
+    same = {"in_channels": channels, "stride": [1, 1], "padding": [1, 1, 1, 1]}
     pair = g.call(
         "layer1_0",
         _biper.bconv2d_float_bits.default,
         bits,
-        *g.operands("layer1.0.conv1", 33, 33, bits=True),
+        *g.operands("layer1.0.conv1", channels, channels, bits=True),
         residual=stem,
         clamp_min=-1.0,
         clamp_max=float("inf"),
@@ -104,7 +104,7 @@ def classifier_graph(seed: int = 0) -> fx.GraphModule:
         "layer1_1",
         _biper.bconv2d_bits.default,
         second,
-        *g.operands("layer1.1.conv1", 33, 40, bits=True),
+        *g.operands("layer1.1.conv1", channels, 40, bits=True),
         **same,
     )
     pooled = g.call("pool", _biper.bmaxpool2d.default, third, 40, [2, 2], stride=[2, 2])
@@ -112,15 +112,15 @@ def classifier_graph(seed: int = 0) -> fx.GraphModule:
         "layer2_0",
         _biper.bconv2d_float.default,
         pooled,
-        *g.operands("layer2.0.conv1", 40, 33, bits=False),
+        *g.operands("layer2.0.conv1", 40, channels, bits=False),
         dtype=torch.float32,
         **{**same, "in_channels": 40},
     )
     shortcut = g.call("shortcut", _aten.avg_pool2d.default, floats, [2, 2], [2, 2])
     total = g.call("total", _aten.add.Tensor, last, shortcut)
     mean = g.call("mean", _aten.mean.dim, total, [2, 3])
-    flat = g.call("flat", _aten.reshape.default, mean, [-1, 33])
-    head = g.constant("fc.weight", g.normal(10, 33))
+    flat = g.call("flat", _aten.reshape.default, mean, [-1, channels])
+    head = g.constant("fc.weight", g.normal(10, channels))
     logits = g.call("logits", _aten.linear.default, flat, head, g.constant("fc.bias", g.normal(10)))
     return g.module(logits)
 

@@ -4,7 +4,7 @@ Answers are checked before anything is timed. A figure is a median with its quar
 ratio of two medians of one run.
 """
 
-from biper_engine.bench.comparison import ENGINE, Comparison, Contest, compare
+from biper_engine.bench.comparison import ENGINE, TURNS, Comparison, Contest, compare
 from biper_engine.bench.layers import RESNET18_LAYERS, ConvShape, LayerWork, network_work
 from biper_engine.bench.machine import machine_facts
 from biper_engine.bench.rivals import COMPILED, EAGER, Rival, compiled_rival, eager_rival
@@ -16,6 +16,7 @@ __all__ = [
     "EAGER",
     "ENGINE",
     "RESNET18_LAYERS",
+    "TURNS",
     "Budget",
     "Comparison",
     "Contest",

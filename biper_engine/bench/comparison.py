@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import sleep
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from biper_engine.bench.machine import machine_facts
-from biper_engine.bench.rivals import Rival, compiled_rival, eager_rival
+from biper_engine.bench.rivals import (
+    FloatNetworks,
+    Rival,
+    compiled_bf16_rival,
+    compiled_rival,
+    deployed_rivals,
+    eager_rival,
+    relative_difference,
+)
 from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
 from biper_engine.engine import Engine
 
-__all__ = ["ENGINE", "Comparison", "Contest", "compare"]
+__all__ = ["ENGINE", "TURNS", "Comparison", "Contest", "compare"]
 
 ENGINE = "engine"
+
+TURNS = Budget(pause_ms=5.0, ahead=3)
+"""How turns start among runtimes that each have threads of their own. On two cores, without either,
+a turn takes up to 17 times as long as a call alone while the threads of the turn before still spin;
+with both, as long as alone, as far as the machine is quiet."""
+
+_ALONE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +44,23 @@ class Contest:
         batch: images per call.
         samples: by contestant; "engine" is one of them.
         reasons: why a rival did not run, by its name.
-        differences: largest difference of an output from the eager network's, over the largest
-            output, by rival. A bit on its threshold may flip in a compiled network, too, since the
-            floats before it round differently. Whether the engine is right is not for a difference
-            of logits to say: see `biper_engine.verify`.
+        differences: largest difference of an output from what it is compared with, over the
+            largest output, by rival. A bit on its threshold may flip in a compiled network, too,
+            since the floats before it round differently. Whether the engine is right is not for a
+            difference of logits to say: see `biper_engine.verify`.
+        beside: what each of `differences` is from: the eager network, its float twin or the engine.
+        agreed: of how many images a rival's outputs had to agree, and did, and how many were tried.
+        alone_ms: medians of each contestant called again and again without the others, before
+            their turns; empty where that was not measured.
     """
 
     batch: int
     samples: dict[str, Samples]
     reasons: dict[str, str]
     differences: dict[str, float]
+    beside: dict[str, str] = field(default_factory=dict)
+    agreed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    alone_ms: dict[str, float] = field(default_factory=dict)
 
     def times_as_fast(self, rival: str) -> float:
         """Return the rival's median over the engine's."""
@@ -78,6 +100,9 @@ def _contest_to_dict(contest: Contest) -> dict[str, Any]:
         "contestants": {name: taken.to_dict() for name, taken in contest.samples.items()},
         "engine_times_as_fast": {name: contest.times_as_fast(name) for name in rivals},
         "largest_relative_difference": contest.differences,
+        "difference_from": contest.beside,
+        "images_agreed": {name: list(counts) for name, counts in contest.agreed.items()},
+        "alone_ms": contest.alone_ms,
         "did_not_run": contest.reasons,
     }
 
@@ -89,6 +114,7 @@ def compare(
     *,
     threads: int | None = None,
     compiled: bool = True,
+    deployed: bool = False,
     budget: Budget | None = None,
 ) -> Comparison:
     """Time an engine beside its float network, eager and compiled, called in turn.
@@ -101,20 +127,29 @@ def compare(
         batches: images [N, C, H, W], float32; one contest each.
         threads: of every contestant; None takes what the engine uses by itself.
         compiled: also compare with `torch.compile`, which takes a while to compile.
-        budget: of each contest.
+        deployed: also compare with what else would be deployed: `torch.compile` in bfloat16 where
+            `compiled`, and all of `rivals.deployed_rivals`; and time each contestant alone, too.
+        budget: of each contest; None takes five seconds, with `deployed` twenty and turns that
+            start as `TURNS` says.
 
     Raises:
         ValueError: `threads` is below 1, or the engine would use another number.
+        ConversionError: `deployed`, and the model cannot be captured.
     """
     threads = common_threads(threads)
+    budget = budget or (replace(TURNS, seconds=20.0) if deployed else Budget())
+    networks = FloatNetworks.of(model, batches[0]) if deployed and batches else None
     with torch_threads(threads), torch.inference_mode():
         eager = eager_rival(model)
         contests, settings = [], {eager.name: eager.how}
         for images in batches:
             images = images.contiguous(memory_format=torch.channels_last)
             rivals = [eager, *([compiled_rival(model, images)] if compiled else [])]
+            if networks is not None:
+                rivals += [compiled_bf16_rival(networks.network, images)] if compiled else []
+                rivals += deployed_rivals(engine, networks, images, threads)
             settings |= {rival.name: rival.how for rival in rivals}
-            contests.append(_contest(engine, rivals, images, budget or Budget()))
+            contests.append(_contest(engine, rivals, images, budget, alone=deployed))
         return Comparison(
             threads=threads,
             settings=settings,
@@ -123,25 +158,35 @@ def compare(
         )
 
 
-def _contest(engine: Engine, rivals: Sequence[Rival], images: Tensor, budget: Budget) -> Contest:
-    calls = {rival.name: rival.call for rival in rivals if rival.call is not None}
-    first, *others = calls
-    wanted = calls[first](images)
-    differences = {name: _difference(calls[name](images), wanted) for name in others}
-    bound = {name: (lambda call=call: call(images)) for name, call in calls.items()}
+def _contest(
+    engine: Engine, rivals: Sequence[Rival], images: Tensor, budget: Budget, *, alone: bool
+) -> Contest:
+    eager, *others = (rival for rival in rivals if rival.call is not None)
+    calls = {rival.name: rival.bound(images) for rival in (eager, *others)}
+    wanted = calls[eager.name]()
+    differences = {
+        rival.name: relative_difference(
+            calls[rival.name](), wanted if rival.wanted is None else rival.wanted(images)
+        )
+        for rival in others
+    }
+    calls[ENGINE] = lambda: engine(images)
     return Contest(
         batch=len(images),
-        samples=interleave({**bound, ENGINE: lambda: engine(images)}, budget),
+        alone_ms=_alone_ms(calls, budget) if alone else {},
+        samples=interleave(calls, budget),
         reasons={rival.name: rival.reason for rival in rivals if rival.call is None},
         differences=differences,
+        beside={rival.name: rival.beside for rival in others},
+        agreed={rival.name: rival.agreed for rival in others if rival.agreed is not None},
     )
 
 
-def _difference(outputs: Any, wanted: Any) -> float:
-    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True)
-    return max((_relative(a, b) for a, b in pairs if isinstance(a, Tensor)), default=0.0)
-
-
-def _relative(outputs: Tensor, wanted: Tensor) -> float:
-    scale = float(wanted.abs().max()) or 1.0
-    return float((outputs - wanted).abs().max()) / scale
+def _alone_ms(calls: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, float]:
+    """Return the median of each function, called for a short time without the others."""
+    short = replace(budget, seconds=min(_ALONE_SECONDS, budget.seconds), pause_ms=0.0, ahead=0)
+    medians = {}
+    for name, call in calls.items():
+        sleep(1e-3 * budget.pause_ms)
+        medians[name] = interleave({name: call}, short)[name].median_ms
+    return medians

@@ -14,9 +14,11 @@ from biper_engine.ops.backends import backends
 
 __all__ = ["machine_facts"]
 
+_RIVALS = ("onnx", "onnxruntime", "openvino")
+
 
 def machine_facts() -> dict[str, Any]:
-    """Return processor, threads and versions, as JSON values."""
+    """Return processor, threads and versions, as JSON values; of rivals what is installed."""
     facts: dict[str, Any] = {
         "biper_engine": _version("biper-engine"),
         "torch": torch.__version__,
@@ -25,6 +27,7 @@ def machine_facts() -> dict[str, Any]:
         "processor": _processor(),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        **{name: found for name in _RIVALS if (found := _version(name)) != "unknown"},
     }
     if any(info.name == "cpu" and info.available for info in backends()):
         from biper_engine.ops.cpu import description

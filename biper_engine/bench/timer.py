@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 __all__ = ["Budget", "Samples", "interleave"]
@@ -20,18 +20,25 @@ class Budget:
         fewest: calls of each function at least, whatever they take.
         most: calls of each function at most.
         warmup: calls of each before the first that counts.
+        pause_ms: sleep before each turn, for the threads of the function before to go to sleep.
+        ahead: calls that do not count at the start of each turn, which wake a function's own
+            threads and bring its data back into the caches.
     """
 
     seconds: float = 5.0
     fewest: int = 5
     most: int = 1000
     warmup: int = 3
+    pause_ms: float = 0.0
+    ahead: int = 0
 
     def __post_init__(self) -> None:
-        if self.seconds < 0 or not 1 <= self.fewest <= self.most or self.warmup < 0:
+        amounts = {name: getattr(self, name) for name in ("seconds", "warmup", "pause_ms", "ahead")}
+        if min(amounts.values()) < 0 or not 1 <= self.fewest <= self.most:
+            listed = ", ".join(f"`{name}` (={amount})" for name, amount in amounts.items())
             raise ValueError(
-                f"`seconds` (={self.seconds}) and `warmup` (={self.warmup}) must not be negative, "
-                f"`fewest` (={self.fewest}) from 1 to `most` (={self.most})."
+                f"{listed} must not be negative, `fewest` (={self.fewest}) from 1 to `most` "
+                f"(={self.most})."
             )
 
 
@@ -84,6 +91,10 @@ def interleave(calls: Mapping[str, Callable[[], object]], budget: Budget) -> dic
         if done >= budget.fewest and perf_counter() >= end:
             break
         for name, call in calls.items():
+            if budget.pause_ms:
+                sleep(1e-3 * budget.pause_ms)
+            for _ in range(budget.ahead):
+                call()
             start = perf_counter()
             call()
             seconds[name].append(perf_counter() - start)

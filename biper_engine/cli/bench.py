@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "bench_table"]
 
+_DISTURBED = 1.05
+
 
 def bench(
     source: Annotated[
@@ -43,7 +46,14 @@ def bench(
         int | None,
         typer.Option(min=1, help="Of every contestant; else torch's.", show_default=False),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Of timing per batch size.")] = 5.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Of timing per batch size. [default: 5; with --rivals 20]",
+            show_default=False,
+        ),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(min=1, help="Calls of each, in place of --seconds.", show_default=False),
@@ -51,6 +61,10 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")
     ] = True,
+    rivals: Annotated[
+        bool,
+        typer.Option("--rivals", help="Also time ONNX Runtime, OpenVINO and bfloat16."),
+    ] = False,
     against: Annotated[
         str | None,
         typer.Option(
@@ -68,16 +82,22 @@ def bench(
     input_shape: InputShape = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    """Time an engine beside its float network: eager, and through torch.compile.
+    r"""Time an engine beside its float network: eager, and through torch.compile.
 
     All are called in turn in one run with the same threads, after their
     answers were checked. A network's name, such as cifar10/resnet18_1w1a,
     takes random weights.
 
+    --rivals adds torch.compile in bfloat16; the same layers in float on ONNX
+    Runtime and OpenVINO, in float32, bfloat16 and int8; and the engine's own
+    graph on OpenVINO's binary convolution. What is not installed is named:
+    pip install "biper-engine\[bench]" brings all.
+
     [bold]Examples[/bold]
     biper bench digits.biper --against biper-train/stage2.pt
     biper bench cifar10/resnet18_1w1a --batch 1 --batch 8 --threads 1
     biper bench cifar10/vgg_small_1w1a --no-compile --profile
+    biper bench imagenet/resnet18_1w1a --rivals --batch 1 --batch 8
     """
     import biper_engine
     from biper_engine.bench import common_threads, compare, torch_threads
@@ -88,7 +108,11 @@ def bench(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
-    waiting = "Timing all in turn; torch.compile takes a while first" if compiled else "Timing"
+    slow = [name for name, on in (("torch.compile", compiled), ("rivals", rivals)) if on]
+    takes = "take" if rivals else "takes"
+    waiting = (
+        f"Timing all in turn; {' and '.join(slow)} {takes} a while first" if slow else "Timing"
+    )
     with (
         biper_engine.use_backend(backend) if backend else nullcontext(),
         torch_threads(threads),
@@ -101,7 +125,8 @@ def bench(
                 *(pair.engine, pair.model, batches),
                 threads=threads,
                 compiled=compiled,
-                budget=_budget(seconds, rounds),
+                deployed=rivals,
+                budget=_budget(seconds, rounds, rivals),
             )
         with status("Timing every layer"):
             profiles = [pair.engine.profile(images) for images in batches if profile]
@@ -122,12 +147,15 @@ def bench(
         console.print(text, markup=False, soft_wrap=True)
 
 
-def _budget(seconds: float, rounds: int | None) -> Budget:
-    from biper_engine.bench import Budget
+def _budget(seconds: float | None, rounds: int | None, rivals: bool) -> Budget:
+    from biper_engine.bench import TURNS, Budget
 
-    if rounds is None:
-        return Budget(seconds=seconds)
-    return Budget(seconds=0.0, fewest=rounds, most=rounds)
+    budget = TURNS if rivals else Budget()
+    if rounds is not None:
+        return replace(budget, seconds=0.0, fewest=rounds, most=rounds)
+    if seconds is None:
+        seconds = 20.0 if rivals else 5.0
+    return replace(budget, seconds=seconds)
 
 
 # -- what is printed ------------------------------------------------------------------------------
@@ -145,7 +173,7 @@ def bench_table(comparison: Comparison, ran: Sequence[str]) -> Table:
     on = ", ".join(ran) or "torch"
     table = Table(
         title=f"{threads} thread{'s' * (threads != 1)} each, all in turn; engine on: {on}{native}",
-        caption="; ".join(f"{name}: {how}" for name, how in comparison.settings.items()),
+        caption="\n".join(f"{name}: {how}" for name, how in comparison.settings.items()),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -188,13 +216,33 @@ def _ms(ms: float) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """Return a line for every rival that did not run, and one on how far each was from eager."""
+    """Return what the table does not say, each thing once, its worst over all batch sizes.
+
+    Which rivals did not run, and why; how far outputs are from what they are compared with; and
+    which rivals are slower in turn than alone.
+    """
     lines: dict[str, None] = {}
-    largest: dict[str, float] = {}
+    largest: dict[str, tuple[float, str]] = {}
     for contest in comparison.contests:
         lines |= {f"{name} did not run: {why}": None for name, why in contest.reasons.items()}
         for name, difference in contest.differences.items():
-            largest[name] = max(difference, largest.get(name, 0.0))
-    for name, difference in largest.items():
-        lines[f"{name}: outputs within {difference:.1e} of eager's, over the largest one"] = None
+            beside = contest.beside.get(name, "eager")
+            largest[name] = max((difference, beside), largest.get(name, (0.0, beside)))
+    for name, (difference, beside) in largest.items():
+        lines[f"{name}: outputs within {difference:.1e} of {beside}'s, over the largest one"] = None
+    for contest in comparison.contests:
+        lines |= dict.fromkeys(_disturbed(contest))
     return list(lines)
+
+
+def _disturbed(contest: Contest) -> list[str]:
+    """Return a line for each contestant that is over 5 % slower in turn than alone."""
+    lines = []
+    for name, alone_ms in contest.alone_ms.items():
+        in_turn_ms = contest.samples[name].median_ms
+        if in_turn_ms > _DISTURBED * alone_ms:
+            lines.append(
+                f"{name}, batch {contest.batch}: {_ms(in_turn_ms)} ms in turn, {_ms(alone_ms)} ms "
+                f"alone ({in_turn_ms / alone_ms - 1:+.0%})"
+            )
+    return lines

@@ -1,5 +1,6 @@
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from biper_engine.bench import (
     machine_facts,
 )
 from biper_engine.bench import comparison as module
+from biper_engine.bench.rivals import compiled_bf16_rival
 from biper_engine.engine import Engine
 from tests.networks_by_hand import classifier
 
@@ -103,6 +105,68 @@ def test_a_rivals_distance_from_the_eager_network_is_reported(
     monkeypatch.setattr(module, "compiled_rival", doubled)
     (contest,) = compare(engine, Float(engine), [images(2)], budget=ONCE).contests
     assert contest.differences == {"float, torch.compile": 1.0}
+
+
+def test_what_else_would_be_deployed_is_timed_in_turn_and_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deployed(ours: Engine, networks: object, images: Tensor, threads: int) -> list[Rival]:
+        assert threads == 1
+        assert torch.is_inference_mode_enabled()
+        return [
+            Rival(
+                name="b",
+                how="bits",
+                call=lambda x: 2 * ours(x),
+                wanted=ours,
+                beside="engine",
+                agreed=(7, 8),
+            ),
+            Rival(name="gone", how="", reason="not installed"),
+        ]
+
+    def captured(model: nn.Module, images: Tensor) -> object:
+        assert not torch.is_inference_mode_enabled()
+        return object()
+
+    monkeypatch.setattr(module, "deployed_rivals", deployed)
+    monkeypatch.setattr(module.FloatNetworks, "of", captured)
+    budget = replace(ONCE, pause_ms=0.1, ahead=1)
+    found = compare(
+        *(engine, Float(engine), [images(2)]),
+        threads=1,
+        compiled=False,
+        deployed=True,
+        budget=budget,
+    )
+    (contest,) = found.contests
+    assert list(contest.samples) == list(contest.alone_ms) == ["float, eager", "b", "engine"]
+    assert contest.reasons == {"gone": "not installed"}
+    assert contest.differences == {"b": 1.0}
+    assert contest.beside == {"b": "engine"}
+    assert contest.agreed == {"b": (7, 8)}
+    (values,) = json.loads(json.dumps(found.to_dict()))["batches"]
+    assert values["images_agreed"] == {"b": [7, 8]}
+    assert values["difference_from"] == {"b": "engine"}
+    assert set(values["alone_ms"]) == set(contest.samples)
+
+
+def test_the_bfloat16_rival_computes_what_the_network_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def uncompiled(model: nn.Module, **_: Any) -> nn.Module:
+        model.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+        return model
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    network = nn.Conv2d(3, 8, 3)
+    rival = compiled_bf16_rival(network, images(2))
+    bound = rival.bound(images(2))
+    torch.testing.assert_close(bound().float(), network(images(2)), rtol=0.05, atol=0.05)
+    assert set(seen) == {torch.bfloat16}
+    assert network.weight.dtype == torch.float32
 
 
 def test_everything_runs_in_inference_mode(engine: Engine) -> None:

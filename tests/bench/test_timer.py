@@ -1,5 +1,6 @@
 import pytest
 
+from biper_engine.bench import timer
 from biper_engine.bench.timer import Budget, Samples, interleave
 
 
@@ -17,6 +18,17 @@ def test_the_most_rounds_end_it() -> None:
     assert len(taken["a"].ms) == 4
 
 
+def test_a_turn_starts_with_a_pause_and_calls_that_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(timer, "sleep", done.append)
+    budget = Budget(seconds=0.0, fewest=2, most=2, warmup=0, pause_ms=4.0, ahead=2)
+    taken = interleave({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, budget)
+    assert done == [4e-3, "a", "a", "a", 4e-3, "b", "b", "b"] * 2
+    assert {len(samples.ms) for samples in taken.values()} == {2}
+
+
 def test_median_and_quartiles() -> None:
     samples = Samples((5.0, 1.0, 3.0, 2.0, 4.0))
     assert samples.median_ms == 3.0
@@ -31,7 +43,11 @@ def test_median_and_quartiles() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"seconds": -1.0}, {"fewest": 0}, {"fewest": 5, "most": 4}, {"warmup": -1}]
+    "wrong",
+    [
+        *({"seconds": -1.0}, {"fewest": 0}, {"fewest": 5, "most": 4}, {"warmup": -1}),
+        *({"pause_ms": -1.0}, {"ahead": -1}),
+    ],
 )
 def test_a_budget_out_of_range_is_an_error(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must not be negative"):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 import biper_engine
 from biper_engine.bench import Comparison, Contest, Samples
+from biper_engine.bench.rivals import rival
 from biper_engine.cli.bench import _contest_rows, _notes, bench_table
 from biper_engine.ops.backends import backends
 
@@ -158,6 +159,36 @@ def test_a_rival_without_a_result_is_said_to_have_none_and_why() -> None:
     ]
     comparison = Comparison(threads=1, settings={}, contests=(contest, contest), machine={})
     assert _notes(comparison) == ["float, torch.compile did not run: no compiler"]
+
+
+def test_a_contestant_that_the_others_disturb_is_noted() -> None:
+    contest = Contest(
+        batch=4,
+        samples={"OpenVINO f32": Samples((8.0,)), "engine": Samples((2.0,))},
+        reasons={},
+        differences={"OpenVINO f32": 1e-7},
+        beside={"OpenVINO f32": "the float twin"},
+        alone_ms={"OpenVINO f32": 6.4, "engine": 1.95},
+    )
+    comparison = Comparison(threads=1, settings={}, contests=(contest,), machine={})
+    assert _notes(comparison) == [
+        "OpenVINO f32: outputs within 1.0e-07 of the float twin's, over the largest one",
+        "OpenVINO f32, batch 4: 8.000 ms in turn, 6.400 ms alone (+25%)",
+    ]
+
+
+def test_rivals_that_are_not_installed_are_named(
+    biper: Biper, user_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rival, "find_spec", lambda _: None)
+    words = ("bench", "tinynet:with_metadata", "--rivals", "--no-compile", "--rounds", "1")
+    done = biper(*words, "-b", "1")
+    assert done.code == 0, done.err
+    assert "OpenVINO binary f32 did not run: openvino not installed; pip install" in done.out
+    values = json.loads(biper(*words, "-b", "2", "--json").out)
+    (batch,) = values["batches"]
+    assert set(batch["alone_ms"]) == set(batch["contestants"]) == {"float, eager", "engine"}
+    assert len(batch["did_not_run"]) == 7
 
 
 def test_the_table_fits_80_columns_and_the_largest_difference_is_noted() -> None:

@@ -1,0 +1,25 @@
+"""Programs that run the same network, or its float twin, without the engine."""
+
+from biper_engine.bench.rivals.deployed import FloatNetworks, deployed_rivals
+from biper_engine.bench.rivals.pytorch import (
+    COMPILED,
+    COMPILED_BF16,
+    EAGER,
+    compiled_bf16_rival,
+    compiled_rival,
+    eager_rival,
+)
+from biper_engine.bench.rivals.rival import Rival, relative_difference
+
+__all__ = [
+    "COMPILED",
+    "COMPILED_BF16",
+    "EAGER",
+    "FloatNetworks",
+    "Rival",
+    "compiled_bf16_rival",
+    "compiled_rival",
+    "deployed_rivals",
+    "eager_rival",
+    "relative_difference",
+]

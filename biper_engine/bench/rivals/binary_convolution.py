@@ -1,0 +1,364 @@
+"""An engine's graph as an OpenVINO graph around its opset1 BinaryConvolution.
+
+OpenVINO makes no such graph of a model by itself; here it is built node by node. Its CPU plugin
+convolves bits where a FakeQuantize of two levels stands in front of a BinaryConvolution.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from biper_engine.bits import unpack_weight
+from biper_engine.geometry import Conv2dGeometry
+from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.registration import split_options
+from biper_engine.runtime import interpret
+
+__all__ = ["UnsupportedGraphError", "binary_model", "strict_threshold"]
+
+_LARGEST, _SMALLEST_NORMAL = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_BYTE = 8
+_RENAMED = {"self": "x", "input": "x", "min_val": "min", "max_val": "max"}
+
+
+class UnsupportedGraphError(Exception):
+    """An operator of the engine's graph has no counterpart in this translation."""
+
+
+def strict_threshold(threshold: Tensor, sense: Tensor) -> Tensor:
+    """Return t such that `v > t` is the engine's bit, inverted where `sense`.
+
+    FakeQuantize is strict. The bit is `v >= threshold`, that is `v > t` for the float32 in front of
+    it; where `sense`, it is `v <= threshold`, whose inverse is strict already. Next to 0, t is the
+    smallest normal number: processors may be told to treat smaller ones as 0.
+
+    Args:
+        threshold: float32 [C]; NaN, which no value reaches, becomes an end of the range.
+        sense: bool [C].
+
+    Returns:
+        Finite float32 [C].
+    """
+    below = torch.nextafter(threshold, torch.tensor(-torch.inf))
+    strict = torch.where(sense, threshold, below)
+    subnormal = (strict < 0) & (strict > -_SMALLEST_NORMAL)
+    strict = torch.where(subnormal, -_SMALLEST_NORMAL, strict)
+    never = torch.where(sense, -_LARGEST, _LARGEST)
+    return torch.where(threshold.isnan(), never, strict).clamp(-_LARGEST, _LARGEST)
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """A packed map: a float map and the rule that makes bits of it.
+
+    Attributes:
+        opset: OpenVINO's first set of operations.
+        source: node of the float map.
+        threshold, sense: [C], as in the engine.
+    """
+
+    opset: Any
+    source: Any
+    threshold: Tensor
+    sense: Tensor
+
+    @cached_property
+    def node(self) -> Any:
+        """FakeQuantize to 0 and 1; the bit is inverted in channels with `sense`."""
+        limit = _channels(strict_threshold(self.threshold, self.sense))
+        zero, one = (np.full((1, 1, 1, 1), value, np.float32) for value in (0, 1))
+        return self.opset.fake_quantize(self.source, limit, limit, zero, one, 2)
+
+    def pooled(self, pool: Callable[[Any], Any], take_and: Tensor | None) -> _Bits:
+        """Return the bits of the pooled map: a step is monotone, so the pool may come first."""
+        lowest = self.sense if take_and is None else self.sense != take_and
+        pooled = _signed_pool(self.opset, self.source, pool, lowest)
+        return _Bits(self.opset, pooled, self.threshold, self.sense)
+
+
+def binary_model(graph_module: fx.GraphModule, shape: Sequence[int]) -> Any:
+    """Return an `openvino.Model` that computes what an engine's graph does.
+
+    Bits equal the engine's where the floats in front of them do. Everything but the binary
+    convolutions is float32.
+
+    Args:
+        graph_module: of an engine that takes one tensor and returns one.
+        shape: of the images, batch included.
+
+    Raises:
+        UnsupportedGraphError: the graph has an operator that is not translated, or a binary
+            convolution with groups or channels that OpenVINO does not have, or gets wrong.
+    """
+    import openvino as ov
+    from openvino import opset1
+
+    images = opset1.parameter(list(shape), np.float32)
+    outputs = interpret(graph_module, [images], _Translation(ov, opset1))
+    if len(outputs) != 1:
+        raise UnsupportedGraphError(f"the network returns {len(outputs)} tensors, not one")
+    return ov.Model([opset1.result(outputs[0])], [images], "engine")
+
+
+def _channels(values: Tensor) -> Any:
+    return np.array(values.detach().float().numpy()).reshape(1, -1, 1, 1)
+
+
+def _signed_pool(opset: Any, source: Any, pool: Callable[[Any], Any], lowest: Tensor) -> Any:
+    """Pool a map; channels with `lowest` by the minimum."""
+    if not bool(lowest.any()):
+        return pool(source)
+    sign = _channels(torch.where(lowest, -1.0, 1.0))
+    return opset.multiply(pool(opset.multiply(source, sign)), sign)
+
+
+class _Translation:
+    """Gives `interpret` an OpenVINO node, or bits, for every call of the graph."""
+
+    def __init__(self, ov: Any, opset: Any) -> None:
+        self._ov, self._opset = ov, opset
+        aten, biper = torch.ops.aten, torch.ops.biper
+        self._rules: dict[Any, Callable[..., Any]] = {
+            aten.clone.default: lambda x, memory_format=None: x,
+            aten.conv2d.default: self._convolution,
+            aten.linear.default: self._linear,
+            aten.batch_norm.default: self._batch_norm,
+            aten.max_pool2d.default: self._max_pool,
+            aten.avg_pool2d.default: self._avg_pool,
+            aten.mean.dim: self._mean,
+            aten.add.Tensor: self._add,
+            aten.hardtanh.default: self._clamp,
+            aten.clamp.default: self._clamp,
+            aten.relu.default: lambda x: opset.relu(x),
+            aten.constant_pad_nd.default: self._pad,
+            aten.reshape.default: self._reshape,
+            biper.binarize.default: self._binarize,
+            biper.bmaxpool2d.default: self._bit_pool,
+            biper.bconv2d_float.default: self._binary_convolution,
+            biper.bconv2d_bits.default: self._to_bits,
+            biper.bconv2d_float_bits.default: self._to_both,
+        }
+
+    def __call__(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        rule = self._rules.get(node.target)
+        if rule is None:
+            raise UnsupportedGraphError(f"{node.target} is not translated to OpenVINO")
+        assert isinstance(node.target, OpOverload)
+        names = [argument.name for argument in node.target._schema.arguments]
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        # ATen calls its first argument `self` or `input`, which would be a method's own.
+        return rule(**{_RENAMED.get(name, name): value for name, value in named.items()})
+
+    def _constant(self, values: Tensor) -> Any:
+        return self._opset.constant(np.array(values.detach().float().numpy()))
+
+    def _integers(self, values: Sequence[int]) -> Any:
+        return self._opset.constant(np.array(values, np.int64))
+
+    def _affine(self, x: Any, multiplier: Tensor, bias: Tensor) -> Any:
+        """Multiply and add per channel, dimension 1."""
+        shape = (1, -1, *[1] * (len(x.shape) - 2))
+        scaled = self._opset.multiply(x, self._constant(multiplier.reshape(shape)))
+        return self._opset.add(scaled, self._constant(bias.reshape(shape)))
+
+    # -- float operators: arguments are those of ATen ------------------------------------------
+
+    def _convolution(
+        self,
+        x: Any,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0),
+        dilation: Sequence[int] = (1, 1),
+        groups: int = 1,
+    ) -> Any:
+        options = (list(stride), list(padding), list(padding), list(dilation))
+        if groups == 1:
+            y = self._opset.convolution(x, self._constant(weight), *options)
+        else:
+            grouped = weight.reshape(groups, -1, *weight.shape[1:])
+            y = self._opset.group_convolution(x, self._constant(grouped), *options)
+        return y if bias is None else self._opset.add(y, _channels(bias))
+
+    def _linear(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
+        y = self._opset.matmul(x, self._constant(weight), False, True)
+        return y if bias is None else self._opset.add(y, self._constant(bias))
+
+    def _batch_norm(
+        self,
+        x: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: float,
+        **_: Any,
+    ) -> Any:
+        scale = (running_var.double() + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        shift = -running_mean * scale
+        return self._affine(x, scale, shift if bias is None else shift + bias)
+
+    def _max_pool(
+        self,
+        x: Any,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0, 0),
+        dilation: Sequence[int] = (1, 1),
+        ceil_mode: bool = False,
+    ) -> Any:
+        if ceil_mode or any(step != 1 for step in dilation):
+            raise UnsupportedGraphError("a max pool with dilation or ceil_mode is not translated")
+        strides, pads = list(stride or kernel_size), list(padding)
+        return self._opset.max_pool(x, strides, pads, pads, list(kernel_size))
+
+    def _avg_pool(
+        self,
+        x: Any,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0, 0),
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        if ceil_mode or divisor_override is not None:
+            raise UnsupportedGraphError("ceil_mode and divisor_override of an average pool")
+        strides, pads = list(stride or kernel_size), list(padding)
+        exclude = not count_include_pad
+        return self._opset.avg_pool(x, strides, pads, pads, list(kernel_size), exclude)
+
+    def _mean(self, x: Any, dim: Sequence[int], keepdim: bool = False) -> Any:
+        return self._opset.reduce_mean(x, self._integers(dim), keepdim)
+
+    def _add(self, x: Any, other: Any, alpha: float = 1) -> Any:
+        if alpha != 1 or not hasattr(x, "shape") or not hasattr(other, "shape"):
+            raise UnsupportedGraphError("a sum with a number is not translated to OpenVINO")
+        terms = [self._constant(t) if isinstance(t, Tensor) else t for t in (x, other)]
+        return self._opset.add(*terms)
+
+    def _clamp(self, x: Any, min: float | None = None, max: float | None = None) -> Any:
+        low = -_LARGEST if min is None else builtins.max(min, -_LARGEST)
+        high = _LARGEST if max is None else builtins.min(max, _LARGEST)
+        return self._opset.clamp(x, low, high)
+
+    def _pad(self, x: Any, pad: Sequence[int], value: float = 0) -> Any:
+        # ATen's pairs begin with the last dimension; the first dimensions have none.
+        pairs = [*zip(pad[::2], pad[1::2], strict=True)]
+        pairs = [*pairs, *[(0, 0)] * (len(x.shape) - len(pairs))][::-1]
+        begin, end = (self._integers(sizes) for sizes in zip(*pairs, strict=True))
+        filler = self._constant(torch.tensor(float(value)))
+        return self._opset.pad(x, begin, end, "constant", filler)
+
+    def _reshape(self, x: Any, shape: Sequence[int]) -> Any:
+        return self._opset.reshape(x, self._integers(shape), False)
+
+    # -- binary operators: arguments are those of biper ----------------------------------------
+
+    def _binarize(
+        self, x: Any, threshold: Tensor | None = None, sense: Tensor | None = None
+    ) -> _Bits:
+        channels = x.shape[1]
+        threshold = torch.zeros(channels) if threshold is None else threshold
+        sense = torch.zeros(channels, dtype=torch.bool) if sense is None else sense
+        return _Bits(self._opset, x, threshold, sense)
+
+    def _bit_pool(
+        self,
+        bits: _Bits,
+        channels: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] = (0, 0),
+        take_and: Tensor | None = None,
+    ) -> _Bits:
+        return bits.pooled(lambda x: self._max_pool(x, kernel_size, stride, padding), take_and)
+
+    def _to_bits(self, threshold: Tensor, sense: Tensor, **options: Any) -> _Bits:
+        return self._binarize(self._binary_convolution(**options), threshold, sense)
+
+    def _to_both(self, threshold: Tensor, sense: Tensor, **options: Any) -> tuple[Any, _Bits]:
+        floats = self._binary_convolution(**options)
+        return floats, self._binarize(floats, threshold, sense)
+
+    def _binary_convolution(
+        self,
+        bits: _Bits,
+        weight: Tensor,
+        multiplier: Tensor,
+        bias: Tensor,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Any:
+        geometry, epilogue, residual, _ = split_options(weight, multiplier, bias, options)
+        if geometry.groups != 1:
+            raise UnsupportedGraphError(
+                f"OpenVINO has no binary convolution with groups; one here has {geometry.groups}"
+            )
+        if geometry.in_channels % _BYTE:
+            raise UnsupportedGraphError(
+                "OpenVINO's binary convolution is wrong where channels do not fill bytes; one here "
+                f"has {geometry.in_channels}"
+            )
+        top, bottom, left, right = geometry.padding
+        dot = self._opset.binary_convolution(
+            *(bits.node, self._weights(weight, geometry, bits.sense)),
+            *(list(geometry.stride), [top, left], [bottom, right], list(geometry.dilation)),
+            *("xnor-popcount", 0.0),  # padding counts nothing, neither as 1 nor as -1
+        )
+        return self._epilogue(dot, epilogue, residual)
+
+    def _weights(self, weight: Tensor, geometry: Conv2dGeometry, inverted: Tensor) -> Any:
+        """Return weight bits; where the activation's bit is inverted, so is the weight's."""
+        positive = unpack_weight(weight, geometry.in_channels) ^ inverted.view(1, -1, 1, 1)
+        packed = np.packbits(positive.numpy().reshape(-1), bitorder="little")
+        shape = self._ov.Shape(list(positive.shape))
+        tensor = self._ov.Tensor(packed, shape, self._ov.Type.u1)
+        # The array is gone when this returns: a constant on its memory would hold garbage.
+        return self._ov.op.Constant(tensor, shared_memory=False)
+
+    def _epilogue(self, dot: Any, epilogue: Epilogue, residual: Any) -> Any:
+        """Return v of `biper_engine.ops.epilogue`; the multiply-add is rounded twice."""
+        v = self._affine(dot, epilogue.multiplier, epilogue.bias)
+        if not epilogue.pool.is_identity:
+            v = self._pooled(v, epilogue)
+        if residual is not None:
+            v = self._opset.add(v, residual)
+        if epilogue.clamp_min is not None or epilogue.clamp_max is not None:
+            v = self._clamp(v, epilogue.clamp_min, epilogue.clamp_max)
+        if epilogue.slope is not None:
+            v = self._opset.prelu(v, self._constant(epilogue.slope))
+        if epilogue.shift is not None:
+            v = self._opset.add(v, _channels(epilogue.shift))
+        return v
+
+    def _pooled(self, v: Any, epilogue: Epilogue) -> Any:
+        """Pool behind the multiply-add, which OpenVINO fuses into the convolution.
+
+        The extreme accumulator gives the largest v where the multiplier keeps the order and the
+        pool takes the maximum, or where neither is so; else the smallest.
+        """
+        lowest = epilogue.multiplier < 0
+        if epilogue.pool_min is not None:
+            lowest = lowest ^ epilogue.pool_min
+        pool = epilogue.pool
+        return _signed_pool(
+            self._opset,
+            v,
+            lambda x: self._max_pool(x, pool.kernel_size, pool.stride, pool.padding),
+            lowest,
+        )

@@ -1,0 +1,118 @@
+"""A network as ONNX files: float32, and int8 with scales from a few images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["CALIBRATION_IMAGES", "INPUT", "OPSET", "export_float", "quantize"]
+
+CALIBRATION_IMAGES, INPUT, OPSET = 8, "images", 18
+
+
+class _Single(nn.Module):
+    """A graph module that returns a tuple of one, as a network that returns a tensor."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.network(images)[0]
+        return result
+
+
+def export_float(network: fx.GraphModule, images: Tensor, path: Path) -> None:
+    """Write a network as ONNX in float32, with the batch of `images` fixed.
+
+    Args:
+        network: takes images, returns a tuple of one tensor.
+        images: [N, C, H, W] float32; their values do not matter.
+        path: of the file; weights are inside of it.
+
+    Raises:
+        torch.onnx.OnnxExporterError: PyTorch cannot export the network.
+        OSError: the file cannot be written.
+    """
+    with _quiet(), torch.inference_mode(False), torch.no_grad():
+        torch.onnx.export(
+            _Single(network).eval(),
+            (torch.zeros(images.shape),),
+            str(path),
+            dynamo=True,
+            external_data=False,
+            input_names=[INPUT],
+            opset_version=OPSET,
+            verbose=False,
+        )
+
+
+def quantize(source: Path, target: Path, shape: tuple[int, ...]) -> None:
+    """Write an int8 form of a float ONNX file: QuantizeLinear and DequantizeLinear around layers.
+
+    Activations are uint8 with one scale, weights int8 with a scale per output channel. Scales are
+    the ranges over seeded random images, `CALIBRATION_IMAGES` or one batch if that is more.
+
+    Args:
+        source: from `export_float`.
+        target: file to write.
+        shape: of the images, batch included.
+
+    Raises:
+        ValueError, RuntimeError: onnxruntime cannot quantize the network.
+        OSError: a file cannot be read or written.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = target.with_suffix(".prepared.onnx")
+    with _quiet():
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(target),
+            _images(shape),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+
+
+def _images(shape: tuple[int, ...]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    generator = torch.Generator().manual_seed(2)
+    batches = -(-CALIBRATION_IMAGES // shape[0])
+    images = [torch.randn(shape, generator=generator).numpy() for _ in range(batches)]
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._remaining = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self._remaining, None)
+            return None if batch is None else {INPUT: batch}
+
+    return Reader()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence advice that both packages write about themselves."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,86 @@
+"""The float network as PyTorch runs it best: eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from biper_engine.bench.rivals.rival import Rival, first_line
+
+__all__ = [
+    "COMPILED",
+    "COMPILED_BF16",
+    "EAGER",
+    "compiled_bf16_rival",
+    "compiled_rival",
+    "eager_rival",
+]
+
+EAGER, COMPILED, COMPILED_BF16 = "float, eager", "float, torch.compile", "torch.compile bf16"
+
+
+def eager_rival(model: nn.Module) -> Rival:
+    """Return the network as it stands: eager, float32, in channels_last memory."""
+    how = "float32, channels_last, as the model is written"
+    return Rival(name=EAGER, how=how, call=_channels_last(model))
+
+
+def compiled_rival(model: nn.Module, images: Tensor) -> Rival:
+    """Return the network through `torch.compile`, compiled for this very batch.
+
+    Inductor's freezing is on: it computes once what depends on parameters alone, folds BatchNorm,
+    and lays weights out for oneDNN. It is compiled in `torch.inference_mode`, and is to be called
+    in it: in another mode PyTorch compiles again, and without freezing.
+
+    Args:
+        model: a copy of it is compiled, in eval mode.
+        images: the batch, channels_last.
+    """
+    how = "float32, channels_last, freezing, static shapes"
+    # Every batch size compiles the same code again; past a limit PyTorch would quietly run eager.
+    torch.compiler.reset()
+    return _compiled(COMPILED, how, _channels_last(model), images)
+
+
+def compiled_bf16_rival(network: fx.GraphModule, images: Tensor) -> Rival:
+    """Return a network in bfloat16 through `torch.compile`, with the settings of float32.
+
+    Call it after `compiled_rival`, which forgets what was compiled before.
+
+    Args:
+        network: float32, with constants folded, so that bfloat16 does not round latent weights
+            before they are binarized; a copy of it is compiled.
+        images: the batch, channels_last, float32; rounding it is no part of the time.
+    """
+    how = "bfloat16, the network with its weights binarized in float32; else as torch.compile"
+    half = _channels_last(network).to(torch.bfloat16)
+    rival = _compiled(COMPILED_BF16, how, half, images.bfloat16())
+    call = rival.call
+    if call is None:
+        return rival
+    return Rival(
+        name=rival.name,
+        how=how,
+        call=lambda batch: call(batch.bfloat16()),
+        bind=lambda batch: partial(call, batch.bfloat16()),
+    )
+
+
+def _compiled(name: str, how: str, network: nn.Module, images: Tensor) -> Rival:
+    from torch._inductor import config
+
+    compiled = torch.compile(network, dynamic=False)
+    try:
+        with torch.inference_mode(), config.patch(freezing=True):
+            compiled(images)
+    except RuntimeError as error:  # no C++ compiler, or a network that does not compile
+        return Rival(name=name, how=how, reason=first_line(error))
+    return Rival(name=name, how=how, call=compiled)
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

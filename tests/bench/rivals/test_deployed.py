@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import biper_engine
+from biper_engine.bench.rivals import FloatNetworks, Rival, deployed, deployed_rivals, rival
+from biper_engine.engine import Engine
+from biper_engine.nn import BinaryConv2d
+
+NAMES = [
+    *("ONNX Runtime f32", "ONNX Runtime int8", "OpenVINO f32", "OpenVINO bf16", "OpenVINO int8"),
+    *("OpenVINO binary f32", "OpenVINO binary bf16"),
+]
+PACKAGES = ("onnx", "onnxruntime", "onnxscript", "openvino")
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Hardtanh()),
+        *(BinaryConv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Hardtanh()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(3, 3, 10, 9, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def networks(images: Tensor) -> FloatNetworks:
+    return FloatNetworks.of(model(), images)
+
+
+@pytest.fixture(scope="module")
+def engine(images: Tensor) -> Engine:
+    return biper_engine.convert(model(), images, check=False)
+
+
+@pytest.fixture(scope="module")
+def found(engine: Engine, networks: FloatNetworks, images: Tensor) -> dict[str, Rival]:
+    absent = [name for name in PACKAGES if find_spec(name) is None]
+    if absent:
+        pytest.skip(f'{", ".join(absent)} not installed: pip install "biper-engine[bench]"')
+    with torch.inference_mode():
+        batch = images.contiguous(memory_format=torch.channels_last)
+        return {one.name: one for one in deployed_rivals(engine, networks, batch, 1)}
+
+
+def test_every_rival_runs_or_says_why(found: dict[str, Rival]) -> None:
+    assert list(found) == NAMES
+    for name, one in found.items():
+        assert one.how
+        if "bf16" in name and one.reason:
+            assert "bfloat16" in one.reason
+        else:
+            assert one.reason == ""
+            assert one.call is not None
+
+
+def test_float32_agrees_with_its_network_on_every_image(found: dict[str, Rival]) -> None:
+    agreed = {name: one.agreed for name, one in found.items() if one.agreed is not None}
+    assert set(agreed) == {"ONNX Runtime f32", "OpenVINO f32", "OpenVINO binary f32"}
+    assert set(agreed.values()) == {(9, 9)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_bound_computes_the_batch_it_is_bound_to(
+    found: dict[str, Rival], images: Tensor, name: str
+) -> None:
+    one = found[name]
+    if one.call is None:
+        pytest.skip(one.reason)
+    assert one.wanted is not None
+    first, second = one.bound(images), one.bound(-images)
+    for call, batch in ((first, images), (second, -images), (first, images)):
+        wanted = one.wanted(batch)
+        # int8: 8 bits of the largest value in each of three layers
+        tolerance = 1e-5 if name.endswith("f32") else 0.1
+        error = (call() - wanted).norm() / wanted.norm()
+        assert error < tolerance
+    assert torch.equal(one.call(images), first())
+
+
+def test_the_quantized_file_has_int8_weights_per_channel(
+    found: dict[str, Rival], networks: FloatNetworks, images: Tensor, tmp_path: Path
+) -> None:
+    import onnx
+
+    from biper_engine.bench.rivals.onnx_files import export_float, quantize
+
+    export_float(networks.twin, images, tmp_path / "float.onnx")
+    quantize(tmp_path / "float.onnx", tmp_path / "int8.onnx", tuple(images.shape))
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    weights = [
+        held[n.input[0]]
+        for n in graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] in held
+    ]
+    kinds = {tensor.data_type for tensor in weights if len(tensor.dims) == 4}
+    assert kinds == {onnx.TensorProto.INT8}
+    scales = [n.input[1] for n in graph.node if n.op_type == "DequantizeLinear"]
+    assert sum(list(held[name].dims) == [16] for name in scales) >= 2
+    zeros = [n.input[2] for n in graph.node if n.op_type == "QuantizeLinear"]
+    assert {held[name].data_type for name in zeros} == {onnx.TensorProto.UINT8}
+
+
+def test_without_the_packages_each_says_what_to_install(
+    engine: Engine, networks: FloatNetworks, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rival, "find_spec", lambda _: None)
+    rivals = deployed_rivals(engine, networks, images, 1)
+    assert [one.name for one in rivals] == NAMES
+    assert all(one.call is None for one in rivals)
+    assert all('pip install "biper-engine[bench]"' in one.reason for one in rivals)
+    assert rivals[0].reason.startswith("onnx and onnxscript and onnxruntime not installed")
+
+
+def recipe(make: Callable[[], Any]) -> deployed._Recipe:
+    return deployed._Recipe(
+        name="r", how="somehow", modules=(), make=make, wanted=lambda x: x, share=1.0
+    )
+
+
+class Doubling:
+    def __call__(self, images: Tensor) -> Tensor:
+        return 2 * images
+
+    def bind(self, images: Tensor) -> Callable[[], Tensor]:
+        return lambda: 2 * images
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError])
+def test_a_rival_that_fails_gives_its_reason(images: Tensor, error: type[Exception]) -> None:
+    def fail() -> Any:
+        raise error("no such operator\nand much more")
+
+    assert deployed._rival(recipe(fail), images).reason == "no such operator"
+
+
+def test_a_rival_with_other_answers_is_not_run(images: Tensor) -> None:
+    found = deployed._rival(recipe(Doubling), images)
+    assert found.call is None
+    assert "agrees with the float twin on 0 of 9 images only" in found.reason
