@@ -29,9 +29,9 @@ __all__ = ["ENGINE", "TURNS", "Comparison", "Contest", "compare"]
 ENGINE = "engine"
 
 TURNS = Budget(pause_ms=5.0, ahead=3)
-"""How turns start among runtimes that each have threads of their own. On two cores, without either,
-a turn takes up to 17 times as long as a call alone while the threads of the turn before still spin;
-with both, as long as alone, as far as the machine is quiet."""
+"""How turns start among runtimes that each have threads of their own. A pause lets the threads of the
+turn before fall asleep; but a call right after it takes 1.3 to 2.4 times its time alone, since its
+own threads sleep, too. With three calls ahead it takes its time alone."""
 
 _ALONE_SECONDS = 0.5
 
@@ -171,10 +171,11 @@ def _contest(
         for rival in others
     }
     calls[ENGINE] = lambda: engine(images)
+    rest_ms = {rival.name: rival.rest_ms for rival in others} if alone else {}
     return Contest(
         batch=len(images),
-        alone_ms=_alone_ms(calls, budget) if alone else {},
-        samples=interleave(calls, budget),
+        alone_ms=_alone_ms(calls, budget, rest_ms) if alone else {},
+        samples=interleave(calls, budget, rest_ms),
         reasons={rival.name: rival.reason for rival in rivals if rival.call is None},
         differences=differences,
         beside={rival.name: rival.beside for rival in others},
@@ -182,11 +183,14 @@ def _contest(
     )
 
 
-def _alone_ms(calls: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, float]:
+def _alone_ms(
+    calls: Mapping[str, Callable[[], object]], budget: Budget, rest_ms: Mapping[str, float]
+) -> dict[str, float]:
     """Return the median of each function, called for a short time without the others."""
     short = replace(budget, seconds=min(_ALONE_SECONDS, budget.seconds), pause_ms=0.0, ahead=0)
     medians = {}
     for name, call in calls.items():
         sleep(1e-3 * budget.pause_ms)
         medians[name] = interleave({name: call}, short)[name].median_ms
+        sleep(1e-3 * rest_ms.get(name, 0.0))
     return medians

@@ -72,12 +72,18 @@ class Samples:
         }
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], budget: Budget) -> dict[str, Samples]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    budget: Budget,
+    rest_ms: Mapping[str, float] | None = None,
+) -> dict[str, Samples]:
     """Call every function once per round, so that whatever else the machine does hits all alike.
 
     Args:
         calls: functions that finish their work before they return, by name.
         budget: how many rounds.
+        rest_ms: sleep after the turns of some functions, by name, for threads of theirs that go on
+            spinning; in addition to the pause.
 
     Returns:
         The samples of every function; all have as many.
@@ -86,6 +92,7 @@ def interleave(calls: Mapping[str, Callable[[], object]], budget: Budget) -> dic
         for call in calls.values():
             call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    rests = rest_ms or {}
     end = perf_counter() + budget.seconds
     for done in range(budget.most):
         if done >= budget.fewest and perf_counter() >= end:
@@ -98,4 +105,6 @@ def interleave(calls: Mapping[str, Callable[[], object]], budget: Budget) -> dic
             start = perf_counter()
             call()
             seconds[name].append(perf_counter() - start)
+            if rests.get(name):
+                sleep(1e-3 * rests[name])
     return {name: Samples(tuple(1e3 * s for s in taken)) for name, taken in seconds.items()}

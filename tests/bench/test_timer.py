@@ -18,14 +18,15 @@ def test_the_most_rounds_end_it() -> None:
     assert len(taken["a"].ms) == 4
 
 
-def test_a_turn_starts_with_a_pause_and_calls_that_do_not_count(
+def test_a_turn_has_a_pause_and_calls_that_do_not_count_and_a_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[object] = []
     monkeypatch.setattr(timer, "sleep", done.append)
     budget = Budget(seconds=0.0, fewest=2, most=2, warmup=0, pause_ms=4.0, ahead=2)
-    taken = interleave({"a": lambda: done.append("a"), "b": lambda: done.append("b")}, budget)
-    assert done == [4e-3, "a", "a", "a", 4e-3, "b", "b", "b"] * 2
+    calls = {"a": lambda: done.append("a"), "b": lambda: done.append("b")}
+    taken = interleave(calls, budget, {"a": 60.0, "b": 0.0})
+    assert done == [4e-3, "a", "a", "a", 60e-3, 4e-3, "b", "b", "b"] * 2
     assert {len(samples.ms) for samples in taken.values()} == {2}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from biper_engine.bench.rivals.binary_convolution import UnsupportedGraphError, binary_model
 from biper_engine.bench.rivals.onnx_files import CALIBRATION_IMAGES, export_float, quantize
-from biper_engine.bench.rivals.onnx_runtime import OnnxRuntimeNetwork
+from biper_engine.bench.rivals.onnx_runtime import REST_MS, OnnxRuntimeNetwork
 from biper_engine.bench.rivals.open_vino import OpenVinoNetwork, has_bf16
 from biper_engine.bench.rivals.rival import Rival, check_images, checked, first_line, missing
 from biper_engine.conversion.twin import float_twin, folded_network
@@ -64,6 +64,7 @@ class _Recipe:
         make: loads or compiles it.
         wanted, beside: of the rival.
         share: of the images that must agree; None where answers are only compared.
+        rest_ms: of the rival.
     """
 
     name: str
@@ -73,6 +74,7 @@ class _Recipe:
     wanted: Callable[[Tensor], Tensor]
     beside: str = _TWIN
     share: float | None = None
+    rest_ms: float = 0.0
 
 
 def deployed_rivals(
@@ -80,8 +82,9 @@ def deployed_rivals(
 ) -> list[Rival]:
     """Return every runtime with every precision, checked where it must agree; none is timed.
 
-    The float twin on ONNX Runtime in float32 and int8, on OpenVINO in float32, bfloat16 and int8;
-    and the engine's own graph on OpenVINO's BinaryConvolution, in float32 and bfloat16 otherwise.
+    The float twin on OpenVINO in float32, bfloat16 and int8; the engine's own graph on OpenVINO's
+    BinaryConvolution, in float32 and bfloat16 otherwise; the float twin on ONNX Runtime in float32
+    and int8.
 
     Args:
         engine: takes and returns one tensor.
@@ -91,13 +94,19 @@ def deployed_rivals(
     """
     with tempfile.TemporaryDirectory() as folder:
         files = _OnnxFiles(Path(folder), networks.twin, images)
-        recipes = [*_onnx_runtime(files, threads), *_openvino(files, threads)]
-        recipes += _openvino_binary(engine, images, threads)
+        recipes = [*_openvino(files, threads), *_openvino_binary(engine, images, threads)]
+        recipes += _onnx_runtime(files, threads)
         return [_rival(recipe, images) for recipe in recipes]
 
 
 def _rival(recipe: _Recipe, images: Tensor) -> Rival:
-    rival = Rival(name=recipe.name, how=recipe.how, wanted=recipe.wanted, beside=recipe.beside)
+    rival = Rival(
+        name=recipe.name,
+        how=recipe.how,
+        wanted=recipe.wanted,
+        beside=recipe.beside,
+        rest_ms=recipe.rest_ms,
+    )
     reason = missing(*recipe.modules)
     if reason:
         return replace(rival, reason=reason)
@@ -146,16 +155,18 @@ def _onnx_runtime(files: _OnnxFiles, threads: int) -> list[_Recipe]:
             make=lambda: OnnxRuntimeNetwork(files.float32, threads),
             wanted=files.outputs,
             share=1.0,
+            rest_ms=REST_MS,
         ),
         _Recipe(
             name="ONNX Runtime int8",
             how=(
-                "the float twin quantized (QDQ): uint8 activations, int8 weights with a scale per "
+                "the float twin, quantized (QDQ): uint8 activations, int8 weights with a scale per "
                 f"channel, ranges of {CALIBRATION_IMAGES} random images"
             ),
             modules=modules,
             make=lambda: OnnxRuntimeNetwork(files.int8, threads),
             wanted=files.outputs,
+            rest_ms=REST_MS,
         ),
     ]
 
@@ -173,14 +184,14 @@ def _openvino(files: _OnnxFiles, threads: int) -> list[_Recipe]:
         ),
         _Recipe(
             name="OpenVINO bf16",
-            how="the same in bfloat16",
+            how="the float twin in bfloat16",
             modules=modules,
             make=lambda: _in_bf16(files.float32, threads),
             wanted=files.outputs,
         ),
         _Recipe(
             name="OpenVINO int8",
-            how="the file of ONNX Runtime int8, float32 where it is not quantized",
+            how="the file that ONNX Runtime int8 runs, float32 where it is not quantized",
             modules=(*modules, "onnxruntime"),
             make=lambda: OpenVinoNetwork(files.int8, threads, "f32"),
             wanted=files.outputs,
@@ -205,7 +216,7 @@ def _openvino_binary(engine: Engine, images: Tensor, threads: int) -> list[_Reci
         ),
         _Recipe(
             name="OpenVINO binary bf16",
-            how="the same, bfloat16 otherwise",
+            how=f"{how}, bfloat16 otherwise",
             modules=("openvino",),
             make=lambda: _in_bf16(model(), threads),
             wanted=engine,

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from biper_engine.bench.rivals.onnx_files import INPUT
 
-__all__ = ["OnnxRuntimeNetwork"]
+__all__ = ["REST_MS", "OnnxRuntimeNetwork"]
+
+REST_MS = 60.0
+"""How long a session's threads spin after a run. On two cores OpenVINO takes 1.7 to 2 times its
+time alone when it is called within 20 ms of one, and its time alone after 60 ms. The session option
+that ends the spinning costs the next run up to 30 %."""
 
 
 class OnnxRuntimeNetwork:

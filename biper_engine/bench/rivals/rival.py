@@ -44,6 +44,7 @@ class Rival:
         beside: what `wanted` is, in a word or two.
         agreed: images that agreed within `TOLERANCE` with `wanted`, and how many were tried; None
             where no agreement is asked for, as with bfloat16 and int8.
+        rest_ms: how long its threads may spin after a call, and take a core from whoever is next.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Rival:
     wanted: Callable[[Tensor], Any] | None = None
     beside: str = "eager"
     agreed: tuple[int, int] | None = None
+    rest_ms: float = 0.0
 
     def bound(self, images: Tensor) -> Callable[[], Any]:
         """Return a call of no arguments on these images: what is timed.
