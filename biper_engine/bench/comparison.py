@@ -29,11 +29,11 @@ __all__ = ["ENGINE", "TURNS", "Comparison", "Contest", "compare"]
 ENGINE = "engine"
 
 TURNS = Budget(pause_ms=5.0, ahead=3)
-"""How turns start among runtimes that each have threads of their own. A pause lets the threads of the
-turn before fall asleep; but a call right after it takes 1.3 to 2.4 times its time alone, since its
-own threads sleep, too. With three calls ahead it takes its time alone."""
+"""How turns start among runtimes that each have threads of their own. A pause lets the threads of
+the turn before fall asleep; but a call right after it takes 1.3 to 2.4 times its time alone, since
+its own threads sleep, too. With three calls ahead it takes its time alone."""
 
-_ALONE_SECONDS = 0.5
+_ALONE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Contest:
         beside: what each of `differences` is from: the eager network, its float twin or the engine.
         agreed: of how many images a rival's outputs had to agree, and did, and how many were tried.
         alone_ms: medians of each contestant called again and again without the others, before
-            their turns; empty where that was not measured.
+            and after their turns; empty where that was not measured.
     """
 
     batch: int
@@ -172,10 +172,14 @@ def _contest(
     }
     calls[ENGINE] = lambda: engine(images)
     rest_ms = {rival.name: rival.rest_ms for rival in others} if alone else {}
+    # Before and after: a machine whose clock drifts is not to look like a disturbance.
+    before = _alone(calls, budget, rest_ms) if alone else {}
+    samples = interleave(calls, budget, rest_ms)
+    after = _alone(calls, budget, rest_ms) if alone else {}
     return Contest(
         batch=len(images),
-        alone_ms=_alone_ms(calls, budget, rest_ms) if alone else {},
-        samples=interleave(calls, budget, rest_ms),
+        samples=samples,
+        alone_ms={name: Samples(before[name].ms + after[name].ms).median_ms for name in before},
         reasons={rival.name: rival.reason for rival in rivals if rival.call is None},
         differences=differences,
         beside={rival.name: rival.beside for rival in others},
@@ -183,14 +187,14 @@ def _contest(
     )
 
 
-def _alone_ms(
+def _alone(
     calls: Mapping[str, Callable[[], object]], budget: Budget, rest_ms: Mapping[str, float]
-) -> dict[str, float]:
-    """Return the median of each function, called for a short time without the others."""
+) -> dict[str, Samples]:
+    """Call each function for a short time without the others."""
     short = replace(budget, seconds=min(_ALONE_SECONDS, budget.seconds), pause_ms=0.0, ahead=0)
-    medians = {}
+    taken: dict[str, Samples] = {}
     for name, call in calls.items():
         sleep(1e-3 * budget.pause_ms)
-        medians[name] = interleave({name: call}, short)[name].median_ms
+        taken |= interleave({name: call}, short)
         sleep(1e-3 * rest_ms.get(name, 0.0))
-    return medians
+    return taken
