@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "winograd.h"
 
 namespace biper {
 namespace {
@@ -27,7 +28,68 @@ int64_t strip_values(const FloatConvPlan& plan, int64_t out_rows) {
   }
   rows = checked_product("A strip", {rows - 1, plan.stride_h}) +
          (plan.kernel_h - 1) * plan.dilation_h + 1;
-  return checked_product("A strip", {rows, plan.strip_w, plan.in_channels});
+  const int64_t values = plan.winograd ? kProducts * plan.tiles : plan.strip_w;
+  return checked_product("A strip", {rows, values, plan.in_channels});
+}
+
+// Weights [O][depth] in blocks of whole vectors: [block][depth][lanes of the block].
+std::vector<float> interleaved_weights(const ConvGeometry& g, const Kernels& kernels,
+                                       const float* weight) {
+  const int64_t lanes = kernels.float_lanes, vector = kernels.float_vector;
+  const int64_t blocks = ceil_div(g.out_channels, lanes);
+  const int64_t depth = g.kernel_h * g.kernel_w * g.in_channels;
+  std::vector<float> made(
+      static_cast<size_t>(checked_product("The weight", {blocks, lanes, depth})), 0.0f);
+  for (int64_t o = 0; o < g.out_channels; ++o) {
+    const int64_t block = o / lanes;
+    const int64_t wide = std::min(lanes, ceil_div(g.out_channels - block * lanes, vector) * vector);
+    float* to = made.data() + block * lanes * depth + o % lanes;
+    for (int64_t k = 0; k < depth; ++k) to[k * wide] = weight[o * depth + k];
+  }
+  return made;
+}
+
+// Weights at even and odd places evaluated at the points of winograd.h, in double and rounded once:
+// rows are points, columns places.
+constexpr double kEvenWeights[kEvenPoints][4] = {{-2, 0, 0, 0},
+                                                 {-2.0 / 3, -2.0 / 3, -2.0 / 3, -2.0 / 3},
+                                                 {-2.0 / 9, 2.0 / 9, -2.0 / 9, 2.0 / 9},
+                                                 {16.0 / 9, 8.0 / 9, 4.0 / 9, 2.0 / 9},
+                                                 {16.0 / 15, -8.0 / 15, 4.0 / 15, -2.0 / 15},
+                                                 {2.0 / 45, 4.0 / 45, 8.0 / 45, 16.0 / 45},
+                                                 {0, 0, 0, 1}};
+constexpr double kOddWeights[kOddPoints][3] = {{4, 0, 0},
+                                               {2.0 / 3, 2.0 / 3, 2.0 / 3},
+                                               {2.0 / 3, -2.0 / 3, 2.0 / 3},
+                                               {-8.0 / 3, -4.0 / 3, -2.0 / 3},
+                                               {-8.0 / 3, 4.0 / 3, -2.0 / 3},
+                                               {0, 0, 1}};
+
+// [vector of outputs][KH][C][kProducts][outputs of the vector].
+std::vector<float> evaluated_weights(const ConvGeometry& g, const Kernels& kernels,
+                                     const float* weight) {
+  const int64_t vector = kernels.float_vector, c = g.in_channels;
+  const int64_t padded = ceil_div(g.out_channels, kernels.float_lanes) * kernels.float_lanes;
+  const int64_t rows = g.kernel_h * c;
+  std::vector<float> made(
+      static_cast<size_t>(checked_product("The weight", {padded, rows, kProducts})), 0.0f);
+  for (int64_t o = 0; o < g.out_channels; ++o) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = weight + (o * g.kernel_h + row / c) * 7 * c + row % c;
+      float* to = made.data() + (o / vector * rows + row) * kProducts * vector + o % vector;
+      for (int p = 0; p < kEvenPoints; ++p, to += vector) {
+        double sum = 0;
+        for (int i = 0; i < 4; ++i) sum += kEvenWeights[p][i] * double(from[2 * i * c]);
+        *to = static_cast<float>(sum);
+      }
+      for (int p = 0; p < kOddPoints; ++p, to += vector) {
+        double sum = 0;
+        for (int i = 0; i < 3; ++i) sum += kOddWeights[p][i] * double(from[(2 * i + 1) * c]);
+        *to = static_cast<float>(sum);
+      }
+    }
+  }
+  return made;
 }
 
 void cut(FloatConvPlan& plan, int64_t lanes, bool wants_bits, int64_t threads) {
@@ -65,7 +127,8 @@ void lay_out_scratch(FloatConvPlan& plan, int64_t lanes) {
     return offset;
   };
   plan.scratch.strip = place({plan.direct ? 0 : strip_values(plan, plan.strip_rows)});
-  plan.scratch.offsets = place({plan.depth});
+  plan.scratch.row = place({plan.winograd ? 2 * kStep * (plan.tiles + 2) : 0});
+  plan.scratch.offsets = place({plan.winograd ? 0 : plan.depth});
   plan.scratch.ring = place({plan.pooled ? plan.pool.kernel_h : 0, plan.conv_w, lanes});
   plan.scratch.bytes = end;
 }
@@ -94,15 +157,9 @@ FloatConv::FloatConv(const ConvGeometry& g, Span<const float> weight, Span<const
   const int64_t blocks = ceil_div(outputs, lanes);
   bias_.assign(static_cast<size_t>(blocks * lanes), 0.0f);
   if (bias.data != nullptr) std::copy(bias.data, bias.data + outputs, bias_.begin());
-  weights_.assign(static_cast<size_t>(checked_product("The weight", {blocks, lanes, depth})), 0.0f);
-  // The last block is as wide as its vectors: a kernel steps by that from value to value.
-  const int64_t vector = kernels_->float_vector;
-  for (int64_t o = 0; o < outputs; ++o) {
-    const int64_t block = o / lanes;
-    const int64_t wide = std::min(lanes, ceil_div(outputs - block * lanes, vector) * vector);
-    float* to = weights_.data() + block * lanes * depth + o % lanes;
-    for (int64_t k = 0; k < depth; ++k) to[k * wide] = weight.data[o * depth + k];
-  }
+  winograd_ = g.kernel_w == 7 && g.stride_w == 2 && g.dilation_w == 1;
+  weights_ = winograd_ ? evaluated_weights(g, *kernels_, weight.data)
+                       : interleaved_weights(g, *kernels_, weight.data);
   if (epilogue.threshold.data != nullptr || epilogue.threshold.size != 0) {
     require_memory("threshold", epilogue.threshold.data, epilogue.threshold.size, outputs, 4);
     threshold_.assign(epilogue.threshold.data, epilogue.threshold.data + outputs);
@@ -141,9 +198,13 @@ FloatConvPlan FloatConv::plan_for(int64_t batch, int64_t height, int64_t width, 
   plan.height = height;
   plan.width = width;
   set_sizes(plan, g);
+  plan.pooled = pooled_ || winograd_;  // such rows pass through the ring
+  plan.tiles = ceil_div(plan.conv_w, kTile);
   plan.planar = planar && g.in_channels > 1;
-  plan.direct = !plan.planar && !g.pad_top && !g.pad_bottom && !g.pad_left && !g.pad_right;
-  plan.depth = g.kernel_h * g.kernel_w * g.in_channels;
+  plan.winograd = winograd_;
+  plan.direct =
+      !winograd_ && !plan.planar && !g.pad_top && !g.pad_bottom && !g.pad_left && !g.pad_right;
+  plan.depth = g.kernel_h * (winograd_ ? kProducts : g.kernel_w) * g.in_channels;
   plan.strip_w = (plan.conv_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
   plan.out_words = ceil_div(g.out_channels, kWordBits);
   plan.blocks = ceil_div(g.out_channels, kernels_->float_lanes);

@@ -35,7 +35,7 @@ class FloatConv {
   const Kernels* kernels_;
   ConvGeometry geometry_;
   Window pool_;
-  bool pooled_;
+  bool pooled_, winograd_;
   float clamp_min_, clamp_max_;
   std::vector<float> weights_, bias_, threshold_;
   std::vector<uint32_t> sense_;

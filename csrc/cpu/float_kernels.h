@@ -8,6 +8,7 @@
 #pragma once
 
 #include "epilogue.h"
+#include "winograd.h"
 
 namespace biper {
 
@@ -58,6 +59,14 @@ BIPER_INLINE void fill_float_strip(const FloatConvPlan& plan, const Unit& unit, 
 BIPER_INLINE FloatStrip float_strip_of(const FloatConvPlan& plan, const Unit& unit, char* scratch) {
   FloatStrip strip;
   const int64_t channels = plan.in_channels;
+  if (plan.winograd) {
+    evaluate_strip(plan, unit, scratch);
+    strip.values = reinterpret_cast<const float*>(scratch + plan.scratch.strip);
+    strip.row_step = plan.stride_h * channels * kProducts * plan.tiles;
+    strip.column_step = 0;
+    strip.offsets = nullptr;
+    return strip;
+  }
   const int64_t row = (plan.direct ? plan.width : plan.strip_w) * channels;
   const int64_t pixel = plan.planar ? 1 : channels;
   const int64_t channel = plan.planar ? plan.strip_w : 1;
@@ -226,8 +235,17 @@ static void float_pooled_rows(const FloatConvPlan& plan, const Unit& unit, const
     const int64_t start = y * pool.stride_h - pool.pad_h;
     const int64_t first = max64(start, 0), last = min64(start + pool.kernel_h, plan.conv_h);
     for (done = max64(done, first); done < last; ++done) {
-      float_rows<I, J>(plan, block, strip, done - unit.conv_first, 1, 0,
-                       ring + done % pool.kernel_h * row_values);
+      float* row = ring + done % pool.kernel_h * row_values;
+      if (plan.winograd) {
+        const float* values = strip.values + (done - unit.conv_first) * strip.row_step;
+        for (int j = 0; j < J; ++j) {
+          const int64_t at = j * I::kFloats;
+          winograd_row<I>(plan, values, block.weights + at * plan.depth, block.bias + at, row + at,
+                          block.lanes);
+        }
+      } else {
+        float_rows<I, J>(plan, block, strip, done - unit.conv_first, 1, 0, row);
+      }
     }
     for (int64_t x = 0; x < plan.out_w; ++x) {
       const int64_t from = x * pool.stride_w - pool.pad_w;

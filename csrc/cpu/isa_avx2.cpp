@@ -47,6 +47,7 @@ struct Avx2 {
   // 12 sums, 2 weights and a value in 16 registers.
   static constexpr int kFloatVectors = 2;
   static constexpr int kFloatPixels = 6;
+  static constexpr int kFloatTiles = 2;  // 7 sums each
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 8;
 

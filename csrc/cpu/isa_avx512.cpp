@@ -31,6 +31,7 @@ struct Avx512 {
   // 24 sums, 4 weights and a value in 32 registers.
   static constexpr int kFloatVectors = 4;
   static constexpr int kFloatPixels = 6;
+  static constexpr int kFloatTiles = 4;  // 7 sums each
   static constexpr bool kSumsFitFloats = true;
   static constexpr int kPeakSums = 16;
 

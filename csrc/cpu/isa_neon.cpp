@@ -35,6 +35,7 @@ struct Neon {
   // 24 sums, 4 weights and a value in 32 registers.
   static constexpr int kFloatVectors = 4;
   static constexpr int kFloatPixels = 6;
+  static constexpr int kFloatTiles = 4;  // 7 sums each
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 4;
 

@@ -25,6 +25,7 @@ struct Portable {
   static constexpr int kFloats = 4;
   static constexpr int kFloatVectors = 4;
   static constexpr int kFloatPixels = 2;
+  static constexpr int kFloatTiles = 1;  // 7 sums each
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kPeakSums = 1;
 

@@ -77,7 +77,9 @@ class Network {
   std::shared_ptr<const FloatConv> float_conv(const ConvGeometry& g, const Window& pool,
                                               float limit) {
     const int64_t depth = g.kernel_h * g.kernel_w * g.in_channels;
-    const std::vector<float> weight = numbers.values(g.out_channels * depth, 0.2f);
+    // Small enough that clamps do not hide how sums were rounded.
+    const float scale = depth > 100 ? 0.02f : 0.1f;
+    const std::vector<float> weight = numbers.values(g.out_channels * depth, scale);
     const std::vector<float> bias = numbers.values(g.out_channels, 0.2f);
     const std::vector<float> threshold = numbers.values(g.out_channels, 0.1f);
     return std::make_shared<FloatConv>(g, span(weight), span(bias),

@@ -184,6 +184,7 @@ def conv_case(name: str) -> tuple[Tensor, Tensor, Tensor, Conv2dGeometry, dict[s
     height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     x = torch.randn(3, channels, 19, 14, generator=random)
     weight = torch.randn(outputs, channels, height, width, generator=random)
+    weight = weight / (channels * height * width) ** 0.5
 
     def pair(value: Any) -> tuple[int, int]:
         return value if isinstance(value, tuple) else (value, value)
