@@ -86,12 +86,13 @@ class Program {
   // Ends the program; only calls come after it.
   void finish(const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs);
 
-  // Runs all steps. With `seconds`, [steps], also says when each was done, counted from the start.
+  // Runs all steps. With `seconds`, [steps], also says when each was done, counted from the start
+  // and summed over the parts of the batch.
   void run(int64_t batch, const std::vector<MapMemory>& inputs,
            const std::vector<MapMemory>& outputs, int64_t threads,
            std::vector<double>* seconds = nullptr) const;
 
-  // Bytes of the arena at a batch size.
+  // Bytes of the arena for so many images at once.
   int64_t arena_bytes(int64_t batch) const;
 
   int64_t steps() const { return static_cast<int64_t>(steps_.size()); }
@@ -112,6 +113,8 @@ class Program {
   void place_in_arena();
   void check_memory(const char* what, const std::vector<int64_t>& maps,
                     const std::vector<MapMemory>& memory, int64_t batch) const;
+  void run_part(const Setting& setting, int64_t first, const std::vector<MapMemory>& inputs,
+                const std::vector<MapMemory>& outputs, std::vector<double>* seconds) const;
   std::unique_ptr<Instance> make(const Setting& setting) const;
   std::unique_ptr<Instance> take(const Setting& setting) const;
   void give_back(std::unique_ptr<Instance> instance) const;

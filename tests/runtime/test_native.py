@@ -109,6 +109,16 @@ def test_one_file_gives_the_same_bytes_on_every_instruction_set_thread_count_and
         assert torch.equal(result.view(torch.int32), results[0].view(torch.int32))
 
 
+def test_a_large_batch_that_runs_in_parts_gives_what_its_images_give() -> None:
+    engine = golden("cifar10/resnet20_1w1a")
+    images = torch.from_numpy(weights.images("parts", 45, 32))
+    program = native(engine).program
+    assert program.arena_bytes(45) > 4 << 20  # parts take 2 MB
+    wanted = torch.cat([engine(image) for image in images.split(1)])
+    assert torch.equal(engine(images), wanted)
+    assert len(program.step_seconds(images)) == NETWORKS["cifar10/resnet20_1w1a"]
+
+
 def test_an_image_with_holes_in_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = classifier()
     wide = torch.randn(4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
