@@ -11,13 +11,25 @@ from torch import Tensor
 from biper_engine.bits import words
 from biper_engine.errors import GeometryError
 
-__all__ = ["Conv2dGeometry", "Pool2dGeometry"]
+__all__ = ["Conv2dGeometry", "Pool2dGeometry", "pool_positions"]
 
 MAX_REDUCTION = 1 << 24
 
 
 def _axis_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def pool_positions(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
+    """Return the windows of a float pool along one axis, as PyTorch counts them.
+
+    With `ceil_mode` a last window is added that the map does not fill, if it starts inside the map
+    or the padding before it.
+    """
+    if not ceil_mode:
+        return _axis_size(size, kernel, stride, padding, padding, 1)
+    positions = _axis_size(size, kernel, stride, padding, padding + stride - 1, 1)
+    return positions - ((positions - 1) * stride >= size + padding)
 
 
 def _require(name: str, values: Sequence[int], length: int, minimum: int) -> tuple[int, ...]:

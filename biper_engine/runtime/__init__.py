@@ -16,6 +16,7 @@ from biper_engine.runtime.graph import (
     output_values,
     packed_map,
     to_portable,
+    with_defaults,
 )
 from biper_engine.runtime.native import NativePlan, NativeStep
 from biper_engine.runtime.plan import Plan, PlanSlot
@@ -48,4 +49,5 @@ __all__ = [
     "prepack_node",
     "profile",
     "to_portable",
+    "with_defaults",
 ]

@@ -31,6 +31,7 @@ __all__ = [
     "output_values",
     "packed_map",
     "to_portable",
+    "with_defaults",
 ]
 
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -93,6 +94,19 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
         )
     named = {a.name: value for a, value in zip(arguments, node.args, strict=False)}
     return {**named, **node.kwargs}
+
+
+def with_defaults(
+    target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a value for every argument of an operator's schema, in its order.
+
+    What is left out has its default, or None where it has none.
+    """
+    arguments = target._schema.arguments
+    values = {argument.name: argument.default_value for argument in arguments}
+    values |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+    return {**values, **kwargs}
 
 
 def _integers(value: Any, length: int) -> tuple[Any, ...]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
-from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
 from biper_engine.ops.backends import select
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Clamp, CpuProgram, Map
@@ -28,6 +29,7 @@ from biper_engine.runtime.graph import (
     get_constant,
     named_arguments,
     output_values,
+    with_defaults,
 )
 
 __all__ = ["NativePlan", "NativeStep", "native_plan"]
@@ -325,8 +327,8 @@ class _Builder:
         kernel, padding = _pair(named["kernel_size"]), _pair(named["padding"])
         stride = _pair(named["stride"]) if named["stride"] else kernel
         size = (
-            _positions(x.height, kernel[0], stride[0], padding[0], named["ceil_mode"]),
-            _positions(x.width, kernel[1], stride[1], padding[1], named["ceil_mode"]),
+            pool_positions(x.height, kernel[0], stride[0], padding[0], named["ceil_mode"]),
+            pool_positions(x.width, kernel[1], stride[1], padding[1], named["ceil_mode"]),
         )
         self._average(
             node,
@@ -392,11 +394,8 @@ class _Builder:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a call by schema name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    values = {a.name: a.default_value for a in schema.arguments}
-    values |= {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
-    return values | dict(node.kwargs)
+    assert isinstance(node.target, OpOverload)
+    return with_defaults(node.target, node.args, node.kwargs)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -415,13 +414,6 @@ def _max_pool(named: dict[str, Any]) -> Pool2dGeometry | None:
     kernel = _pair(named["kernel_size"])
     stride = _pair(named["stride"]) if named["stride"] else kernel
     return Pool2dGeometry(kernel_size=kernel, stride=stride, padding=_pair(named["padding"]))
-
-
-def _positions(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Return the windows of an average pool along one axis, as PyTorch counts them."""
-    extra = stride - 1 if ceil_mode else 0
-    positions = (size + 2 * padding - kernel + extra) // stride + 1
-    return positions - (ceil_mode and (positions - 1) * stride >= size + padding)
 
 
 def _limits(node: fx.Node) -> Clamp:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.errors import FileFormatError, GeometryError
-from biper_engine.geometry import Conv2dGeometry
-from biper_engine.runtime import interpret
+from biper_engine.geometry import Conv2dGeometry, pool_positions
+from biper_engine.runtime import interpret, with_defaults
 from biper_engine.serialization.graph_format import operator_name
 
 __all__ = ["check_shapes"]
@@ -69,19 +69,11 @@ def call_without_data(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
     """Call an operator on tensors without data."""
     rule = _RULES.get(target)
     if rule is not None:
-        x, *rest = _with_defaults(target, args, kwargs)
+        x, *rest = with_defaults(target, args, kwargs).values()
         shape = rule(x, *rest) if isinstance(x, Tensor) and x.is_floating_point() else None
         if shape is not None:
             return torch.empty(shape, dtype=x.dtype, device="meta")
     return target(*args, **kwargs)
-
-
-def _with_defaults(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Return one value per argument of an operator's schema; None also for what is missing."""
-    arguments = target._schema.arguments
-    values = {argument.name: argument.default_value for argument in arguments}
-    values |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-    return list((values | kwargs).values())
 
 
 # -- rules: the shape of the result, or None where only PyTorch can tell ---------------------------
@@ -157,7 +149,6 @@ def _avg_pool2d(
 
 
 def _pool2d(x: Tensor, kernel: Any, stride: Any, padding: Any, ceil_mode: Any) -> _Shape:
-    """A last window is added by `ceil_mode` if it starts inside the map or the padding before."""
     if x.dim() != 4 or 0 in x.shape:
         return None
     sizes = []
@@ -169,9 +160,7 @@ def _pool2d(x: Tensor, kernel: Any, stride: Any, padding: Any, ceil_mode: Any) -
             return None
         if not all(isinstance(v, int) for v in (k, s, p)) or k < 1 or s < 1 or not 0 <= 2 * p <= k:
             return None
-        size = (length + 2 * p - k + (s - 1 if ceil_mode else 0)) // s + 1
-        size -= bool(ceil_mode and (size - 1) * s >= length + p)
-        sizes.append(size)
+        sizes.append(pool_positions(length, k, s, p, bool(ceil_mode)))
     return (*x.shape[:2], *sizes) if min(sizes) > 0 else None
 
 
