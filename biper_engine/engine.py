@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from biper_engine import ops as _ops  # noqa: F401  (registers the operators that graphs call)
 from biper_engine.metadata import Metadata, Provenance
+from biper_engine.ops.cpu import thread_count
 from biper_engine.report import ConversionReport
 from biper_engine.runtime import (
     InputSpec,
@@ -22,6 +23,7 @@ from biper_engine.runtime import (
     ProfileReport,
     Signature,
     align_weights,
+    backends_of,
     from_portable,
     isolate_outputs,
     output_values,
@@ -77,7 +79,6 @@ class Engine(nn.Module):
         self.options = dict(options or {})
         self.proof: Any = None
         self._plan = PlanSlot()
-        self._images = _images(signature)
         self._returns_tensor = signature.out_spec == pytree.tree_structure(0)
         self._refresh()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
@@ -98,7 +99,9 @@ class Engine(nn.Module):
 
     @property
     def execution(self) -> str:
-        """How calls run now, in a few words: as one native program, or operator by operator.
+        """How calls run now, in a few words: in how many native programs, and what is outside.
+
+        `profile` names every operator outside of them, and why it is.
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
@@ -106,7 +109,20 @@ class Engine(nn.Module):
         native = self._get_plan().native
         if isinstance(native, str):
             return f"operator by operator, since {native}"
-        return f"one native program of {len(native.steps)} steps"
+        return str(native)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that a call from this thread may use now, of the cpu backend where that runs it.
+
+        `BIPER_NUM_THREADS` and `torch.set_num_threads` say how many.
+
+        Raises:
+            BackendUnavailableError: a backend is forced that cannot run the network.
+            ValueError: `BIPER_NUM_THREADS` is no positive integer.
+        """
+        on_cpu = "cpu" in backends_of(self.graph_module, self._device)
+        return thread_count() if on_cpu else torch.get_num_threads()
 
     @property
     def device(self) -> torch.device | None:
@@ -130,13 +146,44 @@ class Engine(nn.Module):
             return outputs[0]
         return pytree.tree_unflatten(outputs, self.signature.out_spec)
 
+    def warmup(self, shapes: Iterable[Sequence[int]]) -> None:
+        """Run images of zeros, so that calls with such batches need not prepare anything more.
+
+        Args:
+            shapes: of the first input, batch included, such as `[(1, 3, 224, 224)]`; each other
+                input gets the same batch.
+
+        Raises:
+            TypeError: there is something else than shapes in `shapes`.
+            GeometryError: a shape is not one that the engine takes.
+            BackendUnavailableError: a backend is forced that cannot run the network.
+        """
+        for shape in shapes:
+            if not isinstance(shape, Sequence) or not shape:
+                raise TypeError(
+                    f"`shapes` must have the shapes of whole batches, such as "
+                    f"[(1, 3, 224, 224)], but there is {shape!r} in it."
+                )
+            batch = shape[0]
+            inputs = [
+                torch.zeros(
+                    [batch if size is None else size for size in spec.shape],
+                    dtype=spec.dtype,
+                    device=self._device,
+                )
+                for spec in self.signature.inputs
+            ]
+            inputs[0] = inputs[0].new_zeros(tuple(shape))
+            self.signature.check(inputs, self._device)
+            self._run(inputs)
+
     def profile(self, *args: Any, rounds: int = 20, **kwargs: Any) -> ProfileReport:
         """Run the network with a clock around each step or operator.
 
-        Of a native program the rows are its steps. Of a network that runs operator by operator they
-        do not add up to the time of a call: what happens in between is in none of them, and the
-        clock's own time is in each. Where the cpu backend ran a binary convolution,
-        the popcount peak of its cores is measured, too, in 0.1 s or so.
+        Of a native program the rows are its steps. Rows of operators outside do not add up to the
+        time of a call: what happens in between is in none of them, and the clock's own time is in
+        each; where there are programs, they say why they are in none. Where the cpu backend ran a
+        binary convolution, the popcount peak of its cores is measured, too, in 0.1 s or so.
 
         Args:
             *args: as for a call.
@@ -151,8 +198,7 @@ class Engine(nn.Module):
         kind = inputs[0].device.type if inputs else "cpu"
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             native = self._get_plan().native
-            program = None if isinstance(native, str) else native
-            return profile(self.graph_module, inputs, self._device, rounds, program)
+            return profile(self.graph_module, inputs, self._device, rounds, native)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.biper` file, atomically; `biper_engine.load` reads it.
@@ -192,7 +238,7 @@ class Engine(nn.Module):
             return self._get_plan().run(*inputs)
 
     def _get_plan(self) -> Plan:
-        return self._plan.get(self.graph_module, self._device, self._images)
+        return self._plan.get(self.graph_module, self._device, self.signature.inputs)
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -234,17 +280,6 @@ class Engine(nn.Module):
         graph = state.pop("_portable_graph")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.graph_module = from_portable(graph).eval()
-
-
-def _images(signature: Signature) -> tuple[tuple[int, ...], ...] | None:
-    """Return the shape of one image of each input, None where an input is no float32 map."""
-    shapes = [spec.shape[1:] for spec in signature.inputs]
-    maps = [
-        tuple(size for size in shape if size is not None)
-        for spec, shape in zip(signature.inputs, shapes, strict=True)
-        if spec.dtype == torch.float32 and len(shape) == 3 and None not in shape
-    ]
-    return tuple(maps) if maps and len(maps) == len(shapes) else None
 
 
 def _after_load(engine: Engine, _incompatible_keys: Any) -> None:

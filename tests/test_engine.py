@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import BackendUnavailableError, GeometryError
-from biper_engine.ops.backends import use_backend
+from biper_engine.ops.backends import backends, use_backend
 from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature, two_inputs
 
 _aten = torch.ops.aten
@@ -361,3 +361,33 @@ def test_a_fake_call_makes_no_plan() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert engine(torch.empty(2, 3, 8, 8)).shape == (2, 10)
     assert engine._plan.is_empty
+
+
+def test_warming_up_leaves_nothing_to_prepare(images: Tensor) -> None:
+    engine = classifier()
+    engine.warmup([(1, 3, 8, 8), images.shape])
+    plan = engine._get_plan()
+    assert not engine._plan.is_empty
+    engine(images)
+    assert engine._get_plan() is plan
+
+
+def test_warming_up_takes_every_input_and_nothing_but_shapes() -> None:
+    engine = two_inputs()
+    engine.warmup([(2, 3, 6, 6)])
+    assert not engine._plan.is_empty
+    with pytest.raises(GeometryError, match="converted for images of 3x6x6"):
+        engine.warmup([(2, 3, 7, 6)])
+    with pytest.raises(TypeError, match="shapes of whole batches, such as"):
+        engine.warmup((2, 3, 6, 6))  # type: ignore[arg-type]
+
+
+def test_the_number_of_threads_is_that_of_what_runs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIPER_NUM_THREADS", "3")
+    if {info.name: info.available for info in backends()}["cpu"]:
+        with use_backend("cpu"):
+            assert engine.num_threads == 3
+    with use_backend("reference"):
+        assert engine.num_threads == torch.get_num_threads()

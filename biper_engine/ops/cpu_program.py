@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biper_engine.bits import words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.cpu import geometry_values, memory, native, native_conv, thread_count
 from biper_engine.ops.epilogue import Epilogue
@@ -62,10 +63,8 @@ class CpuProgram:
     def __init__(self) -> None:
         self._program = native().Program()
         self._kept: list[Any] = []
-        self._inputs: list[Map] = []
-        self._outputs: list[Map] = []
-        self._flat_outputs: list[bool] = []
-        self._planar: list[bool] = []
+        self._sources: list[tuple[bool, torch.memory_format]] = []
+        self._results: list[tuple[tuple[int, ...], torch.dtype, torch.memory_format]] = []
 
     # -- maps -------------------------------------------------------------------------------------
 
@@ -246,13 +245,17 @@ class CpuProgram:
         """End the program.
 
         Args:
-            inputs: float maps that calls pass.
+            inputs: maps that calls pass; one of 1x1 also comes as [N, C].
             planar: for each input, whether [N, C, H, W] memory does as well as channels_last.
-            outputs: float maps that calls return.
+            outputs: maps that calls return.
             flat: for each output, whether it is returned as [N, C] instead of [N, C, 1, 1].
         """
-        self._inputs, self._planar = list(inputs), list(planar)
-        self._outputs, self._flat_outputs = list(outputs), list(flat)
+        # The memory of a 1x1 map is the same in either layout; only this one suits [N, C], too.
+        self._sources = [
+            (either, _layout(x.packed or x.height == x.width == 1))
+            for x, either in zip(inputs, planar, strict=True)
+        ]
+        self._results = [_result(x, is_flat) for x, is_flat in zip(outputs, flat, strict=True)]
         self._program.finish([x.index for x in inputs], [x.index for x in outputs])
 
     def arena_bytes(self, batch: int) -> int:
@@ -260,41 +263,51 @@ class CpuProgram:
         return int(self._program.arena_bytes(batch))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the program on float32 tensors [N, C, H, W] on the CPU."""
+        """Run the program on tensors on the CPU, each [N, C, H, W], [N, C] or packed."""
         sources, outputs = self._prepare(inputs)
         if len(inputs[0]):
             self._program.run(len(inputs[0]), *self._memory(sources, outputs), thread_count())
         return tuple(outputs)
 
-    def step_seconds(self, *inputs: Tensor) -> list[float]:
-        """Run the program and return how long each step took, in order."""
+    def timed(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[float]]:
+        """Run the program; also return how many seconds each step took, in order."""
         sources, outputs = self._prepare(inputs)
         ends = self._program.timed_run(
             len(inputs[0]), *self._memory(sources, outputs), thread_count()
         )
-        return [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+        seconds = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+        return tuple(outputs), seconds
 
     def _prepare(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         batch = len(inputs[0])
         sources = [
-            x if planar and x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)
-            for x, planar in zip(inputs, self._planar, strict=True)
+            x if planar and x.is_contiguous() else x.contiguous(memory_format=layout)
+            for x, (planar, layout) in zip(inputs, self._sources, strict=True)
         ]
-        outputs = []
-        for out, flat in zip(self._outputs, self._flat_outputs, strict=True):
-            shape = (batch, out.channels, out.height, out.width)
-            layout = torch.contiguous_format if flat else torch.channels_last
-            outputs.append(
-                torch.empty(shape[:2] if flat else shape, dtype=torch.float32, memory_format=layout)
-            )
+        outputs = [
+            torch.empty((batch, *image), dtype=dtype, memory_format=layout)
+            for image, dtype, layout in self._results
+        ]
         return sources, outputs
 
     def _memory(self, sources: list[Tensor], outputs: list[Tensor]) -> tuple[Any, Any]:
         given = [
             (x.data_ptr(), x.numel(), planar and x.is_contiguous())
-            for x, planar in zip(sources, self._planar, strict=True)
+            for x, (planar, _) in zip(sources, self._sources, strict=True)
         ]
         return given, [(out.data_ptr(), out.numel(), False) for out in outputs]
+
+
+def _layout(plain: bool) -> torch.memory_format:
+    return torch.contiguous_format if plain else torch.channels_last
+
+
+def _result(x: Map, flat: bool) -> tuple[tuple[int, ...], torch.dtype, torch.memory_format]:
+    """Return what makes the tensor of an output: the shape of an image, dtype and layout."""
+    if x.packed:
+        return (x.height, x.width, words(x.channels)), torch.int32, _layout(True)
+    shape = (x.channels, x.height, x.width)
+    return shape[: 1 if flat else None], torch.float32, _layout(flat)
 
 
 def _index(x: Map | None) -> int:

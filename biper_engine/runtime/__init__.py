@@ -18,15 +18,18 @@ from biper_engine.runtime.graph import (
     to_portable,
     with_defaults,
 )
-from biper_engine.runtime.native import NativePlan, NativeStep
+from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import Plan, PlanSlot
 from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
+from biper_engine.runtime.runs import NativeRun, NativeStep
+from biper_engine.runtime.shapes import call_without_data, without_data
 from biper_engine.runtime.signature import InputSpec, Signature
 
 __all__ = [
     "Call",
     "InputSpec",
     "NativePlan",
+    "NativeRun",
     "NativeStep",
     "NodeProfile",
     "Plan",
@@ -37,6 +40,7 @@ __all__ = [
     "align_weights",
     "backends_of",
     "biper_op",
+    "call_without_data",
     "conv_geometry",
     "from_portable",
     "get_constant",
@@ -50,4 +54,5 @@ __all__ = [
     "profile",
     "to_portable",
     "with_defaults",
+    "without_data",
 ]

@@ -1,4 +1,4 @@
-"""The plan of a network: one native program where that can be, else operator by operator.
+"""The plan of a network: native programs where that can be, and operators one by one.
 
 Operators that run one by one are bound once to the backend that runs them. A plan belongs to one
 device and one forced backend. It is made at the first call, outside the state dict, and dropped
@@ -7,6 +7,7 @@ when the tensors it was made from move or change.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from biper_engine.ops.backends import forced_name
 from biper_engine.runtime.binding import bind_node
 from biper_engine.runtime.graph import get_constant, output_values
 from biper_engine.runtime.native import NativePlan, native_plan
+from biper_engine.runtime.runs import NativeRun
+from biper_engine.runtime.signature import InputSpec
 
 __all__ = ["Plan", "PlanSlot", "bound_graph"]
-
-Images = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Plan:
         device: where its tensors are.
         forced: the backend that was forced when it was made, or None.
         run: takes and returns what the graph does.
-        native: the program that runs it, or why it runs operator by operator.
+        native: the programs and what runs between them, or why there is no program.
     """
 
     device: torch.device | None
@@ -52,14 +53,17 @@ class PlanSlot:
         self._generation = 0
 
     def get(
-        self, module: fx.GraphModule, device: torch.device | None, images: Images | None = None
+        self,
+        module: fx.GraphModule,
+        device: torch.device | None,
+        inputs: Sequence[InputSpec] | None = None,
     ) -> Plan:
         """Return the plan of `module` on `device` with the backend forced now, if any.
 
         Args:
             module: a converted network.
             device: where its tensors are.
-            images: shape of one image of each input, [C, H, W], where all are float32 maps.
+            inputs: what the network takes; without it there is no native program.
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
@@ -73,13 +77,8 @@ class PlanSlot:
             plan = self._plan
             if plan is None or plan.device != device or plan.forced != forced:
                 generation = self._generation
-                native = native_plan(module, device, images)
-                run = (
-                    bound_graph(module, device).forward
-                    if isinstance(native, str)
-                    else native.program
-                )
-                plan = Plan(device, forced, run, native)
+                native = native_plan(module, device, inputs)
+                plan = Plan(device, forced, _runner(module, device, native), native)
                 # Weights that changed meanwhile made this plan stale: it serves this call alone.
                 if generation == self._generation:
                     self._plan = plan
@@ -102,36 +101,86 @@ class PlanSlot:
         return PlanSlot, ()
 
 
-def bound_graph(module: fx.GraphModule, device: torch.device | None) -> fx.GraphModule:
-    """Return a copy of a network that shares its tensors, its `biper` operators bound to backends.
+def _runner(
+    module: fx.GraphModule, device: torch.device | None, native: NativePlan | str
+) -> Callable[..., Any]:
+    if isinstance(native, NativePlan) and native.is_whole:
+        return native.runs[0].program
+    return bound_graph(module, device, native).forward
 
-    Constants get names without dots: attribute look-up by way of nested modules is slow.
+
+def bound_graph(
+    module: fx.GraphModule, device: torch.device | None, native: NativePlan | str
+) -> fx.GraphModule:
+    """Return a network that shares the tensors of `module`, its operators bound to what runs them.
+
+    Runs of operators are calls of their native programs, the other `biper` operators are bound to
+    backends. Where a node comes from is in its `meta`: "run" has the NativeRun of a program's call,
+    "node" the node of any other operator. Constants get names without dots: attribute look-up by
+    way of nested modules is slow.
     """
-    constants: dict[str, Any] = {}
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    graph = _BoundGraph(module, device)
     # Plans outlive the mode of the call that makes them; an inference tensor would not.
     with torch.inference_mode(False), torch.no_grad():
         for node in module.graph.nodes:
-            if node.op == "output":
-                continue
-            if node.op == "get_attr":
-                target = f"constant_{len(constants)}"
-                constants[target] = get_constant(module, node.target)
-                copies[node] = graph.create_node("get_attr", target, name=node.name)
-                continue
-            operation = bind_node(module, node, device)
-            if operation is None:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-                continue
-            inputs = fx.node.map_arg(operation.inputs, copies.__getitem__)
-            copies[node] = graph.create_node(
-                "call_function", operation.call, inputs, name=node.name
-            )
-    returned = fx.node.map_arg(tuple(output_values(module.graph)), copies.__getitem__)
-    graph.output(returned)
-    for node in graph.find_nodes(op="get_attr"):  # what a bound operator holds by itself
-        if not node.users:
-            graph.erase_node(node)
-            del constants[node.target]
-    return fx.GraphModule(constants, graph)
+            if node.op in ("placeholder", "get_attr"):
+                graph.add_source(node)
+        parts = module.graph.nodes if isinstance(native, str) else native.parts
+        for part in parts:
+            if isinstance(part, NativeRun):
+                graph.add_run(part)
+            elif part.op == "call_function":
+                graph.add_operator(part)
+    return graph.finish()
+
+
+class _BoundGraph:
+    def __init__(self, module: fx.GraphModule, device: torch.device | None) -> None:
+        self._module = module
+        self._device = device
+        self._graph = fx.Graph()
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._constants: dict[str, Any] = {}
+
+    def add_source(self, node: fx.Node) -> None:
+        """Add a placeholder or a constant."""
+        if node.op == "placeholder":
+            self._copies[node] = self._graph.node_copy(node)
+            return
+        target = f"constant_{len(self._constants)}"
+        self._constants[target] = get_constant(self._module, str(node.target))
+        self._copies[node] = self._graph.create_node("get_attr", target, name=node.name)
+
+    def add_run(self, run: NativeRun) -> None:
+        """Add a call of a program, and its results."""
+        inputs = tuple(self._copies[node] for node in run.inputs)
+        call = self._graph.create_node("call_function", run.program.__call__, inputs)
+        call.meta["run"] = run
+        results: dict[int, fx.Node] = {}
+        for node, at in run.outputs.items():
+            if at not in results:
+                results[at] = self._graph.create_node(
+                    "call_function", operator.getitem, (call, at), name=node.name
+                )
+            self._copies[node] = results[at]
+
+    def add_operator(self, node: fx.Node) -> None:
+        """Add an operator, bound where it is one of ours."""
+        operation = bind_node(self._module, node, self._device)
+        if operation is None:
+            copy = self._graph.node_copy(node, self._copies.__getitem__)
+        else:
+            inputs = fx.node.map_arg(operation.inputs, self._copies.__getitem__)
+            copy = self._graph.create_node("call_function", operation.call, inputs, name=node.name)
+        copy.meta = {"node": node}
+        self._copies[node] = copy
+
+    def finish(self) -> fx.GraphModule:
+        """Return the module."""
+        outputs = tuple(output_values(self._module.graph))
+        self._graph.output(fx.node.map_arg(outputs, self._copies.__getitem__))
+        for node in self._graph.find_nodes(op="get_attr"):  # what a bound operator holds by itself
+            if not node.users:
+                self._graph.erase_node(node)
+                del self._constants[node.target]
+        return fx.GraphModule(self._constants, self._graph)

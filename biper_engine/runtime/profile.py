@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import statistics
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -22,7 +23,7 @@ __all__ = ["NodeProfile", "ProfileReport", "profile"]
 
 @dataclass(frozen=True, kw_only=True)
 class NodeProfile:
-    """One operator of the network, or one step of its native program.
+    """One operator of the network, or one step of a native program.
 
     Attributes:
         name: of its node, which is made from the layer's; of the first one of a step.
@@ -31,6 +32,9 @@ class NodeProfile:
         ms: median wall-clock time, a call from Python included where there was one.
         macs: multiply-accumulates on bits, of the whole batch, padded taps counted; None for an
             operator without any.
+        program: which of the network's native programs it is a step of, from 0 on; None for an
+            operator outside of them.
+        reason: why the operator is in none of them, where there are any; else None.
     """
 
     name: str
@@ -38,6 +42,8 @@ class NodeProfile:
     backend: str
     ms: float
     macs: int | None = None
+    program: int | None = None
+    reason: str | None = None
 
     @property
     def macs_per_second(self) -> float | None:
@@ -99,7 +105,16 @@ class ProfileReport:
                 f"peak: {peak * 1e-9:,.0f} GMAC/s, popcounts on registers, measured now "
                 f"({self.isa}, {threads})"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._programs()])
+
+    def _programs(self) -> list[str]:
+        """Return how many programs there are, and why operators are outside of them."""
+        steps = Counter(node.program for node in self.nodes if node.program is not None)
+        if not steps:
+            return []
+        counts = ", ".join(map(str, steps.values()))
+        lines = [f"native programs: {len(steps)}, steps: {counts}"]
+        return lines + [f"outside: {node.reason}" for node in self.nodes if node.reason]
 
     def _line(self, node: NodeProfile, width: int) -> str:
         line = f"{node.name:{width}}  {node.backend:9}  {1e3 * node.ms:9.1f}"
@@ -131,6 +146,8 @@ class ProfileReport:
                     "macs": node.macs,
                     "macs_per_second": node.macs_per_second,
                     "share_of_peak": self.share_of_peak(node),
+                    "program": node.program,
+                    "reason": node.reason,
                 }
                 for node in self.nodes
             ],
@@ -142,16 +159,16 @@ def profile(
     inputs: Sequence[Tensor],
     device: torch.device | None,
     rounds: int,
-    native: NativePlan | None = None,
+    native: NativePlan | str,
 ) -> ProfileReport:
-    """Run a network's plan step by step, or node by node.
+    """Run a network's plan: its programs step by step, the other operators one by one.
 
     Args:
         module: a converted network.
         inputs: its flat inputs.
         device: where its tensors are.
         rounds: calls to take medians of, after one to warm up.
-        native: the network's program, where it runs as one.
+        native: of the plan: its programs, or why there are none.
 
     Raises:
         ValueError: `rounds` is below 1.
@@ -159,11 +176,10 @@ def profile(
     """
     if rounds < 1:
         raise ValueError(f"`rounds` (={rounds}) must be 1 or more.")
-    nodes = (
-        _operators(module, inputs, device, rounds)
-        if native is None
-        else _steps(native, inputs, rounds)
-    )
+    nodes = _rows(bound_graph(module, device, native), module, inputs, device, rounds)
+    if isinstance(native, NativePlan):
+        reasons = {node.name: reason for node, reason in native.reasons.items()}
+        nodes = tuple(replace(row, reason=reasons.get(row.name)) for row in nodes)
     threads, peak, isa = _limits(nodes)
     return ProfileReport(
         batch=len(inputs[0]) if inputs else 0,
@@ -175,64 +191,87 @@ def profile(
     )
 
 
-def _steps(native: NativePlan, inputs: Sequence[Tensor], rounds: int) -> tuple[NodeProfile, ...]:
-    taken = [native.program.step_seconds(*inputs) for _ in range(rounds + 1)][1:]
-    return tuple(
-        NodeProfile(
-            name=step.nodes[0].name,
-            op=" + ".join(_op(node) for node in step.nodes),
-            backend="cpu",
-            ms=1e3 * statistics.median(seconds),
-            macs=None if step.macs is None else len(inputs[0]) * step.macs,
-        )
-        for step, seconds in zip(native.steps, zip(*taken, strict=True), strict=True)
-    )
+def _rows(
+    bound: fx.GraphModule,
+    module: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    device: torch.device | None,
+    rounds: int,
+) -> tuple[NodeProfile, ...]:
+    seconds = _measure(bound, inputs, device, rounds)
+    batch = len(inputs[0]) if inputs else 0
+    rows: list[NodeProfile] = []
+    programs = 0
+    for node, (sizes, taken) in seconds.items():
+        ms = [1e3 * statistics.median(times) for times in zip(*taken[1:], strict=True)]
+        run = node.meta.get("run")
+        if run is None:
+            rows.append(_operator_row(module, node.meta["node"], device, ms[0], sizes))
+            continue
+        rows += [
+            NodeProfile(
+                name=step.nodes[0].name,
+                op=" + ".join(_op(each) for each in step.nodes),
+                backend="cpu",
+                ms=step_ms,
+                macs=None if step.macs is None else batch * step.macs,
+                program=programs,
+            )
+            for step, step_ms in zip(run.steps, ms, strict=True)
+        ]
+        programs += 1
+    return tuple(rows)
+
+
+def _operator_row(
+    module: fx.GraphModule,
+    node: fx.Node,
+    device: torch.device | None,
+    ms: float,
+    sizes: Sequence[int],
+) -> NodeProfile:
+    """Return the row of an operator that ran by itself; `sizes` are those of its first tensor."""
+    geometry = node_geometry(module, node)
+    macs = None if geometry is None else sizes[0] * geometry.macs(sizes[1], sizes[2])
+    backend = node_backend(module, node, device) or "torch"
+    return NodeProfile(name=node.name, op=_op(node), backend=backend, ms=ms, macs=macs)
 
 
 def _op(node: fx.Node) -> str:
     return biper_op(node) or str(node.target).removesuffix(".default")
 
 
-def _operators(
-    module: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device | None, rounds: int
-) -> tuple[NodeProfile, ...]:
-    ms, macs = _measure(module, inputs, device, rounds)
-    return tuple(
-        NodeProfile(
-            name=node.name,
-            op=_op(node),
-            backend=node_backend(module, node, device) or "torch",
-            ms=ms[node.name],
-            macs=macs.get(node.name),
-        )
-        for node in module.graph.nodes
-        if node.op == "call_function" and node.target is not operator.getitem
-    )
+_Seconds = dict[fx.Node, tuple[Sequence[int], list[list[float]]]]
 
 
 def _measure(
-    module: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device | None, rounds: int
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the median milliseconds of every node, and the work of the binary convolutions."""
-    geometries = {node.name: node_geometry(module, node) for node in module.graph.nodes}
-    seconds: dict[str, list[float]] = {}
-    macs: dict[str, int] = {}
+    bound: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device | None, rounds: int
+) -> _Seconds:
+    """Return, for every operator and program, the sizes of its first tensor and its times.
+
+    The times of a call are those of a program's steps, or a single one.
+    """
+    seconds: _Seconds = {}
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert callable(node.target)
-        start = _now(device)
-        result = node.target(*args, **kwargs)
-        seconds.setdefault(node.name, []).append(_now(device) - start)
-        geometry = geometries[node.name]
-        if geometry is not None:
-            n, h, w, _ = (args[0] if args else kwargs["bits"]).shape
-            macs[node.name] = n * geometry.macs(h, w)
+        if node.target is operator.getitem:
+            return node.target(*args)
+        run = node.meta.get("run")
+        if run is not None:
+            result, taken = run.program.timed(*args)
+        else:
+            start = _now(device)
+            result = node.target(*args, **kwargs)
+            taken = [_now(device) - start]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        sizes = tensors[0].shape if tensors else ()
+        seconds.setdefault(node, (sizes, []))[1].append(taken)
         return result
 
-    bound = bound_graph(module, device)
     for _ in range(rounds + 1):
         interpret(bound, inputs, call)
-    return {name: 1e3 * statistics.median(taken[1:]) for name, taken in seconds.items()}, macs
+    return seconds
 
 
 def _limits(nodes: Sequence[NodeProfile]) -> tuple[int, float | None, str | None]:

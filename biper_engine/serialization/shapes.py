@@ -1,27 +1,18 @@
-"""Shapes of a graph that came from a file, found without computing anything.
-
-PyTorch's own rules for tensors without data are Python for most operators, and the first of them to
-be used imports SymPy and Dynamo: 1 to 3 seconds for what takes milliseconds. So the operators that
-networks mostly consist of have a rule here, for their ordinary arguments; a rule that cannot tell
-says nothing, and then PyTorch's is used.
-"""
+"""Shapes of a graph that came from a file, checked without computing anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from biper_engine.errors import FileFormatError, GeometryError
-from biper_engine.geometry import Conv2dGeometry, pool_positions
-from biper_engine.runtime import interpret, with_defaults
+from biper_engine.errors import FileFormatError
+from biper_engine.runtime import call_without_data, interpret, without_data
 from biper_engine.serialization.graph_format import operator_name
 
 __all__ = ["check_shapes"]
-
-_aten = torch.ops.aten
 
 # What torch raises when arguments do not fit an operator; a fake of ours raises GeometryError.
 _MISFITS = (
@@ -44,7 +35,7 @@ def check_shapes(
     """
 
     def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), _meta)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), without_data)
         try:
             return call_without_data(node.target, args, kwargs)
         except _MISFITS as error:
@@ -59,142 +50,3 @@ def check_shapes(
         raise FileFormatError(f"The file's inputs have impossible shapes: {error}.") from error
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         interpret(module, values, call)
-
-
-def _meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value
-
-
-def call_without_data(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Call an operator on tensors without data."""
-    rule = _RULES.get(target)
-    if rule is not None:
-        x, *rest = with_defaults(target, args, kwargs).values()
-        shape = rule(x, *rest) if isinstance(x, Tensor) and x.is_floating_point() else None
-        if shape is not None:
-            return torch.empty(shape, dtype=x.dtype, device="meta")
-    return target(*args, **kwargs)
-
-
-# -- rules: the shape of the result, or None where only PyTorch can tell ---------------------------
-
-_Shape = tuple[int, ...] | None
-
-
-def _is_like(value: Any, x: Tensor, *shape: int) -> bool:
-    return isinstance(value, Tensor) and value.dtype == x.dtype and value.shape == shape
-
-
-def _elementwise(x: Tensor, *numbers: Any) -> _Shape:
-    plain = all(isinstance(number, (int, float)) for number in numbers)
-    return tuple(x.shape) if plain else None
-
-
-def _with_scalar_or_equal(x: Tensor, other: Any, alpha: Any = 1) -> _Shape:
-    fits = isinstance(other, float) or _is_like(other, x, *x.shape)
-    return tuple(x.shape) if fits and alpha == 1 else None
-
-
-def _conv2d(
-    x: Tensor, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any
-) -> _Shape:
-    if x.dim() != 4 or not isinstance(weight, Tensor) or weight.dim() != 4:
-        return None
-    if weight.dtype != x.dtype or not (bias is None or _is_like(bias, x, len(weight))):
-        return None
-    try:
-        geometry = Conv2dGeometry(
-            in_channels=weight.shape[1] * groups,
-            out_channels=weight.shape[0],
-            kernel_size=(weight.shape[2], weight.shape[3]),
-            stride=stride,
-            padding=(*padding[:1] * 2, *padding[1:] * 2),
-            dilation=dilation,
-            groups=groups,
-        )
-        size = geometry.output_size(x.shape[2], x.shape[3])
-    except (GeometryError, TypeError):
-        return None
-    fits = geometry.in_channels == x.shape[1]
-    return (x.shape[0], geometry.out_channels, *size) if fits else None
-
-
-def _linear(x: Tensor, weight: Any, bias: Any) -> _Shape:
-    if x.dim() < 2 or not isinstance(weight, Tensor) or weight.dim() != 2:
-        return None
-    fits = _is_like(weight, x, len(weight), x.shape[-1])
-    if not fits or not (bias is None or _is_like(bias, x, len(weight))):
-        return None
-    return (*x.shape[:-1], len(weight))
-
-
-def _batch_norm(x: Tensor, *rest: Any) -> _Shape:
-    channels = x.shape[1] if x.dim() >= 2 else 0
-    *parameters, training = rest[:5]
-    fits = all(_is_like(parameter, x, channels) for parameter in parameters)
-    return tuple(x.shape) if fits and training is False else None
-
-
-def _max_pool2d(
-    x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
-) -> _Shape:
-    ones = list(dilation) in ([1], [1, 1]) if isinstance(dilation, (list, tuple)) else False
-    return _pool2d(x, kernel, stride, padding, ceil_mode) if ones else None
-
-
-def _avg_pool2d(
-    x: Tensor, kernel: Any, stride: Any, padding: Any, ceil_mode: Any, *rest: Any
-) -> _Shape:
-    return _pool2d(x, kernel, stride, padding, ceil_mode) if rest[-1] is None else None
-
-
-def _pool2d(x: Tensor, kernel: Any, stride: Any, padding: Any, ceil_mode: Any) -> _Shape:
-    if x.dim() != 4 or 0 in x.shape:
-        return None
-    sizes = []
-    for axis, length in enumerate(x.shape[2:]):
-        try:
-            sides = (kernel, stride or kernel, padding)
-            k, s, p = (side[-1] if axis else side[0] for side in sides)
-        except (IndexError, TypeError):
-            return None
-        if not all(isinstance(v, int) for v in (k, s, p)) or k < 1 or s < 1 or not 0 <= 2 * p <= k:
-            return None
-        sizes.append(pool_positions(length, k, s, p, bool(ceil_mode)))
-    return (*x.shape[:2], *sizes) if min(sizes) > 0 else None
-
-
-def _mean(x: Tensor, dims: Any, keepdim: Any, dtype: Any) -> _Shape:
-    ok = isinstance(dims, (list, tuple)) and all(isinstance(d, int) for d in dims) and dims
-    if not ok or dtype is not None or not all(-x.dim() <= d < x.dim() for d in dims):
-        return None
-    gone = {d % x.dim() for d in dims}
-    if len(gone) < len(dims):
-        return None
-    return tuple(
-        1 if d in gone else size for d, size in enumerate(x.shape) if keepdim or d not in gone
-    )
-
-
-def _adaptive_avg_pool2d(x: Tensor, size: Any) -> _Shape:
-    ok = isinstance(size, (list, tuple)) and len(size) == 2 and x.dim() == 4 and 0 not in x.shape
-    return (*x.shape[:2], *size) if ok and all(isinstance(s, int) and s > 0 for s in size) else None
-
-
-_RULES: dict[Any, Callable[..., _Shape]] = {
-    _aten.hardtanh.default: _elementwise,
-    _aten.clamp.default: _elementwise,
-    _aten.relu.default: _elementwise,
-    _aten.leaky_relu.default: _elementwise,
-    _aten.sigmoid.default: _elementwise,
-    _aten.add.Tensor: _with_scalar_or_equal,
-    _aten.sub.Tensor: _with_scalar_or_equal,
-    _aten.mul.Tensor: _with_scalar_or_equal,
-    _aten.conv2d.default: _conv2d,
-    _aten.linear.default: _linear,
-    _aten.batch_norm.default: _batch_norm,
-    _aten.max_pool2d.default: _max_pool2d,
-    _aten.avg_pool2d.default: _avg_pool2d,
-    _aten.mean.dim: _mean,
-    _aten._adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
-}

@@ -1,6 +1,5 @@
 """Native programs: the whole network in one call, with the same bytes however it is called."""
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +15,9 @@ from biper_engine.models import build
 from biper_engine.ops.backends import backends, use_backend
 from biper_engine.ops.cpu_program import Clamp, CpuProgram
 from biper_engine.runtime import NativePlan, interpret
+from tests.concurrency import wrong_results
 from tests.golden import weights
-from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature, two_inputs
+from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature
 
 _aten = torch.ops.aten
 
@@ -112,11 +112,12 @@ def test_one_file_gives_the_same_bytes_on_every_instruction_set_thread_count_and
 def test_a_large_batch_that_runs_in_parts_gives_what_its_images_give() -> None:
     engine = golden("cifar10/resnet20_1w1a")
     images = torch.from_numpy(weights.images("parts", 45, 32))
-    program = native(engine).program
+    (run,) = native(engine).runs
+    program = run.program
     assert program.arena_bytes(45) > 4 << 20  # parts take 2 MB
     wanted = torch.cat([engine(image) for image in images.split(1)])
     assert torch.equal(engine(images), wanted)
-    assert len(program.step_seconds(images)) == NETWORKS["cifar10/resnet20_1w1a"]
+    assert len(program.timed(images)[1]) == NETWORKS["cifar10/resnet20_1w1a"]
 
 
 def test_an_image_with_holes_in_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,28 +130,14 @@ def test_an_image_with_holes_in_its_memory(monkeypatch: pytest.MonkeyPatch) -> N
 def test_concurrent_calls_of_several_batch_sizes_do_not_disturb_each_other() -> None:
     engine = classifier()
     batches = [torch.randn(n, 3, 8, 8) for n in (1, 2, 3, 5, 8, 13)]
-    wanted = [engine(batch) for batch in batches]
-    wrong = []
-
-    def call(start: int) -> None:
-        for i in range(60):
-            at = (start + i) % len(batches)
-            if not torch.equal(engine(batches[at]), wanted[at]):
-                wrong.append(at)
-
-    threads = [threading.Thread(target=call, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert wrong_results(engine, batches, threads=4, calls=60) == []
 
 
-def test_what_has_no_step_runs_operator_by_operator_and_says_so() -> None:
-    engine = two_inputs()
-    assert engine.execution.startswith("operator by operator, since product (aten.mul.Tensor)")
+def test_a_backend_without_programs_runs_operator_by_operator_and_says_so() -> None:
     with use_backend("reference"):
-        assert "backend reference" in classifier().execution
+        assert classifier().execution == (
+            "operator by operator, since operators run on backend reference"
+        )
 
 
 def test_the_profile_has_a_row_for_every_step() -> None:
@@ -341,6 +328,27 @@ def test_an_average_pool_in_a_graph_is_torchs(options: dict[str, Any]) -> None:
     )
     images = torch.randn(3, 5, 9, 7, generator=torch.Generator().manual_seed(0))
     engine._device = torch.device("cpu")  # a network without tensors is on none
-    assert engine.execution == "one native program of 1 steps"
+    assert engine.execution == "one native program of 1 step"
     wanted = F.pad(F.avg_pool2d(images, **options), (0, 0, 0, 0, 2, 3))
     torch.testing.assert_close(engine(images), wanted, rtol=1e-6, atol=1e-6)
+
+
+POOLS = [
+    (_aten.max_pool2d.default, ([3, 2], [2, 2], [1, 0], [1, 1], True)),
+    (_aten.max_pool2d.default, ([2, 2], [], [0, 0], [1, 1], True)),
+    (_aten._adaptive_avg_pool2d.default, ([3, 7],)),
+    (_aten._adaptive_avg_pool2d.default, ([1, 1],)),
+]
+
+
+@pytest.mark.parametrize(("target", "options"), POOLS)
+def test_pools_that_torch_cuts_to_size(target: Any, options: tuple[Any, ...]) -> None:
+    g = GraphBuilder()
+    pool = g.call("pool", target, g.input("x"), *options)
+    engine = Engine(
+        g.module(pool), signature=signature({"x": (5, 9, 7)}, (0,), {}, 0), report=leaf_report()
+    )
+    engine._device = torch.device("cpu")
+    assert engine.execution == "one native program of 1 step"
+    images = torch.randn(3, 5, 9, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(engine(images), target(images, *options), rtol=1e-6, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from biper_engine.runtime import with_defaults
-from biper_engine.serialization import shapes
-from biper_engine.serialization.shapes import call_without_data
-from tests.networks_by_hand import classifier
+from biper_engine.engine import Engine
+from biper_engine.runtime import call_without_data, shapes, with_defaults
+from tests.networks_by_hand import classifier, two_inputs
 
 aten = torch.ops.aten
 
@@ -46,6 +46,24 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.sub.Tensor, (X, 2.0)),
     (aten.mul.Tensor, (X, V[0])),
     (aten.mul.Tensor, (X, X)),
+    (aten.mul.Tensor, (blank(6, 1, 1), X)),
+    (aten.add.Tensor, (X, 1)),
+    (aten.add.Tensor, (X, blank(2, 1, 9, 1))),
+    (aten.div.Tensor, (X, 255.0)),
+    (aten._prelu_kernel.default, (X, blank(1, 6, 1, 1))),
+    (aten._prelu_kernel.default, (X, blank(1, 5, 1, 1))),
+    *[
+        (unary, (X,))
+        for unary in (
+            *(aten.silu.default, aten.hardswish.default, aten.tanh.default),
+            *(aten.sign.default, aten.abs.default, aten.neg.default),
+        )
+    ],
+    (aten.cat.default, ([X, X], 1)),
+    (aten.cat.default, ([X, blank(2, 6, 9, 1)], -1)),
+    (aten.cat.default, ([X, blank(2, 6, 8, 1)], -1)),
+    (aten.cat.default, ([X, F64], 0)),
+    (aten.cat.default, ([X, INT], 5)),
     (aten.conv2d.default, (X, WEIGHT, blank(4), [2, 1], [1, 0], [1, 2], 2)),
     (aten.conv2d.default, (X, WEIGHT, None, [1, 1], [0, 0], [1, 1], 1)),
     (aten.conv2d.default, (X, WEIGHT, blank(3), [1, 1], [0, 0], [1, 1], 2)),
@@ -99,9 +117,10 @@ def test_a_call_has_the_shape_that_pytorch_gives_it_or_is_refused(
 def test_every_rule_is_tried_and_gives_an_answer() -> None:
     answered = set()
     for target, args in CALLS:
-        values = list(with_defaults(target, args, {}).values())
-        if isinstance(values[0], Tensor) and values[0].is_floating_point():
-            answered |= {target} if shapes._RULES[target](*values) is not None else set()
+        first, *rest = with_defaults(target, args, {}).values()
+        x = first[0] if isinstance(first, list) else first
+        if isinstance(x, Tensor) and x.is_floating_point():
+            answered |= {target} if shapes._RULES[target](first, *rest) is not None else set()
     assert answered == set(shapes._RULES)
 
 
@@ -122,12 +141,15 @@ def test_pools_end_where_pytorch_ends_them(
     assert outcome(lambda *a: call_without_data(target, a, {}), call) == outcome(target, call)
 
 
-def test_loading_imports_no_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", [classifier, two_inputs])
+def test_loading_and_planning_import_no_compiler(
+    network: Callable[[], Engine], tmp_path: Path
+) -> None:
     """PyTorch's rules would import SymPy and Dynamo: seconds for milliseconds of work."""
-    classifier().save(tmp_path / "net.biper")
+    network().save(tmp_path / "net.biper")
     code = (
         "import sys, biper_engine\n"
-        f"biper_engine.load({str(tmp_path / 'net.biper')!r})\n"
+        f"biper_engine.load({str(tmp_path / 'net.biper')!r}).execution\n"
         "loaded = {'sympy', 'torch._dynamo'} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)"
     )

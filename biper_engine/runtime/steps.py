@@ -1,0 +1,354 @@
+"""Native steps: which operators a program of `csrc/cpu` can run, and how they are added to one.
+
+A step stands for one operator or for several: a float convolution takes the max pool, the clamp and
+the bits behind it along, an average pool the zero channels, a sum its clamp.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
+from biper_engine.ops.checks import check_epilogue
+from biper_engine.ops.cpu_program import Clamp, Map
+from biper_engine.ops.registration import split_options
+from biper_engine.runtime.binding import prepack_node
+from biper_engine.runtime.graph import biper_op, named_arguments, with_defaults
+from biper_engine.runtime.runs import RunMaps, Unsupported
+
+__all__ = ["RunBuilder"]
+
+aten = torch.ops.aten
+
+_CLAMPS = (aten.hardtanh.default, aten.clamp.default, aten.relu.default)
+
+
+class RunBuilder(RunMaps):
+    """Adds operators to a program, step by step."""
+
+    def add(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Add a node, and those behind it that its step takes along.
+
+        Returns:
+            All nodes that were added.
+
+        Raises:
+            Unsupported: the node has no step; nothing was added.
+        """
+        if node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, fx.Node)
+            self._maps[node] = self._maps[source][index]
+            self.nodes.append(node)
+            return (node,)
+        handler = _HANDLERS.get(node.target)
+        if handler is None:
+            raise Unsupported("has no native step")
+        inputs, steps = len(self.inputs), len(self.steps)
+        try:
+            handler(self, node, _arguments(node))
+        except Unsupported:
+            while len(self.inputs) > inputs:
+                unused, _ = self.inputs.popitem()
+                self._flat.pop(unused, None)
+            raise
+        added = self.steps[-1].nodes if len(self.steps) > steps else (node,)
+        self.nodes.extend(added)
+        return added
+
+    # -- binary operators -------------------------------------------------------------------------
+
+    def _bconv(self, node: fx.Node, named: dict[str, Any]) -> None:
+        held: dict[str, Any] = {
+            name: self._constant(value) if isinstance(value, fx.Node) else value
+            for name, value in named.items()
+            if name not in ("bits", "residual", "prepacked")
+        }
+        op = str(biper_op(node))
+        weight = held["weight"]
+        given = {name: value for name, value in held.items() if value is not None}
+        geometry, epilogue, _, _ = split_options(weight, held["multiplier"], held["bias"], given)
+        want_bits, want_float = op != "bconv2d_float", op != "bconv2d_bits"
+        check_epilogue(epilogue, geometry.out_channels, torch.device("cpu"), wants_bits=want_bits)
+        dtype = named_arguments(node).get("dtype", torch.float32)
+        if want_float and dtype != torch.float32:
+            raise Unsupported(f"writes {dtype}")
+        residual = None if named.get("residual") is None else self._image(named["residual"])
+        source = self._map(named["bits"], geometry.in_channels)
+        floats, bits = self._program.conv(
+            source,
+            geometry,
+            epilogue,
+            prepack_node(node, weight),
+            residual,
+            want_float=want_float,
+            want_bits=want_bits,
+        )
+        self._maps[node] = (floats, bits) if want_float and want_bits else floats or bits
+        self._step(node, macs=geometry.macs(source.height, source.width))
+
+    def _binarize(self, node: fx.Node, named: dict[str, Any]) -> None:
+        threshold, sense = (self._constant(named.get(name)) for name in ("threshold", "sense"))
+        self._maps[node] = self._program.binarize(self._image(named["x"]), threshold, sense)
+        self._step(node)
+
+    def _bit_pool(self, node: fx.Node, named: dict[str, Any]) -> None:
+        pool = Pool2dGeometry(
+            kernel_size=tuple(named["kernel_size"]),
+            stride=tuple(named["stride"]),
+            padding=tuple(named["padding"] or (0, 0)),
+        )
+        take_and = self._constant(named.get("take_and"))
+        bits = self._map(named["bits"], named["channels"])
+        self._maps[node] = self._program.bit_pool(bits, pool, take_and)
+        self._step(node)
+
+    # -- float operators --------------------------------------------------------------------------
+
+    def _conv2d(self, node: fx.Node, named: dict[str, Any]) -> None:
+        x, weight = self._image(named["input"]), self._constant(named["weight"])
+        assert weight is not None
+        if named["groups"] != 1:
+            raise Unsupported("has groups")
+        vertical, horizontal = _pair(named["padding"])
+        geometry = Conv2dGeometry(
+            in_channels=x.channels,
+            out_channels=weight.shape[0],
+            kernel_size=(weight.shape[2], weight.shape[3]),
+            stride=_pair(named["stride"]),
+            padding=(vertical, vertical, horizontal, horizontal),
+            dilation=_pair(named["dilation"]),
+        )
+        nodes, last, options = [node], node, dict[str, Any]()
+        pool = _only_user(last)
+        if pool is not None and pool.target is aten.max_pool2d.default:
+            window = _max_pool(_arguments(pool))
+            if window is not None:
+                options["pool"], last = window, pool
+                nodes.append(pool)
+        clamp = _only_user(last)
+        if clamp is not None and clamp.target in _CLAMPS:
+            options["clamp"], last = _limits(clamp), clamp
+            nodes.append(clamp)
+        steps = [user for user in last.users if _is_binarize(user)]
+        options["want_float"] = len(last.users) > len(steps[:1])
+        if steps:
+            bits = _arguments(steps[0])
+            options["want_bits"] = True
+            options |= {name: self._constant(bits.get(name)) for name in ("threshold", "sense")}
+            nodes.append(steps[0])
+        floats, packed = self._program.float_conv(
+            x, weight, self._constant(named["bias"]), geometry, **options
+        )
+        self._maps[last] = floats
+        if steps:
+            self._maps[steps[0]] = packed
+        self._step(*nodes)
+
+    def _linear(self, node: fx.Node, named: dict[str, Any]) -> None:
+        source = named["input"]
+        x, weight = self._map(source), self._constant(named["weight"])
+        assert weight is not None
+        if source not in self._flat:
+            raise Unsupported("is applied to a map")
+        flattened = self._flat[source]
+        if flattened is not None:  # columns in the order of the map's memory
+            weight = weight.view(-1, *flattened).permute(0, 2, 3, 1).flatten(1)
+        geometry = Conv2dGeometry(
+            in_channels=x.channels, out_channels=len(weight), kernel_size=(1, 1)
+        )
+        out, _ = self._program.float_conv(
+            x, weight[:, :, None, None], self._constant(named["bias"]), geometry
+        )
+        self._maps[node], self._flat[node] = out, None
+        self._step(node)
+
+    def _reshape(self, node: fx.Node, named: dict[str, Any]) -> None:
+        source, sizes = named["self"], list(named["shape"])
+        if source not in self._maps and source.op != "placeholder":
+            raise Unsupported("shows the memory of what is made outside")
+        x = self._map(source)
+        values = x.channels * x.height * x.width
+        moved = x.height * x.width > 1
+        flattens = sizes == [-1, values]
+        if self._flat.get(source) is not None or not (
+            flattens or (sizes == [-1, values, 1, 1] and not moved)
+        ):
+            raise Unsupported("rearranges a map")
+        if flattens:
+            self._flat[node] = (x.channels, x.height, x.width) if moved else None
+        view = self._maps[node] = self._program.view(x, values, 1, 1)
+        self._roots[view.index] = self._roots.get(x.index, x.index)
+
+    def _max_pool2d(self, node: fx.Node, named: dict[str, Any]) -> None:
+        x = self._image(named["self"])
+        if _pair(named["dilation"]) != (1, 1):
+            raise Unsupported("has dilation")
+        self._maps[node] = self._program.maximum(x, *_windows(x, named))
+        self._step(node)
+
+    def _average(self, node: fx.Node, x: Map, window: Any, **options: Any) -> None:
+        """Add a pool and the zero channels behind it."""
+        nodes, last = [node], node
+        pad = _only_user(node)
+        channels = _padded_channels(pad) if pad is not None else None
+        if pad is not None and channels is not None:
+            options |= dict(zip(("channels_before", "channels_after"), channels, strict=True))
+            nodes.append(pad)
+            last = pad
+        self._maps[last] = self._program.average(x, *window, **options)
+        self._step(*nodes)
+
+    def _avg_pool2d(self, node: fx.Node, named: dict[str, Any]) -> None:
+        x = self._image(named["self"])
+        self._average(
+            node,
+            x,
+            _windows(x, named),
+            count_padding=named["count_include_pad"],
+            divisor=named["divisor_override"] or 0,
+        )
+
+    def _mean(self, node: fx.Node, named: dict[str, Any]) -> None:
+        x = self._image(named["self"])
+        if sorted(d % 4 for d in named["dim"] or ()) != [2, 3] or named["dtype"] is not None:
+            raise Unsupported("is no mean over height and width")
+        whole = (x.height, x.width)
+        self._maps[node] = self._program.average(x, whole, whole, (0, 0), (1, 1))
+        if not named["keepdim"]:
+            self._flat[node] = None
+        self._step(node)
+
+    def _adaptive(self, node: fx.Node, named: dict[str, Any]) -> None:
+        x, (rows, columns) = self._image(named["self"]), named["output_size"]
+        if min(rows, columns) < 1 or x.height % rows or x.width % columns:
+            raise Unsupported("has windows of several sizes")
+        kernel = (x.height // rows, x.width // columns)
+        self._average(node, x, (kernel, kernel, (0, 0), (rows, columns)))
+
+    def _pad(self, node: fx.Node, named: dict[str, Any]) -> None:
+        channels = _padded_channels(node)
+        if channels is None:
+            raise Unsupported("pads other than channels with zeros")
+        x = self._image(named["self"])
+        self._maps[node] = self._program.average(
+            x,
+            (1, 1),
+            (1, 1),
+            (0, 0),
+            (x.height, x.width),
+            channels_before=channels[0],
+            channels_after=channels[1],
+        )
+        self._step(node)
+
+    def _clamp(self, node: fx.Node, named: dict[str, Any]) -> None:
+        self._maps[node] = self._program.sum(self._image(named["self"]), None, _limits(node))
+        self._step(node)
+
+    def _add(self, node: fx.Node, named: dict[str, Any]) -> None:
+        a, b = self._image(named["self"]), self._image(named["other"])
+        if named["alpha"] != 1 or (a.channels, a.height, a.width) != (
+            b.channels,
+            b.height,
+            b.width,
+        ):
+            raise Unsupported("is no sum of two maps of one shape")
+        nodes, last, clamp = [node], node, Clamp()
+        behind = _only_user(node)
+        if behind is not None and behind.target in _CLAMPS:
+            clamp, last = _limits(behind), behind
+            nodes.append(behind)
+        self._maps[last] = self._program.sum(a, b, clamp)
+        self._step(*nodes)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    assert isinstance(node.target, OpOverload)
+    return with_defaults(node.target, node.args, node.kwargs)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values[0], values[-1]
+
+
+def _windows(x: Map, named: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Return kernel, stride, padding and output size of a pool."""
+    kernel, padding = _pair(named["kernel_size"]), _pair(named["padding"])
+    stride = _pair(named["stride"]) if named["stride"] else kernel
+    rows, columns = (
+        pool_positions(length, kernel[axis], stride[axis], padding[axis], named["ceil_mode"])
+        for axis, length in enumerate((x.height, x.width))
+    )
+    return kernel, stride, padding, (rows, columns)
+
+
+def _max_pool(named: dict[str, Any]) -> Pool2dGeometry | None:
+    """Return a max pool's geometry; None where it has dilation or ceil_mode."""
+    if named["ceil_mode"] or _pair(named["dilation"]) != (1, 1):
+        return None
+    kernel = _pair(named["kernel_size"])
+    stride = _pair(named["stride"]) if named["stride"] else kernel
+    return Pool2dGeometry(kernel_size=kernel, stride=stride, padding=_pair(named["padding"]))
+
+
+def _limits(node: fx.Node) -> Clamp:
+    named = _arguments(node)
+    if node.target is aten.relu.default:
+        return Clamp(low=0.0)
+    names = ("min_val", "max_val") if node.target is aten.hardtanh.default else ("min", "max")
+    low, high = (named[name] for name in names)
+    return Clamp(-math.inf if low is None else low, math.inf if high is None else high)
+
+
+def _is_binarize(node: fx.Node) -> bool:
+    """Whether a node is a `binarize` with constant parameters."""
+    if biper_op(node) != "binarize":
+        return False
+    named = _arguments(node)
+    parameters = (named["threshold"], named["sense"])
+    return all(value is None or value.op == "get_attr" for value in parameters)
+
+
+def _padded_channels(node: fx.Node) -> tuple[int, int] | None:
+    """Return the zero channels that a pad adds before and after, None for any other node."""
+    if node.target is not aten.constant_pad_nd.default:
+        return None
+    named = _arguments(node)
+    pad = list(named["pad"])
+    if len(pad) != 6 or any(pad[:4]) or min(pad) < 0 or named["value"] not in (0, None):
+        return None
+    return pad[4], pad[5]
+
+
+_HANDLERS: dict[Any, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
+    torch.ops.biper.bconv2d_float.default: RunBuilder._bconv,
+    torch.ops.biper.bconv2d_bits.default: RunBuilder._bconv,
+    torch.ops.biper.bconv2d_float_bits.default: RunBuilder._bconv,
+    torch.ops.biper.binarize.default: RunBuilder._binarize,
+    torch.ops.biper.bmaxpool2d.default: RunBuilder._bit_pool,
+    aten.conv2d.default: RunBuilder._conv2d,
+    aten.linear.default: RunBuilder._linear,
+    aten.reshape.default: RunBuilder._reshape,
+    aten.max_pool2d.default: RunBuilder._max_pool2d,
+    aten.avg_pool2d.default: RunBuilder._avg_pool2d,
+    aten.mean.dim: RunBuilder._mean,
+    aten._adaptive_avg_pool2d.default: RunBuilder._adaptive,
+    aten.constant_pad_nd.default: RunBuilder._pad,
+    aten.hardtanh.default: RunBuilder._clamp,
+    aten.clamp.default: RunBuilder._clamp,
+    aten.relu.default: RunBuilder._clamp,
+    aten.add.Tensor: RunBuilder._add,
+}
