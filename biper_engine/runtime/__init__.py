@@ -22,10 +22,11 @@ from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import Plan, PlanSlot
 from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
 from biper_engine.runtime.runs import NativeRun, NativeStep
-from biper_engine.runtime.shapes import call_without_data, without_data
+from biper_engine.runtime.shapes import MISFITS, call_without_data, without_data
 from biper_engine.runtime.signature import InputSpec, Signature
 
 __all__ = [
+    "MISFITS",
     "Call",
     "InputSpec",
     "NativePlan",

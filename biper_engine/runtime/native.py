@@ -21,7 +21,7 @@ from biper_engine.ops.backends import select
 from biper_engine.runtime.choice import node_backend
 from biper_engine.runtime.graph import biper_op, get_constant, output_values
 from biper_engine.runtime.runs import BATCH, NativeRun, NativeStep, Unsupported
-from biper_engine.runtime.shapes import call_without_data, without_data
+from biper_engine.runtime.shapes import MISFITS, call_without_data, without_data
 from biper_engine.runtime.signature import InputSpec
 from biper_engine.runtime.steps import RunBuilder
 
@@ -194,7 +194,7 @@ class _Partition:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
         try:
             return call_without_data(node.target, args, kwargs)
-        except RuntimeError:  # its shape depends on values, or PyTorch has no rule for it
+        except MISFITS:  # its shape depends on values, or PyTorch has no rule for it
             return None
 
     # -- runs -------------------------------------------------------------------------------------

@@ -18,9 +18,16 @@ from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry, pool_positions
 from biper_engine.runtime.graph import with_defaults
 
-__all__ = ["call_without_data", "without_data"]
+__all__ = ["MISFITS", "call_without_data", "without_data"]
 
 _aten = torch.ops.aten
+
+MISFITS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(MemoryError, RuntimeError, TypeError, ValueError),
+)
+"""What torch raises where arguments do not fit an operator, or where it has no rule for the result
+or one that needs values; a fake of ours raises GeometryError."""
 
 
 def without_data(value: Any) -> Any:

@@ -9,16 +9,10 @@ import torch
 from torch import fx
 
 from biper_engine.errors import FileFormatError
-from biper_engine.runtime import call_without_data, interpret, without_data
+from biper_engine.runtime import MISFITS, call_without_data, interpret, without_data
 from biper_engine.serialization.graph_format import operator_name
 
 __all__ = ["check_shapes"]
-
-# What torch raises when arguments do not fit an operator; a fake of ours raises GeometryError.
-_MISFITS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(MemoryError, RuntimeError, TypeError, ValueError),
-)
 
 
 def check_shapes(
@@ -38,7 +32,7 @@ def check_shapes(
         args, kwargs = fx.node.map_aggregate((args, kwargs), without_data)
         try:
             return call_without_data(node.target, args, kwargs)
-        except _MISFITS as error:
+        except MISFITS as error:
             raise FileFormatError(
                 f"Node {node.name!r} ({operator_name(node) or 'item'}) does not fit what it is "
                 f"given: {str(error)[:300]}"
@@ -46,7 +40,7 @@ def check_shapes(
 
     try:
         values = [torch.empty(tuple(s), dtype=d, device="meta") for d, s in inputs]
-    except _MISFITS as error:
+    except MISFITS as error:
         raise FileFormatError(f"The file's inputs have impossible shapes: {error}.") from error
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         interpret(module, values, call)
