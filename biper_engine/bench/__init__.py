@@ -4,7 +4,14 @@ Answers are checked before anything is timed. A figure is a median with its quar
 ratio of two medians of one run.
 """
 
-from biper_engine.bench.comparison import ENGINE, TURNS, Comparison, Contest, compare
+from biper_engine.bench.comparison import (
+    ENGINE,
+    TURNS,
+    Comparison,
+    Contest,
+    compare,
+    in_turn_and_alone,
+)
 from biper_engine.bench.layers import RESNET18_LAYERS, ConvShape, LayerWork, network_work
 from biper_engine.bench.machine import machine_facts
 from biper_engine.bench.rivals import COMPILED, EAGER, Rival, compiled_rival, eager_rival
@@ -28,6 +35,7 @@ __all__ = [
     "compare",
     "compiled_rival",
     "eager_rival",
+    "in_turn_and_alone",
     "interleave",
     "machine_facts",
     "network_work",

@@ -24,7 +24,7 @@ from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
 from biper_engine.engine import Engine
 
-__all__ = ["ENGINE", "TURNS", "Comparison", "Contest", "compare"]
+__all__ = ["ENGINE", "TURNS", "Comparison", "Contest", "compare", "in_turn_and_alone"]
 
 ENGINE = "engine"
 
@@ -171,20 +171,34 @@ def _contest(
         for rival in others
     }
     calls[ENGINE] = lambda: engine(images)
-    rest_ms = {rival.name: rival.rest_ms for rival in others} if alone else {}
-    # Before and after: a machine whose clock drifts is not to look like a disturbance.
-    before = _alone(calls, budget, rest_ms) if alone else {}
-    samples = interleave(calls, budget, rest_ms)
-    after = _alone(calls, budget, rest_ms) if alone else {}
+    rest_ms = {rival.name: rival.rest_ms for rival in others}
+    samples, alone_ms = (
+        in_turn_and_alone(calls, budget, rest_ms) if alone else (interleave(calls, budget), {})
+    )
     return Contest(
         batch=len(images),
         samples=samples,
-        alone_ms={name: Samples(before[name].ms + after[name].ms).median_ms for name in before},
+        alone_ms=alone_ms,
         reasons={rival.name: rival.reason for rival in rivals if rival.call is None},
         differences=differences,
         beside={rival.name: rival.beside for rival in others},
         agreed={rival.name: rival.agreed for rival in others if rival.agreed is not None},
     )
+
+
+def in_turn_and_alone(
+    calls: Mapping[str, Callable[[], object]], budget: Budget, rest_ms: Mapping[str, float]
+) -> tuple[dict[str, Samples], dict[str, float]]:
+    """Time functions in turn, as `interleave` does, and each for a short time without the others.
+
+    Returns:
+        The samples in turn, and the medians alone, in milliseconds.
+    """
+    # Before and after: a machine whose clock drifts is not to look like a disturbance.
+    before = _alone(calls, budget, rest_ms)
+    samples = interleave(calls, budget, rest_ms)
+    after = _alone(calls, budget, rest_ms)
+    return samples, {name: Samples(before[name].ms + after[name].ms).median_ms for name in calls}
 
 
 def _alone(

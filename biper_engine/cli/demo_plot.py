@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from biper_engine.bench.plot import COMPILED, ENGINE, FLOAT, INK, new_figure, title
+
 if TYPE_CHECKING:
     from biper_engine.cli.demo import DemoResult
 
 __all__ = ["write_plot"]
 
-_FLOAT, _COMPILED, _ENGINE, _INK = "#9aa5b1", "#5b6b7b", "#2563eb", "#1f2933"
 _TIMED = {
     "float, eager": "float net",
     "float, torch.compile": "float net, torch.compile",
     "engine": "engine",
 }
-_COLORS = {"float net": _FLOAT, "float net, torch.compile": _COMPILED, "engine": _ENGINE}
+_COLORS = {"float net": FLOAT, "float net, torch.compile": COMPILED, "engine": ENGINE}
 
 
 def write_plot(result: DemoResult, path: Path) -> None:
@@ -26,19 +27,7 @@ def write_plot(result: DemoResult, path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError(
-            f"The demo's plot needs matplotlib, which cannot be imported: {error}. "
-            'Run: pip install "biper-engine[train]"'
-        ) from error
-
-    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1, wspace=0.04)
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.2)
     accuracy, size, time = figure.subplots(1, 3, width_ratios=(1, 1, 1.35))
     count = result.test_images
     _bars(
@@ -47,7 +36,7 @@ def write_plot(result: DemoResult, path: Path) -> None:
         {"float net": [100 * result.float_accuracy], "engine": [100 * result.engine_accuracy]},
         lambda value: f"{value:.1f} %",
     )
-    _label(accuracy, "Accuracy", f"top-1 equal on {result.top1_equal} of {count} test digits")
+    title(accuracy, "Accuracy", f"top-1 equal on {result.top1_equal} of {count} test digits")
     _bars(
         size,
         [""],
@@ -55,7 +44,7 @@ def write_plot(result: DemoResult, path: Path) -> None:
         lambda value: f"{value:,.0f} kB",
     )
     ratio = result.float_bytes / result.file_bytes
-    _label(size, "Size", f"float weights, .biper file: {ratio:.1f} times smaller")
+    title(size, "Size", f"float weights, .biper file: {ratio:.1f} times smaller")
     contests = result.comparison.contests
     _bars(
         time,
@@ -69,19 +58,19 @@ def write_plot(result: DemoResult, path: Path) -> None:
     )
     threads = result.comparison.threads
     ran = ", ".join(result.backends)
-    _label(
+    title(
         time,
         "Time per image",
         f"median of calls in turn, {threads} thread{'s' * (threads != 1)}; engine on: {ran}",
     )
     handles, labels = time.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=_INK
+        handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK
     )
     figure.suptitle(
         f"{result.architecture} on handwritten digits "
         f"({result.train_images:,} train, {count} test)",
-        color=_INK,
+        color=INK,
         fontsize=12,
         fontweight="bold",
     )
@@ -99,16 +88,8 @@ def _bars(
         offset = (number - (len(series) - 1) / 2) * step
         places = [group + offset for group in range(len(groups))]
         bars = axes.bar(places, values, 0.9 * step, color=_COLORS[name], label=name)
-        axes.bar_label(bars, [text(value) for value in values], padding=3, fontsize=8, color=_INK)
-    axes.set_xticks(range(len(groups)), groups, color=_INK)
+        axes.bar_label(bars, [text(value) for value in values], padding=3, fontsize=8, color=INK)
+    axes.set_xticks(range(len(groups)), groups, color=INK)
+    axes.set_yticks([])
     axes.set_xlim(-0.55, len(groups) - 0.45)
     axes.set_ylim(0, 1.15 * max(max(values) for values in series.values()))
-
-
-def _label(axes: Any, title: str, subtitle: str) -> None:
-    axes.set_title(f"{title}\n", loc="left", fontsize=11, fontweight="bold", color=_INK)
-    axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=8, color="#52606d")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#cbd2d9")
-    axes.set_yticks([])
-    axes.tick_params(length=0)

@@ -1,6 +1,10 @@
 """Programs that run the same network, or its float twin, without the engine."""
 
-from biper_engine.bench.rivals.deployed import FloatNetworks, deployed_rivals
+from biper_engine.bench.rivals.deployed import (
+    FloatNetworks,
+    deployed_rivals,
+    openvino_float_rivals,
+)
 from biper_engine.bench.rivals.pytorch import (
     COMPILED,
     COMPILED_BF16,
@@ -21,5 +25,6 @@ __all__ = [
     "compiled_rival",
     "deployed_rivals",
     "eager_rival",
+    "openvino_float_rivals",
     "relative_difference",
 ]

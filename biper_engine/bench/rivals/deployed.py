@@ -19,7 +19,7 @@ from biper_engine.bench.rivals.rival import Rival, check_images, checked, first_
 from biper_engine.conversion.twin import float_twin, folded_network
 from biper_engine.engine import Engine
 
-__all__ = ["FloatNetworks", "deployed_rivals"]
+__all__ = ["FloatNetworks", "deployed_rivals", "openvino_float_rivals"]
 
 _FAILURES = (RuntimeError, ValueError, OSError, UnsupportedGraphError)
 _ONNX = ("onnx", "onnxscript")
@@ -99,6 +99,24 @@ def deployed_rivals(
         return [_rival(recipe, images) for recipe in recipes]
 
 
+def openvino_float_rivals(
+    network: fx.GraphModule, model: nn.Module, images: Tensor, threads: int
+) -> list[Rival]:
+    """Return a float network on OpenVINO in float32, checked, and in bfloat16; none is timed.
+
+    Args:
+        network: the model with its constants folded (`folded_network`).
+        model: the network in PyTorch, in eval mode, which float32 must agree with.
+        images: the batch; OpenVINO compiles for its shape.
+        threads: of each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipes = _openvino_float(_OnnxFiles(Path(folder), network, images), threads)
+        return [
+            _rival(replace(recipe, wanted=model, beside="PyTorch"), images) for recipe in recipes
+        ]
+
+
 def _rival(recipe: _Recipe, images: Tensor) -> Rival:
     rival = Rival(
         name=recipe.name,
@@ -171,7 +189,7 @@ def _onnx_runtime(files: _OnnxFiles, threads: int) -> list[_Recipe]:
     ]
 
 
-def _openvino(files: _OnnxFiles, threads: int) -> list[_Recipe]:
+def _openvino_float(files: _OnnxFiles, threads: int) -> list[_Recipe]:
     modules = (*_ONNX, "openvino")
     return [
         _Recipe(
@@ -189,10 +207,16 @@ def _openvino(files: _OnnxFiles, threads: int) -> list[_Recipe]:
             make=lambda: _in_bf16(files.float32, threads),
             wanted=files.outputs,
         ),
+    ]
+
+
+def _openvino(files: _OnnxFiles, threads: int) -> list[_Recipe]:
+    return [
+        *_openvino_float(files, threads),
         _Recipe(
             name="OpenVINO int8",
             how="the file that ONNX Runtime int8 runs, float32 where it is not quantized",
-            modules=(*modules, "onnxruntime"),
+            modules=(*_ONNX, "onnxruntime", "openvino"),
             make=lambda: OpenVinoNetwork(files.int8, threads, "f32"),
             wanted=files.outputs,
         ),

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import biper_engine
-from biper_engine.bench.rivals import FloatNetworks, Rival, deployed, deployed_rivals, rival
+from biper_engine.bench.rivals import (
+    FloatNetworks,
+    Rival,
+    deployed,
+    deployed_rivals,
+    openvino_float_rivals,
+    rival,
+)
+from biper_engine.conversion.twin import folded_network
 from biper_engine.engine import Engine
 from biper_engine.nn import BinaryConv2d
 
@@ -46,10 +54,16 @@ def engine(images: Tensor) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def found(engine: Engine, networks: FloatNetworks, images: Tensor) -> dict[str, Rival]:
+def installed() -> None:
     absent = [name for name in PACKAGES if find_spec(name) is None]
     if absent:
         pytest.skip(f'{", ".join(absent)} not installed: pip install "biper-engine[bench]"')
+
+
+@pytest.fixture(scope="module")
+def found(
+    installed: None, engine: Engine, networks: FloatNetworks, images: Tensor
+) -> dict[str, Rival]:
     with torch.inference_mode():
         batch = images.contiguous(memory_format=torch.channels_last)
         return {one.name: one for one in deployed_rivals(engine, networks, batch, 1)}
@@ -89,6 +103,27 @@ def test_what_is_bound_computes_the_batch_it_is_bound_to(
         error = (call() - wanted).norm() / wanted.norm()
         assert error < tolerance
     assert torch.equal(one.call(images), first())
+
+
+def float_model() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Hardswish(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Conv2d(16, 5, 1), nn.Hardsigmoid(), nn.Flatten()),
+    ).eval()
+
+
+def test_a_float_network_must_agree_with_pytorch(installed: None, images: Tensor) -> None:
+    model = float_model()
+    network = folded_network(model, images)
+    with torch.inference_mode():
+        full, half = openvino_float_rivals(network, model, images, 1)
+        assert (full.name, full.agreed, full.beside) == ("OpenVINO f32", (9, 9), "PyTorch")
+        torch.testing.assert_close(full.bound(images)(), model(images), rtol=1e-5, atol=1e-5)
+        assert half.name == "OpenVINO bf16"
+        assert (half.call is None) == ("bfloat16" in half.reason)
+        wrong, _ = openvino_float_rivals(network, nn.Sequential(model, nn.Tanh()), images, 1)
+    assert "agrees with PyTorch on 0 of 9 images only" in wrong.reason
 
 
 def test_the_quantized_file_has_int8_weights_per_channel(
