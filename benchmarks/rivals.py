@@ -17,23 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from recording import RESULTS, record
+
 NETWORKS = (
     *("cifar10/resnet20_1w1a", "cifar10/resnet18_1w1a", "cifar10/vgg_small_1w1a"),
     *("imagenet/resnet18_1w1a", "imagenet/resnet34_1w1a", "imagenet/mobilenet_1w1a"),
 )
 MAIN = "import sys; from biper_engine.cli import main; sys.exit(main(sys.argv[1:]))"
-
-
-def commit() -> str:
-    """Return the commit that is checked out, marked where files differ from it."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
 
 
 def measure(network: str, threads: int, batches: list[int], seconds: float) -> dict[str, Any]:
@@ -72,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8")
     parser.add_argument("--threads", type=int, action="append", help="repeatable; 1 and 2")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each batch")
-    parser.add_argument("--into", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--into", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
@@ -89,8 +79,7 @@ def main() -> int:
                 failed += 1
                 continue
             name = f"rivals-{network.replace('/', '-')}-{threads}t-{options.machine}.json"
-            text = json.dumps({"commit": commit(), **values}, indent=2)
-            (options.into / name).write_text(text + "\n", encoding="utf-8")
+            record(values, options.into / name)
             print("\n".join(summary(values)), flush=True)
     return min(failed, 1)
 

@@ -1,0 +1,273 @@
+"""Time what one chooses between at about one accuracy: BiPer's networks on bits, and float nets.
+
+    pip install -c constraints.txt -e ".[bench]"
+    python benchmarks/frontier.py --machine epyc-zen4
+    python benchmarks/frontier_report.py
+
+BiPer's ImageNet networks whose accuracy is reported run on the engine, MobileNetV3-Small and Large
+on OpenVINO in float32 and bfloat16; all are called in turn, in one run. Accuracies are published
+ones, of trained networks; here weights are random, on which times do not depend. Engines must give
+the bits of their float networks, and float32 PyTorch's logits, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mobilenet_v3 import MobileNetV3, mobilenet_v3_large, mobilenet_v3_small
+from recording import RESULTS, record
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from biper_engine import Engine
+from biper_engine.bench import (
+    TURNS,
+    Budget,
+    common_threads,
+    in_turn_and_alone,
+    machine_facts,
+    torch_threads,
+)
+from biper_engine.bench.rivals import openvino_float_rivals, relative_difference
+from biper_engine.cli.contestants import contestants
+from biper_engine.cli.sources import ModelSource
+from biper_engine.conversion.twin import folded_network
+from biper_engine.models.registry import architecture
+
+BINARY = {
+    "BiPer ResNet-18": "imagenet/resnet18_1w1a",
+    "BiPer ResNet-34": "imagenet/resnet34_1w1a",
+}
+# Top-1 on ImageNet in percent, as the paper has it.
+FLOAT = {
+    "MobileNetV3-Small": (mobilenet_v3_small, 67.4),
+    "MobileNetV3-Large": (mobilenet_v3_large, 75.2),
+}
+FLOAT_SOURCE = "Howard et al., Searching for MobileNetV3, 2019 (arXiv:1905.02244)"
+_STATISTICS_IMAGES = 8
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of a contestant before it is timed.
+
+    Attributes:
+        name: its samples are under it.
+        network: as tables name it.
+        runs: "bits", "float32" or "bfloat16".
+        how: what runs it, and from what.
+        top1: published accuracy of the trained network, in percent.
+        source: where that is published.
+        parameters: of the network.
+        bytes: of the `.biper` file; of a float net all parameters, at the precision it runs in.
+        binary_macs, float_macs: multiply-accumulates of one image, padded taps counted.
+    """
+
+    network: str
+    runs: str
+    how: str
+    top1: float
+    source: str
+    parameters: int
+    bytes: int
+    binary_macs: int = 0
+    float_macs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}, {self.runs}"
+
+
+@dataclass(frozen=True)
+class FloatNet:
+    """A float network in eval mode, and the same as a graph with constants folded."""
+
+    model: nn.Module
+    graph: fx.GraphModule
+
+
+def binary_net(label: str) -> tuple[Entry, Engine]:
+    """Convert a network of the registry, with random weights.
+
+    Raises:
+        ConversionError: the engine differs from its float network.
+    """
+    published = architecture(BINARY[label])
+    assert published.reported_top1 is not None
+    pair = contestants(ModelSource(text=published.name), None, None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.biper"
+        pair.engine.save(path)
+        file_bytes = path.stat().st_size
+    entry = Entry(
+        network=label,
+        runs="bits",
+        how=f"{published.name} on the engine, float layers in float32. {pair.checked}",
+        top1=published.reported_top1,
+        source=published.source,
+        parameters=parameters(pair.model),
+        bytes=file_bytes,
+        binary_macs=pair.engine.report.binary_macs,
+        float_macs=pair.engine.report.float_macs,
+    )
+    return entry, pair.engine
+
+
+def float_net(label: str) -> tuple[list[Entry], FloatNet]:
+    """Build a MobileNetV3 with random weights: an entry for each precision, and the network."""
+    build, top1 = FLOAT[label]
+    model = as_if_trained(build)
+    images = torch.zeros(2, *MobileNetV3.input_shape)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    entries = [
+        Entry(
+            network=label,
+            runs=precision,
+            how="OpenVINO, LATENCY hint, one stream, from ONNX with BatchNorm folded",
+            top1=top1,
+            source=FLOAT_SOURCE,
+            parameters=parameters(model),
+            bytes=size * parameters(model),
+            float_macs=counter.get_total_flops() // (2 * len(images)),
+        )
+        for precision, size in FLOAT_BYTES.items()
+    ]
+    return entries, FloatNet(model, folded_network(model, images))
+
+
+def as_if_trained(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return a network in eval mode with seeded weights, and the BatchNorm statistics they give.
+
+    With other statistics maps grow from block to block, and squeeze-and-excite, a steep function
+    of them then, makes much of differences of rounding.
+    """
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        torch.manual_seed(0)
+        model = build().requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # the statistics of what it sees, whatever was there before
+        model.train()(torch.randn(_STATISTICS_IMAGES, *MobileNetV3.input_shape))
+    return model.eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(values.numel() for values in model.parameters())
+
+
+def contest(
+    engines: Mapping[str, Engine],
+    floats: Mapping[str, FloatNet],
+    images: Tensor,
+    threads: int,
+    budget: Budget,
+) -> dict[str, Any]:
+    """Time all networks on one batch, in turn and alone.
+
+    Args:
+        engines: by name.
+        floats: by network; a name is made of it and of each of `FLOAT_BYTES`.
+        images: what all of them take.
+        threads: of each.
+        budget: of all together.
+
+    Returns:
+        JSON values, raw samples included.
+
+    Raises:
+        RuntimeError: a network does not run in float32, or gives other logits than PyTorch.
+    """
+    calls: dict[str, Any] = {name: partial(engine, images) for name, engine in engines.items()}
+    rest_ms, differences, agreed, reasons = {}, {}, {}, {}
+    for network, net in floats.items():
+        rivals = openvino_float_rivals(net.graph, net.model, images, threads)
+        for runs, rival in zip(FLOAT_BYTES, rivals, strict=True):
+            name = f"{network}, {runs}"
+            if rival.call is None and runs == "float32":
+                raise RuntimeError(f"Nothing was timed. {name}: {rival.reason}")
+            if rival.call is None:
+                reasons[name] = rival.reason
+                continue
+            calls[name], rest_ms[name] = rival.bound(images), rival.rest_ms
+            differences[name] = relative_difference(calls[name](), net.model(images))
+            if rival.agreed is not None:
+                agreed[name] = list(rival.agreed)
+    samples, alone_ms = in_turn_and_alone(calls, budget, rest_ms)
+    return {
+        "batch": len(images),
+        "contestants": {name: taken.to_dict() for name, taken in samples.items()},
+        "largest_relative_difference": differences,
+        "images_agreed": agreed,
+        "alone_ms": alone_ms,
+        "did_not_run": reasons,
+    }
+
+
+def measure(batches: Sequence[int], threads: int, budget: Budget) -> dict[str, Any]:
+    """Build everything and time it at each batch size.
+
+    Raises:
+        ConversionError, RuntimeError, ValueError: nothing can be timed as asked; the message says
+            why.
+    """
+    with torch_threads(common_threads(threads)):
+        entries: list[Entry] = []
+        engines: dict[str, Engine] = {}
+        for label in BINARY:
+            entry, engine = binary_net(label)
+            entries.append(entry)
+            engines[entry.name] = engine
+        floats: dict[str, FloatNet] = {}
+        for label in FLOAT:
+            both, floats[label] = float_net(label)
+            entries += both
+        generator = torch.Generator().manual_seed(0)
+        with torch.inference_mode():
+            contests = [
+                contest(engines, floats, images, threads, budget)
+                for images in (
+                    torch.randn(batch, *MobileNetV3.input_shape, generator=generator)
+                    for batch in batches
+                )
+            ]
+        return {
+            "threads": threads,
+            "networks": {entry.name: asdict(entry) for entry in entries},
+            "machine": machine_facts(),
+            "batches": contests,
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--machine", required=True, help="the end of the file's name")
+    parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8")
+    parser.add_argument("--threads", type=int, default=2, help="of every network")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each batch")
+    parser.add_argument("--into", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    budget = replace(TURNS, seconds=options.seconds)
+    values = measure(options.batch or [1, 8], options.threads, budget)
+    record(values, options.into / f"frontier-{options.machine}.json")
+    for found in values["batches"]:
+        print(f"batch {found['batch']}")
+        for name, taken in found["contestants"].items():
+            alone_ms = found["alone_ms"][name]
+            print(f"  {name}: {taken['median_ms']:.3f} ms, alone {alone_ms:.3f} ms")
+        for name, reason in found["did_not_run"].items():
+            print(f"  {name} did not run: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
