@@ -2,9 +2,13 @@
 
 import re
 import runpy
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from frontier_plot import digest, draw
+from frontier_report import PICTURE, RESULT, Result, rounding, table, verdict, weights
+from PIL import Image
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NETWORKS = DOCS / "networks.md"
@@ -17,6 +21,30 @@ def test_the_footprint_is_that_of_the_recorded_result() -> None:
 def test_a_row_of_the_networks_is_what_converting_finds() -> None:
     tables = runpy.run_path(str(DOCS / "tables.py"))
     assert tables["network"]("cifar10/resnet20_1w1a") in NETWORKS.read_text("utf-8")
+
+
+def test_the_comparison_with_float_networks_is_that_of_the_recorded_result() -> None:
+    page, result = NETWORKS.read_text("utf-8"), Result.read()
+    assert table(result) in page
+    for told in (rounding, verdict, weights):
+        assert told(result) in " ".join(page.split())
+    assert f"]({PICTURE.name})" in page
+    with Image.open(PICTURE) as picture:
+        assert picture.info["Source"] == digest(RESULT)
+
+
+def test_no_words_overlap_in_the_picture() -> None:
+    figure = draw(Result.read())
+    figure.canvas.draw()
+    texts = [text for axes in figure.axes for text in axes.texts]
+    boxes = {f"{i} {text.get_text()}": text.get_window_extent() for i, text in enumerate(texts)}
+    overlapping = [(a, b) for a, b in combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    assert overlapping == []
+    for axes in figure.axes:
+        frame = axes.get_window_extent()
+        inside = [text.get_window_extent() for text in axes.texts[1:]]
+        assert all(box.x0 >= frame.x0 and box.x1 <= frame.x1 for box in inside)
+        assert all(box.y0 >= frame.y0 and box.y1 <= frame.y1 for box in inside)
 
 
 @pytest.mark.deep

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from frontier_report import Result, sentence
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -45,3 +46,7 @@ def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
     for name in ("networks", "deployed", "layers"):
         assert tables[name]() in text
     assert tables["peak"]() in " ".join(text.split())
+
+
+def test_the_sentence_on_equal_accuracy_is_that_of_the_recorded_result() -> None:
+    assert sentence(Result.read()) in " ".join(README.read_text("utf-8").split())

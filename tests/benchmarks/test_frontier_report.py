@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from frontier_plot import digest, draw, write_plot
-from frontier_report import Result, sentence, table, verdict, weights
+from frontier_report import Result, rounding, sentence, table, verdict, weights
 from PIL import Image
 
 ENTRIES = {
@@ -35,7 +35,14 @@ def result(times_ms: dict[int, dict[str, float]]) -> Result:
         for name, (network, runs, top1, parameters, size) in ENTRIES.items()
     }
     batches = [
-        {"batch": batch, "contestants": {name: {"median_ms": ms} for name, ms in taken.items()}}
+        {
+            "batch": batch,
+            "contestants": {name: {"median_ms": ms} for name, ms in taken.items()},
+            "largest_relative_difference": {
+                "S, float32": 1e-6,
+                "S, bfloat16": 0.02 + 0.001 * batch,
+            },
+        }
         for batch, taken in times_ms.items()
     ]
     return Result.of({"threads": 2, "networks": networks, "batches": batches})
@@ -116,6 +123,11 @@ def test_bytes_are_compared_with_the_smallest_named() -> None:
     assert "B (10.0 M parameters) is a file of 2.0 MB and C (20.0 M parameters) is a file " in text
     assert "S (3.0 M) takes 12.0 MB in float32 and 6.0 MB in bfloat16. " in text
     assert "The smallest here is B on bits; S in int8, which is not measured here, would " in text
+
+
+def test_the_largest_difference_in_bfloat16_is_told() -> None:
+    assert rounding(result(SLOW_BITS)).endswith("by up to 2.8 % for S, of the largest.")
+    assert rounding(result(FAST_BITS)) == "bfloat16 did not run on this machine."
 
 
 @pytest.mark.parametrize("times_ms", [SLOW_BITS, FAST_BITS], ids=["slow", "fast"])
