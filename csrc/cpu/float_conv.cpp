@@ -15,7 +15,11 @@ constexpr int64_t kStripBytes = 192 << 10;
 constexpr int64_t kUnitsPerThread = 4;  // so that threads of unequal speed end together
 // Where a pool follows, neighbouring strips both compute the rows between them: few, tall strips.
 constexpr int64_t kPooledUnitsPerThread = 2;
+constexpr int64_t kTiledUnitsPerThread = 1;  // and both evaluate rows that no tile of theirs needs
 constexpr int64_t kFewestRows = 2;
+constexpr int64_t kTileVector = 16;  // a multiple of every instruction set's floats in a vector
+// More would make chains of products longer than kChain of float_kernels.h allows.
+constexpr int64_t kMostChannels = 8;
 // Multiply-adds, some 10 us, below which waking another thread costs more than it brings.
 constexpr double kStepsPerThread = 200000;
 
@@ -28,8 +32,7 @@ int64_t strip_values(const FloatConvPlan& plan, int64_t out_rows) {
   }
   rows = checked_product("A strip", {rows - 1, plan.stride_h}) +
          (plan.kernel_h - 1) * plan.dilation_h + 1;
-  const int64_t values = plan.winograd ? kProducts * plan.tiles : plan.strip_w;
-  return checked_product("A strip", {rows, values, plan.in_channels});
+  return checked_product("A strip", {rows, plan.strip_w, plan.in_channels});
 }
 
 // Weights [O][depth] in blocks of whole vectors: [block][depth][lanes of the block].
@@ -50,42 +53,53 @@ std::vector<float> interleaved_weights(const ConvGeometry& g, const Kernels& ker
 }
 
 // Weights at even and odd places evaluated at the points of winograd.h, in double and rounded once:
-// rows are points, columns places.
-constexpr double kEvenWeights[kEvenPoints][4] = {{-2, 0, 0, 0},
-                                                 {-2.0 / 3, -2.0 / 3, -2.0 / 3, -2.0 / 3},
-                                                 {-2.0 / 9, 2.0 / 9, -2.0 / 9, 2.0 / 9},
-                                                 {16.0 / 9, 8.0 / 9, 4.0 / 9, 2.0 / 9},
-                                                 {16.0 / 15, -8.0 / 15, 4.0 / 15, -2.0 / 15},
-                                                 {2.0 / 45, 4.0 / 45, 8.0 / 45, 16.0 / 45},
-                                                 {0, 0, 0, 1}};
-constexpr double kOddWeights[kOddPoints][3] = {{4, 0, 0},
-                                               {2.0 / 3, 2.0 / 3, 2.0 / 3},
-                                               {2.0 / 3, -2.0 / 3, 2.0 / 3},
-                                               {-8.0 / 3, -4.0 / 3, -2.0 / 3},
-                                               {-8.0 / 3, 4.0 / 3, -2.0 / 3},
-                                               {0, 0, 1}};
+// rows are points, columns places. First along a row, then along a column.
+constexpr double kWeightsAlongRow[kProducts][7] = {
+    {-2, 0, 0, 0, 0, 0, 0},
+    {-2.0 / 3, 0, -2.0 / 3, 0, -2.0 / 3, 0, -2.0 / 3},
+    {-2.0 / 9, 0, 2.0 / 9, 0, -2.0 / 9, 0, 2.0 / 9},
+    {16.0 / 9, 0, 8.0 / 9, 0, 4.0 / 9, 0, 2.0 / 9},
+    {16.0 / 15, 0, -8.0 / 15, 0, 4.0 / 15, 0, -2.0 / 15},
+    {2.0 / 45, 0, 4.0 / 45, 0, 8.0 / 45, 0, 16.0 / 45},
+    {0, 0, 0, 0, 0, 0, 1},
+    {0, 4, 0, 0, 0, 0, 0},
+    {0, 2.0 / 3, 0, 2.0 / 3, 0, 2.0 / 3, 0},
+    {0, 2.0 / 3, 0, -2.0 / 3, 0, 2.0 / 3, 0},
+    {0, -8.0 / 3, 0, -4.0 / 3, 0, -2.0 / 3, 0},
+    {0, -8.0 / 3, 0, 4.0 / 3, 0, -2.0 / 3, 0},
+    {0, 0, 0, 0, 0, 1, 0}};
+constexpr double kWeightsAlongColumn[kPlanes][7] = {{1.0 / 9, 0, 1.0 / 6, 0, 1.0 / 4, 0, 3.0 / 8},
+                                                    {0, 1.0 / 6, 0, 1.0 / 4, 0, 3.0 / 8, 0},
+                                                    {1.0 / 9, 0, -1.0 / 6, 0, 1.0 / 4, 0, -3.0 / 8},
+                                                    {0, -1.0 / 6, 0, 1.0 / 4, 0, -3.0 / 8, 0},
+                                                    {-1, 0, -1.0 / 2, 0, -1.0 / 4, 0, -1.0 / 8},
+                                                    {0, -1.0 / 2, 0, -1.0 / 4, 0, -1.0 / 8, 0},
+                                                    {-1, 0, 1.0 / 2, 0, -1.0 / 4, 0, 1.0 / 8},
+                                                    {0, 1.0 / 2, 0, -1.0 / 4, 0, 1.0 / 8, 0},
+                                                    {16.0 / 9, 0, 0, 0, 0, 0, 0},
+                                                    {0, 0, 0, 0, 0, 0, 1},
+                                                    {0, 0, 0, 0, 0, 1, 0}};
 
-// [vector of outputs][KH][C][kProducts][outputs of the vector].
+// [vector of outputs][kPlanes][C][kProducts][outputs of the vector].
 std::vector<float> evaluated_weights(const ConvGeometry& g, const Kernels& kernels,
                                      const float* weight) {
   const int64_t vector = kernels.float_vector, c = g.in_channels;
   const int64_t padded = ceil_div(g.out_channels, kernels.float_lanes) * kernels.float_lanes;
-  const int64_t rows = g.kernel_h * c;
-  std::vector<float> made(
-      static_cast<size_t>(checked_product("The weight", {padded, rows, kProducts})), 0.0f);
+  const int64_t depth = checked_product("The weight", {kPlanes, c, kProducts});
+  std::vector<float> made(static_cast<size_t>(checked_product("The weight", {padded, depth})),
+                          0.0f);
   for (int64_t o = 0; o < g.out_channels; ++o) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* from = weight + (o * g.kernel_h + row / c) * 7 * c + row % c;
-      float* to = made.data() + (o / vector * rows + row) * kProducts * vector + o % vector;
-      for (int p = 0; p < kEvenPoints; ++p, to += vector) {
-        double sum = 0;
-        for (int i = 0; i < 4; ++i) sum += kEvenWeights[p][i] * double(from[2 * i * c]);
-        *to = static_cast<float>(sum);
-      }
-      for (int p = 0; p < kOddPoints; ++p, to += vector) {
-        double sum = 0;
-        for (int i = 0; i < 3; ++i) sum += kOddWeights[p][i] * double(from[(2 * i + 1) * c]);
-        *to = static_cast<float>(sum);
+    const float* from = weight + o * 49 * c;
+    float* to = made.data() + o / vector * depth * vector + o % vector;
+    for (const auto& column : kWeightsAlongColumn) {
+      for (int64_t channel = 0; channel < c; ++channel) {
+        for (const auto& row : kWeightsAlongRow) {
+          double sum = 0;
+          for (int64_t i = 0; i < 49; ++i)
+            sum += column[i / 7] * row[i % 7] * from[i * c + channel];
+          *to = static_cast<float>(sum);
+          to += vector;
+        }
       }
     }
   }
@@ -95,7 +109,7 @@ std::vector<float> evaluated_weights(const ConvGeometry& g, const Kernels& kerne
 void cut(FloatConvPlan& plan, int64_t lanes, bool wants_bits, int64_t threads) {
   plan.strip_rows = plan.out_h;
   plan.chunk_blocks = plan.blocks;
-  while (plan.strip_rows > 1 && !plan.direct &&
+  while (plan.strip_rows > 1 && !plan.direct && !plan.winograd &&
          strip_values(plan, plan.strip_rows) * 4 > kStripBytes) {
     plan.strip_rows = ceil_div(plan.strip_rows, 2);
   }
@@ -103,7 +117,9 @@ void cut(FloatConvPlan& plan, int64_t lanes, bool wants_bits, int64_t threads) {
                        double(plan.depth) * double(plan.out_channels);
   const double useful = std::max(1.0, std::min(double(threads), steps / kStepsPerThread));
   if (useful > 1.0) {
-    const int64_t per_thread = plan.pooled ? kPooledUnitsPerThread : kUnitsPerThread;
+    const int64_t per_thread = plan.winograd ? kTiledUnitsPerThread
+                               : plan.pooled ? kPooledUnitsPerThread
+                                             : kUnitsPerThread;
     const int64_t pieces =
         ceil_div(static_cast<int64_t>(useful) * per_thread, std::max<int64_t>(plan.batch, 1));
     const int64_t strips = std::min(pieces, std::max<int64_t>(1, plan.out_h / kFewestRows));
@@ -119,17 +135,27 @@ void cut(FloatConvPlan& plan, int64_t lanes, bool wants_bits, int64_t threads) {
   plan.units = checked_product("The batch", {plan.batch, plan.strips, plan.chunks});
 }
 
-void lay_out_scratch(FloatConvPlan& plan, int64_t lanes) {
+void lay_out_scratch(FloatConvPlan& plan, const Kernels& kernels) {
   int64_t end = 0;
   const auto place = [&end](std::initializer_list<int64_t> sizes) {
     const int64_t offset = end;
     end += ceil_div(checked_product("The scratch", sizes) * 4, 64) * 64;
     return offset;
   };
-  plan.scratch.strip = place({plan.direct ? 0 : strip_values(plan, plan.strip_rows)});
-  plan.scratch.row = place({plan.winograd ? 2 * kStep * (plan.tiles + 2) : 0});
-  plan.scratch.offsets = place({plan.winograd ? 0 : plan.depth});
-  plan.scratch.ring = place({plan.pooled ? plan.pool.kernel_h : 0, plan.conv_w, lanes});
+  const int64_t row = plan.in_channels * kProducts * plan.tile_step;
+  if (plan.winograd) {
+    plan.scratch.strip = place({kTileInputRows, row});
+    plan.scratch.planes = place({kPlanes, row});
+    plan.scratch.row = place({2, kStep, split_length(plan)});
+  } else {
+    plan.scratch.strip = place({plan.direct ? 0 : strip_values(plan, plan.strip_rows)});
+    plan.scratch.offsets = place({plan.depth});
+  }
+  const int64_t blocks = plan.winograd ? plan.chunk_blocks : 1;
+  const int64_t pixels = plan.winograd ? plan.tiles * kTile : plan.conv_w;
+  plan.scratch.ring =
+      place({plan.pooled ? ring_rows(plan) : 0, pixels, kernels.float_lanes, blocks});
+  plan.scratch.maxima = place({plan.pooled ? plan.conv_w : 0, kernels.float_vector});
   plan.scratch.bytes = end;
 }
 
@@ -157,7 +183,9 @@ FloatConv::FloatConv(const ConvGeometry& g, Span<const float> weight, Span<const
   const int64_t blocks = ceil_div(outputs, lanes);
   bias_.assign(static_cast<size_t>(blocks * lanes), 0.0f);
   if (bias.data != nullptr) std::copy(bias.data, bias.data + outputs, bias_.begin());
-  winograd_ = g.kernel_w == 7 && g.stride_w == 2 && g.dilation_w == 1;
+  winograd_ = g.kernel_h == 7 && g.kernel_w == 7 && g.stride_h == kStride &&
+              g.stride_w == kStride && g.dilation_h == 1 && g.dilation_w == 1 &&
+              g.in_channels <= kMostChannels;
   weights_ = winograd_ ? evaluated_weights(g, *kernels_, weight.data)
                        : interleaved_weights(g, *kernels_, weight.data);
   if (epilogue.threshold.data != nullptr || epilogue.threshold.size != 0) {
@@ -200,11 +228,12 @@ FloatConvPlan FloatConv::plan_for(int64_t batch, int64_t height, int64_t width, 
   set_sizes(plan, g);
   plan.pooled = pooled_ || winograd_;  // such rows pass through the ring
   plan.tiles = ceil_div(plan.conv_w, kTile);
+  plan.tile_step = ceil_div(plan.tiles, kTileVector) * kTileVector;
   plan.planar = planar && g.in_channels > 1;
   plan.winograd = winograd_;
   plan.direct =
       !winograd_ && !plan.planar && !g.pad_top && !g.pad_bottom && !g.pad_left && !g.pad_right;
-  plan.depth = g.kernel_h * (winograd_ ? kProducts : g.kernel_w) * g.in_channels;
+  plan.depth = (winograd_ ? kPlanes * kProducts : g.kernel_h * g.kernel_w) * g.in_channels;
   plan.strip_w = (plan.conv_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
   plan.out_words = ceil_div(g.out_channels, kWordBits);
   plan.blocks = ceil_div(g.out_channels, kernels_->float_lanes);
@@ -215,7 +244,7 @@ FloatConvPlan FloatConv::plan_for(int64_t batch, int64_t height, int64_t width, 
       {(g.kernel_h - 1) * g.dilation_h + 1, plan.direct ? width : plan.strip_w, g.in_channels});
   if (reach > kMost) fail("The receptive field spans 2^31 values of a strip, or more.");
   cut(plan, kernels_->float_lanes, wants_bits, threads);
-  lay_out_scratch(plan, kernels_->float_lanes);
+  lay_out_scratch(plan, *kernels_);
   return plan;
 }
 

@@ -59,14 +59,6 @@ BIPER_INLINE void fill_float_strip(const FloatConvPlan& plan, const Unit& unit, 
 BIPER_INLINE FloatStrip float_strip_of(const FloatConvPlan& plan, const Unit& unit, char* scratch) {
   FloatStrip strip;
   const int64_t channels = plan.in_channels;
-  if (plan.winograd) {
-    evaluate_strip(plan, unit, scratch);
-    strip.values = reinterpret_cast<const float*>(scratch + plan.scratch.strip);
-    strip.row_step = plan.stride_h * channels * kProducts * plan.tiles;
-    strip.column_step = 0;
-    strip.offsets = nullptr;
-    return strip;
-  }
   const int64_t row = (plan.direct ? plan.width : plan.strip_w) * channels;
   const int64_t pixel = plan.planar ? 1 : channels;
   const int64_t channel = plan.planar ? plan.strip_w : 1;
@@ -225,61 +217,151 @@ BIPER_INLINE void float_rows(const FloatConvPlan& plan, const FloatBlock& block,
   }
 }
 
+// Rows of the convolution that wait for a pool: row r is in slot r % rows.
+struct Ring {
+  float* values;
+  int64_t rows, row_step, step;  // `step` from one pixel to the next
+};
+
+// Takes the maximum over each window of one vector of outputs from the ring to row y of the
+// outputs: first along the columns, into `maxima` [conv_w][kFloats].
+template <class I, bool kFull>
+BIPER_INLINE void pool_vector(const FloatConvPlan& plan, const Unit& unit, int64_t channel,
+                              int64_t count, const Ring& ring, int64_t y, float* maxima) {
+  using Float = typename I::Float;
+  const Window& pool = plan.pool;
+  const int64_t start = y * pool.stride_h - pool.pad_h;
+  const int64_t first = max64(start, 0), last = min64(start + pool.kernel_h, plan.conv_h);
+  const int64_t width = plan.conv_w, step = ring.step;
+  const auto row = [&](int64_t r) {
+    return ring.values + min64(r, last - 1) % ring.rows * ring.row_step;
+  };
+  for (int64_t r = first; r < last; r += 3) {
+    const float *const one = row(r), *const two = row(r + 1), *const three = row(r + 2);
+    for (int64_t x = 0; x < width; ++x) {
+      Float best = I::at_least_or(I::load(one + x * step), I::load(two + x * step));
+      best = I::at_least_or(best, I::load(three + x * step));
+      float* const to = maxima + x * I::kFloats;
+      I::store(to, r == first ? best : I::at_least_or(I::load(to), best));
+    }
+  }
+  const Float low = I::broadcast(plan.clamp_min), high = I::broadcast(plan.clamp_max);
+  const Float threshold =
+      plan.threshold ? load_channels<I, kFull>(plan.threshold, channel, count) : I::broadcast(0.0f);
+  const uint32_t inverted = plan.sense ? get_bits(plan.sense, channel, count) : 0;
+  const int64_t pixel = (unit.image * plan.out_h + y) * plan.out_w;
+  for (int64_t x = 0; x < plan.out_w; ++x) {
+    const int64_t from = x * pool.stride_w - pool.pad_w;
+    const int64_t left = max64(from, 0), right = min64(from + pool.kernel_w, plan.conv_w);
+    Float best = I::load(maxima + left * I::kFloats);
+    for (int64_t c = left + 1; c < right; ++c) {
+      best = I::at_least_or(best, I::load(maxima + c * I::kFloats));
+    }
+    const Float v = I::at_most_or(I::at_least_or(best, low), high);
+    if (plan.out_float) {
+      store_stream<I, kFull>(plan.out_float, FloatType::kFloat32,
+                             (pixel + x) * plan.out_channels + channel, count, v);
+    }
+    if (plan.out_bits) {
+      put_bits(plan.out_bits + (pixel + x) * plan.out_words, channel,
+               compare<I>(v, threshold, inverted) & low_bits(count), count);
+    }
+  }
+}
+
+template <class I>
+static void pool_from_ring(const FloatConvPlan& plan, const Unit& unit, int64_t channel,
+                           int64_t channels, const Ring& ring, int64_t y, float* maxima) {
+  if (channels >= I::kFloats) {
+    pool_vector<I, true>(plan, unit, channel, I::kFloats, ring, y, maxima);
+  } else {
+    pool_vector<I, false>(plan, unit, channel, channels, ring, y, maxima);
+  }
+}
+
 template <class I, int J>
 static void float_pooled_rows(const FloatConvPlan& plan, const Unit& unit, const FloatBlock& block,
-                              const FloatStrip& strip, float* ring) {
+                              const FloatStrip& strip, char* scratch) {
   const Window& pool = plan.pool;
-  const int64_t row_values = plan.conv_w * block.lanes;
+  Ring ring{reinterpret_cast<float*>(scratch + plan.scratch.ring), ring_rows(plan),
+            plan.conv_w * block.lanes, block.lanes};
+  float* const values = ring.values;
+  float* const maxima = reinterpret_cast<float*>(scratch + plan.scratch.maxima);
   int64_t done = unit.conv_first;  // rows of the convolution below this are in the ring
   for (int64_t y = unit.first_row; y < unit.last_row; ++y) {
     const int64_t start = y * pool.stride_h - pool.pad_h;
-    const int64_t first = max64(start, 0), last = min64(start + pool.kernel_h, plan.conv_h);
-    for (done = max64(done, first); done < last; ++done) {
-      float* row = ring + done % pool.kernel_h * row_values;
-      if (plan.winograd) {
-        const float* values = strip.values + (done - unit.conv_first) * strip.row_step;
-        for (int j = 0; j < J; ++j) {
-          const int64_t at = j * I::kFloats;
-          winograd_row<I>(plan, values, block.weights + at * plan.depth, block.bias + at, row + at,
-                          block.lanes);
-        }
-      } else {
-        float_rows<I, J>(plan, block, strip, done - unit.conv_first, 1, 0, row);
-      }
+    const int64_t last = min64(start + pool.kernel_h, plan.conv_h);
+    for (done = max64(done, start); done < last; ++done) {
+      float_rows<I, J>(plan, block, strip, done - unit.conv_first, 1, 0,
+                       values + done % ring.rows * ring.row_step);
     }
-    for (int64_t x = 0; x < plan.out_w; ++x) {
-      const int64_t from = x * pool.stride_w - pool.pad_w;
-      const int64_t left = max64(from, 0), right = min64(from + pool.kernel_w, plan.conv_w);
-      typename I::Float best[J];
-      BIPER_UNROLL
-      for (int j = 0; j < J; ++j) best[j] = I::broadcast(-__builtin_inff());
-      for (int64_t r = first; r < last; ++r) {
-        const float* from = ring + r % pool.kernel_h * row_values + left * block.lanes;
-        for (int64_t at = left; at < right; ++at, from += block.lanes) {
-          BIPER_UNROLL
-          for (int j = 0; j < J; ++j) {
-            best[j] = I::at_least_or(best[j], I::load(from + j * I::kFloats));
-          }
-        }
-      }
-      finish_pixel<I, J>(plan, block, (unit.image * plan.out_h + y) * plan.out_w + x,
-                         [&](int j) { return best[j]; });
+    for (int64_t at = 0; at < block.lanes; at += I::kFloats) {
+      ring.values = values + at;
+      pool_from_ring<I>(plan, unit, block.channel + at, block.channels - at, ring, y, maxima);
     }
   }
 }
 
 template <class I, int J = I::kFloatVectors>
 BIPER_INLINE void float_block_of(int64_t vectors, const FloatConvPlan& plan, const Unit& unit,
-                                 const FloatBlock& block, const FloatStrip& strip, float* ring) {
+                                 const FloatBlock& block, const FloatStrip& strip, char* scratch) {
   if (vectors == J) {
     if (plan.pooled) {
-      float_pooled_rows<I, J>(plan, unit, block, strip, ring);
+      float_pooled_rows<I, J>(plan, unit, block, strip, scratch);
     } else {
       float_rows<I, J>(plan, block, strip, 0, unit.last_row - unit.first_row,
                        (unit.image * plan.out_h + unit.first_row) * plan.out_w, nullptr);
     }
   } else if constexpr (J > 1) {
-    float_block_of<I, J - 1>(vectors, plan, unit, block, strip, ring);
+    float_block_of<I, J - 1>(vectors, plan, unit, block, strip, scratch);
+  }
+}
+
+template <class I>
+BIPER_INLINE FloatBlock float_block(const FloatConvPlan& plan, int64_t index) {
+  constexpr int64_t kLanes = int64_t{I::kFloatVectors} * I::kFloats;
+  FloatBlock block;
+  block.channel = index * kLanes;
+  block.channels = min64(plan.out_channels - block.channel, kLanes);
+  block.lanes = (block.channels + I::kFloats - 1) / I::kFloats * I::kFloats;
+  block.weights = plan.weights + block.channel * plan.depth;
+  block.bias = plan.bias + block.channel;
+  return block;
+}
+
+// Runs a unit by winograd.h: the tiles of three rows, one vector of outputs after the other, and
+// what the pool makes of each while its rows are in the first cache.
+template <class I>
+static void winograd_unit(const FloatConvPlan& plan, const Unit& unit, char* scratch) {
+  const auto at = [scratch](int64_t offset) { return reinterpret_cast<float*>(scratch + offset); };
+  const Window& pool = plan.pool;
+  const int64_t first = unit.conv_first / kTileRows * kTileRows;
+  const int64_t top = kStride * first - plan.pad_top;
+  WinogradRows input{at(plan.scratch.strip), at(plan.scratch.planes), at(plan.scratch.row), top,
+                     top};
+  Ring ring{nullptr, ring_rows(plan), plan.tiles * kTile * I::kFloats, I::kFloats};
+  const int64_t channel = float_block<I>(plan, unit.first_block).channel;
+  const FloatBlock tail = float_block<I>(plan, unit.last_block - 1);
+  int64_t row = first;
+  for (int64_t y = unit.first_row, ready = y; y < unit.last_row; y = ready, row += kTileRows) {
+    row = max64(row, (y * pool.stride_h - pool.pad_h) / kTileRows * kTileRows);
+    const int64_t done = min64(row + kTileRows, plan.conv_h);
+    while (ready < unit.last_row &&
+           min64(ready * pool.stride_h - pool.pad_h + pool.kernel_h, plan.conv_h) <= done) {
+      ++ready;
+    }
+    evaluate_tiles<I>(plan, plan.x + unit.image * plan.height * plan.width * plan.in_channels, row,
+                      input);
+    ring.values = at(plan.scratch.ring);
+    for (int64_t c = channel; c < tail.channel + tail.channels; c += I::kFloats) {
+      float* const rows = ring.values + row % ring.rows * ring.row_step;
+      winograd_rows<I>(plan, input.planes, plan.weights + c * plan.depth,
+                       {{rows, rows + ring.row_step, rows + 2 * ring.row_step}, plan.bias + c});
+      for (int64_t r = y; r < ready; ++r) {
+        pool_from_ring<I>(plan, unit, c, plan.out_channels - c, ring, r, at(plan.scratch.maxima));
+      }
+      ring.values += ring.rows * ring.row_step;
+    }
   }
 }
 
@@ -287,18 +369,11 @@ template <class I>
 static void float_conv_unit(const FloatConvPlan& plan, int64_t index, void* scratch_memory) {
   char* scratch = static_cast<char*>(scratch_memory);
   const Unit unit = unit_of(plan, index, plan.blocks);
+  if (plan.winograd) return winograd_unit<I>(plan, unit, scratch);
   const FloatStrip strip = float_strip_of(plan, unit, scratch);
-  constexpr int64_t kLanes = int64_t{I::kFloatVectors} * I::kFloats;
   for (int64_t b = unit.first_block; b < unit.last_block; ++b) {
-    FloatBlock block;
-    block.channel = b * kLanes;
-    block.channels = min64(plan.out_channels - block.channel, kLanes);
-    const int64_t vectors = (block.channels + I::kFloats - 1) / I::kFloats;
-    block.lanes = vectors * I::kFloats;
-    block.weights = plan.weights + b * kLanes * plan.depth;
-    block.bias = plan.bias + block.channel;
-    float_block_of<I>(vectors, plan, unit, block, strip,
-                      reinterpret_cast<float*>(scratch + plan.scratch.ring));
+    const FloatBlock block = float_block<I>(plan, b);
+    float_block_of<I>(block.lanes / I::kFloats, plan, unit, block, strip, scratch);
   }
 }
 

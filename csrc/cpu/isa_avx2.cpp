@@ -122,6 +122,7 @@ struct Avx2 {
   }
   BIPER_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   BIPER_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  BIPER_INLINE Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
   BIPER_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   // MAXPS and MINPS return their second operand where neither is larger: exactly v < low ? low : v
   // and v > high ? high : v, also for zeros of either sign.

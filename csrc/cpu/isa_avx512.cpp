@@ -92,6 +92,7 @@ struct Avx512 {
   }
   BIPER_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   BIPER_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  BIPER_INLINE Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
   BIPER_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   // MAXPS and MINPS return their second operand where neither is larger: exactly v < low ? low : v
   // and v > high ? high : v, also for zeros of either sign.

@@ -95,6 +95,7 @@ struct Neon {
   BIPER_INLINE Float to_float(const int32_t* from) { return vcvtq_f32_s32(vld1q_s32(from)); }
   BIPER_INLINE Float fma(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   BIPER_INLINE Float add(Float a, Float b) { return vaddq_f32(a, b); }
+  BIPER_INLINE Float subtract(Float a, Float b) { return vsubq_f32(a, b); }
   BIPER_INLINE Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
   // FMAX orders zeros by their sign, so compare and select: exactly v < low ? low : v and
   // v > high ? high : v.

@@ -128,6 +128,9 @@ struct Portable {
   BIPER_INLINE Float add(Float a, Float b) {
     return each([&](int l) { return a.lane[l] + b.lane[l]; });
   }
+  BIPER_INLINE Float subtract(Float a, Float b) {
+    return each([&](int l) { return a.lane[l] - b.lane[l]; });
+  }
   BIPER_INLINE Float multiply(Float a, Float b) {
     return each([&](int l) { return a.lane[l] * b.lane[l]; });
   }

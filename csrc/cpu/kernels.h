@@ -139,8 +139,8 @@ struct PoolCall {
 //
 // Every output is a chain of fused multiply-adds from its bias on, over (ky, kx, c) in that order,
 // padding as zeros; every 256 a new chain begins at 0, whose sum is added. That order is what makes
-// the same bytes on every instruction set, for every number of threads and in every batch. (Rows of
-// winograd.h have an order of their own, to the same end.)
+// the same bytes on every instruction set, for every number of threads and in every batch. (The
+// tiles of winograd.h have an order of their own, to the same end.)
 struct FloatConvPlan {
   int64_t in_channels, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
@@ -152,21 +152,24 @@ struct FloatConvPlan {
 
   int64_t batch, height, width;
   int64_t conv_h, conv_w, out_h, out_w;
-  bool planar;      // x is [N, C, H, W], else [N, H, W, C]
-  bool winograd;    // rows by winograd.h, through the ring; depth counts products then
-  int64_t tiles;    // of a row there
-  bool direct;      // windows lie in the input itself
-  int64_t depth;    // KH * KW * C, or what takes its place
-  int64_t strip_w;  // pixels of a strip's row
+  bool planar;               // x is [N, C, H, W], else [N, H, W, C]
+  bool winograd;             // tiles by winograd.h, through the ring; depth counts products then
+  int64_t tiles, tile_step;  // along a row there, and as many as whole vectors have
+  bool direct;               // windows lie in the input itself
+  int64_t depth;             // KH * KW * C, or what takes its place
+  int64_t strip_w;           // pixels of a strip's row
   int64_t out_words;
 
   int64_t strip_rows, strips, chunk_blocks, chunks, blocks, units;
   struct Scratch {
-    int64_t strip;    // float [input rows of a unit][C][strip_w], or [rows][strip_w][C], or
-                      // evaluated rows
-    int64_t row;      // a row to be evaluated, twice
+    int64_t strip;   // float [input rows of a unit][C][strip_w], or [rows][strip_w][C], or the
+                     // ring of WinogradRows
+    int64_t planes;  // of WinogradRows, and so is:
+    int64_t row;
     int64_t offsets;  // int32 [depth] from a window's first value to each of its values
-    int64_t ring;     // float [rows of a pool window][conv_w][lanes of a block]
+    int64_t ring;     // float [rows of a pool window][conv_w][lanes of a block], or the same for
+                      // each vector of all blocks, in whole tiles
+    int64_t maxima;   // float [conv_w][lanes of a vector]
     int64_t bytes;
   } scratch;
 
