@@ -28,6 +28,7 @@ from biper_engine.runtime import (
     isolate_outputs,
     output_values,
     profile,
+    release_source,
     to_portable,
 )
 
@@ -71,7 +72,7 @@ class Engine(nn.Module):
         align_weights(graph_module)
         graph_module.requires_grad_(False)
         super().train(False)
-        self.graph_module = graph_module.eval()
+        self.graph_module = release_source(graph_module.eval())
         self.signature = signature
         self.report = report
         self.metadata = metadata

@@ -15,6 +15,7 @@ from biper_engine.runtime.graph import (
     named_arguments,
     output_values,
     packed_map,
+    release_source,
     to_portable,
     with_defaults,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "packed_map",
     "prepack_node",
     "profile",
+    "release_source",
     "to_portable",
     "with_defaults",
     "without_data",

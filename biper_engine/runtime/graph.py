@@ -7,6 +7,8 @@ Placeholders are flat tensor inputs, get_attr nodes constants, call_function nod
 from __future__ import annotations
 
 import functools
+import linecache
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,7 @@ __all__ = [
     "named_arguments",
     "output_values",
     "packed_map",
+    "release_source",
     "to_portable",
     "with_defaults",
 ]
@@ -284,4 +287,20 @@ def from_portable(portable: PortableGraph) -> fx.GraphModule:
     for op, name, target, args, kwargs in portable.nodes:
         resolved = target.resolve() if isinstance(target, _Operator) else target
         made[name] = graph.create_node(op, resolved, resolve(args), resolve(kwargs), name=name)
-    return fx.GraphModule(portable.constants, graph)
+    return release_source(fx.GraphModule(portable.constants, graph))
+
+
+def release_source(module: fx.GraphModule) -> fx.GraphModule:
+    """Let the source of a graph go when the module goes; return the module.
+
+    torch.fx keeps the text that it compiled of every graph, for tracebacks, until the process ends:
+    18 kB for a ResNet-20, at each load. A module that is recompiled later has another text.
+    """
+    forward: Any = type(module).forward
+    weakref.finalize(module, _forget_source, forward.__code__.co_filename).atexit = False
+    return module
+
+
+def _forget_source(name: str) -> None:
+    linecache.cache.pop(name, None)
+    fx.graph_module._loader.eval_cache.pop(name, None)

@@ -19,7 +19,7 @@ from torch import fx
 
 from biper_engine.ops.backends import forced_name
 from biper_engine.runtime.binding import bind_node
-from biper_engine.runtime.graph import get_constant, output_values
+from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.native import NativePlan, native_plan
 from biper_engine.runtime.runs import NativeRun
 from biper_engine.runtime.signature import InputSpec
@@ -183,4 +183,4 @@ class _BoundGraph:
             if not node.users:
                 self._graph.erase_node(node)
                 del self._constants[node.target]
-        return fx.GraphModule(self._constants, self._graph)
+        return release_source(fx.GraphModule(self._constants, self._graph))

@@ -6,10 +6,14 @@
 #include <limits>
 #include <memory>
 #include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
 
 #include "dispatch.h"
 #include "memory.h"
 #include "program.h"
+#include "thread_pool.h"
 
 namespace biper {
 namespace {
@@ -204,6 +208,41 @@ uint64_t hash_of(const std::vector<uint8_t>& bytes) {
   return hash;
 }
 
+// Starts threads for every region, as an OpenMP runtime would that keeps none.
+void region_of_new_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
+  std::vector<std::thread> team;
+  for (unsigned i = 1; i < threads; ++i) team.emplace_back(body, data);
+  body(data);
+  for (std::thread& thread : team) thread.join();
+}
+
+// Callers at once, each of which changes batch size, threads and layout from call to call: more
+// settings than a program keeps arenas for, so that those are made, kept, found and dropped.
+void run_callers(const Program& program, const std::vector<uint8_t>& wanted, const char* pool,
+                 ProgramRuns& found) {
+  constexpr int64_t kCallers = 4, kCalls = 6;
+  const auto call = [&](int64_t caller) {
+    std::vector<std::string> differences;
+    Numbers numbers(static_cast<uint64_t>(caller));
+    for (int64_t i = 0; i < kCalls; ++i) {
+      const int64_t batch = 1 + numbers.bits() % kImages, threads = 1 + numbers.bits() % 4;
+      const bool planar = numbers.bits() % 2 == 0;
+      if (outputs(program, batch, threads, planar) == wanted) continue;
+      differences.push_back(std::string("one of several callers, ") + pool + ", batch " +
+                            std::to_string(batch) + ", " + std::to_string(threads) + " threads");
+    }
+    return differences;
+  };
+  std::vector<std::future<std::vector<std::string>>> callers;
+  for (int64_t i = 0; i < kCallers; ++i) {
+    callers.push_back(std::async(std::launch::async, call, i));
+  }
+  for (auto& caller : callers) {
+    for (std::string& difference : caller.get()) found.differences.push_back(difference);
+  }
+  found.runs += kCallers * kCalls;
+}
+
 }  // namespace
 
 ProgramRuns program_runs() {
@@ -228,6 +267,10 @@ ProgramRuns program_runs() {
       }
     }
   }
+  run_callers(made->program, wanted, "our pool", found);
+  share_threads(region_of_new_threads);
+  run_callers(made->program, wanted, "shared threads", found);
+  share_threads(nullptr);
   return found;
 }
 

@@ -14,7 +14,7 @@ struct ProgramRuns {
 };
 
 // Runs them with the kernels in use, with several threads, batch sizes and layouts, from several
-// callers at once.
+// callers at once, on our pool of threads and on shared ones.
 ProgramRuns program_runs();
 
 // Programs and calls that do not fit; returns those that were not refused.

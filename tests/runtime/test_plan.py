@@ -4,6 +4,8 @@ Networks run operator by operator here; tests/runtime/test_native.py has native 
 """
 
 import copy
+import gc
+import linecache
 import pickle
 from collections.abc import Callable
 
@@ -219,3 +221,20 @@ def test_only_outputs_that_alias_inputs_or_constants_are_cloned() -> None:
     assert (fresh_out, view_out, nothing) == (fresh, view, None)
     assert alias_out.target is _aten.clone.default
     assert sum(node.target is _aten.clone.default for node in module.graph.nodes) == 1
+
+
+def test_the_source_of_a_graph_goes_with_its_engine(images: Tensor) -> None:
+    def sources() -> tuple[set[str], set[str]]:
+        gc.collect()
+        kept = fx.graph_module._loader.eval_cache
+        return {name for name in linecache.cache if name.startswith("<eval_with")}, set(kept)
+
+    before = sources()
+    engines = [classifier(), pickle.loads(pickle.dumps(classifier())), copy.deepcopy(classifier())]
+    for engine in engines:
+        engine(images)
+    lines, texts = sources()
+    assert len(texts) == len(before[1]) + 6  # a graph and a plan of each
+    assert lines >= before[0]
+    del engine, engines
+    assert sources() == before
