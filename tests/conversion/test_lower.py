@@ -48,15 +48,16 @@ def test_any_batch(small: Converted, batch: int) -> None:
 
 
 def test_compile_and_export(small: Converted) -> None:
+    """Float layers run in PyTorch there, and round differently from those of a program."""
     engine, _, images = small
     with torch.no_grad():
         expected = engine(images)
         compiled = torch.compile(engine, fullgraph=True, backend="eager")
-        assert torch.equal(compiled(images), expected)
+        torch.testing.assert_close(compiled(images), expected)
         batch = torch.export.Dim("batch", min=1, max=64)
         exported = torch.export.export(engine, (images,), dynamic_shapes=(({0: batch},),)).module()
-        assert torch.equal(exported(images), expected)
-        assert torch.equal(exported(images[:1]), engine(images[:1]))
+        torch.testing.assert_close(exported(images), expected)
+        torch.testing.assert_close(exported(images[:1]), expected[:1])
 
 
 def test_copies_and_state_dicts(small: Converted) -> None:
