@@ -2,18 +2,27 @@
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/rivals.py --machine epyc-zen4
+    python benchmarks/rivals.py --machine epyc-zen4 --streams
+    python benchmarks/rivals.py --machine epyc-zen4 --threads 2 --batch 1 --isa avx2
 
-Each file is the output of `biper bench NETWORK --rivals --json` in a process of its own, with the
-commit in front. The machine should do nothing else meanwhile: a thread that waits for another, in
-turn with the threads of ten runtimes, loses more by a busy core than what is compared.
+Each file is the output of `biper bench NETWORK --rivals --json`, or of `--streams`, in a process of
+its own, with the commit in front. The machine should do nothing else meanwhile: a thread that waits
+for another, in turn with the threads of ten runtimes, loses more by a busy core than what is
+compared.
+
+--isa sets an environment in which the engine, PyTorch and oneDNN, also OpenVINO's, use no more
+than one instruction set, whatever the processor has. Rivals that it does not limit are named in the
+file, with the kernels that show it; they are not to be compared with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +32,53 @@ NETWORKS = (
     *("cifar10/resnet20_1w1a", "cifar10/resnet18_1w1a", "cifar10/vgg_small_1w1a"),
     *("imagenet/resnet18_1w1a", "imagenet/resnet34_1w1a", "imagenet/mobilenet_1w1a"),
 )
+ISAS = {
+    "avx2": {
+        "BIPER_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",  # ATen's kernels, and the code that Inductor writes
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+}
+WIDER = "avx512"  # in the name of a kernel of OpenVINO
 MAIN = "import sys; from biper_engine.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def measure(network: str, threads: int, batches: list[int], seconds: float) -> dict[str, Any]:
+def beyond(values: dict[str, Any], isa: str) -> dict[str, str]:
+    """Return the rivals that the environment does not limit to `isa`, each with what shows it.
+
+    Raises:
+        RuntimeError: the engine or PyTorch is not limited to it.
+    """
+    machine = values["machine"]
+    ours, torchs = machine.get("cpu_backend", "no cpu backend"), machine["torch_cpu_capability"]
+    if not ours.startswith(f"{isa},") or torchs.lower() != isa:
+        raise RuntimeError(f"{isa} was asked for, but the engine has {ours}, PyTorch {torchs}")
+    found = {}
+    for contest in values["batches"]:
+        for name in contest["contestants"]:
+            kernels = contest["kernels"].get(name, {})
+            wider = [f"{count} x {kernel}" for kernel, count in kernels.items() if WIDER in kernel]
+            if wider:
+                found[name] = ", ".join(wider)
+            elif name.startswith("ONNX Runtime"):
+                found[name] = "ONNX Runtime takes what the processor has; it has no setting"
+    return found
+
+
+def measure(network: str, words: list[str], isa: str | None) -> dict[str, Any]:
     """Run `biper bench` in a process of its own and return what it printed.
 
     Raises:
         subprocess.CalledProcessError: it failed; what it said went to stderr.
+        RuntimeError: as for `beyond`.
     """
-    command = [sys.executable, "-c", MAIN, "bench", network, "--rivals", "--json"]
-    command += [word for batch in batches for word in ("--batch", str(batch))]
-    command += ["--threads", str(threads), "--seconds", str(seconds)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", MAIN, "bench", network, "--json", *words]
+    environment = {**os.environ, **ISAS.get(isa, {})}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     values: dict[str, Any] = json.loads(done.stdout)
+    if isa is not None:
+        values = {"isa": isa, "beyond_the_isa": beyond(values, isa), **values}
     return values
 
 
@@ -44,43 +86,78 @@ def summary(values: dict[str, Any]) -> list[str]:
     """Return a line per batch: each contestant's median, and how often the engine is as fast."""
     lines = []
     for contest in values["batches"]:
-        ratios = contest["engine_times_as_fast"]
-        cells = [
-            f"{name} {taken['median_ms']:.3f} ms"
-            + (f" ({ratios[name]:.2f}x)" if name in ratios else "")
-            for name, taken in contest["contestants"].items()
-        ]
+        best = {name: program for program, name in contest.get("best", {}).items()}
+        cells = []
+        for name, taken in contest["contestants"].items():
+            ratio = contest["engine_times_as_fast"].get(best.get(name, name))
+            cells.append(f"{name} {amount(taken)}" + (f" ({ratio:.2f}x)" if ratio else ""))
         cells += [f"{name} did not run" for name in contest["did_not_run"]]
         lines.append(f"  batch {contest['batch']}: " + "; ".join(cells))
+    lines += [f"  beyond: {name}, {why}" for name, why in values.get("beyond_the_isa", {}).items()]
     return lines
 
 
+def amount(taken: dict[str, Any]) -> str:
+    if "median_ms" in taken:
+        return f"{taken['median_ms']:.3f} ms"
+    return (
+        f"{taken['median_images_per_second']:,.0f} images/s "
+        f"on {taken['processors_used']:.1f} processors"
+    )
+
+
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("networks", nargs="*", default=NETWORKS, metavar="NETWORK")
     parser.add_argument("--machine", required=True, help="the end of the files' names")
-    parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8")
-    parser.add_argument("--threads", type=int, action="append", help="repeatable; 1 and 2")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each batch")
+    parser.add_argument(
+        "--batch", type=int, action="append", help="repeatable; 1 and 8, with --streams 1"
+    )
+    parser.add_argument(
+        "--threads", type=int, action="append", help="repeatable; 1 and 2, with --streams all"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="of timing for each batch; 20, with --streams 60"
+    )
+    parser.add_argument(
+        "--streams", action="store_true", help="images a second, several calls at once"
+    )
+    parser.add_argument("--isa", choices=ISAS, help="the most that contestants may use")
     parser.add_argument("--into", type=Path, default=RESULTS)
     return parser.parse_args()
+
+
+def runs(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
+    """Give network, name of the file and words for `biper bench`, of each run."""
+    kind = "--streams" if options.streams else "--rivals"
+    batches = options.batch or ([1] if options.streams else [1, 8])
+    seconds = options.seconds or (60.0 if options.streams else 20.0)
+    common = [kind, "--seconds", str(seconds)]
+    common += [word for batch in batches for word in ("--batch", str(batch))]
+    isa = [options.isa] if options.isa else []
+    for network in options.networks:
+        for threads in options.threads or ([None] if options.streams else [1, 2]):
+            given = [] if threads is None else [f"{threads}t"]
+            words = [] if threads is None else ["--threads", str(threads)]
+            parts = [kind.strip("-"), network.replace("/", "-"), *given, *isa, options.machine]
+            yield network, "-".join(parts) + ".json", common + words
 
 
 def main() -> int:
     options = arguments()
     failed = 0
-    for network in options.networks:
-        for threads in options.threads or (1, 2):
-            print(f"{network}, {threads} thread{'s' * (threads != 1)}", flush=True)
-            try:
-                values = measure(network, threads, options.batch or [1, 8], options.seconds)
-            except subprocess.CalledProcessError as error:
-                print(f"  failed with exit status {error.returncode}", flush=True)
-                failed += 1
-                continue
-            name = f"rivals-{network.replace('/', '-')}-{threads}t-{options.machine}.json"
-            record(values, options.into / name)
-            print("\n".join(summary(values)), flush=True)
+    for network, name, words in runs(options):
+        print(name, flush=True)
+        try:
+            values = measure(network, words, options.isa)
+        except (subprocess.CalledProcessError, RuntimeError) as error:
+            print(f"  failed: {error}", flush=True)
+            failed += 1
+            continue
+        record(values, options.into / name)
+        print("\n".join(summary(values)), flush=True)
     return min(failed, 1)
 
 

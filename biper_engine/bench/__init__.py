@@ -7,6 +7,7 @@ ratio of two medians of one run.
 from biper_engine.bench.comparison import (
     ENGINE,
     TURNS,
+    Checked,
     Comparison,
     Contest,
     compare,
@@ -15,6 +16,7 @@ from biper_engine.bench.comparison import (
 from biper_engine.bench.layers import RESNET18_LAYERS, ConvShape, LayerWork, network_work
 from biper_engine.bench.machine import machine_facts
 from biper_engine.bench.rivals import COMPILED, EAGER, Rival, compiled_rival, eager_rival
+from biper_engine.bench.streams import SLICES, Rates, StreamContest, Throughput, throughput
 from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
 
@@ -23,14 +25,19 @@ __all__ = [
     "EAGER",
     "ENGINE",
     "RESNET18_LAYERS",
+    "SLICES",
     "TURNS",
     "Budget",
+    "Checked",
     "Comparison",
     "Contest",
     "ConvShape",
     "LayerWork",
+    "Rates",
     "Rival",
     "Samples",
+    "StreamContest",
+    "Throughput",
     "common_threads",
     "compare",
     "compiled_rival",
@@ -39,5 +46,6 @@ __all__ = [
     "interleave",
     "machine_facts",
     "network_work",
+    "throughput",
     "torch_threads",
 ]

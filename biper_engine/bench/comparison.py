@@ -24,7 +24,16 @@ from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
 from biper_engine.engine import Engine
 
-__all__ = ["ENGINE", "TURNS", "Comparison", "Contest", "compare", "in_turn_and_alone"]
+__all__ = [
+    "ENGINE",
+    "TURNS",
+    "Checked",
+    "Comparison",
+    "Contest",
+    "compare",
+    "facts_of",
+    "in_turn_and_alone",
+]
 
 ENGINE = "engine"
 
@@ -37,12 +46,11 @@ _ALONE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
-    """All contestants at one batch size.
+class Checked:
+    """What was found out about contestants at one batch size, before they were timed.
 
     Attributes:
         batch: images per call.
-        samples: by contestant; "engine" is one of them.
         reasons: why a rival did not run, by its name.
         differences: largest difference of an output from what it is compared with, over the
             largest output, by rival. A bit on its threshold may flip in a compiled network, too,
@@ -50,16 +58,38 @@ class Contest:
             difference of logits to say: see `biper_engine.verify`.
         beside: what each of `differences` is from: the eager network, its float twin or the engine.
         agreed: of how many images a rival's outputs had to agree, and did, and how many were tried.
-        alone_ms: medians of each contestant called again and again without the others, before
-            and after their turns; empty where that was not measured.
+        kernels: how many nodes of a rival each kind of kernel runs, where its runtime tells.
     """
 
     batch: int
-    samples: dict[str, Samples]
     reasons: dict[str, str]
     differences: dict[str, float]
     beside: dict[str, str] = field(default_factory=dict)
     agreed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kernels: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def checks_to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "largest_relative_difference": self.differences,
+            "difference_from": self.beside,
+            "images_agreed": {name: list(counts) for name, counts in self.agreed.items()},
+            "kernels": self.kernels,
+            "did_not_run": self.reasons,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest(Checked):
+    """All contestants at one batch size.
+
+    Attributes:
+        samples: by contestant; "engine" is one of them.
+        alone_ms: medians of each contestant called again and again without the others, before
+            and after their turns; empty where that was not measured.
+    """
+
+    samples: dict[str, Samples]
     alone_ms: dict[str, float] = field(default_factory=dict)
 
     def times_as_fast(self, rival: str) -> float:
@@ -99,11 +129,8 @@ def _contest_to_dict(contest: Contest) -> dict[str, Any]:
         "batch": contest.batch,
         "contestants": {name: taken.to_dict() for name, taken in contest.samples.items()},
         "engine_times_as_fast": {name: contest.times_as_fast(name) for name in rivals},
-        "largest_relative_difference": contest.differences,
-        "difference_from": contest.beside,
-        "images_agreed": {name: list(counts) for name, counts in contest.agreed.items()},
         "alone_ms": contest.alone_ms,
-        "did_not_run": contest.reasons,
+        **contest.checks_to_dict(),
     }
 
 
@@ -179,10 +206,8 @@ def _contest(
         batch=len(images),
         samples=samples,
         alone_ms=alone_ms,
-        reasons={rival.name: rival.reason for rival in rivals if rival.call is None},
         differences=differences,
-        beside={rival.name: rival.beside for rival in others},
-        agreed={rival.name: rival.agreed for rival in others if rival.agreed is not None},
+        **facts_of(rivals, others),
     )
 
 
@@ -199,6 +224,21 @@ def in_turn_and_alone(
     samples = interleave(calls, budget, rest_ms)
     after = _alone(calls, budget, rest_ms)
     return samples, {name: Samples(before[name].ms + after[name].ms).median_ms for name in calls}
+
+
+def facts_of(rivals: Sequence[Rival], compared: Sequence[Rival]) -> dict[str, Any]:
+    """Return `reasons`, `beside`, `agreed` and `kernels` of `Checked`, as rivals have them.
+
+    Args:
+        rivals: all.
+        compared: those that run and whose outputs are compared.
+    """
+    return {
+        "reasons": {rival.name: rival.reason for rival in rivals if rival.call is None},
+        "beside": {rival.name: rival.beside for rival in compared},
+        "agreed": {rival.name: rival.agreed for rival in compared if rival.agreed is not None},
+        "kernels": {rival.name: rival.kernels for rival in compared if rival.kernels},
+    }
 
 
 def _alone(

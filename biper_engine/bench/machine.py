@@ -15,19 +15,29 @@ from biper_engine.ops.backends import backends
 __all__ = ["machine_facts"]
 
 _RIVALS = ("onnx", "onnxruntime", "openvino")
+# Settings from outside that change threads, or the instructions that a contestant may use.
+_SETTINGS = (
+    *("BIPER_BACKEND", "BIPER_CPU_ISA", "BIPER_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
+)
 
 
 def machine_facts() -> dict[str, Any]:
-    """Return processor, threads and versions, as JSON values; of rivals what is installed."""
+    """Return processor, threads, versions and settings of the environment, as JSON values.
+
+    Versions are of the rivals that are installed, settings those that are set.
+    """
     facts: dict[str, Any] = {
         "biper_engine": _version("biper-engine"),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "processor": _processor(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: found for name in _RIVALS if (found := _version(name)) != "unknown"},
+        "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
     if any(info.name == "cpu" and info.available for info in backends()):
         from biper_engine.ops.cpu import description

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter, sleep
 from typing import Any
 
-__all__ = ["Budget", "Samples", "interleave"]
+__all__ = ["Budget", "Samples", "interleave", "quartiles", "rounds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,23 @@ class Budget:
             )
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return two values: a quarter of all is below the first, a quarter above the second."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def rounds(budget: Budget) -> Iterator[int]:
+    """Count rounds, from 0, until `budget` is spent; the clock starts at the first."""
+    end = perf_counter() + budget.seconds
+    for done in range(budget.most):
+        if done >= budget.fewest and perf_counter() >= end:
+            return
+        yield done
+
+
 @dataclass(frozen=True)
 class Samples:
     """Wall-clock milliseconds of single calls, in the order in which they were made."""
@@ -56,10 +73,7 @@ class Samples:
     @property
     def quartiles_ms(self) -> tuple[float, float]:
         """A quarter of the calls was faster than the first, a quarter slower than the second."""
-        if len(self.ms) == 1:
-            return self.ms[0], self.ms[0]
-        first, _, third = statistics.quantiles(self.ms, n=4, method="inclusive")
-        return first, third
+        return quartiles(self.ms)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, raw samples included."""
@@ -93,10 +107,7 @@ def interleave(
             call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     rests = rest_ms or {}
-    end = perf_counter() + budget.seconds
-    for done in range(budget.most):
-        if done >= budget.fewest and perf_counter() >= end:
-            break
+    for _ in rounds(budget):
         for name, call in calls.items():
             if budget.pause_ms:
                 sleep(1e-3 * budget.pause_ms)

@@ -257,6 +257,16 @@ def test_the_processor_has_its_own_name_where_the_system_tells_it(
     assert machine_facts()["processor"] == (name or platform.processor() or platform.machine())
 
 
+def test_settings_of_the_environment_are_told_where_they_are_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.delenv("BIPER_CPU_ISA", raising=False)
+    told = machine_facts()["environment"]
+    assert told["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert "BIPER_CPU_ISA" not in told
+
+
 def test_the_facts_of_the_machine_are_json_values() -> None:
     facts = machine_facts()
     assert json.loads(json.dumps(facts)) == facts

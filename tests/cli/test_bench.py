@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import biper_engine
-from biper_engine.bench import Comparison, Contest, Samples
+from biper_engine.bench import (
+    Comparison,
+    Contest,
+    Rates,
+    Samples,
+    StreamContest,
+    Throughput,
+    streams,
+)
 from biper_engine.bench.rivals import rival
-from biper_engine.cli.bench import _contest_rows, _notes, bench_table
+from biper_engine.cli.bench_tables import (
+    _contest_rows,
+    bench_notes,
+    bench_table,
+    stream_notes,
+    stream_table,
+)
 from biper_engine.ops.backends import backends
 
 from .conftest import Biper
@@ -133,6 +148,12 @@ def test_the_backend_that_ran_is_named(biper: Biper, user_directory: Path) -> No
         (["tinynet:build"], 2, "--input 1,3,224,224"),
         (["tinynet:with_metadata", "--backend", "referense"], 1, "Did you mean 'reference'?"),
         (["gone.biper"], 1, "gone.biper"),
+        (["tinynet:with_metadata", "--streams", "--rivals"], 2, "leave out --rivals"),
+        (
+            ["tinynet:with_metadata", "--streams", "--profile"],
+            2,
+            "leave out --rivals and --profile",
+        ),
         (["tinynet:half_binary"], 1, "No binary layer"),
     ],
 )
@@ -158,7 +179,7 @@ def test_a_rival_without_a_result_is_said_to_have_none_and_why() -> None:
         ("4", "float, torch.compile", "", "did not run", "", ""),
     ]
     comparison = Comparison(threads=1, settings={}, contests=(contest, contest), machine={})
-    assert _notes(comparison) == ["float, torch.compile did not run: no compiler"]
+    assert bench_notes(comparison) == ["float, torch.compile did not run: no compiler"]
 
 
 def test_a_contestant_that_the_others_disturb_is_noted() -> None:
@@ -171,7 +192,7 @@ def test_a_contestant_that_the_others_disturb_is_noted() -> None:
         alone_ms={"OpenVINO f32": 6.4, "engine": 1.95},
     )
     comparison = Comparison(threads=1, settings={}, contests=(contest,), machine={})
-    assert _notes(comparison) == [
+    assert bench_notes(comparison) == [
         "OpenVINO f32: outputs within 1.0e-07 of the float twin's, over the largest one",
         "OpenVINO f32, batch 4: 8.000 ms in turn, 6.400 ms alone (+25%)",
     ]
@@ -189,6 +210,99 @@ def test_rivals_that_are_not_installed_are_named(
     (batch,) = values["batches"]
     assert set(batch["alone_ms"]) == set(batch["contestants"]) == {"float, eager", "engine"}
     assert len(batch["did_not_run"]) == 7
+
+
+@pytest.fixture
+def quick_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten slices, and leave the rivals out as if they were not installed."""
+    monkeypatch.delenv("BIPER_NUM_THREADS", raising=False)
+    monkeypatch.setattr(rival, "find_spec", lambda _: None)
+    short = partial(streams.throughput, slice_seconds=0.01, warmup_seconds=0.0)
+    monkeypatch.setattr(biper_engine.bench, "throughput", short)
+
+
+def test_images_a_second_are_counted_by_slices(
+    biper: Biper, user_directory: Path, quick_slices: None
+) -> None:
+    words = ("bench", "tinynet:with_metadata", "--streams", "--threads", "1", "--rounds", "2")
+    values = json.loads(biper(*words, "-b", "3", "--json").out)
+    assert values["checked"].startswith("1 of 1 binary layers equal")
+    assert values["callers"] == values["machine"]["torch_threads"] == 1
+    (batch,) = values["batches"]
+    assert batch["batch"] == 3
+    assert list(batch["contestants"]) == ["engine"]
+    assert len(batch["contestants"]["engine"]["slices_images_per_second"]) == 2
+    assert len(batch["did_not_run"]) == 5
+    assert list(values["settings"]) == ["OpenVINO int8", "OpenVINO binary f32", "ONNX Runtime int8"]
+
+
+def test_streams_are_of_single_images_unless_said_otherwise(
+    biper: Biper, user_directory: Path, quick_slices: None
+) -> None:
+    words = ("bench", "tinynet:with_metadata", "--streams", "--threads", "1", "--rounds", "1")
+    done = biper(*words, "--backend", "reference")
+    assert done.code == 0, done.err
+    assert "1 thread each, calls at once; engine on: reference" in done.out
+    assert "ONNX Runtime int8, 1 session did not run: onnx and onnxscript" in done.out
+    rows = [line.split()[:2] for line in done.out.splitlines()]
+    assert rows.count(["1", "engine"]) == 1
+    assert not [row for row in rows if row[1:] == ["engine"] and row[0] != "1"]
+
+
+def test_callers_with_more_threads_than_one_are_refused(
+    biper: Biper, user_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIPER_NUM_THREADS", "2")
+    done = biper("bench", "tinynet:with_metadata", "--streams", "--threads", "2")
+    assert done.code == 2
+    assert "BIPER_NUM_THREADS=2 gives the engine another number" in " ".join(
+        done.err.replace("│", " ").split()
+    )
+
+
+def stream_contest(processors: float) -> Throughput:
+    names = ("OpenVINO binary f32, 1 stream", "OpenVINO binary f32, 16 streams", "engine")
+    contest = StreamContest(
+        batch=8,
+        rates={
+            name: Rates((1e5 * i, 2e5 * i, 3e5 * i), (processors,) * 3)
+            for i, name in enumerate(names, 1)
+        },
+        at_once=dict.fromkeys(names, 2),
+        ways={"OpenVINO binary f32": names[:2]},
+        reasons={},
+        differences={names[0]: 1e-7},
+        beside={names[0]: "the engine"},
+    )
+    return Throughput(
+        callers=2,
+        slice_seconds=1.0,
+        settings={"OpenVINO binary f32": "the engine's graph"},
+        contests=(contest,),
+        machine={"cpu_backend": "avx512, 1 thread"},
+    )
+
+
+def test_the_table_of_streams_has_every_way_and_fits_80_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(stream_table(stream_contest(2.0), ["cpu"]))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert lines[0] == "2 threads each, calls at once; engine on: cpu (avx512, 1 thread)"
+    assert "8 OpenVINO binary f32, 16 streams 400,000 300,000-500,000 1.5x" in lines
+    assert "8 engine 600,000 450,000-750,000" in lines
+
+
+def test_callers_without_a_processor_each_are_noted() -> None:
+    checks = [
+        "OpenVINO binary f32, 1 stream: "
+        "outputs within 1.0e-07 of the engine's, over the largest one"
+    ]
+    assert stream_notes(stream_contest(1.95)) == checks
+    assert stream_notes(stream_contest(1.5)) == [
+        *checks,
+        "engine, batch 8: 2 callers had 1.50 processors only; leave the machine alone and count "
+        "again",
+    ]
 
 
 def test_the_table_fits_80_columns_and_the_largest_difference_is_noted() -> None:
@@ -210,5 +324,5 @@ def test_the_table_fits_80_columns_and_the_largest_difference_is_noted() -> None
     lines = console.export_text().splitlines()
     assert sum("torch.compile  1790.1  1512.3 - 2067.9" in line for line in lines) == 2
     assert "engine on: cpu (avx512, 2 threads)" in lines[0]
-    (note,) = _notes(comparison)
+    (note,) = bench_notes(comparison)
     assert "outputs within 2.6e-05 of eager's" in note

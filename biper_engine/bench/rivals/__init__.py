@@ -1,9 +1,9 @@
 """Programs that run the same network, or its float twin, without the engine."""
 
 from biper_engine.bench.rivals.deployed import (
-    FloatNetworks,
     deployed_rivals,
     openvino_float_rivals,
+    stream_rivals,
 )
 from biper_engine.bench.rivals.pytorch import (
     COMPILED,
@@ -13,6 +13,7 @@ from biper_engine.bench.rivals.pytorch import (
     compiled_rival,
     eager_rival,
 )
+from biper_engine.bench.rivals.recipe import FloatNetworks
 from biper_engine.bench.rivals.rival import Rival, relative_difference
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "eager_rival",
     "openvino_float_rivals",
     "relative_difference",
+    "stream_rivals",
 ]

@@ -4,77 +4,28 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from biper_engine.bench.rivals.binary_convolution import UnsupportedGraphError, binary_model
-from biper_engine.bench.rivals.onnx_files import CALIBRATION_IMAGES, export_float, quantize
-from biper_engine.bench.rivals.onnx_runtime import REST_MS, OnnxRuntimeNetwork
-from biper_engine.bench.rivals.open_vino import OpenVinoNetwork, has_bf16
-from biper_engine.bench.rivals.rival import Rival, check_images, checked, first_line, missing
-from biper_engine.conversion.twin import float_twin, folded_network
+from biper_engine.bench.rivals.binary_convolution import binary_model
+from biper_engine.bench.rivals.onnx_files import CALIBRATION_IMAGES
+from biper_engine.bench.rivals.onnx_runtime import REST_MS, OnnxRuntimeNetwork, OnnxRuntimeSessions
+from biper_engine.bench.rivals.open_vino import OpenVinoNetwork, OpenVinoStreams, has_bf16
+from biper_engine.bench.rivals.recipe import FloatNetworks, Network, OnnxFiles, Recipe, rival_of
+from biper_engine.bench.rivals.rival import Rival
 from biper_engine.engine import Engine
 
-__all__ = ["FloatNetworks", "deployed_rivals", "openvino_float_rivals"]
+__all__ = ["deployed_rivals", "openvino_float_rivals", "stream_rivals"]
 
-_FAILURES = (RuntimeError, ValueError, OSError, UnsupportedGraphError)
 _ONNX = ("onnx", "onnxscript")
-_TWIN = "the float twin"
+_BINARY = "the engine's graph on BinaryConvolution (opset1, xnor-popcount)"
 
-
-@dataclass(frozen=True)
-class FloatNetworks:
-    """A model as graphs with constants folded.
-
-    Attributes:
-        network: what the model computes, signs of activations included.
-        twin: the same layers in float, without those signs.
-    """
-
-    network: fx.GraphModule
-    twin: fx.GraphModule
-
-    @classmethod
-    def of(cls, model: nn.Module, images: Tensor) -> FloatNetworks:
-        """Make both; not in `torch.inference_mode`, whose tensors PyTorch cannot compile with.
-
-        Raises:
-            ConversionError: the model cannot be captured.
-        """
-        return cls(network=folded_network(model, images), twin=float_twin(model, images))
-
-
-class _Network(Protocol):
-    def __call__(self, images: Tensor) -> Tensor: ...
-
-    def bind(self, images: Tensor) -> Callable[[], Tensor]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """How a rival is made, and what it must agree with.
-
-    Attributes:
-        name, how: of the rival.
-        modules: what it imports.
-        make: loads or compiles it.
-        wanted, beside: of the rival.
-        share: of the images that must agree; None where answers are only compared.
-        rest_ms: of the rival.
-    """
-
-    name: str
-    how: str
-    modules: tuple[str, ...]
-    make: Callable[[], _Network]
-    wanted: Callable[[Tensor], Tensor]
-    beside: str = _TWIN
-    share: float | None = None
-    rest_ms: float = 0.0
+# A recipe that lacks only how its model or file is loaded.
+_Loaded = Callable[[Callable[[Any], Network]], Recipe]
 
 
 def deployed_rivals(
@@ -93,10 +44,10 @@ def deployed_rivals(
         threads: of each.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = _OnnxFiles(Path(folder), networks.twin, images)
+        files = OnnxFiles(Path(folder), networks.twin, images)
         recipes = [*_openvino(files, threads), *_openvino_binary(engine, images, threads)]
         recipes += _onnx_runtime(files, threads)
-        return [_rival(recipe, images) for recipe in recipes]
+        return [rival_of(recipe, images) for recipe in recipes]
 
 
 def openvino_float_rivals(
@@ -111,88 +62,90 @@ def openvino_float_rivals(
         threads: of each.
     """
     with tempfile.TemporaryDirectory() as folder:
-        recipes = _openvino_float(_OnnxFiles(Path(folder), network, images), threads)
+        recipes = _openvino_float(OnnxFiles(Path(folder), network, images), threads)
         return [
-            _rival(replace(recipe, wanted=model, beside="PyTorch"), images) for recipe in recipes
+            rival_of(replace(recipe, wanted=model, beside="PyTorch"), images) for recipe in recipes
         ]
 
 
-def _rival(recipe: _Recipe, images: Tensor) -> Rival:
-    rival = Rival(
-        name=recipe.name,
-        how=recipe.how,
-        wanted=recipe.wanted,
-        beside=recipe.beside,
-        rest_ms=recipe.rest_ms,
-    )
-    reason = missing(*recipe.modules)
-    if reason:
-        return replace(rival, reason=reason)
-    try:
-        network = recipe.make()
-        network(images)
-    except _FAILURES as error:
-        return replace(rival, reason=first_line(error))
-    rival = replace(rival, call=network, bind=network.bind)
-    if recipe.share is None:
-        return rival
-    return checked(rival, check_images(images), share=recipe.share)
+def stream_rivals(
+    engine: Engine, networks: FloatNetworks, images: Tensor, threads: int
+) -> dict[str, list[Rival]]:
+    """Return the fastest runtimes, working on several batches at once, each in several ways.
+
+    By program: OpenVINO int8 and OpenVINO binary f32 with one stream, one for every two threads,
+    one for each and two for each; ONNX Runtime int8 with a session of one thread for each. What is
+    bound is a `Streams`.
+
+    Args:
+        engine: takes and returns one tensor.
+        networks: of the same layers as the engine.
+        images: the batch of one call.
+        threads: of each rival, all streams together.
+    """
+
+    def with_streams(recipe: _Loaded, count: int) -> Rival:
+        made = recipe(lambda model: OpenVinoStreams(model, threads, count))
+        how = f"{made.how}; THROUGHPUT hint"
+        return rival_of(replace(made, name=_counted(made.name, count, "stream"), how=how), images)
+
+    def with_sessions(recipe: _Loaded) -> Rival:
+        made = recipe(lambda path: OnnxRuntimeSessions(path, threads))
+        how = f"{made.how}; a session of one thread for each caller"
+        return rival_of(
+            replace(made, name=_counted(made.name, threads, "session"), how=how), images
+        )
+
+    counts = sorted({1, max(1, threads // 2), threads, 2 * threads})
+    with tempfile.TemporaryDirectory() as folder:
+        files = OnnxFiles(Path(folder), networks.twin, images)
+        int8, binary = partial(_openvino_int8, files), partial(_binary_f32, engine, images)
+        return {
+            "OpenVINO int8": [with_streams(int8, count) for count in counts],
+            "OpenVINO binary f32": [with_streams(binary, count) for count in counts],
+            "ONNX Runtime int8": [with_sessions(partial(_onnx_runtime_int8, files))],
+        }
 
 
-class _OnnxFiles:
-    """ONNX files of the float twin in a folder, each written when it is first asked for."""
-
-    def __init__(self, folder: Path, twin: fx.GraphModule, images: Tensor) -> None:
-        self._folder, self._twin, self._images = folder, twin, images
-
-    def outputs(self, images: Tensor) -> Tensor:
-        """Return what the files must compute, as PyTorch does."""
-        result: Tensor = self._twin(images)[0]
-        return result
-
-    @cached_property
-    def float32(self) -> Path:
-        path = self._folder / "float32.onnx"
-        export_float(self._twin, self._images, path)
-        return path
-
-    @cached_property
-    def int8(self) -> Path:
-        path = self._folder / "int8.onnx"
-        quantize(self.float32, path, tuple(self._images.shape))
-        return path
+def _counted(name: str, count: int, what: str) -> str:
+    return f"{name}, {count} {what}{'s' * (count != 1)}"
 
 
-def _onnx_runtime(files: _OnnxFiles, threads: int) -> list[_Recipe]:
-    modules = (*_ONNX, "onnxruntime")
+def _onnx_runtime(files: OnnxFiles, threads: int) -> list[Recipe]:
+    def load(path: Path) -> OnnxRuntimeNetwork:
+        return OnnxRuntimeNetwork(path, threads)
+
     return [
-        _Recipe(
+        Recipe(
             name="ONNX Runtime f32",
             how="the float twin in float32",
-            modules=modules,
-            make=lambda: OnnxRuntimeNetwork(files.float32, threads),
+            modules=(*_ONNX, "onnxruntime"),
+            make=lambda: load(files.float32),
             wanted=files.outputs,
             share=1.0,
             rest_ms=REST_MS,
         ),
-        _Recipe(
-            name="ONNX Runtime int8",
-            how=(
-                "the float twin, quantized (QDQ): uint8 activations, int8 weights with a scale per "
-                f"channel, ranges of {CALIBRATION_IMAGES} random images"
-            ),
-            modules=modules,
-            make=lambda: OnnxRuntimeNetwork(files.int8, threads),
-            wanted=files.outputs,
-            rest_ms=REST_MS,
-        ),
+        replace(_onnx_runtime_int8(files, load), rest_ms=REST_MS),
     ]
 
 
-def _openvino_float(files: _OnnxFiles, threads: int) -> list[_Recipe]:
+def _onnx_runtime_int8(files: OnnxFiles, load: Callable[[Path], Network]) -> Recipe:
+    return Recipe(
+        name="ONNX Runtime int8",
+        how=(
+            "the float twin, quantized (QDQ): uint8 activations, int8 weights with a scale per "
+            f"channel, ranges of {CALIBRATION_IMAGES} random images"
+        ),
+        modules=(*_ONNX, "onnxruntime"),
+        make=lambda: load(files.int8),
+        wanted=files.outputs,
+    )
+
+
+def _openvino_float(files: OnnxFiles, threads: int) -> list[Recipe]:
     modules = (*_ONNX, "openvino")
     return [
-        _Recipe(
+        Recipe(
             name="OpenVINO f32",
             how="the float twin in float32, LATENCY hint, one stream",
             modules=modules,
@@ -200,7 +153,7 @@ def _openvino_float(files: _OnnxFiles, threads: int) -> list[_Recipe]:
             wanted=files.outputs,
             share=1.0,
         ),
-        _Recipe(
+        Recipe(
             name="OpenVINO bf16",
             how="the float twin in bfloat16",
             modules=modules,
@@ -210,43 +163,40 @@ def _openvino_float(files: _OnnxFiles, threads: int) -> list[_Recipe]:
     ]
 
 
-def _openvino(files: _OnnxFiles, threads: int) -> list[_Recipe]:
+def _openvino(files: OnnxFiles, threads: int) -> list[Recipe]:
     return [
         *_openvino_float(files, threads),
-        _Recipe(
-            name="OpenVINO int8",
-            how="the file that ONNX Runtime int8 runs, float32 where it is not quantized",
-            modules=(*_ONNX, "onnxruntime", "openvino"),
-            make=lambda: OpenVinoNetwork(files.int8, threads, "f32"),
-            wanted=files.outputs,
-        ),
+        _openvino_int8(files, lambda path: OpenVinoNetwork(path, threads, "f32")),
     ]
 
 
-def _openvino_binary(engine: Engine, images: Tensor, threads: int) -> list[_Recipe]:
-    def model() -> Any:
-        return binary_model(engine.graph_module, tuple(images.shape))
+def _openvino_int8(files: OnnxFiles, load: Callable[[Path], Network]) -> Recipe:
+    return Recipe(
+        name="OpenVINO int8",
+        how="the file that ONNX Runtime int8 runs, float32 where it is not quantized",
+        modules=(*_ONNX, "openvino", "onnxruntime"),
+        make=lambda: load(files.int8),
+        wanted=files.outputs,
+    )
 
-    how = "the engine's graph on BinaryConvolution (opset1, xnor-popcount)"
-    return [
-        _Recipe(
-            name="OpenVINO binary f32",
-            how=f"{how}, float32 otherwise",
-            modules=("openvino",),
-            make=lambda: OpenVinoNetwork(model(), threads, "f32"),
-            wanted=engine,
-            beside="the engine",
-            share=0.5,
-        ),
-        _Recipe(
-            name="OpenVINO binary bf16",
-            how=f"{how}, bfloat16 otherwise",
-            modules=("openvino",),
-            make=lambda: _in_bf16(model(), threads),
-            wanted=engine,
-            beside="the engine",
-        ),
-    ]
+
+def _openvino_binary(engine: Engine, images: Tensor, threads: int) -> list[Recipe]:
+    in_f32 = _binary_f32(engine, images, lambda model: OpenVinoNetwork(model, threads, "f32"))
+    in_bf16 = _binary_f32(engine, images, lambda model: _in_bf16(model, threads))
+    how = f"{_BINARY}, bfloat16 otherwise"
+    return [in_f32, replace(in_bf16, name="OpenVINO binary bf16", how=how, share=None)]
+
+
+def _binary_f32(engine: Engine, images: Tensor, load: Callable[[Any], Network]) -> Recipe:
+    return Recipe(
+        name="OpenVINO binary f32",
+        how=f"{_BINARY}, float32 otherwise",
+        modules=("openvino",),
+        make=lambda: load(binary_model(engine.graph_module, tuple(images.shape))),
+        wanted=engine,
+        beside="the engine",
+        share=0.5,
+    )
 
 
 def _in_bf16(model: Any, threads: int) -> OpenVinoNetwork:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from biper_engine.bench.callers import Callers, Streams
 from biper_engine.bench.rivals.onnx_files import INPUT
 
-__all__ = ["REST_MS", "OnnxRuntimeNetwork"]
+__all__ = ["REST_MS", "OnnxRuntimeNetwork", "OnnxRuntimeSessions"]
 
 REST_MS = 60.0
 """How long a session's threads spin after a run. On two cores OpenVINO takes 1.7 to 2 times its
@@ -56,14 +57,45 @@ class OnnxRuntimeNetwork:
         """Return a call on images whose result is overwritten by the next call."""
         import onnxruntime
 
-        batch = images.contiguous(memory_format=torch.contiguous_format).numpy()
+        batch = images.clone(memory_format=torch.contiguous_format).numpy()
         (output,) = self._session.get_outputs()
-        result = torch.empty(output.shape)
+        result = torch.full(output.shape, torch.nan)
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(a) for a in (batch, result.numpy())]
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(INPUT, values[0])
         binding.bind_ortvalue_output(output.name, values[1])
         return _Bound(self._session, binding, values, result)
+
+    def kernels(self) -> dict[str, int]:
+        """Return nothing: ONNX Runtime does not tell."""
+        return {}
+
+
+class OnnxRuntimeSessions:
+    """An ONNX file in several sessions of one thread, each with a caller of its own.
+
+    Args:
+        path: the file; it is read at once.
+        sessions: how many.
+
+    Raises:
+        OSError, ValueError: as for `OnnxRuntimeNetwork`.
+    """
+
+    def __init__(self, path: Path, sessions: int) -> None:
+        self._networks = [OnnxRuntimeNetwork(path, 1) for _ in range(sessions)]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return outputs for images."""
+        return self._networks[0](images)
+
+    def bind(self, images: Tensor) -> Streams:
+        """Return a caller for each session; a result is overwritten by the next call."""
+        return Callers([network.bind(images) for network in self._networks])
+
+    def kernels(self) -> dict[str, int]:
+        """Return nothing: ONNX Runtime does not tell."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["OpenVinoNetwork", "has_bf16"]
+from biper_engine.bench.callers import Streams, paced
+
+__all__ = ["OpenVinoNetwork", "OpenVinoStreams", "has_bf16"]
+
+_NO_WORK = ("Input", "Output", "Const")
+_REQUESTS = 2  # for each stream: one runs, one is ready when that has ended
 
 
 def has_bf16() -> bool:
@@ -27,12 +34,13 @@ class OpenVinoNetwork:
         threads: INFERENCE_NUM_THREADS.
         precision: "f32" or "bf16". Left alone the plugin may take bfloat16 where the processor
             has it.
+        options: other properties.
 
     Raises:
         RuntimeError: OpenVINO cannot read or compile the model.
     """
 
-    def __init__(self, model: Any, threads: int, precision: str) -> None:
+    def __init__(self, model: Any, threads: int, precision: str, **options: Any) -> None:
         import openvino
 
         core = openvino.Core()
@@ -41,6 +49,7 @@ class OpenVinoNetwork:
             "INFERENCE_PRECISION_HINT": precision,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            **options,
         }
         # Weights in the file's own memory would be lost with the file.
         core.set_property({"ENABLE_MMAP": False})
@@ -49,17 +58,55 @@ class OpenVinoNetwork:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return outputs for images."""
-        outputs: Tensor = self.bind(images)()
-        return outputs.clone()
+        return self._bound(images, self._model.create_infer_request())().clone()
 
     def bind(self, images: Tensor) -> Callable[[], Any]:
         """Return a call on images whose result is overwritten by the next call."""
-        batch = images.contiguous(memory_format=torch.contiguous_format).numpy()
-        result = torch.empty(tuple(self._model.output(0).shape))
-        request = self._model.create_infer_request()
-        request.set_input_tensor(self._openvino.Tensor(batch, shared_memory=True))
+        return self._bound(images, self._model.create_infer_request())
+
+    def kernels(self) -> dict[str, int]:
+        """Return how many nodes run each kind of kernel, such as "Convolution jit_avx2_I8"."""
+        counts = Counter[str]()
+        for node in self._model.get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            layer, kernel = (info[key].astype(str) for key in ("layerType", "primitiveType"))
+            if layer not in _NO_WORK:
+                counts[f"{layer} {kernel}"] += 1
+        return dict(sorted(counts.items()))
+
+    def _bound(self, images: Tensor, request: Any) -> _Bound:
+        """Give a request images of its own to read and memory of its own to write to."""
+        batch = images.clone(memory_format=torch.contiguous_format)
+        result = torch.full(tuple(self._model.output(0).shape), torch.nan)
+        request.set_input_tensor(self._openvino.Tensor(batch.numpy(), shared_memory=True))
         request.set_output_tensor(self._openvino.Tensor(result.numpy(), shared_memory=True))
         return _Bound(request, batch, result)
+
+
+class OpenVinoStreams(OpenVinoNetwork):
+    """A compiled model for as many images a second as possible (THROUGHPUT).
+
+    Args:
+        model: as for `OpenVinoNetwork`.
+        threads: INFERENCE_NUM_THREADS, of all streams together.
+        streams: NUM_STREAMS.
+
+    Raises:
+        RuntimeError: OpenVINO cannot read or compile the model, or makes another number of streams.
+    """
+
+    def __init__(self, model: Any, threads: int, streams: int) -> None:
+        options = {"NUM_STREAMS": streams, "PERFORMANCE_HINT": "THROUGHPUT"}
+        super().__init__(model, threads, "f32", **options)
+        made = self._model.get_property("NUM_STREAMS")
+        if made != streams:
+            raise RuntimeError(f"OpenVINO makes {made} streams of {threads} threads, not {streams}")
+        self._requests = _REQUESTS * streams
+
+    def bind(self, images: Tensor) -> Streams:
+        """Return requests on images, twice as many as streams; a result is overwritten later."""
+        queue = self._openvino.AsyncInferQueue(self._model, self._requests)
+        return _Queue(queue, [self._bound(images, request) for request in queue])
 
 
 @dataclass(frozen=True)
@@ -67,9 +114,34 @@ class _Bound:
     """A request, and the memory that its tensors show."""
 
     request: Any
-    batch: Any
+    batch: Tensor
     result: Tensor
 
     def __call__(self) -> Tensor:
         self.request.infer(share_outputs=True)
         return self.result
+
+
+class _Queue(Streams):
+    """An AsyncInferQueue: it gives the next idle request to whatever stream is free."""
+
+    def __init__(self, queue: Any, bound: list[_Bound]) -> None:
+        self._queue, self._bound = queue, bound
+        self.at_once = len(bound)
+
+    def __call__(self) -> list[Tensor]:
+        """Start every request once and wait for all of them."""
+        for _ in self._bound:  # idle ones are taken in the order in which they became idle
+            self._queue.start_async()
+        self._queue.wait_all()
+        return [bound.result for bound in self._bound]
+
+    def rate(self, seconds: float, warmup_seconds: float) -> float:
+        """Return the requests that finish in a second.
+
+        Those that start are counted: once all are under way, one starts for each that has finished.
+        """
+        begin = perf_counter() + warmup_seconds
+        started = paced(self._queue.start_async, begin, begin + seconds)
+        self._queue.wait_all()
+        return started

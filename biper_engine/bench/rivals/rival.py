@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -45,6 +45,7 @@ class Rival:
         agreed: images that agreed within `TOLERANCE` with `wanted`, and how many were tried; None
             where no agreement is asked for, as with bfloat16 and int8.
         rest_ms: how long its threads may spin after a call, and take a core from whoever is next.
+        kernels: how many nodes each kind of kernel runs, where its runtime tells.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Rival:
     beside: str = "eager"
     agreed: tuple[int, int] | None = None
     rest_ms: float = 0.0
+    kernels: dict[str, int] = field(default_factory=dict)
 
     def bound(self, images: Tensor) -> Callable[[], Any]:
         """Return a call of no arguments on these images: what is timed.

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +11,10 @@ import biper_engine
 from biper_engine.bench.rivals import (
     FloatNetworks,
     Rival,
-    deployed,
     deployed_rivals,
     openvino_float_rivals,
     rival,
+    stream_rivals,
 )
 from biper_engine.conversion.twin import folded_network
 from biper_engine.engine import Engine
@@ -161,29 +159,35 @@ def test_without_the_packages_each_says_what_to_install(
     assert rivals[0].reason.startswith("onnx and onnxscript and openvino not installed")
 
 
-def recipe(make: Callable[[], Any]) -> deployed._Recipe:
-    return deployed._Recipe(
-        name="r", how="somehow", modules=(), make=make, wanted=lambda x: x, share=1.0
-    )
+def ways(names: dict[str, list[Rival]]) -> dict[str, list[str]]:
+    return {program: [one.name for one in rivals] for program, rivals in names.items()}
 
 
-class Doubling:
-    def __call__(self, images: Tensor) -> Tensor:
-        return 2 * images
+def test_streams_are_one_a_half_all_and_twice_the_threads(
+    engine: Engine, networks: FloatNetworks, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rival, "find_spec", lambda _: None)
+    assert ways(stream_rivals(engine, networks, images, 2)) == {
+        program: [f"{program}, {count}" for count in ("1 stream", "2 streams", "4 streams")]
+        for program in ("OpenVINO int8", "OpenVINO binary f32")
+    } | {"ONNX Runtime int8": ["ONNX Runtime int8, 2 sessions"]}
+    many = stream_rivals(engine, networks, images, 8)
+    assert ways(many)["OpenVINO int8"] == [
+        f"OpenVINO int8, {count}" for count in ("1 stream", "4 streams", "8 streams", "16 streams")
+    ]
+    assert all(not one.call and one.reason for rivals in many.values() for one in rivals)
 
-    def bind(self, images: Tensor) -> Callable[[], Tensor]:
-        return lambda: 2 * images
 
-
-@pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError])
-def test_a_rival_that_fails_gives_its_reason(images: Tensor, error: type[Exception]) -> None:
-    def fail() -> Any:
-        raise error("no such operator\nand much more")
-
-    assert deployed._rival(recipe(fail), images).reason == "no such operator"
-
-
-def test_a_rival_with_other_answers_is_not_run(images: Tensor) -> None:
-    found = deployed._rival(recipe(Doubling), images)
-    assert found.call is None
-    assert "agrees with the float twin on 0 of 9 images only" in found.reason
+def test_what_is_bound_with_streams_computes_the_batch_in_each(
+    found: dict[str, Rival], engine: Engine, networks: FloatNetworks, images: Tensor
+) -> None:
+    with torch.inference_mode():
+        programs = stream_rivals(engine, networks, images, 1)
+    for program, rivals in programs.items():
+        once, *others = rivals
+        assert all("OpenVINO makes 1 streams" in one.reason for one in others)
+        assert once.agreed == (None if program.endswith("int8") else (9, 9))
+        outputs = once.bound(images)()
+        assert len(outputs) == (1 if program.startswith("ONNX") else 2)
+        alone = found[program].bound(images)()
+        assert all(torch.allclose(output, alone, rtol=0.0, atol=1e-5) for output in outputs)
