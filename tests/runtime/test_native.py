@@ -1,6 +1,9 @@
 """Native programs: the whole network in one call, with the same bytes however it is called."""
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +134,45 @@ def test_concurrent_calls_of_several_batch_sizes_do_not_disturb_each_other() -> 
     engine = classifier()
     batches = [torch.randn(n, 3, 8, 8) for n in (1, 2, 3, 5, 8, 13)]
     assert wrong_results(engine, batches, threads=4, calls=60) == []
+
+
+@pytest.fixture
+def unhurried() -> Iterator[None]:
+    """Let a thread keep Python's lock for as long as it does not give it up by itself."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(3600.0)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_other_threads_go_on_while_a_program_runs(unhurried: None) -> None:
+    program = CpuProgram()
+    source = program.add_map(64, 32, 32)
+    out = program.sum(source, source, Clamp())
+    program.finish([source], [False], [out], [False])
+    native, images = program._program, torch.ones(256, 64, 32, 32)
+
+    def went_on() -> bool:
+        turn, ran, seen = threading.Lock(), list[bool](), list[bool]()
+
+        def other() -> None:
+            with turn:
+                ran.append(True)
+
+        def run(*arguments: Any) -> None:
+            turn.release()
+            native.run(*arguments)  # nothing else in here gives up Python's lock
+            seen.append(bool(ran))
+
+        program._program = SimpleNamespace(run=run)
+        turn.acquire()
+        thread = threading.Thread(target=other)
+        thread.start()
+        program(images)
+        thread.join()
+        return seen == [True]
+
+    assert any(went_on() for _ in range(10))
 
 
 def test_a_backend_without_programs_runs_operator_by_operator_and_says_so() -> None:
