@@ -6,6 +6,7 @@ tests/test_readme.py holds the README to them.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ DEPLOYED = {
     "OpenVINO f32": "OpenVINO float32",
     "ONNX Runtime int8": "ONNX Runtime int8",
     "torch.compile bf16": "`torch.compile` bfloat16",
+}
+# Of a file of streams, at their best; and of a file of AVX2.
+STREAMS = {
+    "OpenVINO binary f32": "OpenVINO binary",
+    "OpenVINO int8": "OpenVINO int8",
+    "ONNX Runtime int8": "ONNX Runtime int8",
+}
+AVX2 = {
+    "OpenVINO int8": "OpenVINO int8",
+    "OpenVINO f32": "OpenVINO float32",
+    "float, eager": "eager",
+    "float, torch.compile": "`torch.compile`",
 }
 LAYERS = ("64@56", "128@28", "256@14", "512@7")
 RIVALS = ("float, eager", "float, torch.compile")
@@ -65,12 +78,61 @@ def deployed() -> str:
     ]
     for network in NETWORKS.values():
         values = read(f"rivals-{network.replace('/', '-')}-2t-epyc-zen4.json")
+        lines += [row(f"`{network}`", *cells) for cells in times(values, DEPLOYED)]
+    return "\n".join(lines)
+
+
+def recorded(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give each network whose file, of a name with {} for the network, is there, and the file."""
+    for network in NETWORKS.values():
+        name = pattern.format(network.replace("/", "-"))
+        if (RESULTS / name).exists():
+            yield network, read(name)
+
+
+def streams() -> str:
+    """Return the table of images a second with several calls at once."""
+    lines = [
+        row("network", "images a call", "engine", *STREAMS.values()),
+        row("---", *["--:"] * (len(STREAMS) + 2)),
+    ]
+    for network, values in recorded("streams-{}-epyc-zen4.json"):
         for contest in values["batches"]:
-            taken, ratios = contest["contestants"], contest["engine_times_as_fast"]
-            cells = [f"{taken[who]['median_ms']:.2f}, {ratios[who]:.1f}x" for who in DEPLOYED]
-            engine = f"{taken['engine']['median_ms']:.2f}"
+            taken, best = contest["contestants"], contest["best"]
+            cells = [
+                f"{taken[best[program]]['median_images_per_second']:,.0f}, "
+                f"{contest['engine_times_as_fast'][program]:.1f}x"
+                for program in STREAMS
+            ]
+            engine = f"{taken['engine']['median_images_per_second']:,.0f}"
             lines.append(row(f"`{network}`", str(contest["batch"]), engine, *cells))
     return "\n".join(lines)
+
+
+def avx2() -> str:
+    """Return the table of contestants that use AVX2 at most, those that cannot be held to it out.
+
+    Raises:
+        ValueError: a rival of the table went beyond AVX2.
+    """
+    lines = [
+        row("network", "batch", "engine", *AVX2.values()),
+        row("---", *["--:"] * (len(AVX2) + 2)),
+    ]
+    for network, values in recorded("rivals-{}-2t-avx2-epyc-zen4.json"):
+        wider = set(AVX2) & set(values["beyond_the_isa"])
+        if wider:
+            raise ValueError(f"{network}: {', '.join(sorted(wider))} went beyond AVX2")
+        lines += [row(f"`{network}`", *cells) for cells in times(values, AVX2)]
+    return "\n".join(lines)
+
+
+def times(values: dict[str, Any], rivals: Iterable[str]) -> Iterator[list[str]]:
+    """Give cells for each batch: its size, the engine's time, times and ratios of rivals."""
+    for contest in values["batches"]:
+        taken, ratios = contest["contestants"], contest["engine_times_as_fast"]
+        cells = [f"{taken[who]['median_ms']:.2f}, {ratios[who]:.1f}x" for who in rivals]
+        yield [str(contest["batch"]), f"{taken['engine']['median_ms']:.2f}", *cells]
 
 
 def layers() -> str:
@@ -108,4 +170,4 @@ def peak() -> str:
 
 
 if __name__ == "__main__":
-    print(networks(), deployed(), layers(), peak(), sep="\n\n")
+    print(networks(), deployed(), streams(), avx2(), layers(), peak(), sep="\n\n")

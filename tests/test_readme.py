@@ -43,7 +43,7 @@ def test_the_example_runs(
 def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
     tables = runpy.run_path(str(README.parent / "benchmarks/tables.py"))
     text = README.read_text("utf-8")
-    for name in ("networks", "deployed", "layers"):
+    for name in ("networks", "deployed", "streams", "avx2", "layers"):
         assert tables[name]() in text
     assert tables["peak"]() in " ".join(text.split())
 
