@@ -19,6 +19,7 @@ from biper_engine.bench import (
 )
 from biper_engine.bench import comparison as module
 from biper_engine.bench.rivals import compiled_bf16_rival
+from biper_engine.bench.rivals.pytorch import eager_twin_rival
 from biper_engine.engine import Engine
 from tests.networks_by_hand import classifier
 
@@ -167,6 +168,25 @@ def test_the_bfloat16_rival_computes_what_the_network_does(
     torch.testing.assert_close(bound().float(), network(images(2)), rtol=0.05, atol=0.05)
     assert set(seen) == {torch.bfloat16}
     assert network.weight.dtype == torch.float32
+
+
+def test_the_eager_twin_is_checked_and_in_channels_last() -> None:
+    twin = torch.fx.symbolic_trace(_Tuple())
+    rival = eager_twin_rival(twin, images(2))
+    assert rival.agreed == (8, 8)
+    assert torch.equal(rival.bound(images(2))(), twin(images(2))[0])
+    assert twin.layer.weight.is_contiguous()
+
+
+class _Tuple(nn.Module):
+    """Returns a tuple, as captured networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 8, 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self.layer(images),)
 
 
 def test_everything_runs_in_inference_mode(engine: Engine) -> None:

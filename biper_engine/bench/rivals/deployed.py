@@ -15,6 +15,7 @@ from biper_engine.bench.rivals.binary_convolution import binary_model
 from biper_engine.bench.rivals.onnx_files import CALIBRATION_IMAGES
 from biper_engine.bench.rivals.onnx_runtime import REST_MS, OnnxRuntimeNetwork, OnnxRuntimeSessions
 from biper_engine.bench.rivals.open_vino import OpenVinoNetwork, OpenVinoStreams, has_bf16
+from biper_engine.bench.rivals.pytorch import eager_twin_rival
 from biper_engine.bench.rivals.recipe import FloatNetworks, Network, OnnxFiles, Recipe, rival_of
 from biper_engine.bench.rivals.rival import Rival
 from biper_engine.engine import Engine
@@ -33,9 +34,9 @@ def deployed_rivals(
 ) -> list[Rival]:
     """Return every runtime with every precision, checked where it must agree; none is timed.
 
-    The float twin on OpenVINO in float32, bfloat16 and int8; the engine's own graph on OpenVINO's
-    BinaryConvolution, in float32 and bfloat16 otherwise; the float twin on ONNX Runtime in float32
-    and int8.
+    The float twin in eager PyTorch, and on OpenVINO in float32, bfloat16 and int8; the engine's own
+    graph on OpenVINO's BinaryConvolution, in float32 and bfloat16 otherwise; the float twin on ONNX
+    Runtime in float32 and int8.
 
     Args:
         engine: takes and returns one tensor.
@@ -47,7 +48,8 @@ def deployed_rivals(
         files = OnnxFiles(Path(folder), networks.twin, images)
         recipes = [*_openvino(files, threads), *_openvino_binary(engine, images, threads)]
         recipes += _onnx_runtime(files, threads)
-        return [rival_of(recipe, images) for recipe in recipes]
+        made = [rival_of(recipe, images) for recipe in recipes]
+    return [eager_twin_rival(networks.twin, images), *made]
 
 
 def openvino_float_rivals(

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from biper_engine.bench.rivals.rival import Rival, first_line
+from biper_engine.bench.rivals.recipe import TWIN
+from biper_engine.bench.rivals.rival import Rival, check_images, checked, first_line
 
 __all__ = [
     "COMPILED",
@@ -17,6 +18,7 @@ __all__ = [
     "compiled_bf16_rival",
     "compiled_rival",
     "eager_rival",
+    "eager_twin_rival",
 ]
 
 EAGER, COMPILED, COMPILED_BF16 = "float, eager", "float, torch.compile", "torch.compile bf16"
@@ -26,6 +28,24 @@ def eager_rival(model: nn.Module) -> Rival:
     """Return the network as it stands: eager, float32, in channels_last memory."""
     how = "float32, channels_last, as the model is written"
     return Rival(name=EAGER, how=how, call=_channels_last(model))
+
+
+def eager_twin_rival(twin: fx.GraphModule, images: Tensor) -> Rival:
+    """Return the float twin in eager float32, in channels_last memory, checked; it is not timed.
+
+    Args:
+        twin: a copy of it is called.
+        images: the batch.
+    """
+    network = _channels_last(twin)
+    rival = Rival(
+        name="PyTorch f32",
+        how=f"{TWIN}, eager, float32, channels_last",
+        call=lambda batch: network(batch)[0],
+        wanted=lambda batch: twin(batch)[0],
+        beside=TWIN,
+    )
+    return checked(rival, check_images(images))
 
 
 def compiled_rival(model: nn.Module, images: Tensor) -> Rival:
