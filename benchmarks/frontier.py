@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from mobilenet_v3 import MobileNetV3, mobilenet_v3_large, mobilenet_v3_small
-from recording import RESULTS, record
+from recording import RESULTS, least_disturbed, record, tries_told
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -254,10 +254,14 @@ def main() -> int:
     parser.add_argument("--batch", type=int, action="append", help="repeatable; 1 and 8")
     parser.add_argument("--threads", type=int, default=2, help="of every network")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each batch")
+    parser.add_argument("--tries", type=int, default=3, help="runs at most, as of rivals.py; 3")
     parser.add_argument("--into", type=Path, default=RESULTS)
     options = parser.parse_args()
     budget = replace(TURNS, seconds=options.seconds)
-    values = measure(options.batch or [1, 8], options.threads, budget)
+    values = least_disturbed(
+        measure(options.batch or [1, 8], options.threads, budget)
+        for _ in range(max(options.tries, 1))
+    )
     record(values, options.into / f"frontier-{options.machine}.json")
     for found in values["batches"]:
         print(f"batch {found['batch']}")
@@ -266,6 +270,7 @@ def main() -> int:
             print(f"  {name}: {taken['median_ms']:.3f} ms, alone {alone_ms:.3f} ms")
         for name, reason in found["did_not_run"].items():
             print(f"  {name} did not run: {reason}")
+    print("\n".join(tries_told(values)))
     return 0
 
 

@@ -1,17 +1,19 @@
-"""Where recorded results lie, and what each has in front: the commit that was measured."""
+"""Where recorded results lie, what each has in front, and which of several tries it is of."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "ROOT", "commit", "record"]
+__all__ = ["RESULTS", "ROOT", "commit", "disturbance", "least_disturbed", "record", "tries_told"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+DISTURBED = 0.05
 
 
 def commit() -> str:
@@ -29,3 +31,43 @@ def record(values: Mapping[str, Any], path: Path) -> None:
     """Write JSON values to a file, the commit in front."""
     text = json.dumps({"commit": commit(), **values}, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def disturbance(values: dict[str, Any]) -> float:
+    """Return the most by which a contestant was slower in turn than alone, over its time alone.
+
+    0 where none was, or times alone were not measured.
+    """
+    return max(
+        (
+            contest["contestants"][name]["median_ms"] / alone - 1.0
+            for contest in values["batches"]
+            for name, alone in contest.get("alone_ms", {}).items()
+        ),
+        default=0.0,
+    )
+
+
+def least_disturbed(tries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return what was least disturbed, and look no further than the first that was not.
+
+    Returns:
+        Its values, in front of them the disturbance of each try up to there.
+    """
+    found: list[float] = []
+    best: dict[str, Any] = {}
+    for values in tries:
+        found.append(disturbance(values))
+        if found[-1] == min(found):
+            best = values
+        if found[-1] <= DISTURBED:
+            break
+    return {"disturbance_of_tries": found, **best}
+
+
+def tries_told(values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each try of what `least_disturbed` returned."""
+    return [
+        f"  try {n}: up to {most:.0%} slower in turn than alone"
+        for n, most in enumerate(values.get("disturbance_of_tries", ()), 1)
+    ]

@@ -24,11 +24,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recording import RESULTS, record
+from recording import RESULTS, least_disturbed, record, tries_told
 
 NETWORKS = (
     *("cifar10/resnet20_1w1a", "cifar10/resnet18_1w1a", "cifar10/vgg_small_1w1a"),
@@ -42,7 +42,6 @@ ISAS = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     }
 }
-DISTURBED = 0.05
 WIDER = "avx512"  # in the name of a kernel of OpenVINO
 MAIN = "import sys; from biper_engine.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -85,38 +84,6 @@ def measure(network: str, words: list[str], isa: str | None) -> dict[str, Any]:
     return values
 
 
-def disturbance(values: dict[str, Any]) -> float:
-    """Return the most by which a contestant was slower in turn than alone, over its time alone.
-
-    0 where none was, or times alone were not measured.
-    """
-    return max(
-        (
-            contest["contestants"][name]["median_ms"] / alone - 1.0
-            for contest in values["batches"]
-            for name, alone in contest.get("alone_ms", {}).items()
-        ),
-        default=0.0,
-    )
-
-
-def least_disturbed(tries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return what was least disturbed, and look no further than the first that was not.
-
-    Returns:
-        Its values, in front of them the disturbance of each try up to there.
-    """
-    found: list[float] = []
-    best: dict[str, Any] = {}
-    for values in tries:
-        found.append(disturbance(values))
-        if found[-1] == min(found):
-            best = values
-        if found[-1] <= DISTURBED:
-            break
-    return {"disturbance_of_tries": found, **best}
-
-
 def summary(values: dict[str, Any]) -> list[str]:
     """Return a line per batch: each contestant's median, and how often the engine is as fast."""
     lines = []
@@ -128,10 +95,7 @@ def summary(values: dict[str, Any]) -> list[str]:
             cells.append(f"{name} {amount(taken)}" + (f" ({ratio:.2f}x)" if ratio else ""))
         cells += [f"{name} did not run" for name in contest["did_not_run"]]
         lines.append(f"  batch {contest['batch']}: " + "; ".join(cells))
-    tries = values.get("disturbance_of_tries", [])
-    lines += [
-        f"  try {n}: up to {most:.0%} slower in turn than alone" for n, most in enumerate(tries, 1)
-    ]
+    lines += tries_told(values)
     lines += [f"  beyond: {name}, {why}" for name, why in values.get("beyond_the_isa", {}).items()]
     return lines
 

@@ -138,8 +138,8 @@ def times(values: dict[str, Any], rivals: Iterable[str]) -> Iterator[list[str]]:
 def layers() -> str:
     """Return the table of single layers: a row per layer, called in turn with F.conv2d."""
     lines = [
-        row("layer", "`F.conv2d`", "on bits", "faster by", "of the peak"),
-        row("---", "--:", "--:", "--:", "--:"),
+        row("layer", "`F.conv2d`", "on bits", "faster by", "kernel", "of the peak", "bits only"),
+        row("---", *["--:"] * 6),
     ]
     found = {
         entry["extra_info"]["layer"]: entry["extra_info"]
@@ -154,7 +154,11 @@ def layers() -> str:
                 f"{1e3 * info['float_conv2d']['median_ms']:,.0f} us",
                 f"{1e3 * info['engine_in_turn']['median_ms']:,.0f} us",
                 f"{info['times_as_fast_as_conv2d']:.1f}x",
-                f"{info['share_of_popcount_peak']:.0%}",
+                f"{info['kernel']['fused']['median_us']:,.0f} us",
+                *(
+                    f"{info['kernel'][kind]['share_of_popcount_peak']:.0%}"
+                    for kind in ("fused", "bits_only")
+                ),
             )
         )
     return "\n".join(lines)

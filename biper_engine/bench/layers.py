@@ -12,6 +12,7 @@ from torch import Tensor
 from biper_engine import ops
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.ops.backends import select
+from biper_engine.ops.cpu_program import CpuProgram
 
 __all__ = ["RESNET18_LAYERS", "ConvShape", "LayerWork", "network_work"]
 
@@ -110,6 +111,7 @@ class LayerWork:
         )
         prepacked = ops.prepack(packed, geometry, backend.name)
         self._fused = backend.bind_fused(geometry, epilogue, prepacked, torch.float32, True)
+        self._epilogue, self._prepacked = epilogue, prepacked
         dots = ops.bconv2d(self._bits, packed, geometry)
         if not torch.equal(dots, self.float_call().round().to(torch.int32)):
             raise ValueError(
@@ -119,6 +121,40 @@ class LayerWork:
     def engine_call(self) -> tuple[Tensor | None, Tensor | None]:
         """Run it on bits, epilogue included."""
         return self._fused(self._bits, self._residual)
+
+    def kernel_call(self, *, fused: bool) -> Callable[[], float]:
+        """Return a call that runs it as a native program and returns the seconds of its one step.
+
+        Args:
+            fused: with the residual, the clamp and the float map; else what leaves are the next
+                layer's bits alone, an accumulator's scale, bias and threshold.
+
+        Raises:
+            ValueError: the backend is not cpu.
+        """
+        if self.backend != "cpu":
+            raise ValueError(
+                f"Programs run on backend cpu; {self.shape.name} is on {self.backend}."
+            )
+        program, geometry = CpuProgram(), self.shape.geometry
+        bits = program.add_map(geometry.in_channels, self.shape.size, self.shape.size, packed=True)
+        _, channels, height, width = self._residual.shape
+        residual = program.add_map(channels, height, width) if fused else None
+        outputs = program.conv(
+            *(bits, geometry, self._epilogue, self._prepacked, residual),
+            want_float=fused,
+            want_bits=True,
+        )
+        maps = [bits] if residual is None else [bits, residual]
+        leaving = [out for out in outputs if out is not None]
+        program.finish(maps, [False] * len(maps), leaving, [False] * len(leaving))
+        inputs = (self._bits, self._residual)[: len(maps)]
+
+        def call() -> float:
+            _, (seconds,) = program.timed(*inputs)
+            return seconds
+
+        return call
 
     def float_call(self) -> Tensor:
         """Run PyTorch's float32 convolution in channels_last memory."""

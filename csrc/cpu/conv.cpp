@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cut.h"
 #include "dispatch.h"
 #include "thread_pool.h"
 
@@ -31,8 +32,6 @@ constexpr int64_t kFewestRows = 4;      // a thinner strip copies too many rows 
 // Vector steps (a xor, a popcount, an add) of work, some 10 us, below which waking another thread
 // costs more than it brings.
 constexpr int64_t kStepsPerThread = 20000;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sizes of a convolution's weights for one instruction set.
 struct Layout {
@@ -131,14 +130,16 @@ int64_t cut(ConvPlan& plan, const Blocking& blocking, int64_t threads) {
                        double(blocking.parts);
   threads = std::max<int64_t>(
       1, static_cast<int64_t>(std::min(double(threads), steps / kStepsPerThread)));
+  int64_t strips = ceil_div(plan.out_h, plan.strip_rows);
   if (threads > 1) {
+    const Cut wanted{plan.out_h, kFewestRows, divisible(plan) ? blocks : 1};
     const int64_t pieces = ceil_div(threads * kUnitsPerThread, plan.batch);
-    const int64_t strips = std::min(pieces, std::max<int64_t>(1, plan.out_h / kFewestRows));
-    plan.strip_rows = std::min(plan.strip_rows, ceil_div(plan.out_h, strips));
-    const int64_t chunks = ceil_div(pieces, ceil_div(plan.out_h, plan.strip_rows));
+    strips = std::max(strips, wanted.strips(pieces, ceil_div(threads, plan.batch)));
+    const int64_t chunks = ceil_div(pieces, strips);
     if (divisible(plan)) plan.chunk_blocks = ceil_div(blocks, std::min(chunks, blocks));
   }
-  plan.strips = ceil_div(plan.out_h, plan.strip_rows);
+  plan.strips = strips;
+  plan.strip_rows = ceil_div(plan.out_h, strips);
   plan.chunks = ceil_div(blocks, plan.chunk_blocks);
   plan.units = checked_product("The batch", {plan.batch, plan.strips, plan.chunks});
   return threads;

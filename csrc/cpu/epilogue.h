@@ -19,8 +19,8 @@ BIPER_INLINE Unit unit_of(const Plan& plan, int64_t index, int64_t blocks) {
   const int64_t chunk = index % plan.chunks;
   const int64_t strip = index / plan.chunks % plan.strips;
   unit.image = index / plan.chunks / plan.strips;
-  unit.first_row = strip * plan.strip_rows;
-  unit.last_row = min64(unit.first_row + plan.strip_rows, plan.out_h);
+  unit.first_row = plan.out_h * strip / plan.strips;
+  unit.last_row = plan.out_h * (strip + 1) / plan.strips;
   unit.conv_first = unit.first_row;
   unit.conv_last = unit.last_row;
   if (plan.pooled) {

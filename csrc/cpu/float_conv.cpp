@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cut.h"
 #include "dispatch.h"
 #include "winograd.h"
 
@@ -22,8 +23,6 @@ constexpr int64_t kTileVector = 16;  // a multiple of every instruction set's fl
 constexpr int64_t kMostChannels = 8;
 // Multiply-adds, some 10 us, below which waking another thread costs more than it brings.
 constexpr double kStepsPerThread = 200000;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t strip_values(const FloatConvPlan& plan, int64_t out_rows) {
   int64_t rows = out_rows;
@@ -115,22 +114,25 @@ void cut(FloatConvPlan& plan, int64_t lanes, bool wants_bits, int64_t threads) {
   }
   const double steps = double(plan.batch) * double(plan.conv_h) * double(plan.conv_w) *
                        double(plan.depth) * double(plan.out_channels);
+  int64_t strips = ceil_div(plan.out_h, plan.strip_rows);
   const double useful = std::max(1.0, std::min(double(threads), steps / kStepsPerThread));
   if (useful > 1.0) {
     const int64_t per_thread = plan.winograd ? kTiledUnitsPerThread
                                : plan.pooled ? kPooledUnitsPerThread
                                              : kUnitsPerThread;
-    const int64_t pieces =
-        ceil_div(static_cast<int64_t>(useful) * per_thread, std::max<int64_t>(plan.batch, 1));
-    const int64_t strips = std::min(pieces, std::max<int64_t>(1, plan.out_h / kFewestRows));
-    plan.strip_rows = std::min(plan.strip_rows, ceil_div(plan.out_h, strips));
-    const int64_t chunks = ceil_div(pieces, ceil_div(plan.out_h, plan.strip_rows));
+    const int64_t threads_used = static_cast<int64_t>(useful);
+    const int64_t batch = std::max<int64_t>(plan.batch, 1);
+    const int64_t pieces = ceil_div(threads_used * per_thread, batch);
+    const Cut wanted{plan.out_h, kFewestRows, plan.blocks};
+    strips = std::max(strips, wanted.strips(pieces, ceil_div(threads_used, batch)));
+    const int64_t chunks = ceil_div(pieces, strips);
     // Threads share no word of bits.
     const int64_t together = wants_bits ? std::max<int64_t>(1, kWordBits / lanes) : 1;
     const int64_t groups = ceil_div(plan.blocks, together);
     plan.chunk_blocks = ceil_div(groups, std::min(chunks, groups)) * together;
   }
-  plan.strips = ceil_div(plan.out_h, plan.strip_rows);
+  plan.strips = strips;
+  plan.strip_rows = ceil_div(plan.out_h, strips);
   plan.chunks = ceil_div(plan.blocks, plan.chunk_blocks);
   plan.units = checked_product("The batch", {plan.batch, plan.strips, plan.chunks});
 }

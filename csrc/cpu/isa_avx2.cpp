@@ -124,6 +124,13 @@ struct Avx2 {
   BIPER_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   BIPER_INLINE Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
   BIPER_INLINE Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  // Values at even and at odd places of a, then of b.
+  BIPER_INLINE Float even(Float a, Float b) { return in_order(_mm256_shuffle_ps(a, b, 0x88)); }
+  BIPER_INLINE Float odd(Float a, Float b) { return in_order(_mm256_shuffle_ps(a, b, 0xdd)); }
+  // Pairs of a, b, a, b become pairs of a, a, b, b.
+  BIPER_INLINE Float in_order(Float v) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+  }
   // MAXPS and MINPS return their second operand where neither is larger: exactly v < low ? low : v
   // and v > high ? high : v, also for zeros of either sign.
   BIPER_INLINE Float at_least_or(Float v, Float low) { return _mm256_max_ps(low, v); }

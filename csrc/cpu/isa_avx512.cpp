@@ -94,6 +94,17 @@ struct Avx512 {
   BIPER_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   BIPER_INLINE Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
   BIPER_INLINE Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  // Values at even and at odd places of a, then of b.
+  BIPER_INLINE Float even(Float a, Float b) {
+    const __m512i places =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, places, b);
+  }
+  BIPER_INLINE Float odd(Float a, Float b) {
+    const __m512i places =
+        _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(a, places, b);
+  }
   // MAXPS and MINPS return their second operand where neither is larger: exactly v < low ? low : v
   // and v > high ? high : v, also for zeros of either sign.
   BIPER_INLINE Float at_least_or(Float v, Float low) { return _mm512_max_ps(low, v); }

@@ -97,6 +97,9 @@ struct Neon {
   BIPER_INLINE Float add(Float a, Float b) { return vaddq_f32(a, b); }
   BIPER_INLINE Float subtract(Float a, Float b) { return vsubq_f32(a, b); }
   BIPER_INLINE Float multiply(Float a, Float b) { return vmulq_f32(a, b); }
+  // Values at even and at odd places of a, then of b.
+  BIPER_INLINE Float even(Float a, Float b) { return vuzp1q_f32(a, b); }
+  BIPER_INLINE Float odd(Float a, Float b) { return vuzp2q_f32(a, b); }
   // FMAX orders zeros by their sign, so compare and select: exactly v < low ? low : v and
   // v > high ? high : v.
   BIPER_INLINE Float at_least_or(Float v, Float low) {

@@ -134,6 +134,15 @@ struct Portable {
   BIPER_INLINE Float multiply(Float a, Float b) {
     return each([&](int l) { return a.lane[l] * b.lane[l]; });
   }
+  // Values at even and at odd places of a, then of b.
+  BIPER_INLINE Float even(Float a, Float b) { return every_second(a, b, 0); }
+  BIPER_INLINE Float odd(Float a, Float b) { return every_second(a, b, 1); }
+  BIPER_INLINE Float every_second(Float a, Float b, int first) {
+    return each([&](int l) {
+      const int place = 2 * l + first;
+      return place < kFloats ? a.lane[place] : b.lane[place - kFloats];
+    });
+  }
   BIPER_INLINE Float at_least_or(Float v, Float low) {
     return each([&](int l) { return v.lane[l] < low.lane[l] ? low.lane[l] : v.lane[l]; });
   }

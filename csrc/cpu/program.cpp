@@ -1,8 +1,10 @@
 // How a program is checked, placed in memory and run by several threads.
 //
-// Threads run the steps side by side: units of the current step are taken from a counter, and a
-// thread that finds none left waits until those that others took are done. So a thread that comes
-// late, or whose core is taken away while it holds no unit, keeps nobody waiting.
+// Threads run the steps side by side. The units of a step are cut into a range for each thread, the
+// same part of the maps in every step, so that a thread finds in its core's cache what it wrote
+// there; whoever is done with its own range takes what is left of the others', and where nothing is
+// left waits until what others took is done. So a thread that comes late, or whose core is taken
+// away while it holds no unit, keeps nobody waiting.
 #include "program.h"
 
 #include <algorithm>
@@ -35,9 +37,8 @@ void pause_processor() {
 #endif
 }
 
-struct alignas(64) Progress {
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> done{0};
+struct alignas(64) Counter {
+  std::atomic<int64_t> value{0};
 };
 
 double now() {
@@ -50,31 +51,56 @@ double now() {
 struct Program::Instance {
   Setting setting;
   std::vector<std::unique_ptr<ReadyStep>> steps;
-  std::unique_ptr<Progress[]> progress;
+  int64_t ranges = 1;                // of units, in every step
+  std::unique_ptr<Counter[]> taken;  // [steps, ranges]
+  std::unique_ptr<Counter[]> done;   // [steps]
   std::unique_ptr<char, void (*)(void*)> arena{nullptr, std::free};
   std::vector<void*> maps;
   size_t scratch_bytes = 0;
   double* seconds = nullptr;  // [steps] or null
 
-  void run(void* scratch) const;
+  void reset();
+  void run(int64_t thread, void* scratch) const;
+  int64_t run_units(size_t step, int64_t thread, void* scratch) const;
 };
 
-void Program::Instance::run(void* scratch) const {
-  for (size_t s = 0; s < steps.size(); ++s) {
-    const Job& job = steps[s]->job;
-    Progress& at = progress[s];
-    int64_t mine = 0;
-    for (;;) {
-      const int64_t unit = at.next.fetch_add(1, std::memory_order_relaxed);
-      if (unit >= job.units) break;
-      job.run(job.context, unit, scratch);
+void Program::Instance::reset() {
+  const size_t counters = steps.size() * static_cast<size_t>(ranges);
+  for (size_t c = 0; c < counters; ++c) taken[c].value.store(0, std::memory_order_relaxed);
+  for (size_t s = 0; s < steps.size(); ++s) done[s].value.store(0, std::memory_order_relaxed);
+}
+
+// Takes units of a step until none is left, those of the thread's own range first; returns how many
+// it ran.
+int64_t Program::Instance::run_units(size_t step, int64_t thread, void* scratch) const {
+  const Job& job = steps[step]->job;
+  Counter* counters = taken.get() + step * static_cast<size_t>(ranges);
+  int64_t mine = 0;
+  for (int64_t i = 0; i < ranges; ++i) {
+    const int64_t range = (thread + i) % ranges;
+    const int64_t first = job.units * range / ranges;
+    const int64_t units = job.units * (range + 1) / ranges - first;
+    std::atomic<int64_t>& next = counters[range].value;
+    while (next.load(std::memory_order_relaxed) < units) {
+      const int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= units) break;
+      job.run(job.context, first + unit, scratch);
       ++mine;
     }
-    if (mine > 0 && at.done.fetch_add(mine, std::memory_order_acq_rel) + mine == job.units) {
+  }
+  return mine;
+}
+
+void Program::Instance::run(int64_t thread, void* scratch) const {
+  for (size_t s = 0; s < steps.size(); ++s) {
+    const int64_t units = steps[s]->job.units;
+    const int64_t mine = run_units(s, thread, scratch);
+    std::atomic<int64_t>& count = done[s].value;
+    if (mine > 0 && count.fetch_add(mine, std::memory_order_acq_rel) + mine == units) {
       if (seconds != nullptr) seconds[s] = now();
       continue;
     }
-    for (int looks = 0; at.done.load(std::memory_order_acquire) < job.units; ++looks) {
+    for (int looks = 0; count.load(std::memory_order_acquire) < units; ++looks) {
       looks < kPausesBeforeYield ? pause_processor() : std::this_thread::yield();
     }
   }
@@ -337,12 +363,17 @@ std::unique_ptr<Program::Instance> Program::make(const Setting& setting) const {
   instance->arena.reset(
       static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes))));
   if (!instance->arena) throw std::bad_alloc();
+  int64_t most_units = 1;
   for (const auto& step : steps_) {
     instance->steps.push_back(step->ready(setting));
-    instance->scratch_bytes =
-        std::max(instance->scratch_bytes, instance->steps.back()->job.scratch_bytes);
+    const Job& job = instance->steps.back()->job;
+    instance->scratch_bytes = std::max(instance->scratch_bytes, job.scratch_bytes);
+    most_units = std::max(most_units, job.units);
   }
-  instance->progress = std::make_unique<Progress[]>(steps_.size());
+  instance->ranges = std::min(setting.threads, most_units);
+  instance->done = std::make_unique<Counter[]>(steps_.size());
+  instance->taken =
+      std::make_unique<Counter[]>(steps_.size() * static_cast<size_t>(instance->ranges));
   instance->maps.assign(maps_.size(), nullptr);
   return instance;
 }
@@ -446,16 +477,13 @@ void Program::run_part(const Setting& setting, int64_t first, const std::vector<
       }
     }
   }
-  for (size_t s = 0; s < steps_.size(); ++s) {
-    instance->steps[s]->bind(instance->maps.data());
-    instance->progress[s].next.store(0, std::memory_order_relaxed);
-    instance->progress[s].done.store(0, std::memory_order_relaxed);
-  }
+  for (const auto& step : instance->steps) step->bind(instance->maps.data());
+  instance->reset();
   std::vector<double> ends(seconds != nullptr ? steps_.size() : 0);
   instance->seconds = seconds != nullptr ? ends.data() : nullptr;
   const double start = now();
-  const auto walk = [](const void* context, int64_t, void* scratch) {
-    static_cast<const Instance*>(context)->run(scratch);
+  const auto walk = [](const void* context, int64_t thread, void* scratch) {
+    static_cast<const Instance*>(context)->run(thread, scratch);
   };
   run_job({walk, instance.get(), setting.threads, instance->scratch_bytes}, setting.threads);
   for (size_t s = 0; s < ends.size(); ++s) (*seconds)[s] += ends[s] - start;

@@ -1,10 +1,15 @@
+from typing import Any
+
 import pytest
 import torch
 
 from biper_engine.bench import RESNET18_LAYERS, ConvShape, LayerWork, network_work
 from biper_engine.ops import use_backend
+from biper_engine.ops.backends import backends
+from biper_engine.ops.cpu_program import CpuProgram
 from biper_engine.ops.reference import ReferenceBackend
 
+CPU = {info.name: info.available for info in backends()}["cpu"]
 SMALL = ConvShape(in_channels=33, out_channels=40, size=6, stride=2, count=2)
 
 
@@ -44,3 +49,29 @@ def test_a_network_runs_each_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> N
     in_float()
     on_bits()
     assert ran == ["float_call"] * 2 + ["engine_call"] * 2
+
+
+@pytest.mark.skipif(not CPU, reason="no cpu backend here")
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_kernel_alone_computes_what_the_layer_does(
+    monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    work = LayerWork(SMALL, batch=3)
+    original, seen = CpuProgram.timed, list[tuple[torch.Tensor, ...]]()
+
+    def watched(self: CpuProgram, *inputs: torch.Tensor) -> Any:
+        outputs, seconds = original(self, *inputs)
+        seen.append(outputs)
+        return outputs, seconds
+
+    monkeypatch.setattr(CpuProgram, "timed", watched)
+    assert work.kernel_call(fused=fused)() > 0.0
+    if fused:
+        assert all(map(torch.equal, seen[0], work.engine_call()))
+    else:
+        assert [tuple(out.shape) for out in seen[0]] == [(3, 3, 3, 2)]
+
+
+def test_the_kernel_alone_is_the_cpu_backends() -> None:
+    with use_backend("reference"), pytest.raises(ValueError, match="is on reference"):
+        LayerWork(SMALL).kernel_call(fused=True)

@@ -117,25 +117,3 @@ def test_a_line_has_times_or_images_a_second_and_what_went_beyond() -> None:
         "  batch 1: b, 1 stream 1,234 images/s on 2.0 processors; b, 2 streams 1,234 images/s on "
         "2.0 processors (1.00x); engine 1,234 images/s on 2.0 processors"
     ]
-
-
-def turns(*ratios: float) -> dict[str, Any]:
-    """Return what was measured where contestants take so many times their times alone, of 2 ms."""
-    contestants = {str(i): {"median_ms": 2.0 * ratio} for i, ratio in enumerate(ratios)}
-    return values(contestants=contestants, alone_ms=dict.fromkeys(contestants, 2.0))
-
-
-def test_the_disturbance_is_that_of_the_contestant_that_lost_most() -> None:
-    assert rivals.disturbance(turns(0.5, 1.25, 1.1)) == pytest.approx(0.25)
-    assert rivals.disturbance(values(contestants={"engine": {"median_ms": 1.0}})) == 0.0
-
-
-def test_a_disturbed_run_is_repeated_and_the_least_disturbed_one_is_kept() -> None:
-    left = iter([turns(1.5), turns(1.04), turns(1.0)])
-    kept = rivals.least_disturbed(left)
-    assert kept["batches"] == turns(1.04)["batches"]
-    assert kept["disturbance_of_tries"] == pytest.approx([0.5, 0.04])
-    assert len(list(left)) == 1
-    kept = rivals.least_disturbed([turns(1.5), turns(1.2), turns(1.3)])
-    assert kept["batches"] == turns(1.2)["batches"]
-    assert kept["disturbance_of_tries"] == pytest.approx([0.5, 0.2, 0.3])

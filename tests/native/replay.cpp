@@ -4,8 +4,10 @@
 //     replay cases FILE ISA    runs the cases of a file (see cases.py) and compares every byte
 //     replay refusals ISA      makes calls that do not fit; each must be refused
 //     replay programs ISA      runs whole networks in many ways and prints a hash of their bytes
+//     replay cuts              cuts maps of many sizes for some threads; each must get its share
 //
-// Exits with 1 where a byte differs or a call is not refused, with 2 where it cannot run.
+// Exits with 1 where a byte differs, a call is not refused or a cut unfair, with 2 where it cannot
+// run.
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -16,6 +18,7 @@
 #include <vector>
 
 #include "conv.h"
+#include "cuts.h"
 #include "dispatch.h"
 #include "maps.h"
 #include "memory.h"
@@ -288,6 +291,13 @@ int print_isas() {
   return 0;
 }
 
+int run_cuts() {
+  const Cuts found = cuts();
+  std::printf("%lld cuts, %lld unfair\n", static_cast<long long>(found.tried),
+              static_cast<long long>(found.unfair));
+  return found.unfair == 0 ? 0 : 1;
+}
+
 int main_of(const std::vector<std::string>& arguments) {
   const std::string command = arguments.empty() ? "" : arguments[0];
   if (command == "isa" && arguments.size() == 1) return print_isas();
@@ -296,7 +306,8 @@ int main_of(const std::vector<std::string>& arguments) {
   }
   if (command == "refusals" && arguments.size() == 2) return run_refusals(arguments[1]);
   if (command == "programs" && arguments.size() == 2) return run_programs(arguments[1]);
-  std::fprintf(stderr, "usage: replay isa | cases FILE ISA | refusals ISA | programs ISA\n");
+  if (command == "cuts" && arguments.size() == 1) return run_cuts();
+  std::fprintf(stderr, "usage: replay isa | cases FILE ISA | refusals ISA | programs ISA | cuts\n");
   return 2;
 }
 

@@ -79,6 +79,11 @@ def test_calls_that_do_not_fit_are_refused_untouched(sanitized: Replay, isa: str
     expect_refusals(sanitized, isa)
 
 
+def test_threads_get_as_many_strips_and_rows_as_each_other(sanitized: Replay) -> None:
+    done = sanitized("cuts")
+    assert (done.stdout, done.stderr) == ("32400 cuts, 0 unfair\n", "")
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_sanitized_programs_give_the_same_bytes(sanitized: Replay, isa: str) -> None:
     sanitized.need(isa)
