@@ -33,31 +33,33 @@ def record(values: Mapping[str, Any], path: Path) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def disturbance(values: dict[str, Any]) -> float:
+def disturbance(values: Mapping[str, Any]) -> float | None:
     """Return the most by which a contestant was slower in turn than alone, over its time alone.
 
-    0 where none was, or times alone were not measured.
+    None where times alone were not measured.
     """
-    return max(
-        (
-            contest["contestants"][name]["median_ms"] / alone - 1.0
-            for contest in values["batches"]
-            for name, alone in contest.get("alone_ms", {}).items()
-        ),
-        default=0.0,
-    )
+    slower = [
+        contest["contestants"][name]["median_ms"] / alone - 1.0
+        for contest in values["batches"]
+        for name, alone in contest.get("alone_ms", {}).items()
+    ]
+    return max(slower, default=None)
 
 
 def least_disturbed(tries: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return what was least disturbed, and look no further than the first that was not.
 
     Returns:
-        Its values, in front of them the disturbance of each try up to there.
+        Its values, in front of them the disturbance of each try up to there. The first try as it is
+        where its disturbance is not known.
     """
     found: list[float] = []
     best: dict[str, Any] = {}
     for values in tries:
-        found.append(disturbance(values))
+        slower = disturbance(values)
+        if slower is None:
+            return values
+        found.append(slower)
         if found[-1] == min(found):
             best = values
         if found[-1] <= DISTURBED:

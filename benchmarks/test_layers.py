@@ -48,7 +48,7 @@ def kernels(work: LayerWork, peak: Mapping[str, float]) -> dict[str, dict[str, A
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(KERNEL_CALLS):
         for name, call in calls.items():
-            call()  # whose data those of the other one have pushed out
+            call()  # brings its data back into the caches
             seconds[name].append(call())
     found = {}
     for name, taken in seconds.items():

@@ -8,7 +8,7 @@ namespace biper {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What can be cut: rows of output, of which a strip should have some, and blocks of its channels.
+// What can be cut: rows of output, of which a strip should have some, and channels, into blocks.
 struct Cut {
   int64_t rows, fewest_rows, blocks;
 

@@ -123,12 +123,12 @@ void cut(FloatConvPlan& plan, int64_t lanes, bool wants_bits, int64_t threads) {
     const int64_t threads_used = static_cast<int64_t>(useful);
     const int64_t batch = std::max<int64_t>(plan.batch, 1);
     const int64_t pieces = ceil_div(threads_used * per_thread, batch);
-    const Cut wanted{plan.out_h, kFewestRows, plan.blocks};
-    strips = std::max(strips, wanted.strips(pieces, ceil_div(threads_used, batch)));
-    const int64_t chunks = ceil_div(pieces, strips);
     // Threads share no word of bits.
     const int64_t together = wants_bits ? std::max<int64_t>(1, kWordBits / lanes) : 1;
     const int64_t groups = ceil_div(plan.blocks, together);
+    const Cut wanted{plan.out_h, kFewestRows, groups};
+    strips = std::max(strips, wanted.strips(pieces, ceil_div(threads_used, batch)));
+    const int64_t chunks = ceil_div(pieces, strips);
     plan.chunk_blocks = ceil_div(groups, std::min(chunks, groups)) * together;
   }
   plan.strips = strips;

@@ -24,9 +24,14 @@ def turns(*ratios: float) -> dict[str, Any]:
 
 def test_the_disturbance_is_that_of_the_contestant_that_lost_most() -> None:
     assert recording.disturbance(turns(0.5, 1.25, 1.1)) == pytest.approx(0.25)
-    assert (
-        recording.disturbance({"batches": [{"contestants": {"engine": {"median_ms": 1.0}}}]}) == 0.0
-    )
+
+
+def test_a_run_whose_disturbance_is_not_known_is_taken_as_it_is() -> None:
+    counted = {"batches": [{"contestants": {"engine": {"median_images_per_second": 1.0}}}]}
+    assert recording.disturbance(counted) is None
+    left = iter([counted, turns(1.0)])
+    assert recording.least_disturbed(left) is counted
+    assert len(list(left)) == 1
 
 
 def test_a_disturbed_run_is_repeated_and_the_least_disturbed_one_is_kept() -> None:
