@@ -147,7 +147,7 @@ class LayerWork:
         )
         maps = [bits] if residual is None else [bits, residual]
         leaving = [out for out in outputs if out is not None]
-        program.finish(maps, [False] * len(maps), leaving, [False] * len(leaving))
+        program.finish(maps, leaving)
         inputs = (self._bits, self._residual)[: len(maps)]
 
         def call() -> float:

@@ -8,7 +8,6 @@ forced backend that cannot serve raises with its reason, and nothing is ever cho
 from __future__ import annotations
 
 import difflib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +19,12 @@ from torch import Tensor
 
 from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
 
 __all__ = ["PREFERENCE", "Backend", "BackendInfo", "backends", "by_name", "select", "use_backend"]
 
+_VARIABLE = Variable("BIPER_BACKEND")
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 
@@ -179,7 +180,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced_name() -> str | None:
     """Return the name that `use_backend` or `BIPER_BACKEND` forces, or None."""
-    return _forced.get() or os.environ.get("BIPER_BACKEND") or None
+    return _forced.get() or _VARIABLE.get()
 
 
 def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Backend:

@@ -21,11 +21,13 @@ from torch import Tensor
 from biper_engine.bits import words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
+from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
 
 __all__ = ["CpuBackend", "PopcountPeak", "description", "popcount_peak", "thread_count"]
 
 _STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_VARIABLE = Variable("BIPER_NUM_THREADS")
 _NO_POOL = (1, 1, 1, 1, 0, 0)
 
 
@@ -46,9 +48,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     try:
         native.isa()
+        native.use_torch(torch)
     except ValueError as error:
         return None, str(error)
     native.share_threads(_torch_parallel_region())
+    native.limit_processors(_cgroup_limit())
     _keep_freed_memory()
     return native, None
 
@@ -130,9 +134,6 @@ def _cgroup_limit(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/
     return min((limit for limit in limits if limit is not None), default=1 << 30)
 
 
-_cached_cgroup_limit = functools.cache(_cgroup_limit)
-
-
 def thread_count() -> int:
     """Return the threads that a call from this thread may use now.
 
@@ -142,16 +143,16 @@ def thread_count() -> int:
     Raises:
         ValueError: `BIPER_NUM_THREADS` is no positive integer.
     """
-    forced = os.environ.get("BIPER_NUM_THREADS")
-    if forced:
+    forced = _VARIABLE.get()
+    if forced is not None:
         if not forced.isdecimal() or int(forced) < 1:
             raise ValueError(f"BIPER_NUM_THREADS (={forced!r}) must be a positive integer.")
         return int(forced)
     threads = torch.get_num_threads()
     if threads == 1:
         return 1
-    affinity: int = native().affinity()
-    return max(1, min(threads, affinity, _cached_cgroup_limit()))
+    processors: int = native().processors()
+    return processors if processors < threads else threads
 
 
 # -- what it is and can ---------------------------------------------------------------------------

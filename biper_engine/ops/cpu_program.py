@@ -8,9 +8,9 @@ fixed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -63,8 +63,6 @@ class CpuProgram:
     def __init__(self) -> None:
         self._program = native().Program()
         self._kept: list[Any] = []
-        self._sources: list[tuple[bool, torch.memory_format]] = []
-        self._results: list[tuple[tuple[int, ...], torch.dtype, torch.memory_format]] = []
 
     # -- maps -------------------------------------------------------------------------------------
 
@@ -238,76 +236,131 @@ class CpuProgram:
     def finish(
         self,
         inputs: Sequence[Map],
-        planar: Sequence[bool],
         outputs: Sequence[Map],
-        flat: Sequence[bool],
+        *,
+        planar: Sequence[Map] = (),
+        flat: Sequence[Map] = (),
     ) -> None:
         """End the program.
 
         Args:
-            inputs: maps that calls pass; one of 1x1 also comes as [N, C].
-            planar: for each input, whether [N, C, H, W] memory does as well as channels_last.
+            inputs: maps that calls pass.
             outputs: maps that calls return.
-            flat: for each output, whether it is returned as [N, C] instead of [N, C, 1, 1].
+            planar: inputs that also come in [N, C, H, W] memory, not only in channels_last.
+            flat: inputs and outputs that are [N, C], where the map is 1x1.
         """
         # The memory of a 1x1 map is the same in either layout; only this one suits [N, C], too.
         self._sources = [
-            (either, _layout(x.packed or x.height == x.width == 1))
-            for x, either in zip(inputs, planar, strict=True)
+            (x in planar, _layout(x.packed or x.height == x.width == 1)) for x in inputs
         ]
-        self._results = [_result(x, is_flat) for x, is_flat in zip(outputs, flat, strict=True)]
+        self._takes = [
+            f"[N, {', '.join(map(str, _image(x, x in flat)))}] {_dtype(x)}" for x in inputs
+        ]
         self._program.finish([x.index for x in inputs], [x.index for x in outputs])
+        self._caller = native().Caller(
+            self._program,
+            sources=[
+                (
+                    _image(x, x in flat),
+                    x.packed,
+                    either or layout == torch.contiguous_format,
+                    layout == torch.channels_last,
+                )
+                for x, (either, layout) in zip(inputs, self._sources, strict=True)
+            ],
+            results=[_make_empty(x, x in flat) for x in outputs],
+        )
+        self._call = self._caller.call
 
     def arena_bytes(self, batch: int) -> int:
         """Return the bytes of the maps that neither come in nor leave."""
         return int(self._program.arena_bytes(batch))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the program on tensors on the CPU, each [N, C, H, W], [N, C] or packed."""
-        sources, outputs = self._prepare(inputs)
-        if len(inputs[0]):
-            self._program.run(len(inputs[0]), *self._memory(sources, outputs), thread_count())
-        return tuple(outputs)
+        """Run the program on tensors on the CPU, each [N, C, H, W], [N, C] or packed.
+
+        Raises:
+            ValueError: an input is no tensor of the map's shape and dtype on the CPU.
+        """
+        outputs = self.call_as_is(inputs)
+        if outputs is None:
+            outputs = self.call_as_is(self._laid_out(inputs))
+        if outputs is None:
+            self._refuse(inputs)
+        return outputs
+
+    def call_as_is(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Run the program, unless a tensor would have to be checked, copied or detached first.
+
+        Returns:
+            None, with nothing done, where an input is a subclass of Tensor or requires grad, or has
+            another shape, dtype, device or memory layout than its map.
+        """
+        outputs: tuple[Tensor, ...] | None = self._call(inputs, thread_count())
+        return outputs
 
     def timed(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[float]]:
-        """Run the program; also return how many seconds each step took, in order."""
-        sources, outputs = self._prepare(inputs)
-        ends = self._program.timed_run(
-            len(inputs[0]), *self._memory(sources, outputs), thread_count()
-        )
+        """Run the program; also return how many seconds each step took, in order.
+
+        Raises:
+            ValueError: as for a call.
+        """
+        outputs, ends = self._caller.timed(self._laid_out(inputs), thread_count())
+        if outputs is None:
+            self._refuse(inputs)
         seconds = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
-        return tuple(outputs), seconds
+        return outputs, seconds
 
-    def _prepare(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        batch = len(inputs[0])
-        sources = [
-            x if planar and x.is_contiguous() else x.contiguous(memory_format=layout)
+    def _laid_out(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if len(inputs) != len(self._sources):
+            self._refuse(inputs)
+        return tuple(
+            _lay_out(x.detach().as_subclass(Tensor), planar, layout)
             for x, (planar, layout) in zip(inputs, self._sources, strict=True)
-        ]
-        outputs = [
-            torch.empty((batch, *image), dtype=dtype, memory_format=layout)
-            for image, dtype, layout in self._results
-        ]
-        return sources, outputs
+        )
 
-    def _memory(self, sources: list[Tensor], outputs: list[Tensor]) -> tuple[Any, Any]:
-        given = [
-            (x.data_ptr(), x.numel(), planar and x.is_contiguous())
-            for x, (planar, _) in zip(sources, self._sources, strict=True)
-        ]
-        return given, [(out.data_ptr(), out.numel(), False) for out in outputs]
+    def _refuse(self, inputs: tuple[Tensor, ...]) -> NoReturn:
+        came = ", ".join(f"{list(x.shape)} {x.dtype} on {x.device}" for x in inputs)
+        raise ValueError(
+            f"This program takes {', '.join(self._takes)}, one N for all, in memory of the CPU; "
+            f"got {came}."
+        )
 
 
 def _layout(plain: bool) -> torch.memory_format:
     return torch.contiguous_format if plain else torch.channels_last
 
 
-def _result(x: Map, flat: bool) -> tuple[tuple[int, ...], torch.dtype, torch.memory_format]:
-    """Return what makes the tensor of an output: the shape of an image, dtype and layout."""
+def _lay_out(x: Tensor, planar: bool, layout: torch.memory_format) -> Tensor:
+    """Return `x` in a memory layout that a program reads, unless its rank is wrong."""
+    if (planar and x.is_contiguous()) or (layout == torch.channels_last and x.dim() != 4):
+        return x
+    return x.contiguous(memory_format=layout)
+
+
+def _dtype(x: Map) -> torch.dtype:
+    return torch.int32 if x.packed else torch.float32
+
+
+def _image(x: Map, flat: bool) -> tuple[int, ...]:
+    """Return the shape of one image of a map."""
     if x.packed:
-        return (x.height, x.width, words(x.channels)), torch.int32, _layout(True)
-    shape = (x.channels, x.height, x.width)
-    return shape[: 1 if flat else None], torch.float32, _layout(flat)
+        return (x.height, x.width, words(x.channels))
+    return (x.channels,) if flat else (x.channels, x.height, x.width)
+
+
+def _make_empty(x: Map, flat: bool) -> Callable[[int], Tensor]:
+    """Return what makes a tensor of so many images of an output."""
+
+    def empty(batch: int) -> Tensor:
+        return torch.empty(
+            (batch, *_image(x, flat)),
+            dtype=_dtype(x),
+            memory_format=_layout(x.packed or flat),
+            device="cpu",
+        )
+
+    return empty
 
 
 def _index(x: Map | None) -> int:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._C import _len_torch_dispatch_stack
 
 from biper_engine.ops.backends import forced_name
+from biper_engine.ops.cpu_program import CpuProgram
 from biper_engine.runtime.binding import bind_node
 from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.native import NativePlan, native_plan
@@ -36,12 +38,15 @@ class Plan:
         forced: the backend that was forced when it was made, or None.
         run: takes and returns what the graph does.
         native: the programs and what runs between them, or why there is no program.
+        program: the only one, where it is the whole network and takes a call's arguments as they
+            are.
     """
 
     device: torch.device | None
     forced: str | None
     run: Callable[..., Any]
     native: NativePlan | str
+    program: CpuProgram | None
 
 
 class PlanSlot:
@@ -57,6 +62,8 @@ class PlanSlot:
         module: fx.GraphModule,
         device: torch.device | None,
         inputs: Sequence[InputSpec] | None = None,
+        *,
+        positional: bool = False,
     ) -> Plan:
         """Return the plan of `module` on `device` with the backend forced now, if any.
 
@@ -64,6 +71,7 @@ class PlanSlot:
             module: a converted network.
             device: where its tensors are.
             inputs: what the network takes; without it there is no native program.
+            positional: whether calls pass just that, each as an argument.
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
@@ -78,11 +86,25 @@ class PlanSlot:
             if plan is None or plan.device != device or plan.forced != forced:
                 generation = self._generation
                 native = native_plan(module, device, inputs)
-                plan = Plan(device, forced, _runner(module, device, native), native)
+                plan = _plan(module, device, forced, native, positional)
                 # Weights that changed meanwhile made this plan stale: it serves this call alone.
                 if generation == self._generation:
                     self._plan = plan
         return plan
+
+    def run_as_is(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+        """Run a network that is one program on tensors that need no more than its own checks.
+
+        Returns:
+            None, with nothing done, for any other network, arguments or modes of torch, and where
+            there is no plan yet for the backend that is forced now.
+        """
+        plan = self._plan
+        if plan is None or plan.program is None or plan.forced != forced_name():
+            return None
+        if _len_torch_dispatch_stack() > 0:
+            return None
+        return plan.program.call_as_is(inputs)
 
     def drop(self) -> None:
         """Forget the plan; the next call makes a new one."""
@@ -101,12 +123,17 @@ class PlanSlot:
         return PlanSlot, ()
 
 
-def _runner(
-    module: fx.GraphModule, device: torch.device | None, native: NativePlan | str
-) -> Callable[..., Any]:
+def _plan(
+    module: fx.GraphModule,
+    device: torch.device | None,
+    forced: str | None,
+    native: NativePlan | str,
+    positional: bool,
+) -> Plan:
     if isinstance(native, NativePlan) and native.is_whole:
-        return native.runs[0].program
-    return bound_graph(module, device, native).forward
+        program = native.runs[0].program
+        return Plan(device, forced, program, native, program if positional else None)
+    return Plan(device, forced, bound_graph(module, device, native).forward, native, None)
 
 
 def bound_graph(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -60,6 +60,9 @@ class ProfileReport:
         rounds: calls that the medians are of.
         threads: of the cpu backend where it ran something, else torch's.
         nodes: one row per operator.
+        call_ms: median of whole calls from Python, made in turn with those that the rows are of.
+        outside_ms: `call_ms` less the median of the sums of the rows of a call: the checks of a
+            call, its outputs, and what lies between operators.
         peak_macs_per_second: what popcounts on registers alone reach on that many cores, measured
             with the report; None where the cpu backend ran no binary convolution.
         isa: instruction set of that peak, or None.
@@ -69,12 +72,14 @@ class ProfileReport:
     rounds: int
     threads: int
     nodes: tuple[NodeProfile, ...]
+    call_ms: float
+    outside_ms: float
     peak_macs_per_second: float | None = None
     isa: str | None = None
 
     @property
     def total_ms(self) -> float:
-        """Sum of the rows; a call also spends time between operators."""
+        """Sum of the rows."""
         return sum(node.ms for node in self.nodes)
 
     def share(self, node: NodeProfile) -> float:
@@ -98,6 +103,10 @@ class ProfileReport:
         lines.append(
             f"{'total':{width}}  {'':9}  {1e3 * self.total_ms:9.1f}  medians of {self.rounds} "
             f"calls, batch {self.batch}"
+        )
+        lines.append(
+            f"{'a whole call':{width}}  {'':9}  {1e3 * self.call_ms:9.1f}  "
+            f"{1e3 * self.outside_ms:.1f} outside of the above"
         )
         if peak is not None:
             threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
@@ -134,6 +143,8 @@ class ProfileReport:
             "rounds": self.rounds,
             "threads": self.threads,
             "total_ms": self.total_ms,
+            "call_ms": self.call_ms,
+            "outside_ms": self.outside_ms,
             "peak_macs_per_second": self.peak_macs_per_second,
             "isa": self.isa,
             "nodes": [
@@ -160,6 +171,7 @@ def profile(
     device: torch.device | None,
     rounds: int,
     native: NativePlan | str,
+    call: Callable[[], Any],
 ) -> ProfileReport:
     """Run a network's plan: its programs step by step, the other operators one by one.
 
@@ -169,6 +181,7 @@ def profile(
         device: where its tensors are.
         rounds: calls to take medians of, after one to warm up.
         native: of the plan: its programs, or why there are none.
+        call: makes the same call as a whole.
 
     Raises:
         ValueError: `rounds` is below 1.
@@ -176,34 +189,55 @@ def profile(
     """
     if rounds < 1:
         raise ValueError(f"`rounds` (={rounds}) must be 1 or more.")
-    nodes = _rows(bound_graph(module, device, native), module, inputs, device, rounds)
+    times = _measure(bound_graph(module, device, native), inputs, device, rounds, call)
+    nodes = _rows(times, module, inputs, device)
     if isinstance(native, NativePlan):
         reasons = {node.name: reason for node, reason in native.reasons.items()}
         nodes = tuple(replace(row, reason=reasons.get(row.name)) for row in nodes)
     threads, peak, isa = _limits(nodes)
+    call_ms, inside_ms = (1e3 * statistics.median(x) for x in (times.calls, times.inside))
     return ProfileReport(
         batch=len(inputs[0]) if inputs else 0,
         rounds=rounds,
         threads=threads,
         nodes=nodes,
+        call_ms=call_ms,
+        outside_ms=call_ms - inside_ms,
         peak_macs_per_second=peak,
         isa=isa,
     )
 
 
+_IN_A_ROW = 5  # calls
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of calls in order.
+
+    Attributes:
+        nodes: for every operator and program, the sizes of its first tensor, and for each call the
+            times of the program's steps, or a single one.
+        inside: sums of these.
+        calls: whole calls, in turn with those.
+    """
+
+    nodes: dict[fx.Node, tuple[Sequence[int], list[list[float]]]]
+    inside: list[float]
+    calls: list[float]
+
+
 def _rows(
-    bound: fx.GraphModule,
+    times: _Times,
     module: fx.GraphModule,
     inputs: Sequence[Tensor],
     device: torch.device | None,
-    rounds: int,
 ) -> tuple[NodeProfile, ...]:
-    seconds = _measure(bound, inputs, device, rounds)
     batch = len(inputs[0]) if inputs else 0
     rows: list[NodeProfile] = []
     programs = 0
-    for node, (sizes, taken) in seconds.items():
-        ms = [1e3 * statistics.median(times) for times in zip(*taken[1:], strict=True)]
+    for node, (sizes, taken) in times.nodes.items():
+        ms = [1e3 * statistics.median(x) for x in zip(*taken, strict=True)]
         run = node.meta.get("run")
         if run is None:
             rows.append(_operator_row(module, node.meta["node"], device, ms[0], sizes))
@@ -241,19 +275,20 @@ def _op(node: fx.Node) -> str:
     return biper_op(node) or str(node.target).removesuffix(".default")
 
 
-_Seconds = dict[fx.Node, tuple[Sequence[int], list[list[float]]]]
-
-
 def _measure(
-    bound: fx.GraphModule, inputs: Sequence[Tensor], device: torch.device | None, rounds: int
-) -> _Seconds:
-    """Return, for every operator and program, the sizes of its first tensor and its times.
+    bound: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    device: torch.device | None,
+    rounds: int,
+    call: Callable[[], Any],
+) -> _Times:
+    """Run a network node by node with a clock, in turn with some of `call` in a row.
 
-    The times of a call are those of a program's steps, or a single one.
+    Calls in a row find their code in the caches, as they do without us.
     """
-    seconds: _Seconds = {}
+    times, now = _Times({}, [], []), _clock(device)
 
-    def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_node(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert callable(node.target)
         if node.target is operator.getitem:
             return node.target(*args)
@@ -261,17 +296,30 @@ def _measure(
         if run is not None:
             result, taken = run.program.timed(*args)
         else:
-            start = _now(device)
+            start = now()
             result = node.target(*args, **kwargs)
-            taken = [_now(device) - start]
+            taken = [now() - start]
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         sizes = tensors[0].shape if tensors else ()
-        seconds.setdefault(node, (sizes, []))[1].append(taken)
+        times.nodes.setdefault(node, (sizes, []))[1].append(taken)
+        times.inside[-1] += sum(taken)
         return result
 
-    for _ in range(rounds + 1):
-        interpret(bound, inputs, call)
-    return seconds
+    def time_call() -> None:
+        start = now()
+        call()
+        times.calls.append(now() - start)
+
+    bound.forward(*inputs)  # warms up
+    for first in range(0, rounds, _IN_A_ROW):
+        turns = range(first, min(first + _IN_A_ROW, rounds))
+        for _ in turns:
+            times.inside.append(0.0)
+            interpret(bound, inputs, run_node)
+        call()
+        for _ in turns:
+            time_call()
+    return times
 
 
 def _limits(nodes: Sequence[NodeProfile]) -> tuple[int, float | None, str | None]:
@@ -287,7 +335,13 @@ def _limits(nodes: Sequence[NodeProfile]) -> tuple[int, float | None, str | None
     return threads, threads * peak.macs_per_second, peak.isa
 
 
-def _now(device: torch.device | None) -> float:
-    if device is not None and device.type == "cuda":
+def _clock(device: torch.device | None) -> Callable[[], float]:
+    """Return a clock of the work on a device, in seconds."""
+    if device is None or device.type != "cuda":
+        return perf_counter
+
+    def now() -> float:
         torch.cuda.synchronize(device)
-    return perf_counter()
+        return perf_counter()
+
+    return now

@@ -125,9 +125,10 @@ class RunMaps:
                 leaving.append(node)
         self._program.finish(
             list(self.inputs.values()),
-            [self._takes_planar(node) for node in self.inputs],
             [self._maps[node] for node in leaving],
-            [node in self._flat for node in leaving],
+            planar=[x for node, x in self.inputs.items() if self._takes_planar(node)],
+            flat=[self._maps[node] for node in leaving if node in self._flat]
+            + [x for node, x in self.inputs.items() if node in self._flat],
         )
         return NativeRun(
             self._program,

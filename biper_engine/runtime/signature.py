@@ -41,13 +41,14 @@ class Signature:
         in_spec: pytree of `(args, kwargs)`; its leaves are `inputs`, in order.
         out_spec: pytree of the result; its leaves are the graph's outputs, in order.
         inputs: one entry per tensor.
+        is_positional: whether the arguments of a call are the inputs as they are, none by keyword.
     """
 
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     inputs: tuple[InputSpec, ...]
     _keywords: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    _takes_tensor: bool = field(init=False, repr=False, compare=False)
+    is_positional: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.in_spec.num_leaves != len(self.inputs):
@@ -58,7 +59,8 @@ class Signature:
         # Not functools.cached_property, whose lock `torch.compile` cannot trace in Python 3.11.
         args, kwargs = pytree.tree_unflatten(range(len(self.inputs)), self.in_spec)
         object.__setattr__(self, "_keywords", tuple(kwargs))
-        object.__setattr__(self, "_takes_tensor", args == (0,) and not kwargs)
+        positional = args == tuple(range(len(self.inputs))) and not kwargs
+        object.__setattr__(self, "is_positional", positional)
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.inputs))
@@ -77,8 +79,9 @@ class Signature:
         Raises:
             TypeError: their number or structure is another.
         """
-        if self._takes_tensor and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return [args[0]]
+        as_they_are = self.is_positional and not kwargs and len(args) == len(self.inputs)
+        if as_they_are and all(isinstance(value, Tensor) for value in args):
+            return list(args)
         if set(kwargs) == set(self._keywords):
             kwargs = {key: kwargs[key] for key in self._keywords}
         inputs, spec = pytree.tree_flatten((args, kwargs))

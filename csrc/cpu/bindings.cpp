@@ -1,7 +1,7 @@
 // The module biper_engine._cpu. Private to the package: biper_engine/ops/cpu.py is its only caller.
 //
 // Memory comes as (address, elements); what a call needs is checked against it, so that arguments
-// that do not fit raise ValueError. The caller keeps the memory alive.
+// that do not fit raise ValueError. The caller keeps the memory alive. Programs take tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +11,7 @@
 #include <optional>
 #include <utility>
 
+#include "caller.h"
 #include "conv.h"
 #include "dispatch.h"
 #include "maps.h"
@@ -93,16 +94,6 @@ std::shared_ptr<FloatConv> float_conv(const GeometryValues& values, const Memory
                                      span<const float>(bias), epilogue);
 }
 
-using MapMemoryValues = std::tuple<uintptr_t, int64_t, bool>;
-
-std::vector<MapMemory> map_memory(const std::vector<MapMemoryValues>& values) {
-  std::vector<MapMemory> memory;
-  for (const auto& [address, size, planar] : values) {
-    memory.push_back({reinterpret_cast<void*>(address), size, planar});
-  }
-  return memory;
-}
-
 void define_program(py::module_& m) {
   using Shape = std::tuple<int64_t, int64_t, int64_t, bool>;
   py::class_<FloatConv, std::shared_ptr<FloatConv>>(m, "FloatConv")
@@ -110,7 +101,7 @@ void define_program(py::module_& m) {
            py::kw_only(), py::arg("pool"), py::arg("clamp_min"), py::arg("clamp_max"),
            py::arg("threshold"), py::arg("sense"));
 
-  py::class_<Program>(m, "Program")
+  py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init<>())
       .def("add_map", [](Program& p, const Shape& shape) { return p.add_map(map_shape(shape)); })
       .def("add_view", [](Program& p, int64_t map,
@@ -146,23 +137,7 @@ void define_program(py::module_& m) {
              p.add_sum(a, b, or_infinite(clamp_min, -1), or_infinite(clamp_max, 1), out);
            })
       .def("finish", &Program::finish)
-      .def("arena_bytes", &Program::arena_bytes)
-      .def("run",
-           [](const Program& p, int64_t batch, const std::vector<MapMemoryValues>& inputs,
-              const std::vector<MapMemoryValues>& outputs, int64_t threads) {
-             const auto from = map_memory(inputs), to = map_memory(outputs);
-             py::gil_scoped_release release;
-             p.run(batch, from, to, threads);
-           })
-      .def("timed_run",
-           [](const Program& p, int64_t batch, const std::vector<MapMemoryValues>& inputs,
-              const std::vector<MapMemoryValues>& outputs, int64_t threads) {
-             const auto from = map_memory(inputs), to = map_memory(outputs);
-             std::vector<double> seconds;
-             py::gil_scoped_release release;
-             p.run(batch, from, to, threads, &seconds);
-             return seconds;
-           });
+      .def("arena_bytes", &Program::arena_bytes);
 }
 
 }  // namespace
@@ -173,7 +148,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("usable_isas", &usable_isas);
   m.def("select_isa", &select_isa, py::arg("name"));
-  m.def("affinity", &affinity);
+  m.def("processors", &processors);
+  m.def("limit_processors", &limit_processors);
   m.def("share_threads", [](uintptr_t parallel_region) {
     share_threads(reinterpret_cast<ParallelRegion>(parallel_region));
   });
@@ -245,6 +221,7 @@ PYBIND11_MODULE(_cpu, m) {
       nogil);
 
   define_program(m);
+  define_caller(m);
 }
 
 }  // namespace biper

@@ -9,10 +9,12 @@
 // starts with a new pool, and the old one is leaked with whatever its threads held.
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -208,6 +210,18 @@ void forget_threads() {
 const int at_fork = pthread_atfork(nullptr, nullptr, forget_threads);
 #endif
 
+std::atomic<int64_t> most_processors{std::numeric_limits<int64_t>::max()};
+
+// Processors that the calling thread may run on.
+int64_t affinity() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  const unsigned count = std::thread::hardware_concurrency();
+  return count > 0 ? static_cast<int64_t>(count) : 1;
+}
+
 }  // namespace
 
 void run_job(const Job& job, int64_t threads) {
@@ -229,13 +243,10 @@ void share_threads(ParallelRegion region) {
 
 bool shares_threads() { return parallel_region.load(std::memory_order_acquire) != nullptr; }
 
-int64_t affinity() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  const unsigned count = std::thread::hardware_concurrency();
-  return count > 0 ? static_cast<int64_t>(count) : 1;
+int64_t processors() {
+  return std::min(affinity(), most_processors.load(std::memory_order_relaxed));
 }
+
+void limit_processors(int64_t most) { most_processors.store(most, std::memory_order_relaxed); }
 
 }  // namespace biper

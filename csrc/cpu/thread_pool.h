@@ -30,7 +30,10 @@ void share_threads(ParallelRegion region);
 // runtime has lost its threads.
 bool shares_threads();
 
-// Processors that the calling thread may run on.
-int64_t affinity();
+// Processors that the calling thread may use: those that it may run on, but no more than the limit.
+int64_t processors();
+
+// From now on so many at most, 1 or more; at first there is no limit.
+void limit_processors(int64_t most);
 
 }  // namespace biper

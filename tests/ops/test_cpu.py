@@ -277,24 +277,33 @@ def test_the_environment_sets_the_threads(monkeypatch: pytest.MonkeyPatch) -> No
             thread_count()
 
 
-def test_threads_are_torchs_bounded_by_affinity_and_quota(
+def test_threads_are_torchs_bounded_by_processors(
     monkeypatch: pytest.MonkeyPatch, torch_threads: Callable[[int], None]
 ) -> None:
     from biper_engine.ops import cpu
 
     class Native:
         @staticmethod
-        def affinity() -> int:
+        def processors() -> int:
             return 6
 
     monkeypatch.delenv("BIPER_NUM_THREADS", raising=False)
     monkeypatch.setattr(cpu, "native", lambda: Native)
-    monkeypatch.setattr(cpu, "_cached_cgroup_limit", lambda: 100)
     for torchs, wanted in ((1, 1), (4, 4), (9, 6)):
         torch_threads(torchs)
         assert thread_count() == wanted
-    monkeypatch.setattr(cpu, "_cached_cgroup_limit", lambda: 3)
-    assert thread_count() == 3
+
+
+def test_processors_are_those_of_this_thread_bounded_by_the_quota() -> None:
+    from biper_engine import _cpu
+
+    available = _cpu.processors()
+    try:
+        for most in (1, available + 1):
+            _cpu.limit_processors(most)
+            assert _cpu.processors() == min(most, available)
+    finally:
+        _cpu.limit_processors(_cgroup_limit())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,239 @@
+// A program called with tensors of PyTorch, in a single call from Python.
+//
+// Small networks run for some tens of microseconds, in which their maps and weights push Python out
+// of the caches: then every question about a tensor costs some tenths of a microsecond, and making
+// one three. So a call asks once for all that a tensor is: by DLPack's exchange API for C, which
+// torch.Tensor has from 2.10 on and which needs no header of torch.
+#include "caller.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstddef>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "conv.h"
+#include "program.h"
+
+namespace py = pybind11;
+
+namespace biper {
+namespace {
+
+// The parts of dlpack.h, version 1.3, that are used here: DLTensor and DLPackExchangeAPI.
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t dimensions;
+  uint8_t type, bits;
+  uint16_t lanes;
+  const int64_t* shape;
+  const int64_t* strides;  // in values
+  uint64_t byte_offset;
+};
+
+struct ExchangeApi {
+  uint32_t major, minor;
+  const ExchangeApi* older;
+  void* allocate;
+  void* to_managed;
+  void* from_managed;
+  int (*read)(void* object, Tensor* tensor);  // no reference is kept
+  void* stream;
+};
+
+constexpr uint32_t kMajor = 1;
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInt = 0, kFloat = 2;
+
+// What is used of PyTorch.
+struct Torch {
+  PyTypeObject* tensor;
+  const ExchangeApi* api;
+  py::object empty_like, requires_grad;
+};
+
+const Torch* torch = nullptr;  // never freed: tensors may outlive the interpreter's modules
+
+void use_torch(const py::module_& module) {
+  const py::object type = module.attr("Tensor");
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  const void* found = nullptr;
+  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api") != 0) {
+    found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  }
+  const ExchangeApi* api = static_cast<const ExchangeApi*>(found);
+  while (api != nullptr && api->major != kMajor) api = api->older;
+  if (api == nullptr) {
+    fail("PyTorch's tensors have no exchange API of DLPack 1.x: install torch 2.11 or later.");
+  }
+  torch = new Torch{reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr()), api,
+                    module.attr("empty_like"),
+                    py::reinterpret_steal<py::object>(PyUnicode_InternFromString("requires_grad"))};
+}
+
+// Reads a tensor of PyTorch; not one of a subclass, nor one that has no memory.
+bool read(PyObject* object, Tensor* tensor) {
+  if (Py_TYPE(object) != torch->tensor) return false;
+  if (torch->api->read(object, tensor) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// Whether the values lie without gaps, the dimensions in `order` from the outermost to the
+// innermost.
+template <size_t kDimensions>
+bool lies_in_order(const Tensor& x, const std::array<int, kDimensions>& order) {
+  int64_t stride = 1, values = 1;
+  bool in_order = true;
+  for (size_t i = kDimensions; i-- > 0;) {
+    const int64_t size = x.shape[order[i]];
+    values *= size;
+    in_order = in_order && (size == 1 || x.strides[order[i]] == stride);
+    stride *= size;
+  }
+  return in_order || values == 0;
+}
+
+bool is_contiguous(const Tensor& x) {
+  return x.dimensions == 2 ? lies_in_order<2>(x, {0, 1}) : lies_in_order<4>(x, {0, 1, 2, 3});
+}
+
+bool is_channels_last(const Tensor& x) {
+  return x.dimensions == 4 && lies_in_order<4>(x, {0, 2, 3, 1});
+}
+
+// What a call must bring for a map.
+struct Source {
+  std::vector<int64_t> image;  // sizes behind the batch
+  bool packed;                 // int32, else float32
+  bool contiguous;             // does
+  bool channels_last;          // does
+
+  // Returns whether `x` is that, with a batch of any size.
+  bool takes(const Tensor& x) const {
+    if (x.device_type != kCpu || x.type != (packed ? kInt : kFloat) || x.bits != 32 ||
+        x.lanes != 1 || x.dimensions != static_cast<int32_t>(image.size()) + 1) {
+      return false;
+    }
+    for (size_t d = 0; d < image.size(); ++d) {
+      if (x.shape[d + 1] != image[d]) return false;
+    }
+    return (contiguous && is_contiguous(x)) || (channels_last && is_channels_last(x));
+  }
+};
+
+MapMemory map_memory(const Tensor& x, bool planar) {
+  int64_t values = 1;
+  for (int32_t d = 0; d < x.dimensions; ++d) values *= x.shape[d];
+  return {static_cast<char*>(x.data) + x.byte_offset, values, planar};
+}
+
+bool requires_grad(PyObject* tensor) {
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, torch->requires_grad.ptr()));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() != Py_False;
+}
+
+// Makes the tensors of an output. They are like the first one of their batch, which is kept without
+// its memory: torch.empty_like reads one argument, torch.empty four, in 2 and 4 us.
+class Result {
+ public:
+  explicit Result(py::function empty) : empty_(std::move(empty)) {}
+
+  py::object make(int64_t batch) {
+    py::object like = like_;
+    if (batch != batch_) {
+      like = empty_(batch);
+      like.attr("untyped_storage")().attr("resize_")(0);
+      // Other threads run in the calls above, and where the old tensor goes, after all is set.
+      py::object old = like;
+      std::swap(old, like_);
+      batch_ = batch;
+    }
+    PyObject* made = PyObject_CallOneArg(torch->empty_like.ptr(), like.ptr());
+    if (made == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(made);
+  }
+
+ private:
+  py::function empty_;  // returns a tensor for so many images
+  py::object like_;
+  int64_t batch_ = -1;
+};
+
+using SourceValues = std::tuple<std::vector<int64_t>, bool, bool, bool>;  // as in Source
+
+class Caller {
+ public:
+  Caller(std::shared_ptr<const Program> program, const std::vector<SourceValues>& sources,
+         const std::vector<py::function>& results)
+      : program_(std::move(program)), results_(results.begin(), results.end()) {
+    for (const auto& [image, packed, contiguous, channels_last] : sources) {
+      if (image.size() != 1 && image.size() != 3) fail("An input has two or four dimensions.");
+      sources_.push_back({image, packed, contiguous, channels_last});
+    }
+  }
+
+  // Returns the outputs as a tuple of new tensors; None, with nothing done, where an input is not
+  // as its map wants it, or requires grad. Also appends to `seconds`, unless that is null, when
+  // each step was done.
+  py::object call(const py::tuple& inputs, int64_t threads, std::vector<double>* seconds) {
+    if (inputs.size() != sources_.size() || inputs.empty()) return py::none();
+    std::vector<MapMemory> from, to;
+    from.reserve(sources_.size());
+    to.reserve(results_.size());
+    int64_t batch = 0;
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      Tensor x;
+      PyObject* object = PyTuple_GET_ITEM(inputs.ptr(), static_cast<Py_ssize_t>(i));
+      if (!read(object, &x) || !sources_[i].takes(x)) return py::none();
+      if (i > 0 && x.shape[0] != batch) return py::none();
+      if (requires_grad(object)) return py::none();
+      batch = x.shape[0];
+      const bool planar = sources_[i].channels_last && sources_[i].contiguous && is_contiguous(x);
+      from.push_back(map_memory(x, planar));
+    }
+    py::tuple outputs(results_.size());
+    for (size_t i = 0; i < results_.size(); ++i) {
+      py::object made = results_[i].make(batch);
+      Tensor out;
+      if (!read(made.ptr(), &out)) fail("torch.empty_like made no tensor on the CPU.");
+      to.push_back(map_memory(out, false));
+      PyTuple_SET_ITEM(outputs.ptr(), static_cast<Py_ssize_t>(i), made.release().ptr());
+    }
+    {
+      py::gil_scoped_release release;
+      program_->run(batch, from, to, threads, seconds);
+    }
+    return outputs;
+  }
+
+ private:
+  std::shared_ptr<const Program> program_;
+  std::vector<Source> sources_;
+  std::vector<Result> results_;
+};
+
+}  // namespace
+
+void define_caller(py::module_& m) {
+  m.def("use_torch", &use_torch);
+  py::class_<Caller>(m, "Caller")
+      .def(py::init<std::shared_ptr<const Program>, const std::vector<SourceValues>&,
+                    const std::vector<py::function>&>(),
+           py::arg("program"), py::kw_only(), py::arg("sources"), py::arg("results"))
+      .def("call", [](Caller& caller, const py::tuple& inputs,
+                      int64_t threads) { return caller.call(inputs, threads, nullptr); })
+      .def("timed", [](Caller& caller, const py::tuple& inputs, int64_t threads) {
+        std::vector<double> seconds;
+        const py::object outputs = caller.call(inputs, threads, &seconds);
+        return std::pair<py::object, std::vector<double>>(outputs, seconds);
+      });
+}
+
+}  // namespace biper
