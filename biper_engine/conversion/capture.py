@@ -185,11 +185,16 @@ def _require_free_batch(shapes: ShapeEnv, inputs: list[FakeTensor]) -> None:
         raise ConversionError(f"The model works for one batch size only; {advice}")
     for guard in shapes.guards:
         location: Any = guard.sloc.framework_loc
-        if location is not None and _TORCH not in Path(location.filename).parents:
+        if location is not None and not _is_of_torch(location.filename):
             raise ConversionError(
                 f"The model branches on the batch size in {location.filename}, line "
                 f"{location.lineno}; {advice}"
             )
+
+
+def _is_of_torch(filename: str) -> bool:
+    """Whether a source file is one of PyTorch's, also by way of a symbolic link."""
+    return _TORCH in Path(filename).resolve().parents
 
 
 def _first_lines(cause: Exception) -> str:

@@ -1,6 +1,10 @@
 """Capture: one functional graph of any model, the model itself untouched."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +141,28 @@ def test_other_results_than_tensors_are_refused() -> None:
     model = Functional(lambda self, x: {"y": self.conv(x), "n": 3}, conv=QConv(3, 4, 3))
     with pytest.raises(ConversionError, match="returns a int"):
         capture(model, (torch.randn(2, 3, 5, 5),))
+
+
+def test_an_environment_behind_a_symbolic_link(tmp_path: Path) -> None:
+    packages = Path(torch.__file__).parent.parent
+    link = tmp_path / "packages"
+    try:
+        link.symlink_to(packages, target_is_directory=True)
+    except OSError as error:
+        pytest.skip(f"no symbolic link can be made ({error})")
+    program = (
+        "import torch\n"
+        "from biper_engine import convert, models\n"
+        "convert(models.build('cifar10/resnet20_1w1a').eval(), torch.zeros(1, 3, 32, 32))\n"
+        "print(torch.__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(link), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(link))
