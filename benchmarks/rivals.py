@@ -24,7 +24,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ ISAS = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     }
 }
+FAILURES = (subprocess.CalledProcessError, RuntimeError)
 WIDER = "avx512"  # in the name of a kernel of OpenVINO
 MAIN = "import sys; from biper_engine.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -82,6 +84,22 @@ def measure(network: str, words: list[str], isa: str | None) -> dict[str, Any]:
     if isa is not None:
         values = {"isa": isa, "beyond_the_isa": beyond(values, isa), **values}
     return values
+
+
+def attempts(run: Callable[[], dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
+    """Give the values of one to `most` runs; end at one that fails, unless it is the first.
+
+    Raises:
+        subprocess.CalledProcessError, RuntimeError: the first run failed.
+    """
+    yield run()
+    for number in range(2, most + 1):
+        try:
+            values = run()
+        except FAILURES as error:
+            print(f"  try {number} failed, those before it count: {error}", flush=True)
+            return
+        yield values
 
 
 def summary(values: dict[str, Any]) -> list[str]:
@@ -156,9 +174,10 @@ def main() -> int:
     for network, name, words in runs(options):
         print(name, flush=True)
         try:
-            tries = range(max(options.tries, 1))
-            values = least_disturbed(measure(network, words, options.isa) for _ in tries)
-        except (subprocess.CalledProcessError, RuntimeError) as error:
+            values = least_disturbed(
+                attempts(partial(measure, network, words, options.isa), options.tries)
+            )
+        except FAILURES as error:
             print(f"  failed: {error}", flush=True)
             failed += 1
             continue

@@ -176,7 +176,7 @@ def _calls(
     profile: bool,
 ) -> _Found:
     """Time single calls."""
-    from biper_engine.bench import compare
+    from biper_engine.bench import ENGINE, compare
 
     slow = [name for name, on in (("torch.compile", compiled), ("rivals", rivals)) if on]
     takes = "take" if rivals else "takes"
@@ -193,7 +193,11 @@ def _calls(
             budget=budget,
         )
     with status("Timing every layer"):
-        profiles = [pair.engine.profile(images) for images in batches if profile]
+        profiles = [
+            pair.engine.profile(images, rounds=_rounds(contest.samples[ENGINE].median_ms, budget))
+            for images, contest in zip(batches, comparison.contests, strict=True)
+            if profile
+        ]
     ran = _backends(pair)
     return _Found(
         {
@@ -204,6 +208,12 @@ def _calls(
         bench_table(comparison, ran),
         [*bench_notes(comparison), *(f"\n{report}" for report in profiles)],
     )
+
+
+def _rounds(call_ms: float, budget: Budget) -> int:
+    """Return how many calls of each kind a profile makes in about the budget's time."""
+    fit = int(1e3 * budget.seconds / (2 * call_ms))
+    return max(budget.fewest, min(fit, budget.most))
 
 
 def _streams(pair: Contestants, batch: list[int], budget: Budget, *, callers: int) -> _Found:

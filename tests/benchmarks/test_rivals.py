@@ -117,3 +117,21 @@ def test_a_line_has_times_or_images_a_second_and_what_went_beyond() -> None:
         "  batch 1: b, 1 stream 1,234 images/s on 2.0 processors; b, 2 streams 1,234 images/s on "
         "2.0 processors (1.00x); engine 1,234 images/s on 2.0 processors"
     ]
+
+
+def test_a_try_that_fails_loses_none_of_those_before_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left = iter([{"try": 1}, {"try": 2}, RuntimeError("no memory"), {"try": 4}])
+
+    def run() -> dict[str, int]:
+        values = next(left)
+        if isinstance(values, RuntimeError):
+            raise values
+        return values
+
+    assert list(rivals.attempts(run, 5)) == [{"try": 1}, {"try": 2}]
+    assert "try 3 failed" in capsys.readouterr().out
+    assert list(rivals.attempts(run, 0)) == [{"try": 4}]
+    with pytest.raises(RuntimeError, match="no cpu"):
+        next(rivals.attempts(lambda: (_ for _ in ()).throw(RuntimeError("no cpu")), 3))
