@@ -66,7 +66,7 @@ def _keep_freed_memory() -> None:
     raises that limit as far as glibc lets it rise by itself (mallopt(3), M_MMAP_THRESHOLD). Without
     effect where MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set, and on other C libraries.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _torch_parallel_region() -> int:
@@ -224,7 +224,12 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _empty_map(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty((n, c, h, w), dtype=dtype, memory_format=torch.channels_last)
+    layout = torch.channels_last
+    return torch.empty((n, c, h, w), dtype=dtype, memory_format=layout, device="cpu")
+
+
+def _empty_words(n: int, h: int, w: int, count: int) -> Tensor:
+    return torch.empty((n, h, w, count), dtype=torch.int32, device="cpu")
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -300,7 +305,7 @@ class _Fused:
             channels = self._geometry.out_channels
             floats = _empty_map(batch, channels, rows, columns, self._float_dtype)
         if self._want_bits:
-            packed = torch.empty((batch, rows, columns, self._out_words), dtype=torch.int32)
+            packed = _empty_words(batch, rows, columns, self._out_words)
         self._conv.run(
             batch,
             height,
@@ -340,7 +345,7 @@ class CpuBackend(Backend):
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
         x, threshold, sense = _channels_last(x), _contiguous(threshold), _contiguous(sense)
         n, c, h, w = x.shape
-        packed = torch.empty((n, h, w, words(c)), dtype=torch.int32)
+        packed = _empty_words(n, h, w, words(c))
         native().binarize(
             n * h * w,
             c,
@@ -364,7 +369,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         bits, take_and = bits.contiguous(), _contiguous(take_and)
         n, h, w, count = bits.shape
-        out = torch.empty((n, *pool.output_size(h, w), count), dtype=torch.int32)
+        out = _empty_words(n, *pool.output_size(h, w), count)
         native().maxpool(
             n,
             h,

@@ -176,6 +176,27 @@ def test_the_number_of_threads_does_not_change_a_byte(
     assert torch.equal(results[0][1], wanted[1])
 
 
+def test_results_are_on_the_cpu_whatever_device_torch_makes_tensors_on() -> None:
+    data, x, backend = case(), random_floats(2, 40, 6, 6), by_name("cpu")
+
+    def results() -> list[Tensor | None]:  # as plans call it
+        bits = backend.binarize(x, None, None)
+        pooled = backend.bmaxpool2d(bits, 40, Pool2dGeometry(kernel_size=(2, 2)), None)
+        signs = backend.unbinarize(pooled, 40, torch.float32)
+        fused = backend.bconv2d_fused(
+            **data, residual=None, prepacked=None, float_dtype=torch.float32, want_bits=True
+        )
+        return [bits, pooled, signs, *fused]
+
+    wanted = results()
+    with torch.device("meta"):
+        found = results()
+    for result, expected in zip(found, wanted, strict=True):
+        assert result is not None
+        assert expected is not None
+        assert torch.equal(result, expected)
+
+
 def test_concurrent_calls_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIPER_NUM_THREADS", "2")
     monkeypatch.setenv("BIPER_BACKEND", "cpu")
