@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from biper_engine import ops as _ops  # noqa: F401  (registers the operators that graphs call)
 from biper_engine.metadata import Metadata, Provenance
@@ -27,6 +26,7 @@ from biper_engine.runtime import (
     align_weights,
     backends_of,
     from_portable,
+    is_watched,
     isolate_outputs,
     output_values,
     profile,
@@ -138,7 +138,8 @@ class Engine(nn.Module):
         Raises:
             TypeError: other arguments, or another dtype, than the engine was converted for.
             GeometryError: another image size, number of channels or rank.
-            ValueError: an input is on another device than the engine.
+            ValueError: an input is on another device than the engine, or `BIPER_NUM_THREADS` is no
+                positive integer.
             RuntimeError: an input requires grad while grad is enabled.
             BackendUnavailableError: a backend is forced that cannot run the network.
         """
@@ -194,7 +195,8 @@ class Engine(nn.Module):
 
         Args:
             *args: as for a call.
-            rounds: calls that the medians are of, after one to warm up.
+            rounds: calls that the medians are of, step by step and, in turn with those, whole; of
+                these there are some more to warm up. They are calls of the module, hooks included.
             **kwargs: as for a call.
 
         Raises:
@@ -301,9 +303,9 @@ def _after_load(engine: Engine, _incompatible_keys: Any) -> None:
 
 
 def _is_traced(inputs: list[Tensor]) -> bool:
-    """Whether a call is only watched (FakeTensor, make_fx), not run for good."""
+    """Whether a call is only recorded (FakeTensor, make_fx, torch.jit), not run for good."""
     plain = all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ for x in inputs)
-    return not plain or _get_current_dispatch_mode() is not None
+    return not plain or is_watched()
 
 
 def _require_fit(module: fx.GraphModule, signature: Signature) -> None:

@@ -145,7 +145,7 @@ def thread_count() -> int:
     """
     forced = _VARIABLE.get()
     if forced is not None:
-        if not forced.isdecimal() or int(forced) < 1:
+        if not forced.isdecimal() or not 1 <= int(forced) < 2**31:
             raise ValueError(f"BIPER_NUM_THREADS (={forced!r}) must be a positive integer.")
         return int(forced)
     threads = torch.get_num_threads()

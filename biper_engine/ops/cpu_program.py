@@ -260,15 +260,10 @@ class CpuProgram:
         self._caller = native().Caller(
             self._program,
             sources=[
-                (
-                    _image(x, x in flat),
-                    x.packed,
-                    either or layout == torch.contiguous_format,
-                    layout == torch.channels_last,
-                )
+                _form(x, x in flat, either or layout == torch.contiguous_format, layout)
                 for x, (either, layout) in zip(inputs, self._sources, strict=True)
             ],
-            results=[_make_empty(x, x in flat) for x in outputs],
+            results=[_result(x, x in flat) for x in outputs],
         )
         self._call = self._caller.call
 
@@ -294,7 +289,11 @@ class CpuProgram:
 
         Returns:
             None, with nothing done, where an input is a subclass of Tensor or requires grad, or has
-            another shape, dtype, device or memory layout than its map.
+            another shape, dtype, device or memory layout than its map, and where their number or
+            batches do not fit.
+
+        Raises:
+            ValueError: `BIPER_NUM_THREADS` is no positive integer.
         """
         outputs: tuple[Tensor, ...] | None = self._call(inputs, thread_count())
         return outputs
@@ -320,10 +319,11 @@ class CpuProgram:
         )
 
     def _refuse(self, inputs: tuple[Tensor, ...]) -> NoReturn:
-        came = ", ".join(f"{list(x.shape)} {x.dtype} on {x.device}" for x in inputs)
+        came = [f"{list(x.shape)} {x.dtype} on {x.device}" for x in inputs]
         raise ValueError(
             f"This program takes {', '.join(self._takes)}, one N for all, in memory of the CPU; "
-            f"got {came}."
+            f"got {', '.join(came)}. Transforms of torch.func, such as vmap, pass tensors without "
+            "memory of their own, which it cannot take."
         )
 
 
@@ -349,18 +349,21 @@ def _image(x: Map, flat: bool) -> tuple[int, ...]:
     return (x.channels,) if flat else (x.channels, x.height, x.width)
 
 
-def _make_empty(x: Map, flat: bool) -> Callable[[int], Tensor]:
-    """Return what makes a tensor of so many images of an output."""
+def _form(
+    x: Map, flat: bool, contiguous: bool, layout: torch.memory_format
+) -> tuple[tuple[int, ...], bool, bool, bool]:
+    """Return what a tensor of a map is: an image, whether it is packed, and which layouts do."""
+    return _image(x, flat), x.packed, contiguous, layout == torch.channels_last
+
+
+def _result(x: Map, flat: bool) -> tuple[tuple[Any, ...], Callable[[int], Tensor]]:
+    """Return what a tensor of an output is, and what makes it for so many images."""
+    shape, layout = _image(x, flat), _layout(x.packed or flat)
 
     def empty(batch: int) -> Tensor:
-        return torch.empty(
-            (batch, *_image(x, flat)),
-            dtype=_dtype(x),
-            memory_format=_layout(x.packed or flat),
-            device="cpu",
-        )
+        return torch.empty((batch, *shape), dtype=_dtype(x), memory_format=layout, device="cpu")
 
-    return empty
+    return _form(x, flat, layout == torch.contiguous_format, layout), empty
 
 
 def _index(x: Map | None) -> int:

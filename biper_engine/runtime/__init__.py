@@ -20,7 +20,7 @@ from biper_engine.runtime.graph import (
     with_defaults,
 )
 from biper_engine.runtime.native import NativePlan
-from biper_engine.runtime.plan import Plan, PlanSlot
+from biper_engine.runtime.plan import Plan, PlanSlot, is_watched
 from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
 from biper_engine.runtime.runs import NativeRun, NativeStep
 from biper_engine.runtime.shapes import MISFITS, call_without_data, without_data
@@ -47,6 +47,7 @@ __all__ = [
     "from_portable",
     "get_constant",
     "interpret",
+    "is_watched",
     "isolate_outputs",
     "named_arguments",
     "node_backend",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 
 from biper_engine.ops.backends import forced_name
 from biper_engine.ops.cpu_program import CpuProgram
@@ -26,7 +26,12 @@ from biper_engine.runtime.native import NativePlan, native_plan
 from biper_engine.runtime.runs import NativeRun
 from biper_engine.runtime.signature import InputSpec
 
-__all__ = ["Plan", "PlanSlot", "bound_graph"]
+__all__ = ["Plan", "PlanSlot", "bound_graph", "is_watched"]
+
+
+def is_watched() -> bool:
+    """Whether calls are only recorded now, by a dispatch mode or by `torch.jit.trace`."""
+    return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,7 @@ class PlanSlot:
             there is no plan yet for the backend that is forced now.
         """
         plan = self._plan
-        if plan is None or plan.program is None or plan.forced != forced_name():
-            return None
-        if _len_torch_dispatch_stack() > 0:
+        if plan is None or plan.program is None or plan.forced != forced_name() or is_watched():
             return None
         return plan.program.call_as_is(inputs)
 

@@ -62,7 +62,8 @@ class ProfileReport:
         nodes: one row per operator.
         call_ms: median of whole calls from Python, made in turn with those that the rows are of.
         outside_ms: `call_ms` less the median of the sums of the rows of a call: the checks of a
-            call, its outputs, and what lies between operators.
+            call, its outputs, and what lies between operators. A difference of two medians, it can
+            be negative where calls differ by more than that.
         peak_macs_per_second: what popcounts on registers alone reach on that many cores, measured
             with the report; None where the cpu backend ran no binary convolution.
         isa: instruction set of that peak, or None.
@@ -179,7 +180,7 @@ def profile(
         module: a converted network.
         inputs: its flat inputs.
         device: where its tensors are.
-        rounds: calls to take medians of, after one to warm up.
+        rounds: calls to take medians of, of both kinds.
         native: of the plan: its programs, or why there are none.
         call: makes the same call as a whole.
 

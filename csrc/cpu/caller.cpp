@@ -87,15 +87,15 @@ bool read(PyObject* object, Tensor* tensor) {
 // innermost.
 template <size_t kDimensions>
 bool lies_in_order(const Tensor& x, const std::array<int, kDimensions>& order) {
-  int64_t stride = 1, values = 1;
+  int64_t stride = 1;
   bool in_order = true;
   for (size_t i = kDimensions; i-- > 0;) {
     const int64_t size = x.shape[order[i]];
-    values *= size;
+    if (size == 0) return true;  // whatever the strides are, there is nothing
     in_order = in_order && (size == 1 || x.strides[order[i]] == stride);
     stride *= size;
   }
-  return in_order || values == 0;
+  return in_order;
 }
 
 bool is_contiguous(const Tensor& x) {
@@ -106,15 +106,15 @@ bool is_channels_last(const Tensor& x) {
   return x.dimensions == 4 && lies_in_order<4>(x, {0, 2, 3, 1});
 }
 
-// What a call must bring for a map.
-struct Source {
+// What the tensor of a map is.
+struct Form {
   std::vector<int64_t> image;  // sizes behind the batch
   bool packed;                 // int32, else float32
   bool contiguous;             // does
   bool channels_last;          // does
 
   // Returns whether `x` is that, with a batch of any size.
-  bool takes(const Tensor& x) const {
+  bool fits(const Tensor& x) const {
     if (x.device_type != kCpu || x.type != (packed ? kInt : kFloat) || x.bits != 32 ||
         x.lanes != 1 || x.dimensions != static_cast<int32_t>(image.size()) + 1) {
       return false;
@@ -143,40 +143,57 @@ bool requires_grad(PyObject* tensor) {
 // its memory: torch.empty_like reads one argument, torch.empty four, in 2 and 4 us.
 class Result {
  public:
-  explicit Result(py::function empty) : empty_(std::move(empty)) {}
+  Result(Form form, py::function empty) : form_(std::move(form)), empty_(std::move(empty)) {}
 
-  py::object make(int64_t batch) {
+  // Returns a new tensor for so many images and sets `memory` to what it has.
+  py::object make(int64_t batch, Tensor* memory) {
     py::object like = like_;
     if (batch != batch_) {
       like = empty_(batch);
+      check(like, batch, memory);
       like.attr("untyped_storage")().attr("resize_")(0);
       // Other threads run in the calls above, and where the old tensor goes, after all is set.
       py::object old = like;
       std::swap(old, like_);
       batch_ = batch;
     }
-    PyObject* made = PyObject_CallOneArg(torch->empty_like.ptr(), like.ptr());
-    if (made == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(made);
+    const auto made =
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch->empty_like.ptr(), like.ptr()));
+    if (!made) throw py::error_already_set();
+    check(made, batch, memory);
+    return made;
   }
 
  private:
+  // A mode, a transform or a patch of torch may make another tensor than it was asked for.
+  void check(const py::object& made, int64_t batch, Tensor* memory) const {
+    if (read(made.ptr(), memory) && form_.fits(*memory) && memory->shape[0] == batch) return;
+    fail(
+        "torch.empty made another tensor for an output than it was asked for: call the engine "
+        "outside of what changes it, such as a mode of PyTorch or a transform of torch.func.");
+  }
+
+  Form form_;
   py::function empty_;  // returns a tensor for so many images
   py::object like_;
   int64_t batch_ = -1;
 };
 
-using SourceValues = std::tuple<std::vector<int64_t>, bool, bool, bool>;  // as in Source
+using FormValues = std::tuple<std::vector<int64_t>, bool, bool, bool>;
+
+Form form(const FormValues& values) {
+  const auto& [image, packed, contiguous, channels_last] = values;
+  if (image.size() != 1 && image.size() != 3) fail("A map has two or four dimensions.");
+  return {image, packed, contiguous, channels_last};
+}
 
 class Caller {
  public:
-  Caller(std::shared_ptr<const Program> program, const std::vector<SourceValues>& sources,
-         const std::vector<py::function>& results)
-      : program_(std::move(program)), results_(results.begin(), results.end()) {
-    for (const auto& [image, packed, contiguous, channels_last] : sources) {
-      if (image.size() != 1 && image.size() != 3) fail("An input has two or four dimensions.");
-      sources_.push_back({image, packed, contiguous, channels_last});
-    }
+  Caller(std::shared_ptr<const Program> program, const std::vector<FormValues>& sources,
+         const std::vector<std::pair<FormValues, py::function>>& results)
+      : program_(std::move(program)) {
+    for (const FormValues& values : sources) sources_.push_back(form(values));
+    for (const auto& [values, empty] : results) results_.emplace_back(form(values), empty);
   }
 
   // Returns the outputs as a tuple of new tensors; None, with nothing done, where an input is not
@@ -191,7 +208,7 @@ class Caller {
     for (size_t i = 0; i < sources_.size(); ++i) {
       Tensor x;
       PyObject* object = PyTuple_GET_ITEM(inputs.ptr(), static_cast<Py_ssize_t>(i));
-      if (!read(object, &x) || !sources_[i].takes(x)) return py::none();
+      if (!read(object, &x) || !sources_[i].fits(x)) return py::none();
       if (i > 0 && x.shape[0] != batch) return py::none();
       if (requires_grad(object)) return py::none();
       batch = x.shape[0];
@@ -200,9 +217,8 @@ class Caller {
     }
     py::tuple outputs(results_.size());
     for (size_t i = 0; i < results_.size(); ++i) {
-      py::object made = results_[i].make(batch);
       Tensor out;
-      if (!read(made.ptr(), &out)) fail("torch.empty_like made no tensor on the CPU.");
+      py::object made = results_[i].make(batch, &out);
       to.push_back(map_memory(out, false));
       PyTuple_SET_ITEM(outputs.ptr(), static_cast<Py_ssize_t>(i), made.release().ptr());
     }
@@ -215,7 +231,7 @@ class Caller {
 
  private:
   std::shared_ptr<const Program> program_;
-  std::vector<Source> sources_;
+  std::vector<Form> sources_;
   std::vector<Result> results_;
 };
 
@@ -224,8 +240,8 @@ class Caller {
 void define_caller(py::module_& m) {
   m.def("use_torch", &use_torch);
   py::class_<Caller>(m, "Caller")
-      .def(py::init<std::shared_ptr<const Program>, const std::vector<SourceValues>&,
-                    const std::vector<py::function>&>(),
+      .def(py::init<std::shared_ptr<const Program>, const std::vector<FormValues>&,
+                    const std::vector<std::pair<FormValues, py::function>>&>(),
            py::arg("program"), py::kw_only(), py::arg("sources"), py::arg("results"))
       .def("call", [](Caller& caller, const py::tuple& inputs,
                       int64_t threads) { return caller.call(inputs, threads, nullptr); })

@@ -247,6 +247,8 @@ int64_t processors() {
   return std::min(affinity(), most_processors.load(std::memory_order_relaxed));
 }
 
-void limit_processors(int64_t most) { most_processors.store(most, std::memory_order_relaxed); }
+void limit_processors(int64_t most) {
+  most_processors.store(std::max<int64_t>(1, most), std::memory_order_relaxed);
+}
 
 }  // namespace biper

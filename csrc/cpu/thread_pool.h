@@ -33,7 +33,7 @@ bool shares_threads();
 // Processors that the calling thread may use: those that it may run on, but no more than the limit.
 int64_t processors();
 
-// From now on so many at most, 1 or more; at first there is no limit.
+// From now on so many at most, but at least 1; at first there is no limit.
 void limit_processors(int64_t most);
 
 }  // namespace biper

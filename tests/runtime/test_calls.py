@@ -1,8 +1,16 @@
 """Calls of a native program: what it takes as it is, what it lays out first, what it refuses."""
 
+import gc
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from biper_engine.engine import Engine, Signature
 from biper_engine.ops.backends import backends
@@ -123,6 +131,69 @@ def test_batches_of_several_sizes_in_turn(engine: Engine, images: Tensor) -> Non
         assert torch.equal(result, wanted[:size])
 
 
+def test_what_makes_outputs_is_kept_without_memory(engine: Engine) -> None:
+    engine(torch.zeros(7, 3, 8, 8))
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) is Tensor and x.shape == (7, 10)]
+    assert found
+    assert {x.untyped_storage().nbytes() for x in found} == {0}
+
+
+class OtherOutputs(TorchFunctionMode):
+    """Makes torch.empty return what nobody asked for."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__()
+        self._changes = changes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        changes = self._changes if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **changes})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": torch.float16}, {"device": "meta"}], ids=["float16", "meta"]
+)
+def test_an_output_that_is_another_tensor_is_refused_and_not_kept(
+    engine: Engine, images: Tensor, changes: dict[str, Any]
+) -> None:
+    wanted = engine(images)
+    engine(images[:1])
+    with OtherOutputs(**changes), pytest.raises(ValueError, match="another tensor for an output"):
+        engine(images)
+    assert torch.equal(engine(images), wanted)
+
+
+def operators(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target).partition(".")[0] for node in graph.nodes if node.op != "placeholder"}
+
+
+def test_a_call_that_is_recorded_shows_its_operators_also_after_others(
+    engine: Engine, images: Tensor
+) -> None:
+    wanted = engine(images)
+    recorded = make_fx(engine)(images)
+    assert "biper" in operators(recorded.graph)
+    assert_close(recorded(images), wanted)
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        engine(images)
+    assert any(name.startswith("biper.") for name in seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # sizes are checked for good
+        traced = torch.jit.trace(engine, images)
+    assert_close(traced(images[:2]), wanted[:2])  # by torch's float operators
+
+
 @pytest.mark.parametrize(
     "x",
     [
@@ -152,6 +223,8 @@ def test_a_refusal_says_what_the_program_takes() -> None:
         total()(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4, 4))
     with pytest.raises(ValueError, match="takes"):
         total()(torch.zeros(2, 5, 4, 4))
+    with pytest.raises(ValueError, match=r"torch\.func, such as vmap"):
+        torch.func.vmap(classifier())(torch.zeros(2, 1, 3, 8, 8))
 
 
 def test_maps_are_taken_as_they_are_in_the_layout_that_the_program_reads() -> None:
