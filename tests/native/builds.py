@@ -24,9 +24,14 @@ def setup_functions() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_without_setup")
 
 
+def module_sources() -> list[Path]:
+    """Return what of csrc/cpu is Python's module and needs its headers."""
+    return [ROOT / "csrc/cpu/bindings.cpp", ROOT / "csrc/cpu/caller.cpp"]
+
+
 def kernel_sources() -> list[Path]:
-    """Return csrc/cpu but for the module of Python."""
-    return sorted(set((ROOT / "csrc/cpu").glob("*.cpp")) - {ROOT / "csrc/cpu/bindings.cpp"})
+    """Return the rest of csrc/cpu."""
+    return sorted(set((ROOT / "csrc/cpu").glob("*.cpp")) - set(module_sources()))
 
 
 def replay_sources() -> list[Path]:

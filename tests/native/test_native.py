@@ -183,4 +183,4 @@ def test_the_bindings_compile_for_macos(tmp_path: Path) -> None:
     if not toolchain.compiles(probe, tmp_path, *includes):
         headers = sysconfig.get_paths()["include"]
         pytest.skip(f"the headers of Python in {headers} are missing or for this machine alone")
-    toolchain.compile([builds.ROOT / "csrc/cpu/bindings.cpp"], tmp_path, *includes)
+    toolchain.compile(builds.module_sources(), tmp_path, *includes)
