@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["Variable"]
 
-# What `os.environ` keeps its values in, encoded as the system has them, since Python 3.2.
+# What `os.environ` keeps its values in, encoded as the system has them.
 _VALUES: Any = getattr(os.environ, "_data", os.environ)
 
 

@@ -140,7 +140,8 @@ bool requires_grad(PyObject* tensor) {
 }
 
 // Makes the tensors of an output. They are like the first one of their batch, which is kept without
-// its memory: torch.empty_like reads one argument, torch.empty four, in 2 and 4 us.
+// its memory: torch.empty_like reads one argument, torch.empty four, in 2 and 4 us on a Zen 4 whose
+// caches the network has taken.
 class Result {
  public:
   Result(Form form, py::function empty) : form_(std::move(form)), empty_(std::move(empty)) {}

@@ -13,16 +13,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from biper_engine.engine import Engine, Signature
-from biper_engine.ops.backends import backends
 from biper_engine.ops.cpu_program import Clamp, CpuProgram
 from tests.networks_by_hand import classifier
 
-
-@pytest.fixture(autouse=True)
-def _cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-    if not {info.name: info.available for info in backends()}["cpu"]:
-        pytest.skip("no cpu backend here")
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 @pytest.fixture

@@ -15,21 +15,16 @@ from biper_engine.conversion import convert
 from biper_engine.engine import Engine
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.models import build
-from biper_engine.ops.backends import backends, use_backend
+from biper_engine.ops.backends import use_backend
 from biper_engine.ops.cpu_program import Clamp, CpuProgram
 from biper_engine.runtime import NativePlan, interpret
 from tests.concurrency import wrong_results
 from tests.golden import weights
 from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 _aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-    if not {info.name: info.available for info in backends()}["cpu"]:
-        pytest.skip("no cpu backend here")
 
 
 @pytest.fixture
