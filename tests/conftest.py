@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from biper_engine.ops.backends import PREFERENCE, backends, use_backend
+from biper_engine.ops.backends import _REGISTERED, PREFERENCE, Backend, backends, use_backend
+from tests.emulated_cuda import emulated_backend
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("fixed", deadline=None, derandomize=True)
@@ -25,6 +26,8 @@ DEVICES = {
     "reference": ("cpu", "cuda"),
 }
 CPU_ISAS = ("avx512", "avx2", "neon", "portable")
+# csrc/cuda on an emulator: products of bits, of bytes, and without tensor cores.
+EMULATED_CAPABILITIES = ("90", "120", "75")
 
 
 def _runs() -> Iterator[Any]:
@@ -34,6 +37,10 @@ def _runs() -> Iterator[Any]:
             for isa in CPU_ISAS if name == "cpu" else (None,):
                 parts = (name, device if len(DEVICES[name]) > 1 else None, isa)
                 yield pytest.param((name, device, isa), id="-".join(filter(None, parts)))
+    for capability in EMULATED_CAPABILITIES:
+        yield pytest.param(
+            ("cuda", "cpu", capability), id=f"cuda-emulated-{capability}", marks=pytest.mark.deep
+        )
 
 
 @contextmanager
@@ -54,13 +61,25 @@ def _isa(name: str | None) -> Iterator[None]:
         _cpu.select_isa(before)
 
 
+@pytest.fixture(scope="session")
+def emulated_cuda() -> Backend:
+    """Return the CUDA backend with csrc/cuda compiled for a CPU."""
+    return emulated_backend()
+
+
 @pytest.fixture(params=_runs())
-def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.device]]:
+def run(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, torch.device]]:
     """Force every backend in turn; give its name and the device that it runs on.
 
-    The cpu backend comes once for every instruction set.
+    The cpu backend comes once for every instruction set, the emulated one for every kind of device.
     """
     name, device, isa = request.param
+    if (name, device) == ("cuda", "cpu"):
+        monkeypatch.setitem(_REGISTERED, name, request.getfixturevalue("emulated_cuda"))
+        monkeypatch.setenv("BIPER_EMULATED_CAPABILITY", isa)
+        isa = None
     reason = {info.name: info.reason for info in backends()}[name]
     if reason is not None:
         pytest.skip(f"{name}: {reason}")

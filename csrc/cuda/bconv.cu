@@ -1,0 +1,310 @@
+// How a binary convolution is cut into blocks, and on which path it runs.
+
+#include <algorithm>
+#include <climits>
+
+#include "bconv.h"
+#include "bconv_mma.cuh"
+#include "bconv_popcount.cuh"
+#include "device.h"
+
+namespace biper {
+namespace {
+
+constexpr int kMaxClasses = 96;  // rectangles of valid taps in a block's table
+constexpr int64_t kMostPixels = int64_t{1} << 30;
+constexpr int kRoomForTwo = 100000;  // bytes of shared memory with which two blocks fit on an SM
+
+int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int words_of(int channels) { return (channels + 31) / 32; }
+
+uint32_t mask_of_last(int channels) {
+  return channels % 32 == 0 ? 0xffffffffu : (1u << channels % 32) - 1u;
+}
+
+// Taps outside of the image at the start and at the end of an axis, at most.
+struct Outside {
+  int start, cut;
+};
+
+Outside taps_outside(int outputs, int size, int kernel, int stride, int pad, int dilation) {
+  Outside most = {0, 0};
+  for (int i = 0; i < outputs; ++i) {
+    const int begin = i * stride - pad;
+    const int first = std::min(kernel, begin < 0 ? (-begin + dilation - 1) / dilation : 0);
+    const int inside = size > begin ? (size - begin + dilation - 1) / dilation : 0;
+    const int end = std::max(first, std::min(kernel, inside));
+    most.start = std::max(most.start, first);
+    most.cut = std::max(most.cut, kernel - end);
+  }
+  return most;
+}
+
+// A pool that a block can take: its windows tile the map, and are 2, 4 or 8 neighbouring rows.
+bool tiles(const Window& pool) {
+  const int window = pool.kernel_h * pool.kernel_w;
+  return (window == 1 || window == 2 || window == 4 || window == 8) &&
+         pool.stride_h == pool.kernel_h && pool.stride_w == pool.kernel_w && pool.pad_top == 0 &&
+         pool.pad_left == 0;
+}
+
+bool aligned(const void* memory, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(memory) % bytes == 0;
+}
+
+struct TileSize {
+  int rows, columns, threads;
+};
+
+constexpr TileSize kTiles[] = {{128, 64, 128}, {64, 64, 128}, {32, 32, 64}};
+
+struct Cut {
+  BconvMmaParams params;
+  dim3 grid;
+  int tile;
+  size_t shared_bytes;
+};
+
+// What does not depend on the tile.
+BconvMmaParams common_params(const ConvArgs& args) {
+  const ConvShape& s = args.shape;
+  BconvMmaParams p = {};
+  p.shape = s;
+  p.epilogue = args.epilogue;
+  p.outputs = args.outputs;
+  p.bits = args.bits;
+  p.fragments = args.weights.fragments;
+  p.sums = args.weights.sums;
+  p.in_words = words_of(s.in_channels);
+  p.last_mask = mask_of_last(s.in_channels);
+  const int taps = s.conv.kernel_h * s.conv.kernel_w;
+  p.chunk_words = fragment_words(s.in_channels, taps);
+  p.chunks = (p.in_words + p.chunk_words - 1) / p.chunk_words;
+  p.patches = p.chunks > 1 ? 2 : 1;
+  p.steps = (taps * p.chunk_words / 2 + 3) / 4;
+  p.stage_steps = std::min(p.steps, 8);
+  p.stage_buffers = p.steps * p.chunks > p.stage_steps ? 2 : 1;
+  // Four pixels side by side, 8 words of each, in the 32 banks of one access of half a warp.
+  p.pixel_words = p.chunk_words < 8 ? p.chunk_words : round_up(p.chunk_words - 8, 16) + 8;
+  p.copy_words = p.in_words % 4 == 0 && p.chunk_words % 4 == 0 && aligned(args.bits, 16) ? 4
+                 : p.in_words % 2 == 0 && aligned(args.bits, 8)                          ? 2
+                                                                                         : 1;
+  const Outside rows = taps_outside(s.conv_h, s.height, s.conv.kernel_h, s.conv.stride_h,
+                                    s.conv.pad_top, s.conv.dilation_h);
+  const Outside columns = taps_outside(s.conv_w, s.width, s.conv.kernel_w, s.conv.stride_w,
+                                       s.conv.pad_left, s.conv.dilation_w);
+  p.rows_start = rows.start;
+  p.rows_cut = rows.cut;
+  p.columns_start = columns.start;
+  p.columns_cut = columns.cut;
+  const ConvOutputs& out = args.outputs;
+  p.whole = s.out_channels % 8 == 0 && aligned(out.residual, 16) && aligned(out.floats, 16) &&
+            aligned(out.dots, 16);
+  return p;
+}
+
+int classes(const BconvMmaParams& p) {
+  const int64_t count = static_cast<int64_t>(p.rows_start + 1) * (p.rows_cut + 1) *
+                        (p.columns_start + 1) * (p.columns_cut + 1);
+  return static_cast<int>(std::min<int64_t>(count, INT_MAX));
+}
+
+// Cut the call into tiles of one size, `width` output columns wide. False where 32-bit offsets
+// within a block would not do.
+bool cut_tiles(const BconvMmaParams& common, int tile, int width, Cut* cut) {
+  const TileSize size = kTiles[tile];
+  BconvMmaParams& p = cut->params = common;
+  const ConvShape& s = p.shape;
+  p.tile_width = width;
+  p.patch_width = (width * s.pool.kernel_w - 1) * s.conv.stride_w +
+                  (s.conv.kernel_w - 1) * s.conv.dilation_w + 1;
+  const int64_t all_rows = static_cast<int64_t>(s.batch) * s.out_h;
+  p.units = static_cast<uint32_t>(all_rows * width);
+  const int window = s.pool.kernel_h * s.pool.kernel_w;
+  const int tile_units = size.rows / window;
+  // A tile of consecutive units begins anywhere in a row, and such rows anywhere in an image.
+  const int64_t rows = std::min<int64_t>(all_rows, (tile_units + width - 2) / width + 1);
+  const int64_t images = std::min<int64_t>(s.batch, (rows + s.out_h - 2) / s.out_h + 1);
+  const int reach = (s.conv.kernel_h - 1) * s.conv.dilation_h + 1;
+  const int64_t patch_rows =
+      rows * s.pool.kernel_h * s.conv.stride_h + images * std::max(0, reach - s.conv.stride_h);
+  const int64_t patch_words = patch_rows * p.patch_width * p.pixel_words;
+  if (patch_words > (1 << 20)) return false;
+  p.patch_words = round_up(static_cast<int>(patch_words), 4);
+  const uint32_t row_tiles = (p.units + tile_units - 1) / tile_units;
+  cut->tile = tile;
+  cut->grid =
+      dim3(row_tiles, static_cast<unsigned>((s.out_channels + size.columns - 1) / size.columns),
+           static_cast<unsigned>((s.out_w + width - 1) / width));
+  const int blocks = size.columns / kBlock;
+  cut->shared_bytes =
+      4 * (static_cast<size_t>(p.patches) * p.patch_words +
+           p.stage_buffers * p.stage_steps * blocks * kFragmentWords + 8 * p.steps +
+           (kSharedVectors + 2) * size.columns + 3 * size.rows + classes(p) * size.columns);
+  return true;
+}
+
+// Choose the tile. Larger ones share more of patch and weights; one that leaves SMs idle does not.
+bool cut_call(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
+  const BconvMmaParams common = common_params(args);
+  const ConvShape& s = common.shape;
+  if (classes(common) > kMaxClasses) return false;
+  bool found = false;
+  for (const int limit : {kRoomForTwo, device.shared_bytes}) {
+    for (int tile = 0; tile < 3; ++tile) {
+      for (int width = s.out_w; width > 0; width = width > 64 ? 64 : width > 16 ? 16 : 0) {
+        Cut candidate;
+        if (!cut_tiles(common, tile, width, &candidate)) continue;
+        if (candidate.shared_bytes > static_cast<size_t>(std::min(limit, device.shared_bytes))) {
+          continue;
+        }
+        *cut = candidate;
+        found = true;
+        break;
+      }
+      const int64_t grid =
+          found ? static_cast<int64_t>(cut->grid.x) * cut->grid.y * cut->grid.z : 0;
+      if (found && grid >= 2 * device.processors) return true;
+    }
+    if (found) return true;
+  }
+  return false;
+}
+
+template <bool BYTES, Leaving LEAVING>
+const char* launch_tile(const Cut& cut, cudaStream_t stream) {
+  const BconvMmaParams& p = cut.params;
+  const unsigned threads = static_cast<unsigned>(kTiles[cut.tile].threads);
+  switch (cut.tile) {
+    case 0:
+      return launch(bconv_mma<2, 8, 4, 1, BYTES, LEAVING>, cut.grid, threads, cut.shared_bytes,
+                    stream, p);
+    case 1:
+      return launch(bconv_mma<1, 8, 4, 1, BYTES, LEAVING>, cut.grid, threads, cut.shared_bytes,
+                    stream, p);
+    default:
+      return launch(bconv_mma<1, 4, 2, 1, BYTES, LEAVING>, cut.grid, threads, cut.shared_bytes,
+                    stream, p);
+  }
+}
+
+template <bool BYTES>
+const char* launch_mma(const Cut& cut, cudaStream_t stream) {
+  if (cut.params.outputs.dots != nullptr) return launch_tile<BYTES, Leaving::kDots>(cut, stream);
+  if (cut.params.epilogue.first != nullptr) {
+    return launch_tile<BYTES, Leaving::kLimits>(cut, stream);
+  }
+  return launch_tile<BYTES, Leaving::kValues>(cut, stream);
+}
+
+const char* launch_popcount(const ConvArgs& args, const DeviceProperties& device,
+                            cudaStream_t stream) {
+  const ConvShape& s = args.shape;
+  BconvPopcountParams p = {};
+  p.shape = s;
+  p.epilogue = args.epilogue;
+  p.outputs = args.outputs;
+  p.bits = args.bits;
+  p.words = args.weights.words;
+  p.in_words = words_of(s.in_channels);
+  p.group_channels = s.in_channels / s.groups;
+  p.group_words = words_of(p.group_channels);
+  p.last_mask = mask_of_last(p.group_channels);
+  p.pixels = static_cast<uint32_t>(s.batch) * s.out_h * s.out_w;
+  const int64_t blocks =
+      (static_cast<int64_t>(p.pixels) + kPopcountThreads / 32 - 1) / (kPopcountThreads / 32);
+  const int64_t most = static_cast<int64_t>(device.processors) * 64;
+  const dim3 grid(static_cast<unsigned>(std::min(blocks, most)),
+                  static_cast<unsigned>(words_of(s.out_channels)));
+  return launch(bconv_popcount, grid, kPopcountThreads, 0, stream, p);
+}
+
+int64_t type_bytes(int type) { return type == kFloat32 ? 4 : type == kNone ? 0 : 2; }
+
+template <class T>
+T* moved(T* memory, int64_t elements) {
+  return memory == nullptr ? nullptr : memory + elements;
+}
+
+// Run the first half of a batch, then the rest.
+const char* run_halves(const ConvArgs& args, int64_t pixels, void* stream) {
+  ConvArgs part = args;
+  part.shape.batch = args.shape.batch / 2;
+  if (const char* error = bconv2d(part, stream)) return error;
+  const ConvShape& s = args.shape;
+  const int64_t images = part.shape.batch;
+  const int64_t values = images * pixels * s.out_channels;
+  ConvOutputs& out = part.outputs;
+  part.bits += images * s.height * s.width * words_of(s.in_channels);
+  out.residual =
+      moved(static_cast<const char*>(out.residual), values * type_bytes(out.residual_type));
+  out.floats = moved(static_cast<char*>(out.floats), values * type_bytes(out.float_type));
+  out.bits = moved(out.bits, images * pixels * words_of(s.out_channels));
+  out.dots = moved(out.dots, values);
+  part.shape.batch = s.batch - part.shape.batch;
+  return bconv2d(part, stream);
+}
+
+// The path, and its cut where it is one with tensor cores; -1 where there is none.
+int choose(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
+  const ConvShape& s = args.shape;
+  const bool fits = s.groups == 1 && args.weights.fragments != nullptr && tiles(s.pool) &&
+                    cut_call(args, device, cut);
+  const bool bits = fits && device.has_binary_mma;
+  const bool bytes = fits && device.has_byte_mma;
+  switch (args.path) {
+    case kBinaryTensorCores:
+      return bits ? kBinaryTensorCores : -1;
+    case kByteTensorCores:
+      return bytes ? kByteTensorCores : -1;
+    case kPopcount:
+      return kPopcount;
+    default:
+      return bits ? kBinaryTensorCores : bytes ? kByteTensorCores : kPopcount;
+  }
+}
+
+}  // namespace
+
+int fragment_words(int in_channels, int taps) {
+  const int most = taps == 1 ? 64 : 16;
+  const int words = round_up(words_of(in_channels), 2);
+  if (words <= most) return words;
+  const int chunks = (words + most - 1) / most;
+  return round_up((words + chunks - 1) / chunks, 4);
+}
+
+int bconv2d_path(const ConvArgs& args) {
+  DeviceProperties device;
+  if (current_device(&device) != nullptr) return -1;
+  Cut cut;
+  return choose(args, device, &cut);
+}
+
+const char* bconv2d(const ConvArgs& args, void* stream) {
+  const ConvShape& s = args.shape;
+  if (s.batch == 0) return nullptr;
+  // Kernels count output pixels, and padded ones of a last tile, in 32 bits.
+  const int64_t pixels = static_cast<int64_t>(s.out_h) * s.out_w;
+  if (s.batch * pixels > kMostPixels) {
+    if (s.batch == 1) return "an image of the output has more than 2^30 pixels";
+    return run_halves(args, pixels, stream);
+  }
+  DeviceProperties device;
+  if (const char* error = current_device(&device)) return error;
+  Cut cut;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  switch (choose(args, device, &cut)) {
+    case kBinaryTensorCores:
+      return launch_mma<false>(cut, on);
+    case kByteTensorCores:
+      return launch_mma<true>(cut, on);
+    case kPopcount:
+      return launch_popcount(args, device, on);
+    default:
+      return "the path that was asked for cannot run this convolution";
+  }
+}
+
+}  // namespace biper

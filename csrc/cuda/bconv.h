@@ -1,0 +1,80 @@
+// Binary convolutions on CUDA: what a call consists of, and its two ways to run.
+//
+// Free of CUDA headers. Memory is on the device; sizes are in elements.
+
+#pragma once
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace biper {
+
+// One axis-aligned 2-D operation: a convolution or a pool.
+struct Window {
+  int kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+};
+
+struct ConvShape {
+  int batch, height, width;
+  int in_channels, out_channels, groups;
+  Window conv;
+  int conv_h, conv_w;  // of the accumulators, before the pool
+  Window pool;         // 1x1 without a pool
+  int out_h, out_w;
+};
+
+// Of the operations in biper_engine/ops/epilogue.py. Vectors have a value for each output channel;
+// nullptr where a step is left out.
+struct ConvEpilogue {
+  const float* multiplier;
+  const float* bias;
+  const float* slope;
+  const float* shift;
+  const float* threshold;
+  const bool* sense;           // nullptr: false everywhere
+  const bool* pool_min;        // nullptr: the pool takes the maximum everywhere
+  float clamp_min, clamp_max;  // infinite where there is none
+  // Where bits alone leave and depend on nothing but the accumulator: the bit is set for those in
+  // [first, first + span], and the float steps are not taken. nullptr otherwise.
+  const int32_t* first;
+  const uint32_t* span;
+};
+
+struct ConvOutputs {
+  const void* residual;  // [N, OH, OW, O] of residual_type, or nullptr
+  int residual_type;
+  void* floats;  // [N, OH, OW, O] of float_type, or nullptr
+  int float_type;
+  uint32_t* bits;  // [N, OH, OW, ceil(O / 32)], or nullptr
+  int32_t* dots;   // [N, OH, OW, O]; nothing else leaves then
+};
+
+// Weights as biper_engine/ops/cuda.py lays them out; nullptr where a layout was not made.
+struct ConvWeights {
+  const uint32_t* fragments;  // of bconv_mma.cuh
+  const int32_t* sums;        // [KH + 1, KW + 1, O rounded up to 32], of bconv_mma.cuh
+  const uint32_t* words;      // [KH * KW, words of a group, O], of bconv_popcount.cuh
+};
+
+enum ConvPath : int { kAnyPath = 0, kBinaryTensorCores = 1, kByteTensorCores = 2, kPopcount = 3 };
+
+struct ConvArgs {
+  ConvShape shape;
+  ConvEpilogue epilogue;
+  ConvOutputs outputs;
+  ConvWeights weights;
+  const uint32_t* bits;
+  int path;  // a ConvPath; kAnyPath leaves the choice to the device's capability
+};
+
+// Channels of one pass over the taps, in words: the order of the fragments depends on it.
+int fragment_words(int in_channels, int taps);
+
+// Run a convolution on the current device. Returns nullptr, or what went wrong.
+const char* bconv2d(const ConvArgs& args, void* stream);
+
+// The path that a call would take, or -1 where `args.path` cannot serve it.
+int bconv2d_path(const ConvArgs& args);
+
+}  // namespace biper
