@@ -235,6 +235,14 @@ def bit_limits(epilogue: Epilogue, reduction: int) -> tuple[Tensor, Tensor] | No
     return first.to(torch.int32), (last - first).to(torch.int32)
 
 
+def _plain_signs(epilogue: Epilogue) -> Epilogue:
+    """Return the epilogue without threshold and sense where its bits are those of `v >= 0`."""
+    threshold, sense = epilogue.threshold, epilogue.sense
+    if threshold is None or sense is None or bool(((threshold != 0) | sense).any()):
+        return epilogue
+    return dataclasses.replace(epilogue, threshold=None, sense=None)
+
+
 # -- calls ----------------------------------------------------------------------------------------
 
 
@@ -254,9 +262,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _empty_map(
-    like: Tensor, n: int, c: int, size: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
+def _empty_map(like: Tensor, n: int, c: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return like.new_empty((n, *size, c), dtype=dtype).permute(0, 3, 1, 2)
 
 
@@ -284,7 +290,7 @@ class _Conv:
         path: int = 0,
     ) -> None:
         layout = _layout(geometry, native)
-        parts = prepacked.split([layout.fragments, layout.sums, layout.taps])
+        parts = torch.split(prepacked, [layout.fragments, layout.sums, layout.taps])
         tensors: dict[str, Tensor] = {}
         options: dict[str, Any] = {}
         if epilogue is not None:
@@ -306,12 +312,6 @@ class _Conv:
             **options,
         )
 
-    def path(self, bits: Tensor) -> int:
-        """Return the number of the path that a call takes: see csrc/cuda/bconv.h."""
-        with self._native.on(bits.device):
-            path: int = self._conv.path(bits.shape[:3], _memory(bits))
-        return path
-
     def accumulate(self, bits: Tensor) -> Tensor:
         """Return the accumulators."""
         bits = bits.contiguous()
@@ -330,6 +330,26 @@ class _Conv:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the float map, the packed map, or both."""
         bits = bits.contiguous()
+        floats, packed = self._outputs(bits, float_dtype, want_bits)
+        residual = None if residual is None else _channels_last(residual)
+        self._run(bits, residual, floats, packed, None)
+        return floats, packed
+
+    def way(
+        self,
+        bits: Tensor,
+        residual: Tensor | None,
+        float_dtype: torch.dtype | None,
+        want_bits: bool,
+    ) -> Any:
+        """Return how such a call of `fused` runs: a ConvWay of csrc/cuda/bconv.h."""
+        floats, packed = self._outputs(bits, float_dtype, want_bits)
+        with self._native.on(bits.device):
+            return self._conv.way(**self._flowing(bits, residual, floats, packed, None))
+
+    def _outputs(
+        self, bits: Tensor, float_dtype: torch.dtype | None, want_bits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         n, h, w, _ = bits.shape
         channels = self._geometry.out_channels
         size = self._geometry.output_size(h, w)
@@ -340,9 +360,24 @@ class _Conv:
             floats = _empty_map(bits, n, channels, size, float_dtype)
         if want_bits:
             packed = bits.new_empty((n, *size, words(channels)))
-        residual = None if residual is None else _channels_last(residual)
-        self._run(bits, residual, floats, packed, None)
         return floats, packed
+
+    @staticmethod
+    def _flowing(
+        bits: Tensor,
+        residual: Tensor | None,
+        floats: Tensor | None,
+        packed: Tensor | None,
+        dots: Tensor | None,
+    ) -> dict[str, Any]:
+        return {
+            "image": bits.shape[:3],
+            "bits": _memory(bits),
+            "residual": _typed(residual),
+            "floats": _typed(floats),
+            "packed": _memory(packed),
+            "dots": _memory(dots),
+        }
 
     def _run(
         self,
@@ -353,15 +388,8 @@ class _Conv:
         dots: Tensor | None,
     ) -> None:
         with self._native.on(bits.device):
-            self._conv.run(
-                image=bits.shape[:3],
-                bits=_memory(bits),
-                residual=_typed(residual),
-                floats=_typed(floats),
-                packed=_memory(packed),
-                dots=_memory(dots),
-                stream=self._native.stream(bits.device),
-            )
+            stream = self._native.stream(bits.device)
+            self._conv.run(**self._flowing(bits, residual, floats, packed, dots), stream=stream)
 
 
 class CudaBackend(Backend):
@@ -373,9 +401,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
 
-    def __init__(
-        self, load: Callable[[], tuple[Native | None, str | None]] = _load
-    ) -> None:
+    def __init__(self, load: Callable[[], tuple[Native | None, str | None]] = _load) -> None:
         self._load = load
 
     @property
@@ -455,7 +481,7 @@ class CudaBackend(Backend):
         limits = None
         if want_bits and float_dtype is None:
             limits = bit_limits(epilogue, geometry.reduction)
-        conv = _Conv(self._native, geometry, prepacked, epilogue, limits)
+        conv = _Conv(self._native, geometry, prepacked, _plain_signs(epilogue), limits)
 
         def run(bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             return conv.fused(bits, residual, float_dtype, want_bits)

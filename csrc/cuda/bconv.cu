@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <climits>
+#include <set>
+#include <utility>
 
 #include "bconv.h"
-#include "bconv_mma.cuh"
+#include "bconv_cut.cuh"
 #include "bconv_popcount.cuh"
 #include "device.h"
 
@@ -13,9 +15,12 @@ namespace {
 
 constexpr int kMaxClasses = 96;  // rectangles of valid taps in a block's table
 constexpr int64_t kMostPixels = int64_t{1} << 30;
+constexpr unsigned kMostBlocks = 65535;  // along y and z
 constexpr int kRoomForTwo = 100000;  // bytes of shared memory with which two blocks fit on an SM
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+Divisor divisor(int value) { return Divisor(static_cast<uint32_t>(value)); }
 
 int words_of(int channels) { return (channels + 31) / 32; }
 
@@ -23,53 +28,72 @@ uint32_t mask_of_last(int channels) {
   return channels % 32 == 0 ? 0xffffffffu : (1u << channels % 32) - 1u;
 }
 
-// Taps outside of the image at the start and at the end of an axis, at most.
+// Taps outside of the image along an axis: how many at its start and its end at most, and which
+// pairs of numbers there are.
 struct Outside {
-  int start, cut;
+  int start = 0, cut = 0;
+  std::set<std::pair<int, int>> pairs;
 };
 
 Outside taps_outside(int outputs, int size, int kernel, int stride, int pad, int dilation) {
-  Outside most = {0, 0};
+  Outside outside;
   for (int i = 0; i < outputs; ++i) {
     const int begin = i * stride - pad;
     const int first = std::min(kernel, begin < 0 ? (-begin + dilation - 1) / dilation : 0);
     const int inside = size > begin ? (size - begin + dilation - 1) / dilation : 0;
     const int end = std::max(first, std::min(kernel, inside));
-    most.start = std::max(most.start, first);
-    most.cut = std::max(most.cut, kernel - end);
+    outside.start = std::max(outside.start, first);
+    outside.cut = std::max(outside.cut, kernel - end);
+    outside.pairs.emplace(first, kernel - end);
   }
-  return most;
+  return outside;
 }
 
-// A pool that a block can take: its windows tile the map, and are 2, 4 or 8 neighbouring rows.
+// A pool that a block can take: its windows tile the map, and are 4 neighbouring rows.
 bool tiles(const Window& pool) {
   const int window = pool.kernel_h * pool.kernel_w;
-  return (window == 1 || window == 2 || window == 4 || window == 8) &&
-         pool.stride_h == pool.kernel_h && pool.stride_w == pool.kernel_w && pool.pad_top == 0 &&
-         pool.pad_left == 0;
+  return (window == 1 || window == 4) && pool.stride_h == pool.kernel_h &&
+         pool.stride_w == pool.kernel_w && pool.pad_top == 0 && pool.pad_left == 0;
 }
 
 bool aligned(const void* memory, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(memory) % bytes == 0;
 }
 
-struct TileSize {
-  int rows, columns, threads;
-};
+// The table of rectangles of valid taps; false where there are too many of them.
+bool find_rectangles(BconvMmaParams* p) {
+  const ConvShape& s = p->shape;
+  const Outside rows = taps_outside(s.conv_h, s.height, s.conv.kernel_h, s.conv.stride_h,
+                                    s.conv.pad_top, s.conv.dilation_h);
+  const Outside columns = taps_outside(s.conv_w, s.width, s.conv.kernel_w, s.conv.stride_w,
+                                       s.conv.pad_left, s.conv.dilation_w);
+  const int64_t classes =
+      int64_t{rows.start + 1} * (rows.cut + 1) * (columns.start + 1) * (columns.cut + 1);
+  if (classes > kMaxClasses || s.conv.kernel_h > 255 || s.conv.kernel_w > 255) return false;
+  p->rows_cut = rows.cut;
+  p->columns_start = columns.start;
+  p->columns_cut = columns.cut;
+  p->classes = static_cast<int>(classes);
+  for (const auto& [top, below] : rows.pairs) {
+    for (const auto& [left, beyond] : columns.pairs) {
+      const int index =
+          ((top * (rows.cut + 1) + below) * (columns.start + 1) + left) * (columns.cut + 1) +
+          beyond;
+      uint8_t* const rectangle = p->rectangles[index];
+      rectangle[0] = static_cast<uint8_t>(top);
+      rectangle[1] = static_cast<uint8_t>(s.conv.kernel_h - below);
+      rectangle[2] = static_cast<uint8_t>(left);
+      rectangle[3] = static_cast<uint8_t>(s.conv.kernel_w - beyond);
+    }
+  }
+  return true;
+}
 
-constexpr TileSize kTiles[] = {{128, 64, 128}, {64, 64, 128}, {32, 32, 64}};
-
-struct Cut {
-  BconvMmaParams params;
-  dim3 grid;
-  int tile;
-  size_t shared_bytes;
-};
-
-// What does not depend on the tile.
-BconvMmaParams common_params(const ConvArgs& args) {
+// What does not depend on the tile; false where no tile can take the call.
+bool common_params(const ConvArgs& args, BconvMmaParams* params) {
   const ConvShape& s = args.shape;
-  BconvMmaParams p = {};
+  BconvMmaParams& p = *params;
+  p = BconvMmaParams();
   p.shape = s;
   p.epilogue = args.epilogue;
   p.outputs = args.outputs;
@@ -90,39 +114,41 @@ BconvMmaParams common_params(const ConvArgs& args) {
   p.copy_words = p.in_words % 4 == 0 && p.chunk_words % 4 == 0 && aligned(args.bits, 16) ? 4
                  : p.in_words % 2 == 0 && aligned(args.bits, 8)                          ? 2
                                                                                          : 1;
-  const Outside rows = taps_outside(s.conv_h, s.height, s.conv.kernel_h, s.conv.stride_h,
-                                    s.conv.pad_top, s.conv.dilation_h);
-  const Outside columns = taps_outside(s.conv_w, s.width, s.conv.kernel_w, s.conv.stride_w,
-                                       s.conv.pad_left, s.conv.dilation_w);
-  p.rows_start = rows.start;
-  p.rows_cut = rows.cut;
-  p.columns_start = columns.start;
-  p.columns_cut = columns.cut;
+  p.out_h = divisor(s.out_h);
+  p.window_w = divisor(s.pool.kernel_w);
+  p.dilation_h = divisor(s.conv.dilation_h);
+  p.dilation_w = divisor(s.conv.dilation_w);
+  p.copies = divisor(p.chunk_words / p.copy_words);
+  p.image_rows = divisor((s.out_h * s.pool.kernel_h - 1) * s.conv.stride_h +
+                         (s.conv.kernel_h - 1) * s.conv.dilation_h + 1);
+  p.window_shift = s.pool.kernel_h * s.pool.kernel_w == 4 ? 2 : 0;
+  return find_rectangles(params);
+}
+
+// What leaves, and whether eight channels lie on 16 bytes in every map, all of one type.
+Leaving leaving(const ConvArgs& args) {
   const ConvOutputs& out = args.outputs;
-  p.whole = s.out_channels % 8 == 0 && aligned(out.residual, 16) && aligned(out.floats, 16) &&
-            aligned(out.dots, 16);
-  return p;
+  const bool whole = args.shape.out_channels % kLane == 0 && aligned(out.residual, 16) &&
+                     aligned(out.floats, 16) && aligned(out.dots, 16);
+  if (!whole) return kRagged;
+  if (out.dots != nullptr) return kDots;
+  if (args.epilogue.first != nullptr) return kLimits;
+  const int type = out.floats != nullptr ? out.float_type : out.residual_type;
+  if (out.residual != nullptr && out.residual_type != type) return kRagged;
+  return type == kFloat16 ? kFloat16Stream : type == kBfloat16 ? kBfloat16Stream : kFloat32Stream;
 }
 
-int classes(const BconvMmaParams& p) {
-  const int64_t count = static_cast<int64_t>(p.rows_start + 1) * (p.rows_cut + 1) *
-                        (p.columns_start + 1) * (p.columns_cut + 1);
-  return static_cast<int>(std::min<int64_t>(count, INT_MAX));
-}
-
-// Cut the call into tiles of one size, `width` output columns wide. False where 32-bit offsets
-// within a block would not do.
-bool cut_tiles(const BconvMmaParams& common, int tile, int width, Cut* cut) {
+// Cut the call into tiles of one size, `width` output columns wide. False where they are too large.
+bool cut_tiles(const BconvMmaParams& common, int tile, int width, int shared_bytes, Cut* cut) {
   const TileSize size = kTiles[tile];
   BconvMmaParams& p = cut->params = common;
   const ConvShape& s = p.shape;
-  p.tile_width = width;
+  p.tile_width = divisor(width);
   p.patch_width = (width * s.pool.kernel_w - 1) * s.conv.stride_w +
                   (s.conv.kernel_w - 1) * s.conv.dilation_w + 1;
-  const int64_t all_rows = static_cast<int64_t>(s.batch) * s.out_h;
-  p.units = static_cast<uint32_t>(all_rows * width);
-  const int window = s.pool.kernel_h * s.pool.kernel_w;
-  const int tile_units = size.rows / window;
+  const int64_t all_rows = int64_t{s.batch} * s.out_h;
+  p.units = static_cast<int>(all_rows * width);
+  const int tile_units = size.rows >> p.window_shift;
   // A tile of consecutive units begins anywhere in a row, and such rows anywhere in an image.
   const int64_t rows = std::min<int64_t>(all_rows, (tile_units + width - 2) / width + 1);
   const int64_t images = std::min<int64_t>(s.batch, (rows + s.out_h - 2) / s.out_h + 1);
@@ -130,72 +156,51 @@ bool cut_tiles(const BconvMmaParams& common, int tile, int width, Cut* cut) {
   const int64_t patch_rows =
       rows * s.pool.kernel_h * s.conv.stride_h + images * std::max(0, reach - s.conv.stride_h);
   const int64_t patch_words = patch_rows * p.patch_width * p.pixel_words;
-  if (patch_words > (1 << 20)) return false;
+  if (patch_words > shared_bytes) return false;
   p.patch_words = round_up(static_cast<int>(patch_words), 4);
-  const uint32_t row_tiles = (p.units + tile_units - 1) / tile_units;
   cut->tile = tile;
-  cut->grid =
-      dim3(row_tiles, static_cast<unsigned>((s.out_channels + size.columns - 1) / size.columns),
-           static_cast<unsigned>((s.out_w + width - 1) / width));
+  cut->grid = dim3(static_cast<unsigned>((p.units + tile_units - 1) / tile_units),
+                   static_cast<unsigned>((s.out_channels + size.columns - 1) / size.columns),
+                   static_cast<unsigned>((s.out_w + width - 1) / width));
   const int blocks = size.columns / kBlock;
   cut->shared_bytes =
       4 * (static_cast<size_t>(p.patches) * p.patch_words +
-           p.stage_buffers * p.stage_steps * blocks * kFragmentWords + 8 * p.steps +
-           (kSharedVectors + 2) * size.columns + 3 * size.rows + classes(p) * size.columns);
-  return true;
+           static_cast<size_t>(p.stage_buffers) * p.stage_steps * blocks * kFragmentWords +
+           static_cast<size_t>(8) * p.steps + (kSharedVectors + 2) * size.columns + 3 * size.rows +
+           static_cast<size_t>(p.classes) * size.columns);
+  return cut->shared_bytes <= static_cast<size_t>(shared_bytes) && cut->grid.y <= kMostBlocks &&
+         cut->grid.z <= kMostBlocks;
 }
 
-// Choose the tile. Larger ones share more of patch and weights; one that leaves SMs idle does not.
-bool cut_call(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
-  const BconvMmaParams common = common_params(args);
-  const ConvShape& s = common.shape;
-  if (classes(common) > kMaxClasses) return false;
-  bool found = false;
-  for (const int limit : {kRoomForTwo, device.shared_bytes}) {
-    for (int tile = 0; tile < 3; ++tile) {
-      for (int width = s.out_w; width > 0; width = width > 64 ? 64 : width > 16 ? 16 : 0) {
-        Cut candidate;
-        if (!cut_tiles(common, tile, width, &candidate)) continue;
-        if (candidate.shared_bytes > static_cast<size_t>(std::min(limit, device.shared_bytes))) {
-          continue;
-        }
-        *cut = candidate;
-        found = true;
-        break;
-      }
-      const int64_t grid =
-          found ? static_cast<int64_t>(cut->grid.x) * cut->grid.y * cut->grid.z : 0;
-      if (found && grid >= 2 * device.processors) return true;
-    }
-    if (found) return true;
+// As wide as the output, if that fits.
+bool cut_width(const BconvMmaParams& common, int tile, int shared_bytes, Cut* cut) {
+  const int width = common.shape.out_w;
+  if (cut_tiles(common, tile, width, shared_bytes, cut)) return true;
+  for (const int narrower : {64, 16}) {
+    if (narrower < width && cut_tiles(common, tile, narrower, shared_bytes, cut)) return true;
   }
   return false;
 }
 
-template <bool BYTES, Leaving LEAVING>
-const char* launch_tile(const Cut& cut, cudaStream_t stream) {
-  const BconvMmaParams& p = cut.params;
-  const unsigned threads = static_cast<unsigned>(kTiles[cut.tile].threads);
-  switch (cut.tile) {
-    case 0:
-      return launch(bconv_mma<2, 8, 4, 1, BYTES, LEAVING>, cut.grid, threads, cut.shared_bytes,
-                    stream, p);
-    case 1:
-      return launch(bconv_mma<1, 8, 4, 1, BYTES, LEAVING>, cut.grid, threads, cut.shared_bytes,
-                    stream, p);
-    default:
-      return launch(bconv_mma<1, 4, 2, 1, BYTES, LEAVING>, cut.grid, threads, cut.shared_bytes,
-                    stream, p);
+// Choose the tile. A larger one shares more of patch and weights, if no processor is left idle.
+bool cut_call(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
+  BconvMmaParams common;
+  if (!common_params(args, &common)) return false;
+  cut->leaving = leaving(args);
+  bool found = false;
+  for (const int shared_bytes : {std::min(kRoomForTwo, device.shared_bytes), device.shared_bytes}) {
+    for (int tile = cut->leaving == kRagged ? kRaggedTile : 0; tile < kTileCount; ++tile) {
+      Cut candidate;
+      if (!cut_width(common, tile, shared_bytes, &candidate)) continue;
+      candidate.leaving = cut->leaving;
+      *cut = candidate;
+      found = true;
+      const int64_t blocks = int64_t{cut->grid.x} * cut->grid.y * cut->grid.z;
+      if (blocks >= 2 * device.processors) return true;
+    }
+    if (found) return true;
   }
-}
-
-template <bool BYTES>
-const char* launch_mma(const Cut& cut, cudaStream_t stream) {
-  if (cut.params.outputs.dots != nullptr) return launch_tile<BYTES, Leaving::kDots>(cut, stream);
-  if (cut.params.epilogue.first != nullptr) {
-    return launch_tile<BYTES, Leaving::kLimits>(cut, stream);
-  }
-  return launch_tile<BYTES, Leaving::kValues>(cut, stream);
+  return false;
 }
 
 const char* launch_popcount(const ConvArgs& args, const DeviceProperties& device,
@@ -275,11 +280,20 @@ int fragment_words(int in_channels, int taps) {
   return round_up((words + chunks - 1) / chunks, 4);
 }
 
-int bconv2d_path(const ConvArgs& args) {
+const char* bconv2d_way(const ConvArgs& args, ConvWay* way) {
   DeviceProperties device;
-  if (current_device(&device) != nullptr) return -1;
+  if (const char* error = current_device(&device)) return error;
   Cut cut;
-  return choose(args, device, &cut);
+  *way = {};
+  way->path = choose(args, device, &cut);
+  if (way->path != kBinaryTensorCores && way->path != kByteTensorCores) return nullptr;
+  way->rows = kTiles[cut.tile].rows;
+  way->columns = kTiles[cut.tile].columns;
+  way->width = static_cast<int>(cut.params.tile_width.value);
+  way->chunks = cut.params.chunks;
+  way->ragged = cut.leaving == kRagged;
+  way->shared_bytes = static_cast<int>(cut.shared_bytes);
+  return nullptr;
 }
 
 const char* bconv2d(const ConvArgs& args, void* stream) {
@@ -297,9 +311,9 @@ const char* bconv2d(const ConvArgs& args, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   switch (choose(args, device, &cut)) {
     case kBinaryTensorCores:
-      return launch_mma<false>(cut, on);
+      return launch_bits(cut, on);
     case kByteTensorCores:
-      return launch_mma<true>(cut, on);
+      return launch_bytes(cut, on);
     case kPopcount:
       return launch_popcount(args, device, on);
     default:

@@ -74,7 +74,16 @@ int fragment_words(int in_channels, int taps);
 // Run a convolution on the current device. Returns nullptr, or what went wrong.
 const char* bconv2d(const ConvArgs& args, void* stream);
 
-// The path that a call would take, or -1 where `args.path` cannot serve it.
-int bconv2d_path(const ConvArgs& args);
+// How a call would run.
+struct ConvWay {
+  int path;           // a ConvPath, or -1 where the one that was asked for cannot serve the call
+  int rows, columns;  // of a block's tile, on tensor cores
+  int width;          // output columns of a tile's rows
+  int chunks;         // of the channels
+  bool ragged;        // whether channels do not come in aligned eights
+  int shared_bytes;   // of a block
+};
+
+const char* bconv2d_way(const ConvArgs& args, ConvWay* way);
 
 }  // namespace biper

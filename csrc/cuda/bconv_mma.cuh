@@ -33,6 +33,31 @@ namespace biper {
 constexpr int kBlock = 32;           // channels of one block of fragments
 constexpr int kFragmentWords = 256;  // of 32 channels in one step: 2 pairs of groups, 32 lanes, 4
 
+constexpr int kMaxClasses = 96;  // rectangles of valid taps that an image may have
+
+// Division by a number known at the launch, of numbers below 2^31: one multiplication and a shift.
+// Source: Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
+struct Divisor {
+  uint32_t value, multiplier, shift;
+
+  explicit Divisor(uint32_t divisor = 1) : value(divisor), multiplier(0), shift(0) {
+    while (shift < 31 && (uint32_t{1} << shift) < divisor) ++shift;
+    const uint64_t excess = (uint64_t{1} << shift) - divisor;
+    multiplier = static_cast<uint32_t>((excess << 32) / divisor + 1);
+  }
+};
+
+// A quotient and what is left.
+struct Quotient {
+  int value, rest;
+};
+
+__device__ __forceinline__ Quotient divide(int number, const Divisor& by) {
+  const uint32_t n = static_cast<uint32_t>(number);
+  const uint32_t quotient = (__umulhi(n, by.multiplier) + n) >> by.shift;
+  return {static_cast<int>(quotient), static_cast<int>(n - quotient * by.value)};
+}
+
 // What the kernel takes: the call, and how the launcher cut it.
 struct BconvMmaParams {
   ConvShape shape;
@@ -41,23 +66,32 @@ struct BconvMmaParams {
   const uint32_t* bits;
   const uint32_t* fragments;
   const int32_t* sums;
-  int in_words;        // of a pixel
-  uint32_t last_mask;  // channels of its last word
-  int chunk_words;     // of a pixel in one patch, even
-  int chunks;
-  int steps;                      // of 256 bits in a chunk
-  int stage_steps;                // of a chunk whose weights are in shared memory at once
-  int stage_buffers;              // 1, or 2 where there are several stages
-  int pixel_words;                // of a pixel in shared memory, padded against bank conflicts
-  int copy_words;                 // 1, 2 or 4: of one asynchronous copy
-  int tile_width;                 // output columns (pool windows) of a block's rows
-  int patch_width;                // input columns
-  int patch_words;                // of one patch
-  int patches;                    // 1, or 2 where there are several chunks
-  int rows_cut, columns_cut;      // taps cut off at the lower and right border, at most
-  int rows_start, columns_start;  // at the upper and left border, at most
-  uint32_t units;                 // pool windows (output pixels) of a column of tiles
-  bool whole;                     // whether eight channels lie on 16 bytes in every map
+  int in_words;                        // of a pixel
+  uint32_t last_mask;                  // channels of its last word
+  int chunk_words;                     // of a pixel in one patch, even
+  int chunks;                          //
+  int steps;                           // of 256 bits in a chunk
+  int stage_steps;                     // of a chunk whose weights are in shared memory at once
+  int stage_buffers;                   // 1, or 2 where there are several stages
+  int pixel_words;                     // of a pixel in shared memory, padded against bank conflicts
+  int copy_words;                      // 1, 2 or 4: of one asynchronous copy
+  int patch_width;                     // input columns
+  int patch_words;                     // of one patch
+  int patches;                         // 1, or 2 where there are several chunks
+  int units;                           // pool windows (output pixels) of a column of tiles
+  Divisor tile_width;                  // output columns (pool windows) of a block's rows
+  Divisor out_h;                       // of shape.out_h
+  Divisor window_w;                    // of shape.pool.kernel_w
+  Divisor dilation_h;                  // of shape.conv.dilation_h
+  Divisor dilation_w;                  // of shape.conv.dilation_w
+  Divisor copies;                      // of a pixel in a chunk
+  Divisor image_rows;                  // patch rows of an image that is in the tile from its top on
+  int window_shift;                    // log2 of the pixels in a pool window: 0 or 2
+  int rows_cut;                        // taps cut off at the lower border, at most
+  int columns_start;                   // taps before the left border, at most
+  int columns_cut;                     // taps cut off at the right border, at most
+  int classes;                         // rectangles of valid taps
+  uint8_t rectangles[kMaxClasses][4];  // top, bottom, left, right; empty where there is none
 };
 
 // What of a tile's rows the threads need again and again, [ROWS] each, in shared memory.
@@ -67,7 +101,8 @@ struct TileRows {
   int* output;   // pixel of the output, -1 for none
 };
 
-enum class Leaving { kDots, kLimits, kValues };
+// What leaves the kernel. With kRagged the call says it, and channels need not come in whole lanes.
+enum Leaving : int { kFloat32Stream, kFloat16Stream, kBfloat16Stream, kLimits, kDots, kRagged };
 
 // 256 bits of 16 rows and 8 columns, on bits or, where a device has none, bytes. Any order of the
 // bits will do as long as both operands agree, so that bytes are taken out of the same registers:
@@ -94,119 +129,129 @@ struct Taps {
   int first, cut;
 };
 
-__device__ __forceinline__ Taps valid_taps(int start, int size, int kernel, int dilation) {
-  int first = start < 0 ? (-start + dilation - 1) / dilation : 0;
+__device__ __forceinline__ Taps valid_taps(int start, int size, int kernel,
+                                           const Divisor& dilation) {
+  const int step = static_cast<int>(dilation.value) - 1;
+  int first = start < 0 ? divide(-start + step, dilation).value : 0;
   first = first < kernel ? first : kernel;
-  int end = size > start ? (size - start + dilation - 1) / dilation : 0;
+  int end = size > start ? divide(size - start + step, dilation).value : 0;
   end = end < kernel ? end : kernel;
   end = end > first ? end : first;
   return {first, kernel - end};
 }
 
-// Where a tile begins, and the pixels of its images in the patch.
-struct Tile {
-  uint32_t first;       // unit of its first row
-  int image, unit_row;  // of that unit
-  int first_column;     // input column of the patch's first
-  int rows_of_first;    // patch rows of the first image
-  int rows_of_image;    // patch rows of an image that is in the tile from its top on
+// Where a unit is.
+struct Unit {
+  int image, row, column;  // of the output, the column from the tile's first on
 };
 
+__device__ __forceinline__ Unit locate(const BconvMmaParams& p, int unit) {
+  const Quotient row = divide(unit, p.tile_width);
+  const Quotient image = divide(row.value, p.out_h);
+  return {image.value, image.rest, row.rest};
+}
+
+// Where a tile begins and ends, and the pixels of its images in the patch.
+struct Tile {
+  int first_unit;
+  Unit first, last;
+  int first_column;   // input column of the patch's first
+  int rows_of_first;  // patch rows of the first image, were it in the tile to its bottom
+};
+
+// Input rows that some rows of units see.
 __device__ __forceinline__ int patch_rows(const ConvShape& s, int unit_rows) {
   return (unit_rows * s.pool.kernel_h - 1) * s.conv.stride_h +
          (s.conv.kernel_h - 1) * s.conv.dilation_h + 1;
 }
 
 template <int ROWS>
-__device__ __forceinline__ Tile locate(const BconvMmaParams& p) {
+__device__ __forceinline__ Tile locate_tile(const BconvMmaParams& p) {
   const ConvShape& s = p.shape;
   Tile tile;
-  const int window = s.pool.kernel_h * s.pool.kernel_w;
-  tile.first = blockIdx.x * static_cast<uint32_t>(ROWS / window);
-  const uint32_t row = tile.first / static_cast<uint32_t>(p.tile_width);
-  tile.image = static_cast<int>(row / static_cast<uint32_t>(s.out_h));
-  tile.unit_row = static_cast<int>(row) - tile.image * s.out_h;
+  const int units = ROWS >> p.window_shift;
+  tile.first_unit = static_cast<int>(blockIdx.x) * units;
+  const int end = tile.first_unit + units < p.units ? tile.first_unit + units : p.units;
+  tile.first = locate(p, tile.first_unit);
+  tile.last = locate(p, end - 1);
   tile.first_column =
-      static_cast<int>(blockIdx.z) * p.tile_width * s.pool.kernel_w * s.conv.stride_w -
+      static_cast<int>(blockIdx.z * p.tile_width.value) * s.pool.kernel_w * s.conv.stride_w -
       s.conv.pad_left;
-  tile.rows_of_first = patch_rows(s, s.out_h - tile.unit_row);
-  tile.rows_of_image = patch_rows(s, s.out_h);
+  tile.rows_of_first = patch_rows(s, s.out_h - tile.first.row);
   return tile;
 }
 
 // Fill in one row of the tile.
-template <int ROWS>
 __device__ __forceinline__ void describe_row(const BconvMmaParams& p, const Tile& tile,
                                              const TileRows& rows, int at) {
   const ConvShape& s = p.shape;
-  const int window = s.pool.kernel_h * s.pool.kernel_w;
-  const uint32_t unit = tile.first + at / window;
-  const int in_window = at % window;
-  const uint32_t row = unit / static_cast<uint32_t>(p.tile_width);
-  const int local = static_cast<int>(unit - row * p.tile_width);
-  const int image = static_cast<int>(row / static_cast<uint32_t>(s.out_h));
-  const int unit_row = static_cast<int>(row) - image * s.out_h;
-  const int column = static_cast<int>(blockIdx.z) * p.tile_width + local;
+  const int unit = tile.first_unit + (at >> p.window_shift);
+  const Unit place = locate(p, unit);
+  const Quotient in_window = divide(at & ((1 << p.window_shift) - 1), p.window_w);
+  const int column = static_cast<int>(blockIdx.z * p.tile_width.value) + place.column;
   rows.patch[at] = rows.classes[at] = 0;
   rows.output[at] = -1;
   if (unit >= p.units || column >= s.out_w) return;
-  const int conv_row = unit_row * s.pool.kernel_h + in_window / s.pool.kernel_w;
-  const int conv_column = column * s.pool.kernel_w + in_window % s.pool.kernel_w;
-  const int before =
-      image == tile.image ? 0 : tile.rows_of_first + (image - tile.image - 1) * tile.rows_of_image;
-  const int first = image == tile.image ? tile.unit_row * s.pool.kernel_h : 0;
-  const int patch_row = before + (conv_row - first) * s.conv.stride_h;
-  const int patch_column =
-      (local * s.pool.kernel_w + in_window % s.pool.kernel_w) * s.conv.stride_w;
+  const int conv_row = place.row * s.pool.kernel_h + in_window.value;
+  const int conv_column = column * s.pool.kernel_w + in_window.rest;
+  int patch_row = conv_row * s.conv.stride_h;
+  if (place.image == tile.first.image) {
+    patch_row -= tile.first.row * s.pool.kernel_h * s.conv.stride_h;
+  } else {
+    patch_row += tile.rows_of_first +
+                 (place.image - tile.first.image - 1) * static_cast<int>(p.image_rows.value);
+  }
+  const int patch_column = (place.column * s.pool.kernel_w + in_window.rest) * s.conv.stride_w;
   rows.patch[at] = (patch_row * p.patch_width + patch_column) * p.pixel_words;
   const Taps vertical = valid_taps(conv_row * s.conv.stride_h - s.conv.pad_top, s.height,
-                                   s.conv.kernel_h, s.conv.dilation_h);
+                                   s.conv.kernel_h, p.dilation_h);
   const Taps horizontal = valid_taps(conv_column * s.conv.stride_w - s.conv.pad_left, s.width,
-                                     s.conv.kernel_w, s.conv.dilation_w);
-  const int classes_v = vertical.first * (p.rows_cut + 1) + vertical.cut;
-  const int classes_h = horizontal.first * (p.columns_cut + 1) + horizontal.cut;
-  rows.classes[at] = classes_v * (p.columns_start + 1) * (p.columns_cut + 1) + classes_h;
-  if (in_window == 0) {
-    rows.output[at] = (image * s.out_h + unit_row) * s.out_w + column;
+                                     s.conv.kernel_w, p.dilation_w);
+  rows.classes[at] = ((vertical.first * (p.rows_cut + 1) + vertical.cut) * (p.columns_start + 1) +
+                      horizontal.first) *
+                         (p.columns_cut + 1) +
+                     horizontal.cut;
+  if (in_window.value == 0 && in_window.rest == 0) {
+    rows.output[at] = (place.image * s.out_h + place.row) * s.out_w + column;
   }
 }
 
 // Start copying the patch of a chunk, zeros for what is outside of the image or the channels.
-template <int WORDS, int ROWS, int THREADS>
+template <int WORDS, int THREADS>
 __device__ __forceinline__ void copy_patch(const BconvMmaParams& p, const Tile& tile, int chunk,
                                            uint32_t* patch) {
   const ConvShape& s = p.shape;
-  const int window = s.pool.kernel_h * s.pool.kernel_w;
-  uint32_t last = tile.first + ROWS / window;
-  last = (last < p.units ? last : p.units) - 1;
-  const uint32_t last_row = last / static_cast<uint32_t>(p.tile_width);
-  const int last_image = static_cast<int>(last_row / static_cast<uint32_t>(s.out_h));
-  const int last_unit = static_cast<int>(last_row) - last_image * s.out_h;
-  const int total = last_image == tile.image
-                        ? patch_rows(s, last_unit - tile.unit_row + 1)
-                        : tile.rows_of_first + (last_image - tile.image - 1) * tile.rows_of_image +
-                              patch_rows(s, last_unit + 1);
+  const int later_images = tile.last.image - tile.first.image;
+  const int total = later_images == 0
+                        ? patch_rows(s, tile.last.row - tile.first.row + 1)
+                        : tile.rows_of_first +
+                              (later_images - 1) * static_cast<int>(p.image_rows.value) +
+                              patch_rows(s, tile.last.row + 1);
   const int lane = threadIdx.x % 32;
-  const int copies = p.chunk_words / WORDS;  // of a pixel; an odd word has a zero beside it
   const int first_word = chunk * p.chunk_words;
+  const int row_copies = p.patch_width * static_cast<int>(p.copies.value);
+#pragma unroll 1
   for (int row = threadIdx.x / 32; row < total; row += THREADS / 32) {
-    int image = tile.image;
-    int y = row + tile.unit_row * s.pool.kernel_h * s.conv.stride_h - s.conv.pad_top;
+    int image = tile.first.image;
+    int y = row + tile.first.row * s.pool.kernel_h * s.conv.stride_h - s.conv.pad_top;
     if (row >= tile.rows_of_first) {
-      const int beyond = row - tile.rows_of_first;
-      image += 1 + beyond / tile.rows_of_image;
-      y = beyond % tile.rows_of_image - s.conv.pad_top;
+      const Quotient beyond = divide(row - tile.rows_of_first, p.image_rows);
+      image += 1 + beyond.value;
+      y = beyond.rest - s.conv.pad_top;
     }
-    const bool row_valid = y >= 0 && y < s.height && image < s.batch;
+    const bool row_valid = y >= 0 && y < s.height;
     const int64_t image_row = static_cast<int64_t>(image) * s.height + y;
-    uint32_t* to = patch + row * p.patch_width * p.pixel_words;
-    for (int i = lane; i < p.patch_width * copies; i += 32) {
-      const int column = copies == 1 ? i : i / copies;
-      const int word = (copies == 1 ? 0 : i % copies) * WORDS;
-      const int x = tile.first_column + column;
+    const uint32_t* const from = p.bits + image_row * s.width * p.in_words + first_word;
+    uint32_t* const to = patch + row * p.patch_width * p.pixel_words;
+#pragma unroll 1
+    for (int i = lane; i < row_copies; i += 32) {
+      const Quotient column = divide(i, p.copies);
+      const int word = column.rest * WORDS;
+      const int x = tile.first_column + column.value;
       const bool valid = row_valid && x >= 0 && x < s.width && first_word + word < p.in_words;
-      const int64_t from = valid ? (image_row * s.width + x) * p.in_words + first_word + word : 0;
-      cp_async<4 * WORDS>(to + column * p.pixel_words + word, p.bits + from, valid);
+      cp_async<4 * WORDS>(to + column.value * p.pixel_words + word,
+                          valid ? from + static_cast<int64_t>(x) * p.in_words + word : p.bits,
+                          valid);
     }
   }
 }
@@ -217,6 +262,7 @@ __device__ __forceinline__ void copy_weights(const BconvMmaParams& p, int first_
                                              int first_block, int blocks, uint32_t* to) {
   constexpr int kCopies = kFragmentWords / 4;  // of 16 bytes in a step of 32 channels
   const int total_steps = p.chunks * p.steps;
+#pragma unroll 1
   for (int i = threadIdx.x; i < steps * (COLUMNS / kBlock) * kCopies; i += THREADS) {
     const int copy = i % kCopies;
     const int block = i / kCopies % (COLUMNS / kBlock);
@@ -250,21 +296,17 @@ __device__ __forceinline__ uint32_t channel_mask(const BconvMmaParams& p, int wo
 }
 
 // |V| * C - 2 * popc(w over V) for one rectangle of taps and one channel.
-__device__ __forceinline__ int border_term(const BconvMmaParams& p, int index, int channel) {
-  const ConvShape& s = p.shape;
-  const int horizontal = (p.columns_start + 1) * (p.columns_cut + 1);
-  const int top = index / horizontal / (p.rows_cut + 1);
-  const int bottom = s.conv.kernel_h - index / horizontal % (p.rows_cut + 1);
-  const int left = index % horizontal / (p.columns_cut + 1);
-  const int right = s.conv.kernel_w - index % horizontal % (p.columns_cut + 1);
-  if (bottom <= top || right <= left) return 0;
-  const int blocks = (s.out_channels + kBlock - 1) / kBlock;
-  const int row = (s.conv.kernel_w + 1);
-  const int32_t* sums = p.sums + channel;
+__device__ __forceinline__ int border_term(const BconvMmaParams& p, int index, int channel,
+                                           int blocks) {
+  const int top = p.rectangles[index][0], bottom = p.rectangles[index][1];
+  const int left = p.rectangles[index][2], right = p.rectangles[index][3];
+  if (bottom <= top || right <= left || channel >= blocks * kBlock) return 0;
+  const int row = p.shape.conv.kernel_w + 1;
   const int stride = blocks * kBlock;
+  const int32_t* const sums = p.sums + channel;
   const int weights = sums[(bottom * row + right) * stride] - sums[(top * row + right) * stride] -
                       sums[(bottom * row + left) * stride] + sums[(top * row + left) * stride];
-  return (bottom - top) * (right - left) * s.in_channels - 2 * weights;
+  return (bottom - top) * (right - left) * p.shape.in_channels - 2 * weights;
 }
 
 // Copy the parameters of the block's channels; neutral ones beyond the last channel.
@@ -272,6 +314,7 @@ template <int COLUMNS, int THREADS>
 __device__ __forceinline__ void copy_scales(const BconvMmaParams& p, int first,
                                             const SharedScales& to) {
   const ConvEpilogue& e = p.epilogue;
+#pragma unroll 1
   for (int i = threadIdx.x; i < COLUMNS; i += THREADS) {
     const int channel = first + i;
     const bool there = channel < p.shape.out_channels;
@@ -281,33 +324,82 @@ __device__ __forceinline__ void copy_scales(const BconvMmaParams& p, int first,
     to.bias[i] = there ? e.bias[channel] : 0.0f;
     to.slope[i] = there && e.slope != nullptr ? e.slope[channel] : 0.0f;
     to.shift[i] = there && e.shift != nullptr ? e.shift[channel] : 0.0f;
-    to.threshold[i] = there && e.threshold != nullptr ? e.threshold[channel] : 0.0f;
-    to.sign[i] = there && e.sense != nullptr && e.sense[channel] ? 0x80000000u : 0u;
+    if (e.threshold == nullptr) continue;
+    const Comparison made =
+        there ? comparison(e.threshold[channel], e.sense != nullptr && e.sense[channel])
+              : Comparison{1.0f, 0.0f};
+    to.factor[i] = made.factor;
+    to.addend[i] = made.addend;
   }
 }
 
-// The maximum over a pool window, or its minimum, in every one of the lanes that hold its pixels:
-// its rows are 2, 4 or 8 neighbours of a group of 8.
-__device__ __forceinline__ int pool(int value, bool minimum, int window) {
-  for (int distance = 4; distance < 4 * window; distance *= 2) {
+// The maximum over a pool window of 4 pixels, or its minimum, in all four lanes that hold them.
+__device__ __forceinline__ int pool(int value, bool minimum) {
+#pragma unroll
+  for (int distance = 4; distance <= 8; distance *= 2) {
     const int other = __shfl_xor_sync(0xffffffffu, value, distance);
-    value = (other > value) == minimum ? value : other;
+    value = minimum ? min(value, other) : max(value, other);
   }
   return value;
 }
 
-template <int ROW_TILES, int COLUMN_TILES, int ROW_WARPS, int COLUMN_WARPS, bool BYTES,
-          Leaving LEAVING>
-__global__ void __launch_bounds__(32 * ROW_WARPS * COLUMN_WARPS) bconv_mma(BconvMmaParams p) {
+// The float steps for eight channels. Returns their bits, 0 where none leave.
+template <Leaving LEAVING>
+__device__ __forceinline__ uint32_t finish(const BconvMmaParams& p, const SharedScales& scales,
+                                           int channel, int64_t index, Lane lane,
+                                           const int (&dots)[kLane]) {
+  constexpr int kType = LEAVING == kFloat16Stream    ? kFloat16
+                        : LEAVING == kBfloat16Stream ? kBfloat16
+                                                     : kFloat32;
+  const ConvOutputs& out = p.outputs;
+  float v[kLane], residual[kLane] = {};
+  if (out.residual != nullptr) {
+    if (LEAVING == kRagged) {
+      load_any(out.residual_type, out.residual, index, lane, residual);
+    } else {
+      load_lane<kType, true>(out.residual, index, lane, residual);
+    }
+  }
+  float multiplier[kLane], bias[kLane];
+  load_vector(scales.multiplier + channel, multiplier);
+  load_vector(scales.bias + channel, bias);
+#pragma unroll
+  for (int i = 0; i < kLane; ++i) {
+    v[i] = __fmaf_rn(multiplier[i], static_cast<float>(dots[i]), bias[i]);
+  }
+  if (out.residual != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) v[i] = __fadd_rn(v[i], residual[i]);
+  }
+  activate(p.epilogue, scales, channel, v);
+  if (out.floats != nullptr) {
+    if (LEAVING == kRagged) {
+      store_any(out.float_type, out.floats, index, lane, v);
+    } else {
+      store_lane<kType, true>(out.floats, index, lane, v);
+    }
+  }
+  return out.bits == nullptr ? 0u : compare(p.epilogue, scales, channel, v);
+}
+
+template <int ROW_TILES, int COLUMN_TILES, int ROW_WARPS, bool BYTES, Leaving LEAVING>
+__global__ void __launch_bounds__(32 * ROW_WARPS) bconv_mma(BconvMmaParams p) {
   constexpr int kRows = 16 * ROW_TILES * ROW_WARPS;
-  constexpr int kColumns = 8 * COLUMN_TILES * COLUMN_WARPS;
-  constexpr int kThreads = 32 * ROW_WARPS * COLUMN_WARPS;
+  constexpr int kColumns = 8 * COLUMN_TILES;
+  constexpr int kThreads = 32 * ROW_WARPS;
   constexpr int kBlocks = kColumns / kBlock;  // of 32 channels
-  constexpr int kWarpBlocks = COLUMN_TILES / 4;
+  constexpr bool kWhole = LEAVING != kRagged;
+#ifdef __CUDA_ARCH__
+  constexpr bool kHasProduct = __CUDA_ARCH__ >= 800 && (BYTES || __CUDA_ARCH__ < 1000);
+  if (!kHasProduct) {  // never started there; nothing of the rest is compiled
+    __trap();
+    return;
+  }
+#endif
   static_assert(COLUMN_TILES % 4 == 0, "a thread finishes 8 channels of 32");
   const ConvShape& s = p.shape;
 
-  // Shared memory: patches, stages of weights, the table of pairs, border terms, parameters.
+  // Shared memory: patches, stages of weights, the table of pairs, parameters, rows, border terms.
   uint32_t* const patches = reinterpret_cast<uint32_t*>(dynamic_shared());
   uint32_t* const weights = patches + p.patches * p.patch_words;
   const int stage_words = p.stage_steps * kBlocks * kFragmentWords;
@@ -318,27 +410,27 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * COLUMN_WARPS) bconv_mma(Bconv
                                vectors + 2 * kColumns,
                                vectors + 3 * kColumns,
                                vectors + 4 * kColumns,
-                               reinterpret_cast<int*>(vectors + 5 * kColumns),
-                               reinterpret_cast<uint32_t*>(vectors + 6 * kColumns)};
+                               vectors + 5 * kColumns,
+                               reinterpret_cast<int*>(vectors + 6 * kColumns)};
   int* const first_dots = reinterpret_cast<int*>(vectors + kSharedVectors * kColumns);
-  uint32_t* const spans = reinterpret_cast<uint32_t*>(first_dots + kColumns);
+  int* const spans = first_dots + kColumns;
   int* const row_values = first_dots + 2 * kColumns;
   const TileRows rows = {row_values, row_values + kRows, row_values + 2 * kRows};
   int* const border_terms = row_values + 3 * kRows;
 
   const int first_channel = static_cast<int>(blockIdx.y) * kColumns;
   const int blocks = (s.out_channels + kBlock - 1) / kBlock;
-  const Tile tile = locate<kRows>(p);
+  const Tile tile = locate_tile<kRows>(p);
   const int stages_of_chunk = (p.steps + p.stage_steps - 1) / p.stage_steps;
 
   const auto copy_chunk = [&](int chunk) {
-    uint32_t* to = patches + (chunk % p.patches) * p.patch_words;
+    uint32_t* to = patches + chunk % p.patches * p.patch_words;
     if (p.copy_words == 4) {
-      copy_patch<4, kRows, kThreads>(p, tile, chunk, to);
+      copy_patch<4, kThreads>(p, tile, chunk, to);
     } else if (p.copy_words == 2) {
-      copy_patch<2, kRows, kThreads>(p, tile, chunk, to);
+      copy_patch<2, kThreads>(p, tile, chunk, to);
     } else {
-      copy_patch<1, kRows, kThreads>(p, tile, chunk, to);
+      copy_patch<1, kThreads>(p, tile, chunk, to);
     }
   };
   const auto copy_stage = [&](int chunk, int stage) {
@@ -354,35 +446,37 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * COLUMN_WARPS) bconv_mma(Bconv
   copy_stage(0, 0);
   cp_async_commit();
 
+#pragma unroll 1
   for (int i = threadIdx.x; i < 4 * p.steps; i += kThreads) pairs[i] = pair_offset(p, i);
-  for (int i = threadIdx.x; i < kRows; i += kThreads) describe_row<kRows>(p, tile, rows, i);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows; i += kThreads) describe_row(p, tile, rows, i);
   copy_scales<kColumns, kThreads>(p, first_channel, scales);
-  if (LEAVING == Leaving::kLimits) {
+  const bool limits = LEAVING == kLimits || (LEAVING == kRagged && p.epilogue.first != nullptr);
+  if (limits) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < kColumns; i += kThreads) {
       const bool there = first_channel + i < s.out_channels;
       first_dots[i] = there ? p.epilogue.first[first_channel + i] : 0;
-      spans[i] = there ? p.epilogue.span[first_channel + i] : 0u;
+      spans[i] = there ? static_cast<int>(p.epilogue.span[first_channel + i]) : 0;
     }
   }
-  const int classes =
-      (p.rows_start + 1) * (p.rows_cut + 1) * (p.columns_start + 1) * (p.columns_cut + 1);
-  for (int i = threadIdx.x; i < classes * kColumns; i += kThreads) {
-    const int channel = first_channel + i % kColumns;
-    border_terms[i] = channel < blocks * kBlock ? border_term(p, i / kColumns, channel) : 0;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < p.classes * kColumns; i += kThreads) {
+    border_terms[i] = border_term(p, i / kColumns, first_channel + i % kColumns, blocks);
   }
 
   const int lane = threadIdx.x % 32;
   const int group = lane / 4;    // row and column of the fragments
   const int quarter = lane % 4;  // pair of words
-  const int warp = threadIdx.x / 32;
-  const int row_base = warp % ROW_WARPS * 16 * ROW_TILES;
-  const int block_base = warp / ROW_WARPS * kWarpBlocks;
+  const int row_base = static_cast<int>(threadIdx.x) / 32 * 16 * ROW_TILES;
 
   int sums[ROW_TILES][COLUMN_TILES][4] = {};
   int ones[ROW_TILES][4] = {};
-  int patch_at[ROW_TILES][2];
+  int patch_at[ROW_TILES][2] = {};
 
+#pragma unroll 1
   for (int chunk = 0; chunk < p.chunks; ++chunk) {
+#pragma unroll 1
     for (int stage = 0; stage < stages_of_chunk; ++stage) {
       cp_async_wait<0>();
       __syncthreads();  // the stage is there, and all threads are done with the one before it
@@ -401,12 +495,13 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * COLUMN_WARPS) bconv_mma(Bconv
         }
       }
 
-      const uint32_t* const patch = patches + (chunk % p.patches) * p.patch_words;
+      const uint32_t* const patch = patches + chunk % p.patches * p.patch_words;
       const uint32_t* const stage_weights =
           weights + (chunk * stages_of_chunk + stage) % p.stage_buffers * stage_words;
       const int first_step = stage * p.stage_steps;
       const int end_step =
           first_step + p.stage_steps < p.steps ? first_step + p.stage_steps : p.steps;
+#pragma unroll 1
       for (int step = first_step; step < end_step; ++step) {
         const int2 pair = pairs[4 * step + quarter];
         uint32_t a[ROW_TILES][4];
@@ -424,8 +519,8 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * COLUMN_WARPS) bconv_mma(Bconv
 #pragma unroll
         for (int i = 0; i < ROW_TILES; ++i) product<BYTES>(ones[i], a[i], all_ones);
         const uint4* const fragments =
-            reinterpret_cast<const uint4*>(
-                stage_weights + ((step - first_step) * kBlocks + block_base) * kFragmentWords) +
+            reinterpret_cast<const uint4*>(stage_weights +
+                                           (step - first_step) * kBlocks * kFragmentWords) +
             lane;
 #pragma unroll
         for (int j = 0; j < COLUMN_TILES / 2; ++j) {
@@ -443,64 +538,52 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * COLUMN_WARPS) bconv_mma(Bconv
   }
 
   // Epilogue: a thread has 8 neighbouring channels of every 32 in two rows of every 16.
-  const int window = s.pool.kernel_h * s.pool.kernel_w;
   const int out_words = (s.out_channels + 31) / 32;
 #pragma unroll
-  for (int block = 0; block < kWarpBlocks; ++block) {
-    const int channel = (block_base + block) * kBlock + kLane * quarter;  // within the block
-    const int remaining = s.out_channels - first_channel - channel;
-    const Lane owned = {remaining < 0       ? 0
-                        : remaining < kLane ? remaining
-                                            : kLane,
-                        p.whole && remaining >= kLane};
-    ChannelScales own;
-    if (LEAVING == Leaving::kValues) {
-      load_vector(scales.multiplier + channel, own.multiplier);
-      load_vector(scales.bias + channel, own.bias);
-    }
+  for (int i = 0; i < ROW_TILES; ++i) {
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      const int at = row_base + 16 * i + group + 8 * half;
+      const int pixel = rows.output[at];
+      const int* const terms = border_terms + rows.classes[at] * kColumns;
+      const int row_term = -2 * ones[i][2 * half];
+      const int64_t row_index = static_cast<int64_t>(pixel < 0 ? 0 : pixel) * s.out_channels;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = row_base + 16 * i + group + 8 * half;
-        const int pixel = rows.output[at];
-        const int* const terms = border_terms + rows.classes[at] * kColumns + channel;
-        const int row_term = -2 * ones[i][2 * half];
+      for (int block = 0; block < kBlocks; ++block) {
+        const int channel = block * kBlock + kLane * quarter;
+        const int remaining = pixel < 0 ? 0 : s.out_channels - first_channel - channel;
+        const Lane own = {remaining < 0       ? 0
+                          : remaining < kLane ? remaining
+                                              : kLane,
+                          remaining >= kLane};
+        const int64_t index = row_index + first_channel + channel;
         int dots[kLane];
+        load_integers(terms + channel, dots);
 #pragma unroll
         for (int j = 0; j < kLane; ++j) {
-          dots[j] = 4 * sums[i][4 * block + j / 2][2 * half + j % 2] + row_term + terms[j];
+          dots[j] += 4 * sums[i][4 * block + j / 2][2 * half + j % 2] + row_term;
         }
-        if (window > 1) {
+        if (p.window_shift != 0) {
 #pragma unroll
           for (int j = 0; j < kLane; ++j) {
-            dots[j] = pool(dots[j], scales.pool_min[channel + j] != 0, window);
+            dots[j] = pool(dots[j], scales.pool_min[channel + j] != 0);
           }
         }
-        const Lane lane_here = {pixel < 0 ? 0 : owned.count, pixel >= 0 && owned.whole};
-        const int64_t index =
-            static_cast<int64_t>(pixel < 0 ? 0 : pixel) * s.out_channels + first_channel + channel;
         uint32_t byte = 0;
-        if (LEAVING == Leaving::kDots) {
-          store_dots(p.outputs.dots, index, lane_here, dots);
-          continue;
-        } else if (LEAVING == Leaving::kLimits) {
-#pragma unroll
-          for (int j = 0; j < kLane; ++j) {
-            const uint32_t beyond = static_cast<uint32_t>(dots[j] - first_dots[channel + j]);
-            byte |= beyond <= spans[channel + j] ? 1u << j : 0u;
-          }
-          byte &= (1u << lane_here.count) - 1u;
+        if (LEAVING == kDots || (LEAVING == kRagged && p.outputs.dots != nullptr)) {
+          store_dots<kWhole>(p.outputs.dots, index, own, dots);
+        } else if (limits) {
+          byte = within(first_dots + channel, spans + channel, dots);
         } else {
-          byte = finish(p.epilogue, p.outputs, scales, own, channel, index, lane_here, dots);
-          if (p.outputs.bits == nullptr) continue;
+          byte = finish<LEAVING>(p, scales, channel, index, own, dots);
         }
-        uint32_t word = byte << (8 * quarter);
+        if (LEAVING == kDots || p.outputs.bits == nullptr) continue;
+        uint32_t word = (byte & ((1u << own.count) - 1u)) << (8 * quarter);
         word |= __shfl_xor_sync(0xffffffffu, word, 1);
         word |= __shfl_xor_sync(0xffffffffu, word, 2);
-        const int word_index = (first_channel + channel) / 32;
-        if (quarter == 0 && pixel >= 0 && word_index < out_words) {
-          p.outputs.bits[static_cast<int64_t>(pixel) * out_words + word_index] = word;
+        const int word_at = (first_channel + block * kBlock) / 32;
+        if (quarter == 0 && pixel >= 0 && word_at < out_words) {
+          p.outputs.bits[static_cast<int64_t>(pixel) * out_words + word_at] = word;
         }
       }
     }

@@ -108,7 +108,8 @@ __device__ __forceinline__ bool finish_one(const BconvPopcountParams& p, int cha
   if (e.slope != nullptr) {
     v = v < 0.0f ? __fmul_rn(v, e.slope[channel]) : v;
   } else {
-    v = clamp(e, v);
+    v = v < e.clamp_min ? e.clamp_min : v;
+    v = v > e.clamp_max ? e.clamp_max : v;
   }
   if (e.shift != nullptr) v = __fadd_rn(v, e.shift[channel]);
   if (out.float_type == kFloat32) {
@@ -119,8 +120,9 @@ __device__ __forceinline__ bool finish_one(const BconvPopcountParams& p, int cha
     store_value<kBfloat16>(out.floats, index, v);
   }
   if (out.bits == nullptr) return false;
+  const float threshold = e.threshold != nullptr ? e.threshold[channel] : 0.0f;
   const bool sense = e.sense != nullptr && e.sense[channel];
-  return sense ? v <= e.threshold[channel] : v >= e.threshold[channel];
+  return sense ? v <= threshold : v >= threshold;
 }
 
 constexpr int kPopcountThreads = 128;

@@ -127,6 +127,7 @@ class Conv {
     e.threshold = values<const float>(threshold, channels, "threshold");
     e.sense = values<const bool>(sense, channels, "sense");
     e.pool_min = values<const bool>(pool_min, channels, "pool_min");
+    require(e.threshold != nullptr || e.sense == nullptr, "sense needs a threshold");
     first_ = values<const int32_t>(first, channels, "first");
     span_ = values<const uint32_t>(span, channels, "span");
     require((first_ == nullptr) == (span_ == nullptr), "first and span come together");
@@ -150,9 +151,12 @@ class Conv {
                     reinterpret_cast<void*>(stream)));
   }
 
-  int path(const ImageValues& image, const Memory& bits) const {
-    return bconv2d_path(
-        complete(image, bits, std::nullopt, std::nullopt, std::nullopt, std::nullopt));
+  ConvWay way(const ImageValues& image, const Memory& bits, const TypedMemory& residual,
+              const TypedMemory& floats, const OptionalMemory& packed,
+              const OptionalMemory& dots) const {
+    ConvWay found = {};
+    succeed(bconv2d_way(complete(image, bits, residual, floats, packed, dots), &found));
+    return found;
   }
 
  private:
@@ -174,7 +178,6 @@ class Conv {
     const bool scaled = args.epilogue.multiplier != nullptr && args.epilogue.bias != nullptr;
     require(out.dots != nullptr || scaled || (out.floats == nullptr && out.bits == nullptr),
             "floats and bits need multiplier and bias");
-    require(out.bits == nullptr || args.epilogue.threshold != nullptr, "bits need a threshold");
     if (out.bits != nullptr && out.floats == nullptr && out.residual == nullptr) {
       args.epilogue.first = first_;
       args.epilogue.span = span_;
@@ -220,6 +223,14 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
   m.def("device_properties", &properties, py::arg("index"));
   m.def("fragment_words", &fragment_words, py::arg("in_channels"), py::arg("taps"));
 
+  py::class_<ConvWay>(m, "ConvWay")
+      .def_readonly("path", &ConvWay::path)
+      .def_readonly("rows", &ConvWay::rows)
+      .def_readonly("columns", &ConvWay::columns)
+      .def_readonly("width", &ConvWay::width)
+      .def_readonly("chunks", &ConvWay::chunks)
+      .def_readonly("ragged", &ConvWay::ragged)
+      .def_readonly("shared_bytes", &ConvWay::shared_bytes);
   py::class_<Conv>(m, "Conv")
       .def(py::init<const GeometryValues&, const PoolValues&, const OptionalMemory&,
                     const OptionalMemory&, const Memory&, const OptionalMemory&,
@@ -237,7 +248,8 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
            py::arg("path") = static_cast<int>(kAnyPath))
       .def("run", &Conv::run, release(), py::arg("image"), py::arg("bits"), py::arg("residual"),
            py::arg("floats"), py::arg("packed"), py::arg("dots"), py::arg("stream"))
-      .def("path", &Conv::path, py::arg("image"), py::arg("bits"));
+      .def("way", &Conv::way, py::arg("image"), py::arg("bits"), py::arg("residual"),
+           py::arg("floats"), py::arg("packed"), py::arg("dots"));
 }
 
 }  // namespace biper

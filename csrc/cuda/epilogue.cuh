@@ -1,7 +1,15 @@
 // What becomes of the accumulators of eight neighbouring output channels of one pixel.
 //
 // The steps, their order and their rounding are those of biper_engine/ops/epilogue.py. Built with
-// -fmad=false; the one fused multiply-add is explicit.
+// -fmad=false; every fused multiply-add is explicit.
+//
+// An output takes some 12 instructions here, and a network on bits has more of these than of
+// anything else, so that the steps are chosen for their number:
+//
+// - A clamp is a minimum and a maximum, unless a limit is zero: these do not keep a zero's sign.
+// - A bit `v >= t` is the sign of v - t, which rounding does not change, moved into the byte by one
+//   funnel shift. Zero minus zero must be +0, so that the term added is +0 for t = 0 of any sign.
+//   `v <= t` is that of t - v. A factor of +-1 and one addend serve both: fma(v, factor, addend).
 
 #pragma once
 
@@ -19,24 +27,28 @@ struct Lane {
   bool whole;
 };
 
-// Parameters of eight channels, in registers.
-struct ChannelScales {
-  float multiplier[kLane];
-  float bias[kLane];
-};
-
-// The block's copy of per-channel parameters, [channels] each, in shared memory.
+// The block's copy of per-channel parameters, in shared memory.
 struct SharedScales {
   float* multiplier;
   float* bias;
   float* slope;
   float* shift;
-  float* threshold;
-  int* pool_min;   // 1 where the pool takes the minimum
-  uint32_t* sign;  // the sign bit where `sense`, else 0
+  float* factor;  // of the comparison with the threshold
+  float* addend;
+  int* pool_min;  // 1 where the pool takes the minimum
 };
 
 constexpr int kSharedVectors = 7;
+
+struct Comparison {
+  float factor, addend;
+};
+
+// How `v >= threshold`, or `<=` where `sense`, becomes a sign: see above.
+__device__ __forceinline__ Comparison comparison(float threshold, bool sense) {
+  const float addend = sense ? threshold : -threshold;
+  return {sense ? -1.0f : 1.0f, threshold == 0.0f ? 0.0f : addend};
+}
 
 __device__ __forceinline__ void load_vector(const float* from, float (&values)[kLane]) {
 #pragma unroll
@@ -49,11 +61,23 @@ __device__ __forceinline__ void load_vector(const float* from, float (&values)[k
   }
 }
 
-template <int TYPE>
-__device__ __forceinline__ void load_some(const void* base, int64_t index, Lane lane,
+__device__ __forceinline__ void load_integers(const int* from, int (&values)[kLane]) {
+#pragma unroll
+  for (int i = 0; i < kLane / 4; ++i) {
+    const int4 four = reinterpret_cast<const int4*>(from)[i];
+    values[4 * i] = four.x;
+    values[4 * i + 1] = four.y;
+    values[4 * i + 2] = four.z;
+    values[4 * i + 3] = four.w;
+  }
+}
+
+// Eight values of a map, or only those that there are.
+template <int TYPE, bool WHOLE>
+__device__ __forceinline__ void load_lane(const void* base, int64_t index, Lane lane,
                                           float (&values)[kLane]) {
-  if (lane.whole) {
-    load_values<TYPE, kLane>(base, index, values);
+  if (WHOLE) {
+    if (lane.whole) load_values<TYPE, kLane>(base, index, values);
     return;
   }
 #pragma unroll
@@ -62,11 +86,11 @@ __device__ __forceinline__ void load_some(const void* base, int64_t index, Lane 
   }
 }
 
-template <int TYPE>
-__device__ __forceinline__ void store_some(void* base, int64_t index, Lane lane,
+template <int TYPE, bool WHOLE>
+__device__ __forceinline__ void store_lane(void* base, int64_t index, Lane lane,
                                            const float (&values)[kLane]) {
-  if (lane.whole) {
-    store_values<TYPE, kLane>(base, index, values);
+  if (WHOLE) {
+    if (lane.whole) store_values<TYPE, kLane>(base, index, values);
     return;
   }
 #pragma unroll
@@ -75,89 +99,106 @@ __device__ __forceinline__ void store_some(void* base, int64_t index, Lane lane,
   }
 }
 
-__device__ __forceinline__ void load_stream(int type, const void* base, int64_t index, Lane lane,
-                                            float (&values)[kLane]) {
+// The same where only the call says what a map has.
+__device__ __forceinline__ void load_any(int type, const void* base, int64_t index, Lane lane,
+                                         float (&values)[kLane]) {
   if (type == kFloat16) {
-    load_some<kFloat16>(base, index, lane, values);
+    load_lane<kFloat16, false>(base, index, lane, values);
   } else if (type == kBfloat16) {
-    load_some<kBfloat16>(base, index, lane, values);
+    load_lane<kBfloat16, false>(base, index, lane, values);
   } else {
-    load_some<kFloat32>(base, index, lane, values);
+    load_lane<kFloat32, false>(base, index, lane, values);
   }
 }
 
-__device__ __forceinline__ void store_stream(int type, void* base, int64_t index, Lane lane,
-                                             const float (&values)[kLane]) {
+__device__ __forceinline__ void store_any(int type, void* base, int64_t index, Lane lane,
+                                          const float (&values)[kLane]) {
   if (type == kFloat16) {
-    store_some<kFloat16>(base, index, lane, values);
+    store_lane<kFloat16, false>(base, index, lane, values);
   } else if (type == kBfloat16) {
-    store_some<kBfloat16>(base, index, lane, values);
+    store_lane<kBfloat16, false>(base, index, lane, values);
   } else {
-    store_some<kFloat32>(base, index, lane, values);
+    store_lane<kFloat32, false>(base, index, lane, values);
   }
 }
 
-// By selection, not minimum and maximum, which do not keep the sign of a zero at a limit of zero.
-__device__ __forceinline__ float clamp(const ConvEpilogue& epilogue, float v) {
-  v = v < epilogue.clamp_min ? epilogue.clamp_min : v;
-  return v > epilogue.clamp_max ? epilogue.clamp_max : v;
+__device__ __forceinline__ void clamp(const ConvEpilogue& epilogue, float (&v)[kLane]) {
+  const float low = epilogue.clamp_min, high = epilogue.clamp_max;
+  if (low == 0.0f || high == 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) {
+      v[i] = v[i] < low ? low : v[i];
+      v[i] = v[i] > high ? high : v[i];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kLane; ++i) v[i] = fminf(fmaxf(v[i], low), high);
 }
 
-// Bits of eight values: bit i is `values[i] >= threshold[i]`, or `<=` where the sign is set, which
-// turns both sides around.
-__device__ __forceinline__ uint32_t compare(const float (&values)[kLane], const float* threshold,
-                                            const uint32_t* sign) {
+// Activation and shift.
+__device__ __forceinline__ void activate(const ConvEpilogue& epilogue, const SharedScales& scales,
+                                         int channel, float (&v)[kLane]) {
+  if (epilogue.slope != nullptr) {
+    float slope[kLane];
+    load_vector(scales.slope + channel, slope);
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) v[i] = v[i] < 0.0f ? __fmul_rn(v[i], slope[i]) : v[i];
+  } else {
+    clamp(epilogue, v);
+  }
+  if (epilogue.shift != nullptr) {
+    float shift[kLane];
+    load_vector(scales.shift + channel, shift);
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) v[i] = __fadd_rn(v[i], shift[i]);
+  }
+}
+
+// The bits of eight values.
+__device__ __forceinline__ uint32_t compare(const ConvEpilogue& epilogue,
+                                            const SharedScales& scales, int channel,
+                                            const float (&v)[kLane]) {
+  uint32_t negative = 0;
+  if (epilogue.threshold == nullptr) {
+#pragma unroll
+    for (int i = kLane - 1; i >= 0; --i) {
+      negative = __funnelshift_l(__float_as_uint(__fadd_rn(v[i], 0.0f)), negative, 1);
+    }
+  } else {
+    float factor[kLane], addend[kLane];
+    load_vector(scales.factor + channel, factor);
+    load_vector(scales.addend + channel, addend);
+#pragma unroll
+    for (int i = kLane - 1; i >= 0; --i) {
+      const float difference = __fmaf_rn(v[i], factor[i], addend[i]);
+      negative = __funnelshift_l(__float_as_uint(difference), negative, 1);
+    }
+  }
+  return ~negative & 0xffu;
+}
+
+// The bits of eight accumulators between limits; see ConvEpilogue.
+__device__ __forceinline__ uint32_t within(const int* first, const int* span,
+                                           const int (&dots)[kLane]) {
+  int firsts[kLane], spans[kLane];
+  load_integers(first, firsts);
+  load_integers(span, spans);
   uint32_t byte = 0;
 #pragma unroll
   for (int i = 0; i < kLane; ++i) {
-    const float v = __uint_as_float(__float_as_uint(values[i]) ^ sign[i]);
-    const float t = __uint_as_float(__float_as_uint(threshold[i]) ^ sign[i]);
-    byte |= v >= t ? 1u << i : 0u;
+    const uint32_t beyond = static_cast<uint32_t>(dots[i] - firsts[i]);
+    byte |= beyond <= static_cast<uint32_t>(spans[i]) ? 1u << i : 0u;
   }
   return byte;
 }
 
-// The float steps for eight channels. Returns the bits, 0 where none leave and
-// for channels that there are not.
-__device__ __forceinline__ uint32_t finish(const ConvEpilogue& epilogue, const ConvOutputs& outputs,
-                                           const SharedScales& scales, const ChannelScales& own,
-                                           int channel, int64_t index, Lane lane,
-                                           const int (&dots)[kLane]) {
-  float v[kLane];
-#pragma unroll
-  for (int i = 0; i < kLane; ++i) {
-    v[i] = __fmaf_rn(own.multiplier[i], static_cast<float>(dots[i]), own.bias[i]);
-  }
-  if (outputs.residual != nullptr && lane.count > 0) {
-    float residual[kLane];
-    load_stream(outputs.residual_type, outputs.residual, index, lane, residual);
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) v[i] = __fadd_rn(v[i], residual[i]);
-  }
-  if (epilogue.slope != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) {
-      v[i] = v[i] < 0.0f ? __fmul_rn(v[i], scales.slope[channel + i]) : v[i];
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) v[i] = clamp(epilogue, v[i]);
-  }
-  if (epilogue.shift != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) v[i] = __fadd_rn(v[i], scales.shift[channel + i]);
-  }
-  if (outputs.floats != nullptr && lane.count > 0) {
-    store_stream(outputs.float_type, outputs.floats, index, lane, v);
-  }
-  if (outputs.bits == nullptr) return 0;
-  return compare(v, scales.threshold + channel, scales.sign + channel) & ((1u << lane.count) - 1u);
-}
-
 // Store eight accumulators as they are.
+template <bool WHOLE>
 __device__ __forceinline__ void store_dots(int32_t* base, int64_t index, Lane lane,
                                            const int (&dots)[kLane]) {
-  if (lane.whole) {
+  if (WHOLE) {
+    if (!lane.whole) return;
     int4* to = reinterpret_cast<int4*>(base + index);
     to[0] = make_int4(dots[0], dots[1], dots[2], dots[3]);
     to[1] = make_int4(dots[4], dots[5], dots[6], dots[7]);

@@ -6,12 +6,22 @@
 
 namespace biper {
 
-// BIPER_EMULATED_CAPABILITY says which device it is like, such as 90; read at every call.
+namespace {
+
+int variable(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? otherwise : std::atoi(text);
+}
+
+}  // namespace
+
+// Variables say which device it is like; they are read at every call.
 const char* current_device(DeviceProperties* properties) {
-  const char* text = std::getenv("BIPER_EMULATED_CAPABILITY");
-  const int capability = text == nullptr ? 90 : std::atoi(text);
+  const int capability = variable("BIPER_EMULATED_CAPABILITY", 90);
   const int major = capability / 10;
-  *properties = {capability, 2, 99 * 1024, major == 8 || major == 9, major >= 8};
+  *properties = {capability, variable("BIPER_EMULATED_PROCESSORS", 2),
+                 variable("BIPER_EMULATED_SHARED_BYTES", 227 * 1024), major == 8 || major == 9,
+                 major >= 8};
   return nullptr;
 }
 

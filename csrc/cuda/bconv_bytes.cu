@@ -1,0 +1,11 @@
+// Products of bytes, for devices that have none of bits.
+
+#include "bconv_cut.cuh"
+
+namespace biper {
+
+const char* launch_bytes(const Cut& cut, cudaStream_t stream) {
+  return launch_mma<true>(cut, stream);
+}
+
+}  // namespace biper
