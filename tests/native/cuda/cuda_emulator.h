@@ -88,7 +88,7 @@ inline void set_threads(unsigned threads) {
 
 inline void check_stacks() {
   for (unsigned i = 0; i < device.threads; ++i) {
-    if (!device.warps[i / 32]->stacks.intact(i % 32)) {
+    if (!device.warps[i / 32]->stacks.restore_gap(i % 32)) {
       record(&device.warps[i / 32]->fibers[i % 32], "more than %zu bytes of stack", Stacks::kBytes);
     }
   }

@@ -217,16 +217,19 @@ class Stacks {
 
   unsigned char* at(size_t i) { return memory_ + i * kSpacing + kGap; }
 
-  // Tell whether the memory below a stack is as it was. AddressSanitizer tells by itself.
-  bool intact(size_t i) {
+  // Tell whether the memory below a stack was as it should be, and make it so. AddressSanitizer
+  // tells by itself.
+  bool restore_gap(size_t i) {
+    bool intact = true;
 #ifndef BIPER_EMULATOR_ASAN
-    for (size_t j = 0; j < kGap; ++j) {
-      if (at(i)[j - kGap] != kCanary) return false;
+    for (unsigned char* byte = at(i) - kGap; byte < at(i); ++byte) {
+      intact = intact && *byte == kCanary;
+      *byte = kCanary;
     }
 #else
     (void)i;
 #endif
-    return true;
+    return intact;
   }
 
 #ifdef BIPER_EMULATOR_ASAN
