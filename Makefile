@@ -12,10 +12,16 @@ INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c co
 # The stamp holds the checkout's path: an environment does not survive a move or a copy.
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
-NATIVE := $(SOURCES) $(wildcard tests/native/*.h tests/native/*.cpp)
-# The extension: rebuilt when a source changed; tried again each time while there is no compiler.
+NATIVE := $(SOURCES) $(wildcard $(foreach end,h cuh cpp cu,$(addsuffix .$(end),tests/native/* tests/native/*/*)))
+# The extensions: rebuilt when a source changed; tried again each time while there is no compiler.
 BUILT := $(VENV)/built
 export BIPER_REQUIRE_NATIVE ?= auto
+# The CUDA kernels take minutes for all architectures. Without a GPU nothing would run them, and the
+# deep tests compile them anyway, once.
+ifndef BIPER_CUDA
+BIPER_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
+endif
+export BIPER_CUDA
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-deep lint format bench clean FORCE
@@ -93,6 +99,6 @@ $(BUILT): FORCE
 endif
 
 $(BUILT): $(STAMP) $(SOURCES)
-	@echo "==> Building biper_engine._cpu"
+	@echo "==> Building biper_engine._cpu$(if $(filter 0,$(BIPER_CUDA)),, and biper_engine._cuda)"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $(BUILT)

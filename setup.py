@@ -1,36 +1,57 @@
-"""Name the packages and build the native extension; the rest stands in pyproject.toml.
+"""Name the packages and build the native extensions; the rest stands in pyproject.toml.
 
-`biper_engine._cpu` is csrc/cpu: C++17, pybind11, no header of torch, so that one build serves every
-version of torch. Each instruction set has a file of its own with its own flags, all others are
-compiled for the baseline, and the choice falls at run time.
+`biper_engine._cpu` is csrc/cpu, `biper_engine._cuda` is csrc/cuda: C++17, pybind11, no header of
+torch, so that one build serves every version of torch. On a CPU each instruction set has a file of
+its own with its own flags, all others are compiled for the baseline, and the choice falls at run
+time. Code for GPUs is compiled once for each architecture, and CUDA takes the one that fits. Its
+runtime is linked in: the extension needs no CUDA library, and imports where no driver is.
 
 Read from the environment: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, ARCHFLAGS, MAX_JOBS, and
 
-    BIPER_REQUIRE_NATIVE    what becomes of an install whose extension cannot be built
+    BIPER_REQUIRE_NATIVE    what becomes of an install whose _cpu cannot be built
     unset or 0              it succeeds without the extension, and says why
     auto                    so it does where a compiler or headers are missing; an error fails it
     1                       it fails
+
+    BIPER_CUDA              the same for _cuda, about which the variable above says nothing
+    unset                   built where nvcc is; if that fails, left out
+    auto                    built where nvcc is; an error fails the install
+    1                       required
+    0                       left out
+    BIPER_CUDA_ARCHS        compute capabilities to compile for, as in "80;90+PTX": with +PTX also
+                            the code that a driver compiles for what is newer
+    NVCCFLAGS               for nvcc, which is looked for in CUDA_HOME, in CUDA_PATH, in
+                            /usr/local/cuda and on the PATH, and reads NVCC_CCBIN itself
 """
 
 import functools
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ROOT / "csrc" / "cpu"
 COMPILERS = ("g++", "c++", "clang++")
+
+CPU, CUDA = "biper_engine._cpu", "biper_engine._cuda"
+# Of each extension the variable that says what a failure means, and what is left without it.
+VARIABLES = {CPU: "BIPER_REQUIRE_NATIVE", CUDA: "BIPER_CUDA"}
+WITHOUT = {
+    CPU: "its reference backend only, which is much slower",
+    CUDA: "no CUDA kernels, and runs on a GPU through slower backends",
+}
 
 FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra"]
 # After those of the environment: every float operation is rounded once, everywhere alike, and code
@@ -46,6 +67,19 @@ X86_FLAGS = {
         *("-mfma", "-mf16c"),
     ],
 }
+
+# Code for one architecture runs on those of its generation after it: sm_86 and sm_89 run that of
+# sm_80, sm_103 that of sm_100, sm_121 that of sm_120. What lies between generations, or is newer
+# than all of them, has PTX compiled by the driver; that of sm_90 is the last with 1-bit matrices.
+CUDA_ARCHS = (75, 80, 90, 100, 120)
+CUDA_PTX = 90
+CUDA_FLAGS = ["-std=c++17", "-O3"]
+# After those of the environment, for the reason above. Every option of --use_fast_math is refused.
+CUDA_FIXED_FLAGS = [
+    *("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"),
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-ffp-contract=off,-fno-fast-math,-fno-lto",
+    "-Xfatbin=-compress-all",
+]
 
 
 def call(command: list[str], stdout: int | None = None) -> str:
@@ -104,6 +138,72 @@ def link_command(objects: list[Path], target: Path) -> list[str]:
     return [*compiler(), *kind, *flags, *map(str, objects), *libraries, "-o", str(target)]
 
 
+def nvcc() -> str | None:
+    """Return the path of nvcc, or None. It may be a script: nothing is looked for beside it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    paths = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    return next((found for found in map(shutil.which, [*paths, "nvcc"]) if found), None)
+
+
+def requested_archs() -> list[tuple[int, bool]]:
+    """Return the architectures of BIPER_CUDA_ARCHS, and for which of them PTX is wanted too."""
+    text = os.environ.get("BIPER_CUDA_ARCHS") or ""
+    words = [re.fullmatch(r"\s*(\d+)(\+PTX)?\s*", word) for word in text.split(";")]
+    if text and None in words:
+        raise OptionError(
+            f"BIPER_CUDA_ARCHS (={text!r}) must be compute capabilities without a dot, some with "
+            '+PTX perhaps, and ";" between them, such as "80;90+PTX"'
+        )
+    return [(int(word[1]), bool(word[2])) for word in words if word]
+
+
+def check_environment() -> None:
+    """Raise where a variable has a value that means nothing."""
+    requested_archs()
+    for variable in VARIABLES.values():
+        if (value := os.environ.get(variable, "")) not in ("", "0", "1", "auto"):
+            raise OptionError(f"{variable} (={value!r}) must be 0, 1, auto or unset")
+
+
+def arch_flags(nvcc: str) -> list[str]:
+    """Return nvcc's flags for the architectures: those requested, or all of ours that it knows."""
+    listed = call([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE)
+    known = {int(number) for number in re.findall(r"compute_(\d+)\b", listed)}
+    ours = [arch for arch in CUDA_ARCHS if arch in known]
+    newest = max((arch for arch in ours if arch <= CUDA_PTX), default=None)
+    wanted = requested_archs() or [(arch, arch == newest) for arch in ours]
+    unknown = [arch for arch, _ in wanted if arch not in known]
+    if unknown or not wanted:
+        raise CompileError(
+            f"{nvcc} has no architecture {unknown or list(CUDA_ARCHS)}, but {sorted(known)}"
+        )
+    codes = [(arch, f"sm_{arch}") for arch, _ in wanted]
+    codes += [(arch, f"compute_{arch}") for arch, ptx in wanted if ptx]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
+
+
+def host_flags() -> list[str]:
+    """Return what makes nvcc take the C++ compiler that CXX names, a wrapper like ccache apart."""
+    own = shlex.split(os.environ.get("CXX", ""))
+    return ["-ccbin", own[0]] if len(own) == 1 and "NVCC_CCBIN" not in os.environ else []
+
+
+def cuda_flags() -> list[str]:
+    """Return the flags of a .cu file."""
+    environment = [*environment_flags("NVCCFLAGS"), *host_flags()]
+    return [*CUDA_FLAGS, *environment, *CUDA_FIXED_FLAGS, *arch_flags(nvcc() or "nvcc")]
+
+
+def cuda_link_command(objects: list[Path], target: Path) -> list[str]:
+    """Return the command that makes a module of objects with code for GPUs.
+
+    nvcc links, as it alone knows where its libraries are. No device code is linked across files.
+    """
+    kind = ["-shared", "-cudart", "static", "-nodlink", "-Xlinker=-s", *host_flags()]
+    libraries = ["-forward-unknown-to-host-compiler", *environment_flags("LDFLAGS")]
+    return [nvcc() or "nvcc", *kind, *map(str, objects), *libraries, "-o", str(target)]
+
+
 def obstacle() -> str | None:
     """Return what keeps this machine from building an extension and how to help it, or None."""
     if sys.platform == "win32":
@@ -125,6 +225,16 @@ def obstacle() -> str | None:
     return None
 
 
+def cuda_obstacle() -> str | None:
+    """Return what keeps this machine from compiling for GPUs and how to help it, or None."""
+    if nvcc() is None:
+        return (
+            "there is no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda or on the PATH. Install the "
+            "CUDA toolkit, or name its folder in CUDA_HOME, then install again"
+        )
+    return obstacle()
+
+
 def is_current(made: Path, command: str) -> bool:
     """Tell whether an object is younger than all its inputs, headers too, and made by `command`."""
     try:
@@ -137,11 +247,52 @@ def is_current(made: Path, command: str) -> bool:
         return False
 
 
+def compile_command(source: Path, made: Path) -> list[str]:
+    """Return the command that compiles a file and writes down what it includes."""
+    if source.suffix == ".cu":
+        command = [nvcc() or "nvcc", *cuda_flags()]
+    else:
+        command = [*compiler(), *flags_for(source), *include_flags()]
+    rule = made.with_suffix(".d")
+    return [*command, "-c", str(source), "-o", str(made), "-MD", "-MF", str(rule)]
+
+
+def build(
+    sources: list[Path],
+    folder: Path,
+    target: Path,
+    run: Callable[[list[str]], object] = call,
+    force: bool = False,
+) -> None:
+    """Compile sources in parallel, those that changed, into `folder`, and link them."""
+
+    def compile_one(source: Path, made: Path) -> None:
+        command = compile_command(source, made)
+        if force or not is_current(made, shlex.join(command)):
+            run(command)
+            made.with_suffix(".command").write_text(shlex.join(command), encoding="utf-8")
+
+    for parent in (folder, target.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"{source.name}.o" for source in sources]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as workers:
+        list(workers.map(compile_one, sources, objects))
+    for_gpu = any(source.suffix == ".cu" for source in sources)
+    run(cuda_link_command(objects, target) if for_gpu else link_command(objects, target))
+
+
+def leave_out(*built: Path) -> None:
+    """Remove what an earlier build left, which setuptools would take for this one's."""
+    for path in built:
+        path.unlink(missing_ok=True)
+
+
 class BuildNative(build_ext):
-    """Compiles an extension's files in parallel, those that changed, and links them."""
+    """Builds the extensions, or leaves one out as the environment says."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
+        check_environment()  # here, where an error also ends an install that can do without
         if self.editable_mode:  # setuptools would throw the objects away
             tag = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
             self.build_temp = os.path.join("build", tag)
@@ -149,58 +300,50 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         in_place = ROOT / Path(*ext.name.split(".")).with_name(target.name)
-        missing = obstacle()
-        required = os.environ.get("BIPER_REQUIRE_NATIVE") or "0"
-        ext.optional = required == "0" or (required == "auto" and missing is not None)
+        variable = VARIABLES[ext.name]
+        wanted = os.environ.get(variable, "")
+        missing = cuda_obstacle() if ext.name == CUDA else obstacle()
+        ext.optional = wanted in ("", "0") or (wanted == "auto" and missing is not None)
+        if ext.name == CUDA and wanted == "0":
+            leave_out(target, in_place)
+            return
         try:
             if missing:
                 raise CompileError(missing)
-            self._build(ext, target)
+            sources = [Path(source) for source in ext.sources]
+            build(sources, Path(self.build_temp, ext.name), target, self._call, self.force)
         except CompileError as error:
-            for stale in (target, in_place):  # or setuptools would take it for this build's
-                stale.unlink(missing_ok=True)
-            way = "It is left out" if ext.optional else "BIPER_REQUIRE_NATIVE=0 installs without it"
+            leave_out(target, in_place)
+            way = "It is left out" if ext.optional else f"{variable}=0 installs without it"
             raise CompileError(
-                f"{ext.name} cannot be built: {error}. {way}: biper-engine then has its reference "
-                "backend only, which is much slower."
+                f"{ext.name} cannot be built: {error}. {way}: biper-engine then has "
+                f"{WITHOUT[ext.name]}."
             ) from error
         if (ROOT / ".git").exists():  # python in a checkout imports ./biper_engine
             self.copy_file(str(target), str(in_place))
-
-    def _build(self, ext: Extension, target: Path) -> None:
-        folder = Path(self.build_temp, ext.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sources = [Path(source) for source in ext.sources]
-        objects = [folder / f"{source.name}.o" for source in sources]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as workers:
-            list(workers.map(self._compile, sources, objects))
-        self._call(link_command(objects, target))
-
-    def _compile(self, source: Path, made: Path) -> None:
-        command = [*compiler(), *flags_for(source), *include_flags()]
-        command += ["-c", str(source), "-o", str(made), "-MD", "-MF", str(made.with_suffix(".d"))]
-        if self.force or not is_current(made, shlex.join(command)):
-            self._call(command)
-            made.with_suffix(".command").write_text(shlex.join(command), encoding="utf-8")
 
     def _call(self, command: list[str]) -> None:
         self.announce(shlex.join(command), level=logging.INFO)
         call(command)
 
 
+def extension(name: str, folder: str, *patterns: str) -> Extension:
+    """Return an extension of the files in a folder, those that take longest first."""
+    files = [path for pattern in patterns for path in sorted((ROOT / folder).glob(pattern))]
+    return Extension(name, [str(path.relative_to(ROOT)) for path in files])
+
+
 if __name__ == "__main__":  # tests read the flags above
+    extensions = [
+        extension(CPU, "csrc/cpu", "*.cpp"),
+        extension(CUDA, "csrc/cuda", "*.cu", "*.cpp"),
+    ]
     setup(
         packages=[
             *find_packages(include=["biper_engine", "biper_engine.*"]),
             "biper_engine.kernels",
         ],
         package_dir={"biper_engine.kernels": "kernels"},
-        ext_modules=[
-            Extension(
-                "biper_engine._cpu",
-                sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.cpp")),
-            )
-        ],
+        ext_modules=[ext for ext in extensions if ext.sources],
         cmdclass={"build_ext": BuildNative},
     )

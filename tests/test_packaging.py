@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_BEHIND = (".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "dist", "*.egg-info")
 MODULE = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+# The CUDA kernels take minutes; tests/native/test_cuda_build.py builds them.
+WITHOUT_CUDA = {"BIPER_CUDA": "0"}
 
 PIP_INSTALL = (
     *(sys.executable, "-m", "pip", "--disable-pip-version-check", "install"),
@@ -61,7 +63,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("packaging")
     copy_checkout(base / "checkout", "build", "*.so")
     command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", base)
-    run(*command, cwd=base / "checkout", env={**os.environ, "BIPER_REQUIRE_NATIVE": "auto"})
+    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "auto", **WITHOUT_CUDA}
+    run(*command, cwd=base / "checkout", env=environment)
     return base
 
 
@@ -183,7 +186,7 @@ def test_without_a_compiler_the_package_installs_and_says_what_it_lacks(tmp_path
     assert done.returncode == 0, said
     assert "warning: " in said
     assert "there is no C++ compiler (g++, c++, clang++). Install g++ or clang++" in said
-    assert not list((site / "biper_engine").glob("_cpu*"))
+    assert not list((site / "biper_engine").glob("_c*.so"))
     out = run_installed(site, site / "bin" / "biper", "backends", COLUMNS="200")
     assert "install a C++17 compiler" in out
     program = """
@@ -197,7 +200,8 @@ biper_engine.ops.binarize(torch.randn(1, 3, 2, 2))
 
 def test_where_the_extension_is_required_a_failed_build_fails_the_install(tmp_path: Path) -> None:
     copy_checkout(tmp_path / "checkout", "build", "*.so")
-    environment = {**os.environ, "CXX": "no-such-compiler", "BIPER_REQUIRE_NATIVE": "1"}
+    broken = {"CXX": "no-such-compiler", "BIPER_REQUIRE_NATIVE": "1"}
+    environment = {**os.environ, **broken, **WITHOUT_CUDA}
     command = (*PIP_INSTALL, "--target", tmp_path / "site", tmp_path / "checkout")
     done = attempt(*command, env=environment)
     assert done.returncode != 0
@@ -205,93 +209,6 @@ def test_where_the_extension_is_required_a_failed_build_fails_the_install(tmp_pa
     assert "biper_engine._cpu cannot be built: there is no C++ compiler (CXX=no-such" in said
     assert "BIPER_REQUIRE_NATIVE=0 installs without it" in said
     assert not (tmp_path / "site").exists()
-
-
-# -- building again -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """Return a project with this setup.py and three small sources."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "licenses", tmp_path / "licenses")
-    files = {
-        "biper_engine/__init__.py": '__version__ = "1"',
-        "kernels/__init__.py": "",
-        "csrc/cpu/two.h": "inline int two() { return 2; }",
-        "csrc/cpu/one.cpp": "int one() { return 1; }",
-        "csrc/cpu/four.cpp": '#include "two.h"\nint four() { return two() * two(); }',
-        "csrc/cpu/six.cpp": '#include "two.h"\nint six() { return 3 * two(); }',
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    return tmp_path
-
-
-def build(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "auto", **variables}
-    command = (sys.executable, "setup.py", "build_ext", "--inplace")
-    return attempt(*command, cwd=project, env=environment)
-
-
-def compiled(project: Path, **variables: str) -> set[str]:
-    done = build(project, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return set(re.findall(r" -c csrc/cpu/(\w+)\.cpp ", done.stdout))
-
-
-def test_only_what_changed_is_compiled_again(project: Path) -> None:
-    need_native()
-    assert compiled(project) == {"one", "four", "six"}
-    assert compiled(project) == set()
-    (project / "csrc/cpu/two.h").touch()
-    assert compiled(project) == {"four", "six"}
-    (project / "csrc/cpu/one.cpp").touch()
-    assert compiled(project) == {"one"}
-    assert compiled(project, CXXFLAGS="-O1") == {"one", "four", "six"}
-    (project / "csrc/cpu/two.h").rename(project / "csrc/cpu/moved.h")
-    assert build(project, CXXFLAGS="-O1").returncode != 0
-
-
-@pytest.mark.parametrize("broken", ["no compiler", "broken source"])
-def test_a_failed_build_leaves_no_earlier_extension(project: Path, broken: str) -> None:
-    need_native()
-    compiled(project)
-    assert len(list(project.rglob(MODULE))) == 2
-    if broken == "broken source":
-        (project / "csrc/cpu/one.cpp").write_text("int one() {", encoding="utf-8")
-    done = build(
-        project,
-        BIPER_REQUIRE_NATIVE="0",
-        **({"CXX": "no-such-compiler"} if broken == "no compiler" else {}),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "It is left out" in done.stdout + done.stderr
-    assert list(project.rglob(MODULE)) == []
-
-
-def test_auto_forgives_a_missing_compiler_and_no_error(project: Path) -> None:
-    need_native()
-    assert build(project, CXX="no-such-compiler").returncode == 0
-    (project / "csrc/cpu/one.cpp").write_text("int one() {", encoding="utf-8")
-    assert build(project).returncode != 0
-
-
-def test_flags_of_the_environment_do_not_change_the_arithmetic(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    need_native()
-    monkeypatch.setenv("CXXFLAGS", "-O1 -ffast-math -ffp-contract=fast -flto")
-    flags = setup_functions()["flags_for"](Path("csrc/cpu/conv.cpp"))
-    for ours, theirs in (
-        ("-ffp-contract=off", "-ffp-contract=fast"),
-        ("-fno-fast-math", "-ffast-math"),
-        ("-fno-lto", "-flto"),
-    ):
-        assert flags.index(ours) > flags.index(theirs)
-    assert flags.index("-O1") > flags.index("-O3")
 
 
 # -- instruction sets stay in their files ---------------------------------------------------------
@@ -303,7 +220,7 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_native()
     checkout = tmp_path_factory.mktemp("native") / "checkout"
     copy_checkout(checkout, "*.so")
-    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1"}
+    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1", **WITHOUT_CUDA}
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, env=environment)
     return checkout
 
