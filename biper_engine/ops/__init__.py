@@ -4,6 +4,7 @@ Importing this package registers the operators. `functional` has the typed front
 definitions, `backends` the choice of who runs a call.
 """
 
+from biper_engine.ops import plan_operators as _plan_operators  # noqa: F401  (registers these)
 from biper_engine.ops import registration as _registration  # noqa: F401  (registers the operators)
 from biper_engine.ops.backends import BackendInfo, use_backend
 from biper_engine.ops.epilogue import Epilogue
@@ -17,10 +18,12 @@ from biper_engine.ops.functional import (
     prepack,
     unbinarize,
 )
+from biper_engine.ops.stem import Stem
 
 __all__ = [
     "BackendInfo",
     "Epilogue",
+    "Stem",
     "bconv2d",
     "bconv2d_bits",
     "bconv2d_float",

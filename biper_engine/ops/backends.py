@@ -21,6 +21,7 @@ from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.stem import Stem
 
 __all__ = ["PREFERENCE", "Backend", "BackendInfo", "backends", "by_name", "select", "use_backend"]
 
@@ -105,6 +106,17 @@ class Backend(ABC):
             )
 
         return run
+
+    def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
+        """Images to what `stem` wants: a float map, a packed map, or both.
+
+        A backend that does not override it, and `pooled_linear`, refuses the operators.
+        """
+        raise NotImplementedError(f"The {self.name} backend has no fused stem.")
+
+    def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Mean of a float map over its pixels, through a linear layer."""
+        raise NotImplementedError(f"The {self.name} backend has no fused classifier.")
 
 
 @dataclass(frozen=True)

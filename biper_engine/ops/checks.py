@@ -14,6 +14,7 @@ from biper_engine.bits import WORD_BITS, words
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.stem import Stem
 
 __all__ = [
     "check_conv",
@@ -21,8 +22,10 @@ __all__ = [
     "check_float_map",
     "check_packed_map",
     "check_per_channel",
+    "check_pooled_linear",
     "check_prepacked",
     "check_residual",
+    "check_stem",
 ]
 
 _STREAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,6 +132,55 @@ def check_residual(residual: Tensor | None, shape: tuple[int, ...], device: torc
             f"`residual` must have the output's shape {shape}, but it is {tuple(residual.shape)}."
         )
     _check_device("residual", residual, device)
+
+
+def check_stem(x: Tensor, stem: Stem) -> tuple[int, int, int, int]:
+    """Require images and parameters that fit each other; return the output's [N, O, OH, OW]."""
+    weight = stem.weight
+    if x.dtype != torch.uint8 and x.dtype not in _STREAM_DTYPES:
+        raise TypeError(
+            f"`x.dtype` (={x.dtype}) must be float32, float16, bfloat16 or uint8, as images are."
+        )
+    check_dtype("dtype", stem.compute_dtype)
+    if weight.dtype != torch.float32:
+        raise TypeError(f"`weight` must be float32, but its dtype is {weight.dtype}.")
+    conv = stem.conv
+    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+        raise GeometryError(
+            f"`x` must be [N, {conv.in_channels}, H, W] for weights [O, C, KH, KW] of shape "
+            f"{tuple(weight.shape)}, but its shape is {tuple(x.shape)}."
+        )
+    _check_device("weight", weight, x.device)
+    outgoing = {"bias": stem.bias, "threshold": stem.threshold, "sense": stem.sense}
+    check_per_channel(outgoing, conv.out_channels, x.device)
+    if (stem.scale is None) != (stem.offset is None):
+        raise ValueError("`scale` and `offset` must be given together, but one of them is None.")
+    check_per_channel({"scale": stem.scale, "offset": stem.offset}, conv.in_channels, x.device)
+    return x.shape[0], conv.out_channels, *stem.output_size(x.shape[2], x.shape[3])
+
+
+def check_pooled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Require a float map with pixels, and a linear layer of its channels."""
+    check_float_map("x", x)
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise GeometryError(
+            f"`x` must have pixels to take the mean of, but its shape is {tuple(x.shape)}."
+        )
+    shape = f"[K, {x.shape[1]}] for {x.shape[1]} channels"
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise GeometryError(f"`weight` must be {shape}, but its shape is {tuple(weight.shape)}.")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise GeometryError(
+            f"`bias` must be [{weight.shape[0]}], but its shape is {tuple(bias.shape)}."
+        )
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"`{name}` must be {x.dtype}, as `x` is, or float32, but it is {value.dtype}."
+            )
+        _check_device(name, value, x.device)
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -23,6 +23,7 @@ from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
 from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.stem import PLAN_OPERATORS
 
 __all__ = ["CpuBackend", "PopcountPeak", "description", "popcount_peak", "thread_count"]
 
@@ -330,7 +331,11 @@ class CpuBackend(Backend):
     def unsupported_reason(
         self, op: str, geometry: Conv2dGeometry | None, device: torch.device
     ) -> str | None:
-        return None if device.type == "cpu" else f"it runs on the CPU, the tensors are on {device}"
+        if device.type != "cpu":
+            return f"it runs on the CPU, the tensors are on {device}"
+        if op in PLAN_OPERATORS:
+            return "this backend's programs fuse the float ends of a network by themselves"
+        return None
 
     def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:
         return (native().prepacked_words(geometry_values(geometry)),), torch.int32

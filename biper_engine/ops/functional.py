@@ -14,6 +14,7 @@ from torch import Tensor
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import use_backend
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.stem import Stem
 
 __all__ = [
     "bconv2d",
@@ -22,7 +23,10 @@ __all__ = [
     "bconv2d_float_bits",
     "binarize",
     "bmaxpool2d",
+    "pooled_linear",
     "prepack",
+    "stem",
+    "stem_bits",
     "unbinarize",
 ]
 
@@ -57,6 +61,25 @@ def epilogue_options(epilogue: Epilogue) -> dict[str, Any]:
         "clamp_max": epilogue.clamp_max,
         "slope": epilogue.slope,
         "shift": epilogue.shift,
+    }
+
+
+def stem_options(parameters: Stem) -> dict[str, Any]:
+    """Return the operator's arguments for a stem, by name, apart from the images."""
+    pool = {}
+    if not parameters.pool.is_identity:
+        pool = {
+            "pool_kernel_size": list(parameters.pool.kernel_size),
+            "pool_stride": list(parameters.pool.stride),
+            "pool_padding": list(parameters.pool.padding),
+        }
+    named = ("weight", "bias", "threshold", "sense", "clamp_min", "clamp_max", "scale", "offset")
+    return {
+        **{name: getattr(parameters, name) for name in named},
+        "dtype": parameters.compute_dtype,
+        "stride": list(parameters.stride),
+        "padding": list(parameters.padding),
+        **pool,
     }
 
 
@@ -313,3 +336,67 @@ def bconv2d_float_bits(
             **epilogue_options(epilogue),
             **geometry_options(geometry),
         )
+
+
+def stem(x: Tensor, parameters: Stem, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Convolve, pool, clamp and pack images in one step, as plans for a GPU do.
+
+    Equivalent to `v = F.max_pool2d(F.conv2d(x * scale + offset, weight, bias), ...).clamp(...)` and
+    `binarize(v, threshold, sense)`, with zeros at the padding; the steps and their rounding stand
+    in `biper_engine.ops.stem`.
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or uint8, any strides.
+        parameters: weights and what follows; `want_float` and `want_bits` are not read, as the
+            operator gives both.
+        backend: as for `binarize`.
+
+    Returns:
+        [N, O, OH, OW] of `compute_dtype`, channels_last, and [N, OH, OW, ceil(O / 32)] int32; the
+        bits come from the float32 values, before these are rounded to `compute_dtype`.
+
+    Raises:
+        GeometryError: shapes disagree.
+        BackendUnavailableError: `backend` cannot run this call; the cpu backend never can.
+    """
+    with _on(backend):
+        return torch.ops.biper.stem(x, **stem_options(parameters))  # type: ignore[no-any-return]
+
+
+def stem_bits(x: Tensor, parameters: Stem, *, backend: str | None = None) -> Tensor:
+    """Convolve, pool, clamp and pack images, and return the bits alone.
+
+    Arguments and errors as for `stem`.
+
+    Returns:
+        [N, OH, OW, ceil(O / 32)] int32.
+    """
+    with _on(backend):
+        return torch.ops.biper.stem_bits(  # type: ignore[no-any-return]
+            x, **stem_options(parameters)
+        )
+
+
+def pooled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """Average a float map over its pixels and apply a linear layer, as plans for a GPU do.
+
+    Equivalent to `F.linear(x.float().mean((2, 3)), weight.float(), bias.float()).to(x.dtype)`; the
+    mean is rounded to float32, and the sums are float32 without TF32.
+
+    Args:
+        x: [N, C, H, W], float32, float16 or bfloat16, any strides.
+        weight: [K, C] of the dtype of `x` or float32.
+        bias: [K] of the dtype of `x` or float32, or None.
+        backend: as for `binarize`.
+
+    Returns:
+        [N, K] of the dtype of `x`.
+
+    Raises:
+        GeometryError: shapes disagree, or the map has no pixels.
+        BackendUnavailableError: `backend` cannot run this call; the cpu backend never can.
+    """
+    with _on(backend):
+        return torch.ops.biper.pooled_linear(x, weight, bias)  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """The vocabulary in plain PyTorch: the definition that every kernel is tested against.
 
 Works on every device. The convolution runs in float32 on +-1 values and is rounded to the integers
-that it stands for: products are +-1 and sums stay below 2^24, so nothing is lost.
+that it stands for: products are +-1 and sums stay below 2^24, so nothing is lost. What has no exact
+sum, the stem and the classifier, is summed in float64 (no TF32 there) and rounded once to float32.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.stem import Stem
 
-__all__ = ["ReferenceBackend", "apply_epilogue", "fma", "to_channels_last"]
+__all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "fma", "to_channels_last"]
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -78,16 +80,38 @@ def _pool(dot: Tensor, epilogue: Epilogue) -> Tensor:
     return pooled.to(torch.int32)
 
 
+def _clamp(v: Tensor, lowest: float | None, highest: float | None) -> Tensor:
+    if lowest is not None:
+        v = torch.where(v < lowest, lowest, v)
+    if highest is not None:
+        v = torch.where(v > highest, highest, v)
+    return v
+
+
+def apply_stem(x: Tensor, stem: Stem) -> Tensor:
+    """Return v, float32 `[N, O, OH, OW]`, of images; see `biper_engine.ops.stem` for the steps."""
+    pixels = x.float()
+    if stem.scale is not None and stem.offset is not None:
+        pixels = fma(_per_channel(stem.scale), pixels, _per_channel(stem.offset))
+    top, bottom, left, right = stem.padding
+    operand = F.pad(pixels.to(stem.compute_dtype).double(), (left, right, top, bottom))
+    weight = stem.weight.to(stem.compute_dtype).double()
+    bias = None if stem.bias is None else stem.bias.double()
+    with torch.autocast(x.device.type, enabled=False):
+        v = F.conv2d(operand, weight, bias, stem.stride).float()
+    pool = stem.pool
+    if not pool.is_identity:
+        v = F.max_pool2d(v, pool.kernel_size, pool.stride, pool.padding)
+    return _clamp(v, stem.clamp_min, stem.clamp_max)
+
+
 def apply_epilogue(dot: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
     """Return v, float32 `[N, O, OH, OW]`, of int32 accumulators; see `epilogue` for the steps."""
     dot = _pool(dot, epilogue)
     v = fma(_per_channel(epilogue.multiplier), dot.float(), _per_channel(epilogue.bias))
     if residual is not None:
         v = v + residual.float()
-    if epilogue.clamp_min is not None:
-        v = torch.where(v < epilogue.clamp_min, epilogue.clamp_min, v)
-    if epilogue.clamp_max is not None:
-        v = torch.where(v > epilogue.clamp_max, epilogue.clamp_max, v)
+    v = _clamp(v, epilogue.clamp_min, epilogue.clamp_max)
     if epilogue.slope is not None:
         v = torch.where(v < 0, v * _per_channel(epilogue.slope), v)
     if epilogue.shift is not None:
@@ -176,3 +200,16 @@ class ReferenceBackend(Backend):
                 signs, prepacked, None, geometry.stride, padding, geometry.dilation, geometry.groups
             )
         return sums.round().to(torch.int32)
+
+    def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
+        v = apply_stem(x, stem)
+        stored = to_channels_last(v.to(stem.compute_dtype)) if stem.want_float else None
+        packed = self.binarize(v, stem.threshold, stem.sense) if stem.want_bits else None
+        return stored, packed
+
+    def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        mean = x.double().mean((2, 3)).float().double()
+        total = mean @ weight.double().t()
+        if bias is not None:
+            total = total + bias.double()
+        return total.float().to(x.dtype)

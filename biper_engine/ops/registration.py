@@ -21,7 +21,7 @@ from biper_engine.ops.cpu import CpuBackend
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.reference import ReferenceBackend
 
-__all__ = ["LIBRARY", "SCHEMAS"]
+__all__ = ["LIBRARY", "SCHEMAS", "empty_map", "empty_packed", "register"]
 
 _GEOMETRY = (
     "int in_channels, int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1, "
@@ -126,12 +126,14 @@ def _check_fused(
     return shape
 
 
-def _empty_map(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+def empty_map(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """Return what a shape function promises of a float map [N, C, H, W]: channels_last."""
     n, c, h, w = shape
     return like.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
 
 
-def _empty_packed(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+def empty_packed(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return what a shape function promises of the packed map of [N, C, H, W]."""
     n, c, h, w = shape
     return like.new_empty((n, h, w, words(c)), dtype=torch.int32)
 
@@ -154,7 +156,7 @@ def _binarize_fake(
 ) -> Tensor:
     _check_binarize(x, threshold, sense)
     n, c, h, w = x.shape
-    return _empty_packed(x, (n, c, h, w))
+    return empty_packed(x, (n, c, h, w))
 
 
 def _unbinarize(bits: Tensor, channels: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -167,7 +169,7 @@ def _unbinarize_fake(bits: Tensor, channels: int, *, dtype: torch.dtype = torch.
     checks.check_packed_map("bits", bits, channels)
     checks.check_dtype("dtype", dtype)
     n, h, w, _ = bits.shape
-    return _empty_map(bits, (n, channels, h, w), dtype)
+    return empty_map(bits, (n, channels, h, w), dtype)
 
 
 def _check_pool(
@@ -214,7 +216,7 @@ def _bmaxpool2d_fake(
 ) -> Tensor:
     pool = _check_pool(bits, channels, kernel_size, stride, padding, take_and)
     rows, columns = pool.output_size(bits.shape[1], bits.shape[2])
-    return _empty_packed(bits, (bits.shape[0], channels, rows, columns))
+    return empty_packed(bits, (bits.shape[0], channels, rows, columns))
 
 
 # -- convolutions ---------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def _bconv2d(bits: Tensor, weight: Tensor, **options: Any) -> Tensor:
 def _bconv2d_fake(bits: Tensor, weight: Tensor, **options: Any) -> Tensor:
     geometry, _, _, prepacked = split_options(weight, weight, weight, options)
     size = checks.check_conv(bits, weight, geometry, prepacked)
-    return _empty_map(bits, (bits.shape[0], geometry.out_channels, *size), torch.int32)
+    return empty_map(bits, (bits.shape[0], geometry.out_channels, *size), torch.int32)
 
 
 def _fused(
@@ -344,7 +346,7 @@ def _bconv2d_float_fake(
 ) -> Tensor:
     shape = _fused_shape(bits, weight, multiplier, bias, options, False)
     checks.check_dtype("dtype", dtype)
-    return _empty_map(bits, shape, dtype)
+    return empty_map(bits, shape, dtype)
 
 
 def _bconv2d_bits_fake(
@@ -357,7 +359,7 @@ def _bconv2d_bits_fake(
     **options: Any,
 ) -> Tensor:
     options |= {"threshold": threshold, "sense": sense}
-    return _empty_packed(bits, _fused_shape(bits, weight, multiplier, bias, options, True))
+    return empty_packed(bits, _fused_shape(bits, weight, multiplier, bias, options, True))
 
 
 def _bconv2d_float_bits_fake(
@@ -374,12 +376,13 @@ def _bconv2d_float_bits_fake(
     options |= {"threshold": threshold, "sense": sense}
     shape = _fused_shape(bits, weight, multiplier, bias, options, True)
     checks.check_dtype("dtype", dtype)
-    return _empty_map(bits, shape, dtype), _empty_packed(bits, shape)
+    return empty_map(bits, shape, dtype), empty_packed(bits, shape)
 
 
-def _register(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make an operator of `torch.ops.biper` known, once."""
     LIBRARY.define(  # type: ignore[no-untyped-call, unused-ignore]
-        name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,)
+        name + schema, tags=(torch.Tag.pt2_compliant_tag,)
     )
     # No operator has a gradient: results never require one, whatever the operands say.
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call, unused-ignore]
@@ -390,5 +393,5 @@ def _register(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> N
 
 backends.register(CpuBackend())
 backends.register(ReferenceBackend())
-for _name in SCHEMAS:
-    _register(_name, globals()[f"_{_name}"], globals()[f"_{_name}_fake"])
+for _name, _schema in SCHEMAS.items():
+    register(_name, _schema, globals()[f"_{_name}"], globals()[f"_{_name}_fake"])

@@ -25,7 +25,10 @@ from biper_engine.ops import (
     unbinarize,
 )
 from biper_engine.ops.functional import epilogue_options, geometry_options
+from biper_engine.ops.plan_operators import PLAN_SCHEMAS
 from biper_engine.ops.registration import SCHEMAS
+
+ALL_SCHEMAS = {**SCHEMAS, **PLAN_SCHEMAS}
 
 CONV = Conv2dGeometry(
     in_channels=66,
@@ -90,6 +93,21 @@ EPILOGUE = Epilogue(
 )
 FUSED = {**epilogue_options(EPILOGUE), **geometry_options(CONV)}
 
+STEM = {
+    "weight": random(34, 66, 3, 3, seed=6),
+    "bias": random(34, seed=2),
+    "stride": [1, 2],
+    "padding": [1, 1, 0, 2],
+    "pool_kernel_size": [2, 2],
+    "pool_stride": [2, 1],
+    "pool_padding": [1, 1],
+    "clamp_min": -20.0,
+    "clamp_max": 30.0,
+    "scale": random(66, seed=7),
+    "offset": random(66, seed=8),
+    **BITS_OUT,
+}
+
 MODULES: dict[str, Callable[[], Call]] = {
     "binarize": lambda: Single(
         "binarize", ("x",), threshold=random(66), sense=torch.arange(66) % 2 == 0
@@ -121,6 +139,11 @@ MODULES: dict[str, Callable[[], Call]] = {
         **OPERANDS,
         **BITS_OUT,
         **FUSED,
+    ),
+    "stem": lambda: Single("stem", ("x",), dtype=torch.float16, **STEM),
+    "stem_bits": lambda: Single("stem_bits", ("x",), **STEM),
+    "pooled_linear": lambda: Single(
+        "pooled_linear", ("x",), weight=random(10, 66, seed=1), bias=random(10, seed=2)
     ),
 }
 
@@ -162,7 +185,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def test_every_operator_is_covered() -> None:
-    assert set(MODULES) == set(SCHEMAS)
+    assert set(MODULES) == set(ALL_SCHEMAS)
 
 
 def test_opcheck_passes(module: Call) -> None:
@@ -170,7 +193,7 @@ def test_opcheck_passes(module: Call) -> None:
         torch.library.opcheck(module.op, (), module.arguments(*inputs_of(module, batch)))
 
 
-@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("op", ALL_SCHEMAS)
 def test_arguments_have_the_defaults_of_the_schema(op: str) -> None:
     module = MODULES[op]()
     given = module.arguments(*inputs_of(module, 1))
