@@ -206,9 +206,9 @@ class Engine(nn.Module):
         self.signature.check(inputs, self._device)
         kind = inputs[0].device.type if inputs else "cpu"
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            native = self._get_plan().native
+            plan = self._get_plan()
             return profile(
-                *(self.graph_module, inputs, self._device, rounds, native),
+                *(plan.module, inputs, self._device, rounds, plan.native),
                 call=partial(self, *args, **kwargs),
             )
 

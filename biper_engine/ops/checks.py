@@ -26,6 +26,7 @@ __all__ = [
     "check_prepacked",
     "check_residual",
     "check_stem",
+    "check_stem_parameters",
 ]
 
 _STREAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,29 +135,34 @@ def check_residual(residual: Tensor | None, shape: tuple[int, ...], device: torc
     _check_device("residual", residual, device)
 
 
+def check_stem_parameters(stem: Stem, device: torch.device) -> None:
+    """Require parameters of a stem that fit each other, on `device`."""
+    check_dtype("dtype", stem.compute_dtype)
+    if stem.weight.dtype != torch.float32:
+        raise TypeError(f"`weight` must be float32, but its dtype is {stem.weight.dtype}.")
+    _check_device("weight", stem.weight, device)
+    conv = stem.conv
+    outgoing = {"bias": stem.bias, "threshold": stem.threshold, "sense": stem.sense}
+    check_per_channel(outgoing, conv.out_channels, device)
+    if (stem.scale is None) != (stem.offset is None):
+        raise ValueError("`scale` and `offset` must be given together, but one of them is None.")
+    check_per_channel({"scale": stem.scale, "offset": stem.offset}, conv.in_channels, device)
+
+
 def check_stem(x: Tensor, stem: Stem) -> tuple[int, int, int, int]:
     """Require images and parameters that fit each other; return the output's [N, O, OH, OW]."""
-    weight = stem.weight
     if x.dtype != torch.uint8 and x.dtype not in _STREAM_DTYPES:
         raise TypeError(
             f"`x.dtype` (={x.dtype}) must be float32, float16, bfloat16 or uint8, as images are."
         )
-    check_dtype("dtype", stem.compute_dtype)
-    if weight.dtype != torch.float32:
-        raise TypeError(f"`weight` must be float32, but its dtype is {weight.dtype}.")
-    conv = stem.conv
-    if x.dim() != 4 or x.shape[1] != conv.in_channels:
+    check_stem_parameters(stem, x.device)
+    out_channels, in_channels = stem.weight.shape[:2]
+    if x.dim() != 4 or x.shape[1] != in_channels:
         raise GeometryError(
-            f"`x` must be [N, {conv.in_channels}, H, W] for weights [O, C, KH, KW] of shape "
-            f"{tuple(weight.shape)}, but its shape is {tuple(x.shape)}."
+            f"`x` must be [N, {in_channels}, H, W] for weights [O, C, KH, KW] of shape "
+            f"{tuple(stem.weight.shape)}, but its shape is {tuple(x.shape)}."
         )
-    _check_device("weight", weight, x.device)
-    outgoing = {"bias": stem.bias, "threshold": stem.threshold, "sense": stem.sense}
-    check_per_channel(outgoing, conv.out_channels, x.device)
-    if (stem.scale is None) != (stem.offset is None):
-        raise ValueError("`scale` and `offset` must be given together, but one of them is None.")
-    check_per_channel({"scale": stem.scale, "offset": stem.offset}, conv.in_channels, x.device)
-    return x.shape[0], conv.out_channels, *stem.output_size(x.shape[2], x.shape[3])
+    return x.shape[0], out_channels, *stem.output_size(x.shape[2], x.shape[3])
 
 
 def check_pooled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

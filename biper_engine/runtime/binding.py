@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, fx
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend, select
-from biper_engine.ops.checks import check_epilogue
+from biper_engine.ops.checks import check_epilogue, check_stem_parameters
+from biper_engine.ops.plan_operators import split_stem
 from biper_engine.ops.registration import split_options
 from biper_engine.runtime.graph import biper_op, conv_geometry, get_constant, named_arguments
 
@@ -72,10 +74,11 @@ def bind_node(
         if value.op != "get_attr":
             return None
         arguments[name] = get_constant(module, str(value.target))
-    return _BINDERS[op](op, arguments, device)
+    return _BINDERS[op](node, arguments, device)
 
 
-def _bind_fused(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
+def _bind_fused(node: fx.Node, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
+    op = str(biper_op(node))
     weight = arguments["weight"]
     geometry, epilogue, _, _ = split_options(
         weight, arguments["multiplier"], arguments["bias"], arguments
@@ -101,8 +104,10 @@ def _bind_fused(op: str, arguments: dict[str, Any], device: torch.device) -> Bou
     return BoundOperation(call, (arguments["bits"], arguments.get("residual")))
 
 
-def _bind_binarize(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
-    backend = select(op, None, device)
+def _bind_binarize(
+    node: fx.Node, arguments: dict[str, Any], device: torch.device
+) -> BoundOperation:
+    backend = select("binarize", None, device)
     threshold, sense = arguments.get("threshold"), arguments.get("sense")
 
     def binarize(x: Tensor) -> Tensor:
@@ -111,8 +116,10 @@ def _bind_binarize(op: str, arguments: dict[str, Any], device: torch.device) -> 
     return BoundOperation(binarize, (arguments["x"],))
 
 
-def _bind_unbinarize(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
-    backend = select(op, None, device)
+def _bind_unbinarize(
+    node: fx.Node, arguments: dict[str, Any], device: torch.device
+) -> BoundOperation:
+    backend = select("unbinarize", None, device)
     channels, dtype = arguments["channels"], arguments.get("dtype", torch.float32)
 
     def unbinarize(bits: Tensor) -> Tensor:
@@ -121,8 +128,10 @@ def _bind_unbinarize(op: str, arguments: dict[str, Any], device: torch.device) -
     return BoundOperation(unbinarize, (arguments["bits"],))
 
 
-def _bind_bmaxpool2d(op: str, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
-    backend = select(op, None, device)
+def _bind_bmaxpool2d(
+    node: fx.Node, arguments: dict[str, Any], device: torch.device
+) -> BoundOperation:
+    backend = select("bmaxpool2d", None, device)
     channels, take_and = arguments["channels"], arguments.get("take_and")
     pool = Pool2dGeometry(
         kernel_size=tuple(arguments["kernel_size"]),
@@ -136,13 +145,50 @@ def _bind_bmaxpool2d(op: str, arguments: dict[str, Any], device: torch.device) -
     return BoundOperation(bmaxpool2d, (arguments["bits"],))
 
 
-_BINDERS: dict[str, Callable[[str, dict[str, Any], torch.device], BoundOperation]] = {
+def _bind_stem(node: fx.Node, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
+    op = str(biper_op(node))
+    used = {user.args[1] for user in node.users if user.target is operator.getitem}
+    whole = op == "stem_bits" or len(used) < len(node.users)  # of a stem: both as a tuple
+    stem = split_stem(
+        arguments["weight"],
+        arguments,
+        want_float=op == "stem" and (whole or 0 in used),
+        want_bits=whole or 1 in used,
+    )
+    check_stem_parameters(stem, device)
+    backend = select(op, None, device)
+
+    def bits_of(x: Tensor) -> Tensor | None:
+        return backend.stem(x, stem)[1]
+
+    def both(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return backend.stem(x, stem)
+
+    return BoundOperation(both if op == "stem" else bits_of, (arguments["x"],))
+
+
+def _bind_pooled_linear(
+    node: fx.Node, arguments: dict[str, Any], device: torch.device
+) -> BoundOperation:
+    backend = select("pooled_linear", None, device)
+    weight, bias = arguments["weight"], arguments.get("bias")
+
+    def pooled_linear(x: Tensor) -> Tensor:
+        return backend.pooled_linear(x, weight, bias)
+
+    return BoundOperation(pooled_linear, (arguments["x"],))
+
+
+_BINDERS: dict[str, Callable[[fx.Node, dict[str, Any], torch.device], BoundOperation]] = {
     "bconv2d_float": _bind_fused,
     "bconv2d_bits": _bind_fused,
     "bconv2d_float_bits": _bind_fused,
     "binarize": _bind_binarize,
     "unbinarize": _bind_unbinarize,
     "bmaxpool2d": _bind_bmaxpool2d,
+    "stem": _bind_stem,
+    "stem_bits": _bind_stem,
+    "pooled_linear": _bind_pooled_linear,
 }
 
 

@@ -20,8 +20,8 @@ from torch import fx
 from biper_engine.ops.backends import select
 from biper_engine.runtime.choice import node_backend
 from biper_engine.runtime.graph import biper_op, get_constant, output_values
-from biper_engine.runtime.runs import BATCH, NativeRun, NativeStep, Unsupported
-from biper_engine.runtime.shapes import MISFITS, call_without_data, without_data
+from biper_engine.runtime.runs import NativeRun, NativeStep, Unsupported
+from biper_engine.runtime.shapes import BATCH, MISFITS, call_without_data, without_data
 from biper_engine.runtime.signature import InputSpec
 from biper_engine.runtime.steps import RunBuilder
 

@@ -21,6 +21,7 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from biper_engine.ops.backends import forced_name
 from biper_engine.ops.cpu_program import CpuProgram
 from biper_engine.runtime.binding import bind_node
+from biper_engine.runtime.fusing import fuse_ends
 from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.native import NativePlan, native_plan
 from biper_engine.runtime.runs import NativeRun
@@ -39,6 +40,7 @@ class Plan:
     """How a network runs on one device.
 
     Attributes:
+        module: the network, its float ends fused where the device's backends have that.
         device: where its tensors are.
         forced: the backend that was forced when it was made, or None.
         run: takes and returns what the graph does.
@@ -47,6 +49,7 @@ class Plan:
             are.
     """
 
+    module: fx.GraphModule
     device: torch.device | None
     forced: str | None
     run: Callable[..., Any]
@@ -90,8 +93,7 @@ class PlanSlot:
             plan = self._plan
             if plan is None or plan.device != device or plan.forced != forced:
                 generation = self._generation
-                native = native_plan(module, device, inputs)
-                plan = _plan(module, device, forced, native, positional)
+                plan = _plan(module, device, forced, inputs, positional)
                 # Weights that changed meanwhile made this plan stale: it serves this call alone.
                 if generation == self._generation:
                     self._plan = plan
@@ -130,13 +132,16 @@ def _plan(
     module: fx.GraphModule,
     device: torch.device | None,
     forced: str | None,
-    native: NativePlan | str,
+    inputs: Sequence[InputSpec] | None,
     positional: bool,
 ) -> Plan:
+    native = native_plan(module, device, inputs)
     if isinstance(native, NativePlan) and native.is_whole:
         program = native.runs[0].program
-        return Plan(device, forced, program, native, program if positional else None)
-    return Plan(device, forced, bound_graph(module, device, native).forward, native, None)
+        return Plan(module, device, forced, program, native, program if positional else None)
+    if isinstance(native, str):
+        module = fuse_ends(module, device, inputs)
+    return Plan(module, device, forced, bound_graph(module, device, native).forward, native, None)
 
 
 def bound_graph(

@@ -12,12 +12,9 @@ from torch import Tensor, fx
 from biper_engine.bits import words
 from biper_engine.ops.cpu_program import CpuProgram, Map
 from biper_engine.runtime.graph import get_constant
+from biper_engine.runtime.shapes import BATCH
 
-__all__ = ["BATCH", "NativeRun", "NativeStep", "RunMaps", "Unsupported"]
-
-BATCH = 61
-"""Images of the tensors without data that stand for values; no other size of a network is likely
-to be this one, so that a first dimension of it is the batch."""
+__all__ = ["NativeRun", "NativeStep", "RunMaps", "Unsupported"]
 
 
 class Unsupported(Exception):

@@ -12,15 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry, pool_positions
-from biper_engine.runtime.graph import with_defaults
+from biper_engine.runtime.graph import get_constant, with_defaults
+from biper_engine.runtime.signature import InputSpec
 
-__all__ = ["MISFITS", "call_without_data", "without_data"]
+__all__ = ["BATCH", "MISFITS", "call_without_data", "values_without_data", "without_data"]
 
 _aten = torch.ops.aten
+
+BATCH = 61
+"""Images of the tensors without data that stand for values; no other size of a network is likely
+to be this one, so that a first dimension of it is the batch."""
 
 MISFITS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
@@ -45,6 +50,35 @@ def call_without_data(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
         if shape is not None:
             return torch.empty(shape, dtype=x.dtype, device="meta")
     return target(*args, **kwargs)
+
+
+def values_without_data(module: fx.GraphModule, inputs: Sequence[InputSpec]) -> dict[fx.Node, Any]:
+    """Return the value of every node for BATCH images as a tensor without data.
+
+    It is None where its shape depends on data, or PyTorch has no rule for it.
+    """
+    values: dict[fx.Node, Any] = {}
+    specs = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            spec = next(specs)
+            sizes = [BATCH if size is None else size for size in spec.shape]
+            values[node] = torch.empty(sizes, dtype=spec.dtype, device="meta")
+        elif node.op == "get_attr":
+            values[node] = without_data(get_constant(module, str(node.target)))
+        elif node.op == "call_function":
+            values[node] = _result_without_data(node, values)
+    return values
+
+
+def _result_without_data(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    if any(values[source] is None for source in node.all_input_nodes):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    try:
+        return call_without_data(node.target, args, kwargs)
+    except MISFITS:
+        return None
 
 
 # -- rules: the shape of the result, or None where only PyTorch can tell ---------------------------

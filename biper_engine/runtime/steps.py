@@ -13,21 +13,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Clamp, Map
 from biper_engine.ops.registration import split_options
 from biper_engine.runtime.binding import prepack_node
-from biper_engine.runtime.graph import biper_op, named_arguments, with_defaults
+from biper_engine.runtime.graph import biper_op, named_arguments
+from biper_engine.runtime.patterns import (
+    all_arguments,
+    clamp_limits,
+    is_binarize,
+    max_pool_of,
+    only_user,
+    pair,
+)
 from biper_engine.runtime.runs import RunMaps, Unsupported
 
 __all__ = ["RunBuilder"]
 
 aten = torch.ops.aten
-
-_CLAMPS = (aten.hardtanh.default, aten.clamp.default, aten.relu.default)
 
 
 class RunBuilder(RunMaps):
@@ -53,7 +58,7 @@ class RunBuilder(RunMaps):
             raise Unsupported("has no native step")
         inputs, steps = len(self.inputs), len(self.steps)
         try:
-            handler(self, node, _arguments(node))
+            handler(self, node, all_arguments(node))
         except Unsupported:
             while len(self.inputs) > inputs:
                 unused, _ = self.inputs.popitem()
@@ -117,30 +122,29 @@ class RunBuilder(RunMaps):
         assert weight is not None
         if named["groups"] != 1:
             raise Unsupported("has groups")
-        vertical, horizontal = _pair(named["padding"])
+        vertical, horizontal = pair(named["padding"])
         geometry = Conv2dGeometry(
             in_channels=x.channels,
             out_channels=weight.shape[0],
             kernel_size=(weight.shape[2], weight.shape[3]),
-            stride=_pair(named["stride"]),
+            stride=pair(named["stride"]),
             padding=(vertical, vertical, horizontal, horizontal),
-            dilation=_pair(named["dilation"]),
+            dilation=pair(named["dilation"]),
         )
         nodes, last, options = [node], node, dict[str, Any]()
-        pool = _only_user(last)
-        if pool is not None and pool.target is aten.max_pool2d.default:
-            window = _max_pool(_arguments(pool))
-            if window is not None:
-                options["pool"], last = window, pool
-                nodes.append(pool)
-        clamp = _only_user(last)
-        if clamp is not None and clamp.target in _CLAMPS:
+        pool = only_user(last)
+        window = None if pool is None else max_pool_of(pool)
+        if pool is not None and window is not None:
+            options["pool"], last = window, pool
+            nodes.append(pool)
+        clamp = only_user(last)
+        if clamp is not None and clamp_limits(clamp) is not None:
             options["clamp"], last = _limits(clamp), clamp
             nodes.append(clamp)
-        steps = [user for user in last.users if _is_binarize(user)]
+        steps = [user for user in last.users if is_binarize(user)]
         options["want_float"] = len(last.users) > len(steps[:1])
         if steps:
-            bits = _arguments(steps[0])
+            bits = all_arguments(steps[0])
             options["want_bits"] = True
             options |= {name: self._constant(bits.get(name)) for name in ("threshold", "sense")}
             nodes.append(steps[0])
@@ -189,7 +193,7 @@ class RunBuilder(RunMaps):
 
     def _max_pool2d(self, node: fx.Node, named: dict[str, Any]) -> None:
         x = self._image(named["self"])
-        if _pair(named["dilation"]) != (1, 1):
+        if pair(named["dilation"]) != (1, 1):
             raise Unsupported("has dilation")
         self._maps[node] = self._program.maximum(x, *_windows(x, named))
         self._step(node)
@@ -197,7 +201,7 @@ class RunBuilder(RunMaps):
     def _average(self, node: fx.Node, x: Map, window: Any, **options: Any) -> None:
         """Add a pool and the zero channels behind it."""
         nodes, last = [node], node
-        pad = _only_user(node)
+        pad = only_user(node)
         channels = _padded_channels(pad) if pad is not None else None
         if pad is not None and channels is not None:
             options |= dict(zip(("channels_before", "channels_after"), channels, strict=True))
@@ -262,32 +266,18 @@ class RunBuilder(RunMaps):
         ):
             raise Unsupported("is no sum of two maps of one shape")
         nodes, last, clamp = [node], node, Clamp()
-        behind = _only_user(node)
-        if behind is not None and behind.target in _CLAMPS:
+        behind = only_user(node)
+        if behind is not None and clamp_limits(behind) is not None:
             clamp, last = _limits(behind), behind
             nodes.append(behind)
         self._maps[last] = self._program.sum(a, b, clamp)
         self._step(*nodes)
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    assert isinstance(node.target, OpOverload)
-    return with_defaults(node.target, node.args, node.kwargs)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values[0], values[-1]
-
-
 def _windows(x: Map, named: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     """Return kernel, stride, padding and output size of a pool."""
-    kernel, padding = _pair(named["kernel_size"]), _pair(named["padding"])
-    stride = _pair(named["stride"]) if named["stride"] else kernel
+    kernel, padding = pair(named["kernel_size"]), pair(named["padding"])
+    stride = pair(named["stride"]) if named["stride"] else kernel
     rows, columns = (
         pool_positions(length, kernel[axis], stride[axis], padding[axis], named["ceil_mode"])
         for axis, length in enumerate((x.height, x.width))
@@ -295,38 +285,16 @@ def _windows(x: Map, named: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     return kernel, stride, padding, (rows, columns)
 
 
-def _max_pool(named: dict[str, Any]) -> Pool2dGeometry | None:
-    """Return a max pool's geometry; None where it has dilation or ceil_mode."""
-    if named["ceil_mode"] or _pair(named["dilation"]) != (1, 1):
-        return None
-    kernel = _pair(named["kernel_size"])
-    stride = _pair(named["stride"]) if named["stride"] else kernel
-    return Pool2dGeometry(kernel_size=kernel, stride=stride, padding=_pair(named["padding"]))
-
-
 def _limits(node: fx.Node) -> Clamp:
-    named = _arguments(node)
-    if node.target is aten.relu.default:
-        return Clamp(low=0.0)
-    names = ("min_val", "max_val") if node.target is aten.hardtanh.default else ("min", "max")
-    low, high = (named[name] for name in names)
+    low, high = clamp_limits(node) or (None, None)
     return Clamp(-math.inf if low is None else low, math.inf if high is None else high)
-
-
-def _is_binarize(node: fx.Node) -> bool:
-    """Whether a node is a `binarize` with constant parameters."""
-    if biper_op(node) != "binarize":
-        return False
-    named = _arguments(node)
-    parameters = (named["threshold"], named["sense"])
-    return all(value is None or value.op == "get_attr" for value in parameters)
 
 
 def _padded_channels(node: fx.Node) -> tuple[int, int] | None:
     """Return the zero channels that a pad adds before and after, None for any other node."""
     if node.target is not aten.constant_pad_nd.default:
         return None
-    named = _arguments(node)
+    named = all_arguments(node)
     pad = list(named["pad"])
     if len(pad) != 6 or any(pad[:4]) or min(pad) < 0 or named["value"] not in (0, None):
         return None

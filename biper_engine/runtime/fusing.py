@@ -1,0 +1,408 @@
+"""Fuses the float ends of a network, for plans of devices whose backends have them fused.
+
+A convolution of few channels, the images' own normalisation before it and the max pool, the clamp
+and the bits behind it become one `biper::stem` or `biper::stem_bits`; the mean of a map and the
+linear layer behind it `biper::pooled_linear`. The graph of a network itself never changes: what
+files, reports and proofs speak of is that.
+
+What is fused is rounded less often than what it stands for. Images are normalised by one fused
+multiply-add in float32 whatever their steps were, and the bits of a half-precision stem come from
+its float32 sums, as those of every binary convolution do.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from biper_engine.ops.backends import by_name, forced_name, select
+from biper_engine.ops.functional import stem_options
+from biper_engine.ops.stem import Stem
+from biper_engine.runtime.graph import get_constant, output_values, release_source
+from biper_engine.runtime.patterns import (
+    all_arguments,
+    clamp_limits,
+    is_binarize,
+    max_pool_of,
+    only_user,
+    pair,
+)
+from biper_engine.runtime.shapes import BATCH, values_without_data
+from biper_engine.runtime.signature import InputSpec
+
+__all__ = ["fuse_ends"]
+
+_aten = torch.ops.aten
+
+MAX_STEM_CHANNELS = 4  # images; a convolution of more channels is PyTorch's
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_ARITHMETIC = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
+
+
+def fuse_ends(
+    module: fx.GraphModule, device: torch.device | None, inputs: Sequence[InputSpec] | None
+) -> fx.GraphModule:
+    """Return a network with its float ends fused where a backend has that on `device`.
+
+    The result shares the tensors of `module`, apart from those of the fused operators; it is
+    `module` itself where nothing is to fuse. The reference has everything, but is no gain over
+    PyTorch's own operators: it counts only where it is forced.
+
+    Args:
+        module: a converted network; it does not change.
+        device: where its tensors are.
+        inputs: what it takes; without it nothing is fused.
+    """
+    if device is None or inputs is None:
+        return module
+    ops = {op for op in ("stem", "stem_bits", "pooled_linear") if _is_fused(op, device)}
+    if not ops:
+        return module
+    # Plans outlive the mode of the call that makes them; an inference tensor would not.
+    with torch.inference_mode(False), torch.no_grad():
+        fusion = _Fusion(module, inputs, ops)
+        fusion.fuse_stems()
+        fusion.fuse_classifiers()
+        return fusion.finish()
+
+
+def _is_fused(op: str, device: torch.device) -> bool:
+    forced = forced_name()
+    if forced is not None:
+        return by_name(forced).unsupported_reason(op, None, device) is None
+    return device.type != "cpu" and select(op, None, device).name != "reference"
+
+
+def _is_constant(value: Any) -> bool:
+    return value is None or (isinstance(value, fx.Node) and value.op == "get_attr")
+
+
+def _means_whole_map(node: fx.Node, x: Tensor) -> bool:
+    """Whether a node is the mean of the map `x` over all of its pixels."""
+    named = all_arguments(node) if isinstance(node.target, OpOverload) else {}
+    if node.target is _aten.mean.dim:
+        dims = sorted(d % 4 for d in named["dim"] or ())
+        return dims == [2, 3] and named["dtype"] is None
+    if node.target is _aten._adaptive_avg_pool2d.default:
+        return tuple(named["output_size"]) == (1, 1)
+    if node.target is not _aten.avg_pool2d.default:
+        return False
+    whole = pair(named["kernel_size"]) == tuple(x.shape[2:])
+    return whole and pair(named["padding"]) == (0, 0) and named["divisor_override"] is None
+
+
+# -- an affine function of every channel ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """x * scale[c] + offset[c], in float64."""
+
+    scale: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def identity(channels: int) -> _Affine:
+        scale = torch.ones(channels, dtype=torch.float64)
+        return _Affine(scale, torch.zeros_like(scale))
+
+    @property
+    def is_identity(self) -> bool:
+        return bool((self.scale == 1).all()) and not bool(self.offset.any())
+
+    def after(self, first: _Affine) -> _Affine:
+        """Return this function of what `first` gives."""
+        return _Affine(self.scale * first.scale, self.scale * first.offset + self.offset)
+
+
+class _Fusion:
+    """A copy of a graph in which operators are fused."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[InputSpec], ops: set[str]) -> None:
+        self._module = module
+        self._ops = ops
+        self._graph = fx.Graph()
+        self._constants: dict[str, Any] = {}
+        self._values: dict[fx.Node, Any] = {}
+        self._changed = False
+        values = values_without_data(module, inputs)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in module.graph.nodes:
+            if node.op == "output":
+                outputs = tuple(output_values(module.graph))
+                self._graph.output(fx.node.map_arg(outputs, copies.__getitem__))
+                break
+            copies[node] = self._graph.node_copy(node, copies.__getitem__)
+            self._values[copies[node]] = values[node]
+            if node.op == "get_attr":
+                self._constants[str(node.target)] = get_constant(module, str(node.target))
+
+    def finish(self) -> fx.GraphModule:
+        if not self._changed:
+            return self._module
+        self._graph.eliminate_dead_code()
+        used = {str(node.target) for node in self._graph.find_nodes(op="get_attr")}
+        kept = {target: value for target, value in self._constants.items() if target in used}
+        return release_source(fx.GraphModule(kept, self._graph))
+
+    # -- stems ------------------------------------------------------------------------------------
+
+    def fuse_stems(self) -> None:
+        for node in self._graph.find_nodes(op="call_function", target=_aten.conv2d.default):
+            self._fuse_stem(node)
+
+    def _fuse_stem(self, conv: fx.Node) -> None:
+        stem = self._stem_of(conv)
+        if stem is None:
+            return
+        images, stem = self._take_images(all_arguments(conv)["input"], stem)
+        last, stem = self._take_behind(conv, stem)
+        binarizes = self._bits_of(last)
+        if binarizes:
+            stem = self._take_bits(binarizes[0], stem)
+        want_float = len(last.users) > len(binarizes)
+        op = "stem" if want_float else "stem_bits"
+        alone = not binarizes and last is conv and stem.scale is None
+        if alone or op not in self._ops:
+            return
+        target = getattr(torch.ops.biper, op).default
+        with self._graph.inserting_before(conv):
+            fused = self._call(f"{conv.name}_{op}", target, images, stem_options(stem))
+            floats, bits = fused, fused
+            if want_float:
+                floats = self._graph.call_function(operator.getitem, (fused, 0))
+                bits = self._graph.call_function(operator.getitem, (fused, 1))
+        for binarize in binarizes:
+            binarize.replace_all_uses_with(bits)
+            self._graph.erase_node(binarize)
+        if want_float:
+            last.replace_all_uses_with(floats)
+        self._changed = True
+
+    def _stem_of(self, conv: fx.Node) -> Stem | None:
+        """Return a convolution as a stem, or None where it is no convolution of images."""
+        named = all_arguments(conv)
+        weight, bias = (self._constant(named[name]) for name in ("weight", "bias"))
+        if (
+            weight is None
+            or not _is_constant(named["bias"])
+            or not isinstance(named["input"], fx.Node)
+        ):
+            return None
+        vertical, horizontal = pair(named["padding"])
+        fits = weight.dim() == 4 and weight.shape[1] <= MAX_STEM_CHANNELS
+        plain = named["groups"] == 1 and pair(named["dilation"]) == (1, 1)
+        if not fits or not plain or weight.dtype not in _FLOATS:
+            return None
+        if not isinstance(self._values[conv], Tensor) or self._values[conv].dim() != 4:
+            return None
+        return Stem(
+            weight=weight.float().contiguous(),
+            bias=None if bias is None else bias.float(),
+            stride=pair(named["stride"]),
+            padding=(vertical, vertical, horizontal, horizontal),
+            compute_dtype=weight.dtype,
+        )
+
+    def _take_images(self, node: fx.Node, stem: Stem) -> tuple[fx.Node, Stem]:
+        """Return the images behind conversions and per-channel constants, and these as the stem's.
+
+        Both stay where they are if the images are no floats or bytes.
+        """
+        channels = stem.weight.shape[1]
+        start, steps = node, _Affine.identity(channels)
+        while node.op == "call_function":
+            if node.target is _aten._to_copy.default and set(node.kwargs) <= {"dtype"}:
+                if node.kwargs.get("dtype") not in _FLOATS:
+                    break
+                node = node.all_input_nodes[0]
+                continue
+            step = self._affine_step(node, channels, 4)
+            if step is None:
+                break
+            node, function = step
+            steps = steps.after(function)
+        images = self._values[node]
+        usable = isinstance(images, Tensor) and images.dim() == 4 and images.shape[1] == channels
+        if not usable or images.dtype not in (*_FLOATS, torch.uint8):
+            return start, stem
+        if steps.is_identity:
+            return node, stem
+        device = stem.weight.device
+        scale, offset = (value.float().to(device) for value in (steps.scale, steps.offset))
+        return node, replace(stem, scale=scale, offset=offset)
+
+    def _take_behind(self, conv: fx.Node, stem: Stem) -> tuple[fx.Node, Stem]:
+        """Return the last of one pool and one clamp behind a convolution, in either order.
+
+        They commute: a clamp is monotone, and padding wins in neither order.
+        """
+        last, has_clamp = conv, False
+        while (user := only_user(last)) is not None and user.op == "call_function":
+            pool, limits = max_pool_of(user), clamp_limits(user)
+            if pool is not None and stem.pool.is_identity:
+                stem = replace(stem, pool=pool)
+            elif limits is not None and not has_clamp:
+                stem = replace(stem, clamp_min=limits[0], clamp_max=limits[1])
+                has_clamp = True
+            else:
+                break
+            last = user
+        return last, stem
+
+    def _bits_of(self, node: fx.Node) -> list[fx.Node]:
+        """Return the first `binarize` of a value, and those that are the same."""
+        found = [user for user in node.users if is_binarize(user)]
+        wanted = [all_arguments(user) for user in found]
+        return [user for user, named in zip(found, wanted, strict=True) if named == wanted[0]]
+
+    def _take_bits(self, binarize: fx.Node, stem: Stem) -> Stem:
+        named = all_arguments(binarize)
+        threshold, sense = (self._constant(named[name]) for name in ("threshold", "sense"))
+        return replace(stem, threshold=threshold, sense=sense)
+
+    # -- classifiers ------------------------------------------------------------------------------
+
+    def fuse_classifiers(self) -> None:
+        if "pooled_linear" not in self._ops:
+            return
+        for node in self._graph.find_nodes(op="call_function", target=_aten.linear.default):
+            self._fuse_classifier(node)
+
+    def _fuse_classifier(self, linear: fx.Node) -> None:
+        named = all_arguments(linear)
+        weight, bias = (self._constant(named[name]) for name in ("weight", "bias"))
+        if weight is None or not _is_constant(named["bias"]) or weight.dtype not in _FLOATS:
+            return
+        found = self._mean_behind(named["input"], weight.shape[1])
+        if found is None:
+            return
+        x, steps = found
+        value = self._values[x]
+        if value.dtype != weight.dtype:
+            return
+        if not steps.is_identity:
+            exact, device = weight.double(), weight.device
+            added = exact @ steps.offset.to(device)
+            bias = (added if bias is None else bias.double() + added).float()
+            weight = (exact * steps.scale.to(device)).float()
+        with self._graph.inserting_before(linear):
+            fused = self._call(
+                f"{linear.name}_pooled",
+                torch.ops.biper.pooled_linear.default,
+                x,
+                {"weight": weight, "bias": bias},
+            )
+        linear.replace_all_uses_with(fused)
+        self._graph.erase_node(linear)
+        self._changed = True
+
+    def _mean_behind(self, node: Any, channels: int) -> tuple[fx.Node, _Affine] | None:
+        """Return the map whose mean `node` is, and the function of every channel between."""
+        steps = _Affine.identity(channels)
+        while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
+            source = node.all_input_nodes[0] if node.all_input_nodes else node
+            x = self._values[source]
+            if isinstance(x, Tensor) and x.dim() == 4 and _means_whole_map(node, x):
+                fits = x.shape[0] == BATCH and x.shape[1] == channels and x.dtype in _FLOATS
+                return (source, steps) if fits else None
+            if self._flattens(node, channels):
+                node = source
+                continue
+            value = self._values[node]
+            step = self._affine_step(node, channels, value.dim() if value is not None else 0)
+            if step is None:
+                return None
+            node, function = step
+            steps = steps.after(function)
+        return None
+
+    def _flattens(self, node: fx.Node, channels: int) -> bool:
+        """Whether a node only takes [N, C, 1, 1] to [N, C]."""
+        if node.target not in (_aten.reshape.default, _aten.squeeze.dims):
+            return False
+        before, after = self._values[node.all_input_nodes[0]], self._values[node]
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            return False
+        return tuple(after.shape) == (BATCH, channels) and tuple(before.shape) in (
+            (BATCH, channels, 1, 1),
+            (BATCH, channels),
+        )
+
+    # -- constants --------------------------------------------------------------------------------
+
+    def _affine_step(
+        self, node: fx.Node, channels: int, dims: int
+    ) -> tuple[fx.Node, _Affine] | None:
+        """Return what a sum or product with constants is of, and what it does to every channel."""
+        result = self._values[node]
+        if node.target not in _ARITHMETIC or dims not in (2, 4) or result is None:
+            return None
+        if result.dtype not in _FLOATS:  # bytes wrap around
+            return None
+        named = all_arguments(node)
+        left, right = named["self"], named["other"]
+        swapped = isinstance(right, fx.Node) and right.op != "get_attr"
+        flowing, held = (right, left) if swapped else (left, right)
+        if (
+            not isinstance(flowing, fx.Node)
+            or flowing.op == "get_attr"
+            or _shape_of(self._values[flowing]) != tuple(result.shape)
+        ):
+            return None
+        value = self._per_channel(held, channels, dims)
+        if value is None or (swapped and node.target is _aten.div.Tensor):
+            return None
+        one = torch.ones_like(value)
+        zero = torch.zeros_like(value)
+        alpha = float(named.get("alpha", 1))
+        if node.target is _aten.mul.Tensor:
+            return flowing, _Affine(value, zero)
+        if node.target is _aten.div.Tensor:
+            return flowing, _Affine(one / value, zero)
+        sign = -1.0 if node.target is _aten.sub.Tensor else 1.0
+        if swapped:
+            return flowing, _Affine(sign * alpha * one, value)
+        return flowing, _Affine(one, sign * alpha * value)
+
+    def _per_channel(self, held: Any, channels: int, dims: int) -> Tensor | None:
+        """Return a constant as float64 [C], on the CPU; None where it is no value per channel."""
+        if isinstance(held, (int, float)) and not isinstance(held, bool):
+            return torch.full((channels,), float(held), dtype=torch.float64)
+        constant = self._constant(held) if isinstance(held, fx.Node) else None
+        if constant is None or constant.is_complex():
+            return None
+        # Aligned at the right: [C, 1, 1] of four dimensions, [C] of two.
+        shape = [1] * (dims - constant.dim()) + list(constant.shape)
+        if len(shape) != dims or any(size != 1 for axis, size in enumerate(shape) if axis != 1):
+            return None
+        if shape[1] not in (1, channels):
+            return None
+        return constant.double().cpu().flatten().expand(channels)
+
+    def _constant(self, value: Any) -> Tensor | None:
+        if not isinstance(value, fx.Node) or value.op != "get_attr":
+            return None
+        tensor: Tensor = self._constants[str(value.target)]
+        return tensor
+
+    def _call(self, name: str, target: Any, x: fx.Node, options: dict[str, Any]) -> fx.Node:
+        """Make a call whose tensors are constants of the graph."""
+        arguments: dict[str, Any] = {}
+        for key, value in options.items():
+            arguments[key] = value
+            if isinstance(value, Tensor):
+                constant = f"{name}_{key}"
+                self._constants[constant] = value
+                arguments[key] = self._graph.create_node("get_attr", constant, name=constant)
+        return self._graph.create_node("call_function", target, (x,), arguments, name=name)
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
