@@ -47,8 +47,7 @@ struct Stream<kUint8> {
   __device__ __forceinline__ static float load(Value value) { return static_cast<float>(value); }
 };
 
-// -- one value
-// --------------------------------------------------------------------------------------
+// -- one value -----------------------------------------------------------------------------------
 
 template <int TYPE>
 __device__ __forceinline__ float load_value(const void* base, int64_t index) {
@@ -60,8 +59,7 @@ __device__ __forceinline__ void store_value(void* base, int64_t index, float val
   static_cast<typename Stream<TYPE>::Value*>(base)[index] = Stream<TYPE>::store(value);
 }
 
-// -- values that share a word
-// -----------------------------------------------------------------------
+// -- values that share a word --------------------------------------------------------------------
 
 template <int TYPE>
 __device__ __forceinline__ void unpack_word(uint32_t word, float* values) {
@@ -90,8 +88,7 @@ __device__ __forceinline__ uint32_t pack_word(const float* values) {
   return low | high << 16;
 }
 
-// -- neighbours in memory
-// ---------------------------------------------------------------------------
+// -- neighbours in memory ------------------------------------------------------------------------
 
 // COUNT values from `index` on. Together they are 4, 8 or a multiple of 16 bytes.
 template <int TYPE, int COUNT>
