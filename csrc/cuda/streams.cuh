@@ -17,6 +17,7 @@ struct Stream;
 
 template <>
 struct Stream<kFloat32> {
+  static constexpr int kType = kFloat32;
   using Value = float;
   static constexpr int kBytes = 4;
   __device__ __forceinline__ static float load(Value value) { return value; }
@@ -25,6 +26,7 @@ struct Stream<kFloat32> {
 
 template <>
 struct Stream<kFloat16> {
+  static constexpr int kType = kFloat16;
   using Value = uint16_t;
   static constexpr int kBytes = 2;
   __device__ __forceinline__ static float load(Value value) { return half_to_float(value); }
@@ -33,6 +35,7 @@ struct Stream<kFloat16> {
 
 template <>
 struct Stream<kBfloat16> {
+  static constexpr int kType = kBfloat16;
   using Value = uint16_t;
   static constexpr int kBytes = 2;
   __device__ __forceinline__ static float load(Value value) { return bfloat_to_float(value); }
@@ -42,6 +45,7 @@ struct Stream<kBfloat16> {
 // Images only: nothing is stored as bytes.
 template <>
 struct Stream<kUint8> {
+  static constexpr int kType = kUint8;
   using Value = uint8_t;
   static constexpr int kBytes = 1;
   __device__ __forceinline__ static float load(Value value) { return static_cast<float>(value); }
