@@ -114,6 +114,17 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"The {self.name} backend has no fused stem.")
 
+    def bind_stem(self, stem: Stem) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
+        """Return `stem` with fixed parameters, a function of the images.
+
+        A backend overrides it where it can prepare the weights for calls to come.
+        """
+
+        def run(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            return self.stem(x, stem)
+
+        return run
+
     def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Mean of a float map over its pixels, through a linear layer."""
         raise NotImplementedError(f"The {self.name} backend has no fused classifier.")

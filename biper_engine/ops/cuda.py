@@ -1,11 +1,10 @@
-"""The CUDA backend: `csrc/cuda` behind the vocabulary, and its layout of weights.
+"""The CUDA backend: `csrc/cuda` behind the vocabulary.
 
 The compiled module is loaded at the first question about it, never at import.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -15,21 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from biper_engine import bits as contract
-from biper_engine.bits import WORD_BITS, words
+from biper_engine.bits import words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
 from biper_engine.ops.checks import check_prepacked
+from biper_engine.ops.cuda_layout import (
+    Layout,
+    bit_limits,
+    layout_of,
+    plain_signs,
+    prepacked_stem,
+    prepacked_words,
+)
 from biper_engine.ops.epilogue import Epilogue
-from biper_engine.ops.reference import apply_epilogue
+from biper_engine.ops.stem import Stem
 
-__all__ = ["CudaBackend", "Native", "bit_limits", "description"]
+__all__ = ["CudaBackend", "Native", "description"]
 
-_STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 _NO_POOL = Pool2dGeometry()
 OLDEST_CAPABILITY = 75
-_FRAGMENT_WORDS = 256  # of 32 channels in a step of 256 bits
-_STEP_PAIRS = 4  # pairs of words in a step
 
 
 # -- the compiled module --------------------------------------------------------------------------
@@ -99,150 +103,6 @@ def description() -> str:
     return ", ".join(names)
 
 
-# -- weights --------------------------------------------------------------------------------------
-
-
-def _masked(weight: Tensor, channels: int) -> Tensor:
-    """Return packed weights without the unused bits of their last words."""
-    if channels % WORD_BITS == 0:
-        return weight
-    masked = weight.clone()
-    masked[..., -1] &= (1 << channels % WORD_BITS) - 1
-    return masked
-
-
-def _popcount(packed: Tensor) -> Tensor:
-    """Return the set bits of every word, int32."""
-    return contract.unpack_channels(packed.unsqueeze(-1), WORD_BITS).sum(-1, dtype=torch.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where in the prepacked words each layout of the weights lies; see csrc/cuda.
-
-    Attributes:
-        fragments: words of the tensor-core fragments (bconv_mma.cuh); 0 with groups.
-        sums: words of the prefix sums over the taps; 0 with groups.
-        taps: words tap by tap (bconv_popcount.cuh).
-        chunk_words: words of a pixel in one chunk.
-        steps: of 256 bits in a chunk.
-        chunks: of a pixel.
-        blocks: of 32 output channels.
-    """
-
-    fragments: int
-    sums: int
-    taps: int
-    chunk_words: int
-    steps: int
-    chunks: int
-    blocks: int
-
-    @property
-    def total(self) -> int:
-        return self.fragments + self.sums + self.taps
-
-
-def _layout(geometry: Conv2dGeometry, native: Native) -> _Layout:
-    taps = geometry.taps * words(geometry.group_channels) * geometry.out_channels
-    if geometry.groups > 1:
-        return _Layout(0, 0, taps, 0, 0, 0, 0)
-    chunk_words = native.module.fragment_words(geometry.in_channels, geometry.taps)
-    chunks = -(-words(geometry.in_channels) // chunk_words)
-    steps = -(-geometry.taps * chunk_words // 2 // _STEP_PAIRS)
-    blocks = words(geometry.out_channels)
-    (kh, kw) = geometry.kernel_size
-    return _Layout(
-        fragments=blocks * chunks * steps * _FRAGMENT_WORDS,
-        sums=(kh + 1) * (kw + 1) * blocks * WORD_BITS,
-        taps=taps,
-        chunk_words=chunk_words,
-        steps=steps,
-        chunks=chunks,
-        blocks=blocks,
-    )
-
-
-def _fragments(weight: Tensor, geometry: Conv2dGeometry, layout: _Layout) -> Tensor:
-    """Return the words in the order in which the lanes of a warp take them.
-
-    `[blocks, chunks, steps, 2, lanes, 4]`: of two groups of 8 channels in turn the pair of words of
-    the lane's quarter. Column g of group j is channel `8 * (g // 2) + 2 * j + g % 2` of its block.
-    """
-    padded = weight.new_zeros(
-        (layout.blocks * WORD_BITS, geometry.taps, layout.chunks * layout.chunk_words)
-    )
-    padded[: geometry.out_channels, :, : weight.shape[-1]] = weight.flatten(1, 2)
-    pairs = layout.chunk_words // 2
-    ordered = padded.view(layout.blocks, WORD_BITS, geometry.taps, layout.chunks, pairs, 2)
-    ordered = ordered.permute(0, 3, 2, 4, 1, 5).flatten(2, 3)  # [blocks, chunks, pairs, 32, 2]
-    whole = weight.new_zeros(
-        (layout.blocks, layout.chunks, layout.steps * _STEP_PAIRS, WORD_BITS, 2)
-    )
-    whole[:, :, : ordered.shape[2]] = ordered
-    column = torch.arange(8, device=weight.device)
-    group = torch.arange(4, device=weight.device).view(2, 1, 2)
-    channel = 8 * (column.view(1, 8, 1) // 2) + 2 * group + column.view(1, 8, 1) % 2
-    taken = whole[:, :, :, channel.flatten()]
-    taken = taken.view(layout.blocks, layout.chunks, layout.steps, _STEP_PAIRS, 2, 8, 2, 2)
-    return taken.permute(0, 1, 2, 4, 5, 3, 6, 7).flatten()
-
-
-def _prefix_sums(weight: Tensor, layout: _Layout) -> Tensor:
-    """Return the set bits of the taps above and left of every tap, `[KH + 1, KW + 1, channels]`."""
-    counts = _popcount(weight).sum(-1, dtype=torch.int32).permute(1, 2, 0)
-    kh, kw, out_channels = counts.shape
-    sums = weight.new_zeros((kh + 1, kw + 1, layout.blocks * WORD_BITS))
-    sums[1:, 1:, :out_channels] = counts.cumsum(0).cumsum(1).to(torch.int32)
-    return sums.flatten()
-
-
-def bit_limits(epilogue: Epilogue, reduction: int) -> tuple[Tensor, Tensor] | None:
-    """Return for which accumulators the epilogue's bit is set, without a residual.
-
-    Every step is monotone in the accumulator, and so is its rounding: the bit is set for those on
-    one side of a limit, which is found by bisecting the float steps themselves.
-
-    Args:
-        epilogue: with threshold and sense.
-        reduction: K; accumulators lie in [-K, K].
-
-    Returns:
-        `first` and `span`, int32 [O]: the bit is set for `first <= dot <= first + span`. None where
-        a negative slope makes the steps no longer monotone.
-    """
-    if epilogue.slope is not None and bool((epilogue.slope < 0).any()):
-        return None
-    steps = dataclasses.replace(epilogue, pool=_NO_POOL, pool_min=None)
-
-    def bit(dot: Tensor) -> Tensor:
-        v = apply_epilogue(dot.view(1, -1, 1, 1), steps, None).view(-1)
-        return contract.binarize(v, epilogue.threshold, epilogue.sense)
-
-    low = torch.full_like(epilogue.multiplier, -reduction, dtype=torch.int32)
-    high = torch.full_like(low, reduction)
-    at_low, at_high = bit(low), bit(high)
-    while bool((high - low > 1).any()):
-        middle = (low + high) // 2
-        same = bit(middle) == at_low
-        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
-    # The bit changes between `low` and `high`, where it changes at all.
-    first = torch.where(at_low, -reduction, high)
-    last = torch.where(at_high, reduction, low)
-    none = ~at_low & ~at_high
-    first = torch.where(none, reduction + 1, first)
-    last = torch.where(none, reduction + 1, last)
-    return first.to(torch.int32), (last - first).to(torch.int32)
-
-
-def _plain_signs(epilogue: Epilogue) -> Epilogue:
-    """Return the epilogue without threshold and sense where its bits are those of `v >= 0`."""
-    threshold, sense = epilogue.threshold, epilogue.sense
-    if threshold is None or sense is None or bool(((threshold != 0) | sense).any()):
-        return epilogue
-    return dataclasses.replace(epilogue, threshold=None, sense=None)
-
-
 # -- calls ----------------------------------------------------------------------------------------
 
 
@@ -254,6 +114,10 @@ def _typed(tensor: Tensor | None) -> tuple[int, int, int] | None:
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.numel(), _STREAM_TYPES[tensor.dtype]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -275,6 +139,17 @@ def _geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
 
 def _pool_values(pool: Pool2dGeometry) -> tuple[int, ...]:
     return (*pool.kernel_size, *pool.stride, *pool.padding)
+
+
+def _layout(geometry: Conv2dGeometry, native: Native) -> Layout:
+    chunk_words = native.module.fragment_words(geometry.in_channels, geometry.taps)
+    return layout_of(geometry, chunk_words)
+
+
+def _strided(x: Tensor) -> tuple[int, int, int]:
+    """Return address, elements up to the end of the memory, and type of a map of any strides."""
+    elements = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset())
+    return x.data_ptr(), elements, _STREAM_TYPES[x.dtype]
 
 
 class _Conv:
@@ -392,6 +267,53 @@ class _Conv:
             self._conv.run(**self._flowing(bits, residual, floats, packed, dots), stream=stream)
 
 
+class _Stem:
+    """A stem with its weights laid out once for every device that it meets."""
+
+    def __init__(self, native: Native, stem: Stem) -> None:
+        self._native, self._stem = native, stem
+        self._type = _STREAM_TYPES[stem.compute_dtype]
+        names = ("bias", "scale", "offset", "threshold", "sense")
+        self._vectors = {name: _contiguous(getattr(stem, name)) for name in names}
+        with native.on(stem.weight.device):
+            self._tensor_cores: bool = native.module.stem_has_tensor_cores(self._type)
+        self._weight = prepacked_stem(
+            *(stem.weight, stem.stride[1], stem.compute_dtype), tensor_cores=self._tensor_cores
+        )
+
+    def __call__(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        stem, native = self._stem, self._native
+        n, _, h, w = x.shape
+        channels, _, *kernel = stem.weight.shape
+        size = stem.output_size(h, w)
+        out = packed = None
+        if stem.want_float:
+            out = _empty_map(x, n, channels, size, stem.compute_dtype)
+        if stem.want_bits:
+            packed = x.new_empty((n, *size, words(channels)), dtype=torch.int32)
+        with native.on(x.device):
+            native.module.stem(
+                x=_strided(x),
+                sizes=x.shape,
+                strides=x.stride(),
+                weight=_memory(self._weight),
+                out=_typed(out),
+                bits=_memory(packed),
+                compute=self._type,
+                tensor_cores=self._tensor_cores,
+                channels=channels,
+                kernel=kernel,
+                stride=stem.stride,
+                padding=stem.padding,
+                pool=_pool_values(stem.pool),
+                clamp_min=stem.clamp_min,
+                clamp_max=stem.clamp_max,
+                stream=native.stream(x.device),
+                **{name: _memory(value) for name, value in self._vectors.items()},
+            )
+        return out, packed
+
+
 class CudaBackend(Backend):
     """Kernels of csrc/cuda, on NVIDIA GPUs.
 
@@ -431,23 +353,53 @@ class CudaBackend(Backend):
         return (_layout(geometry, self._native).total,), torch.int32
 
     def prepack(self, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
-        layout = _layout(geometry, self._native)
-        weight = _masked(weight, geometry.group_channels)
-        parts = [weight.permute(1, 2, 3, 0).flatten()]
-        if layout.fragments:
-            parts = [_fragments(weight, geometry, layout), _prefix_sums(weight, layout), *parts]
-        return torch.cat(parts)
+        return prepacked_words(weight, geometry, _layout(geometry, self._native))
 
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        n, c, h, w = x.shape
+        threshold, sense = _contiguous(threshold), _contiguous(sense)
+        packed = x.new_empty((n, h, w, words(c)), dtype=torch.int32)
+        with self._native.on(x.device):
+            self._native.module.binarize(
+                x=_strided(x),
+                sizes=x.shape,
+                strides=x.stride(),
+                threshold=_memory(threshold),
+                sense=_memory(sense),
+                bits=_memory(packed),
+                stream=self._native.stream(x.device),
+            )
+        return packed
 
     def unbinarize(self, bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError
+        bits = bits.contiguous()
+        n, h, w, _ = bits.shape
+        x = _empty_map(bits, n, channels, (h, w), dtype)
+        with self._native.on(bits.device):
+            self._native.module.unbinarize(
+                bits=_memory(bits),
+                x=_typed(x),
+                sizes=x.shape,
+                stream=self._native.stream(bits.device),
+            )
+        return x
 
     def bmaxpool2d(
         self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
     ) -> Tensor:
-        raise NotImplementedError
+        bits, take_and = bits.contiguous(), _contiguous(take_and)
+        n, h, w, count = bits.shape
+        out = bits.new_empty((n, *pool.output_size(h, w), count))
+        with self._native.on(bits.device):
+            self._native.module.bmaxpool2d(
+                bits=_memory(bits),
+                take_and=_memory(take_and),
+                out=_memory(out),
+                sizes=(n, channels, h, w),
+                pool=_pool_values(pool),
+                stream=self._native.stream(bits.device),
+            )
+        return out
 
     def bconv2d(
         self, bits: Tensor, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
@@ -470,6 +422,12 @@ class CudaBackend(Backend):
         conv = _Conv(self._native, geometry, prepacked, epilogue)
         return conv.fused(bits, residual, float_dtype, want_bits)
 
+    def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
+        return self.bind_stem(stem)(x)
+
+    def bind_stem(self, stem: Stem) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
+        return _Stem(self._native, stem)
+
     def bind_fused(
         self,
         geometry: Conv2dGeometry,
@@ -481,7 +439,7 @@ class CudaBackend(Backend):
         limits = None
         if want_bits and float_dtype is None:
             limits = bit_limits(epilogue, geometry.reduction)
-        conv = _Conv(self._native, geometry, prepacked, _plain_signs(epilogue), limits)
+        conv = _Conv(self._native, geometry, prepacked, plain_signs(epilogue), limits)
 
         def run(bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             return conv.fused(bits, residual, float_dtype, want_bits)

@@ -18,6 +18,7 @@ from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import backends, checks
 from biper_engine.ops.cpu import CpuBackend
+from biper_engine.ops.cuda import CudaBackend
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.reference import ReferenceBackend
 
@@ -391,6 +392,7 @@ def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)
 
 
+backends.register(CudaBackend())
 backends.register(CpuBackend())
 backends.register(ReferenceBackend())
 for _name, _schema in SCHEMAS.items():

@@ -20,8 +20,6 @@ constexpr int kRoomForTwo = 100000;  // bytes of shared memory with which two bl
 
 int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-Divisor divisor(int value) { return Divisor(static_cast<uint32_t>(value)); }
-
 int words_of(int channels) { return (channels + 31) / 32; }
 
 uint32_t mask_of_last(int channels) {
@@ -114,13 +112,13 @@ bool common_params(const ConvArgs& args, BconvMmaParams* params) {
   p.copy_words = p.in_words % 4 == 0 && p.chunk_words % 4 == 0 && aligned(args.bits, 16) ? 4
                  : p.in_words % 2 == 0 && aligned(args.bits, 8)                          ? 2
                                                                                          : 1;
-  p.out_h = divisor(s.out_h);
-  p.window_w = divisor(s.pool.kernel_w);
-  p.dilation_h = divisor(s.conv.dilation_h);
-  p.dilation_w = divisor(s.conv.dilation_w);
-  p.copies = divisor(p.chunk_words / p.copy_words);
-  p.image_rows = divisor((s.out_h * s.pool.kernel_h - 1) * s.conv.stride_h +
-                         (s.conv.kernel_h - 1) * s.conv.dilation_h + 1);
+  p.out_h = make_divisor(s.out_h);
+  p.window_w = make_divisor(s.pool.kernel_w);
+  p.dilation_h = make_divisor(s.conv.dilation_h);
+  p.dilation_w = make_divisor(s.conv.dilation_w);
+  p.copies = make_divisor(p.chunk_words / p.copy_words);
+  p.image_rows = make_divisor((s.out_h * s.pool.kernel_h - 1) * s.conv.stride_h +
+                              (s.conv.kernel_h - 1) * s.conv.dilation_h + 1);
   p.window_shift = s.pool.kernel_h * s.pool.kernel_w == 4 ? 2 : 0;
   return find_rectangles(params);
 }
@@ -143,7 +141,7 @@ bool cut_tiles(const BconvMmaParams& common, int tile, int width, int shared_byt
   const TileSize size = kTiles[tile];
   BconvMmaParams& p = cut->params = common;
   const ConvShape& s = p.shape;
-  p.tile_width = divisor(width);
+  p.tile_width = make_divisor(width);
   p.patch_width = (width * s.pool.kernel_w - 1) * s.conv.stride_w +
                   (s.conv.kernel_w - 1) * s.conv.dilation_w + 1;
   const int64_t all_rows = int64_t{s.batch} * s.out_h;
@@ -289,7 +287,7 @@ const char* bconv2d_way(const ConvArgs& args, ConvWay* way) {
   if (way->path != kBinaryTensorCores && way->path != kByteTensorCores) return nullptr;
   way->rows = kTiles[cut.tile].rows;
   way->columns = kTiles[cut.tile].columns;
-  way->width = static_cast<int>(cut.params.tile_width.value);
+  way->width = static_cast<int>(cut.params.tile_width.divisor);
   way->chunks = cut.params.chunks;
   way->ragged = cut.leaving == kRagged;
   way->shared_bytes = static_cast<int>(cut.shared_bytes);

@@ -26,6 +26,7 @@
 
 #pragma once
 
+#include "divisor.cuh"
 #include "epilogue.cuh"
 
 namespace biper {
@@ -35,27 +36,14 @@ constexpr int kFragmentWords = 256;  // of 32 channels in one step: 2 pairs of g
 
 constexpr int kMaxClasses = 96;  // rectangles of valid taps that an image may have
 
-// Division by a number known at the launch, of numbers below 2^31: one multiplication and a shift.
-// Source: Granlund and Montgomery, "Division by invariant integers using multiplication", 1994.
-struct Divisor {
-  uint32_t value, multiplier, shift;
-
-  explicit Divisor(uint32_t divisor = 1) : value(divisor), multiplier(0), shift(0) {
-    while (shift < 31 && (uint32_t{1} << shift) < divisor) ++shift;
-    const uint64_t excess = (uint64_t{1} << shift) - divisor;
-    multiplier = static_cast<uint32_t>((excess << 32) / divisor + 1);
-  }
-};
-
 // A quotient and what is left.
 struct Quotient {
   int value, rest;
 };
 
 __device__ __forceinline__ Quotient divide(int number, const Divisor& by) {
-  const uint32_t n = static_cast<uint32_t>(number);
-  const uint32_t quotient = (__umulhi(n, by.multiplier) + n) >> by.shift;
-  return {static_cast<int>(quotient), static_cast<int>(n - quotient * by.value)};
+  const int quotient = static_cast<int>(by.quotient(static_cast<uint32_t>(number)));
+  return {quotient, number - quotient * static_cast<int>(by.divisor)};
 }
 
 // What the kernel takes: the call, and how the launcher cut it.
@@ -131,7 +119,7 @@ struct Taps {
 
 __device__ __forceinline__ Taps valid_taps(int start, int size, int kernel,
                                            const Divisor& dilation) {
-  const int step = static_cast<int>(dilation.value) - 1;
+  const int step = static_cast<int>(dilation.divisor) - 1;
   int first = start < 0 ? divide(-start + step, dilation).value : 0;
   first = first < kernel ? first : kernel;
   int end = size > start ? divide(size - start + step, dilation).value : 0;
@@ -175,7 +163,7 @@ __device__ __forceinline__ Tile locate_tile(const BconvMmaParams& p) {
   tile.first = locate(p, tile.first_unit);
   tile.last = locate(p, end - 1);
   tile.first_column =
-      static_cast<int>(blockIdx.z * p.tile_width.value) * s.pool.kernel_w * s.conv.stride_w -
+      static_cast<int>(blockIdx.z * p.tile_width.divisor) * s.pool.kernel_w * s.conv.stride_w -
       s.conv.pad_left;
   tile.rows_of_first = patch_rows(s, s.out_h - tile.first.row);
   return tile;
@@ -188,7 +176,7 @@ __device__ __forceinline__ void describe_row(const BconvMmaParams& p, const Tile
   const int unit = tile.first_unit + (at >> p.window_shift);
   const Unit place = locate(p, unit);
   const Quotient in_window = divide(at & ((1 << p.window_shift) - 1), p.window_w);
-  const int column = static_cast<int>(blockIdx.z * p.tile_width.value) + place.column;
+  const int column = static_cast<int>(blockIdx.z * p.tile_width.divisor) + place.column;
   rows.patch[at] = rows.classes[at] = 0;
   rows.output[at] = -1;
   if (unit >= p.units || column >= s.out_w) return;
@@ -199,7 +187,7 @@ __device__ __forceinline__ void describe_row(const BconvMmaParams& p, const Tile
     patch_row -= tile.first.row * s.pool.kernel_h * s.conv.stride_h;
   } else {
     patch_row += tile.rows_of_first +
-                 (place.image - tile.first.image - 1) * static_cast<int>(p.image_rows.value);
+                 (place.image - tile.first.image - 1) * static_cast<int>(p.image_rows.divisor);
   }
   const int patch_column = (place.column * s.pool.kernel_w + in_window.rest) * s.conv.stride_w;
   rows.patch[at] = (patch_row * p.patch_width + patch_column) * p.pixel_words;
@@ -225,11 +213,11 @@ __device__ __forceinline__ void copy_patch(const BconvMmaParams& p, const Tile& 
   const int total = later_images == 0
                         ? patch_rows(s, tile.last.row - tile.first.row + 1)
                         : tile.rows_of_first +
-                              (later_images - 1) * static_cast<int>(p.image_rows.value) +
+                              (later_images - 1) * static_cast<int>(p.image_rows.divisor) +
                               patch_rows(s, tile.last.row + 1);
   const int lane = threadIdx.x % 32;
   const int first_word = chunk * p.chunk_words;
-  const int row_copies = p.patch_width * static_cast<int>(p.copies.value);
+  const int row_copies = p.patch_width * static_cast<int>(p.copies.divisor);
 #pragma unroll 1
   for (int row = threadIdx.x / 32; row < total; row += THREADS / 32) {
     int image = tile.first.image;

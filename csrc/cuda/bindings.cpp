@@ -1,19 +1,11 @@
 // The module biper_engine._cuda. Private to the package: biper_engine/ops/cuda.py is its only
 // caller.
 //
-// Memory comes as (address, elements) on the current device; what a call needs is checked against
-// it, so that arguments that do not fit raise ValueError. The caller keeps the memory alive and the
-// device current, and passes its stream.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The caller keeps memory alive and the device current, and passes its stream.
+#include "bindings.h"
 
 #include <array>
 #include <limits>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <utility>
 
 #include "bconv.h"
 #include "device.h"
@@ -22,52 +14,12 @@
 #define BIPER_MODULE_NAME _cuda
 #endif
 
-namespace py = pybind11;
-
 namespace biper {
 namespace {
 
-using Memory = std::pair<uintptr_t, int64_t>;
-using OptionalMemory = std::optional<Memory>;
-using TypedMemory = std::optional<std::tuple<uintptr_t, int64_t, int>>;
 using GeometryValues = std::array<int, 13>;  // C, O, groups, kernel, stride, padding x 4, dilation
 using PoolValues = std::array<int, 6>;       // kernel, stride, padding
 using ImageValues = std::array<int, 3>;      // batch, height, width
-
-void succeed(const char* error) {
-  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
-}
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
-// The address of at least `elements` values.
-template <class T>
-T* values(const Memory& memory, int64_t elements, const char* name) {
-  if (memory.second < elements) {
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(memory.second) +
-                                " elements, but needs " + std::to_string(elements));
-  }
-  return reinterpret_cast<T*>(memory.first);
-}
-
-template <class T>
-T* values(const OptionalMemory& memory, int64_t elements, const char* name) {
-  return memory ? values<T>(*memory, elements, name) : nullptr;
-}
-
-struct TypedValues {
-  void* address = nullptr;
-  int type = kNone;
-};
-
-TypedValues typed(const TypedMemory& memory, int64_t elements, const char* name) {
-  if (!memory) return {};
-  const auto [address, count, type] = *memory;
-  require(type >= kFloat32 && type <= kBfloat16, "a float map is float32, float16 or bfloat16");
-  return {values<void>(Memory{address, count}, elements, name), type};
-}
 
 int outputs_along(int size, int kernel, int stride, int padding, int dilation) {
   return (size + padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -93,8 +45,6 @@ ConvShape conv_shape(const GeometryValues& g, const PoolValues& pool, const Imag
   require(s.out_h >= 1 && s.out_w >= 1, "the pool does not fit");
   return s;
 }
-
-int64_t words(int64_t channels) { return (channels + 31) / 32; }
 
 int64_t fragment_elements(const ConvShape& s) {
   const int taps = s.conv.kernel_h * s.conv.kernel_w;
@@ -221,6 +171,8 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
   m.def("device_count", &count_devices);
   m.def("set_device", [](int index) { succeed(set_device(index)); });
   m.def("device_properties", &properties, py::arg("index"));
+  define_maps(m);
+  define_stem(m);
   m.def("fragment_words", &fragment_words, py::arg("in_channels"), py::arg("taps"));
 
   py::class_<ConvWay>(m, "ConvWay")

@@ -13,7 +13,8 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue
 from biper_engine.ops.backends import by_name
-from biper_engine.ops.cuda import CudaBackend, _Conv, bit_limits
+from biper_engine.ops.cuda import CudaBackend, _Conv
+from biper_engine.ops.cuda_layout import bit_limits
 from biper_engine.ops.reference import ReferenceBackend, apply_epilogue
 from tests.ops.matrix import Operands, residual_of, vector
 
