@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -42,6 +42,14 @@ class Engine(nn.Module):
 
     Calls are safe from several threads. A returned tensor is never written to again and shares no
     memory with an input.
+
+    On a CUDA GPU calls run as CUDA graphs, one for each shape, dtype and layout of the inputs. A
+    shape's first call runs operator by operator, its second captures the graph; `warmup` does both
+    at once. A batch of at least half the size of a captured one runs on that graph, if the images
+    of a batch do not meet in the network. Graphs may hold a quarter of the memory that was free at
+    the first capture; beyond, the least recently used are dropped. Work goes to the caller's
+    current stream. Nothing is captured inside of a capture of the caller, whose graph then has the
+    engine's operators. Float32 is float32: TF32 is off, whatever PyTorch's switches say.
 
     Args:
         graph_module: the converted network; the engine owns it from now on.
@@ -102,17 +110,17 @@ class Engine(nn.Module):
 
     @property
     def execution(self) -> str:
-        """How calls run now, in a few words: in how many native programs, and what is outside.
+        """How calls run now, in a few words.
 
-        `profile` names every operator outside of them, and why it is.
+        On a CPU: in how many native programs, and what is outside; `profile` names every operator
+        outside of them, and why it is. On a CUDA GPU: how many operators are one CUDA graph, and
+        how many shapes of inputs have one; or why calls run operator by operator, such as an error
+        that ended a capture.
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
         """
-        native = self._get_plan().native
-        if isinstance(native, str):
-            return f"operator by operator, since {native}"
-        return str(native)
+        return self._get_plan().execution
 
     @property
     def num_threads(self) -> int:
@@ -135,11 +143,14 @@ class Engine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; takes and returns what the model took and returned.
 
+        A CUDA engine also takes images in pinned CPU memory and copies them without waiting: do not
+        write to such a tensor before the results are there.
+
         Raises:
             TypeError: other arguments, or another dtype, than the engine was converted for.
             GeometryError: another image size, number of channels or rank.
-            ValueError: an input is on another device than the engine, or `BIPER_NUM_THREADS` is no
-                positive integer.
+            ValueError: an input is on another device than the engine (and not in pinned memory for
+                one on a CUDA GPU), or `BIPER_NUM_THREADS` is no positive integer.
             RuntimeError: an input requires grad while grad is enabled.
             BackendUnavailableError: a backend is forced that cannot run the network.
         """
@@ -156,6 +167,8 @@ class Engine(nn.Module):
 
     def warmup(self, shapes: Iterable[Sequence[int]]) -> None:
         """Run images of zeros, so that calls with such batches need not prepare anything more.
+
+        On a CUDA GPU it captures a graph of each shape, also where a larger batch has one.
 
         Args:
             shapes: of the first input, batch included, such as `[(1, 3, 224, 224)]`; each other
@@ -183,7 +196,7 @@ class Engine(nn.Module):
             ]
             inputs[0] = inputs[0].new_zeros(tuple(shape))
             self.signature.check(inputs, self._device)
-            self._run(inputs)
+            self._run(inputs, warm_up=True)
 
     def profile(self, *args: Any, rounds: int = 20, **kwargs: Any) -> ProfileReport:
         """Run the network with a clock around each step or operator.
@@ -204,8 +217,9 @@ class Engine(nn.Module):
         """
         inputs = self.signature.flatten(args, kwargs)
         self.signature.check(inputs, self._device)
-        kind = inputs[0].device.type if inputs else "cpu"
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
+        if self._device is not None:
+            inputs = [x.to(self._device) for x in inputs]  # from pinned memory
+        with torch.no_grad(), self._without_autocast(inputs):
             plan = self._get_plan()
             return profile(
                 *(plan.module, inputs, self._device, rounds, plan.native),
@@ -241,13 +255,17 @@ class Engine(nn.Module):
 
     # -- a call -----------------------------------------------------------------------------------
 
-    def _run(self, inputs: list[Tensor]) -> Any:
-        kind = inputs[0].device.type if inputs else "cpu"
-        autocast = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+    def _run(self, inputs: list[Tensor], *, warm_up: bool = False) -> Any:
+        with self._without_autocast(inputs):
             if torch.compiler.is_compiling() or _is_traced(inputs):
                 return self.graph_module.forward(*inputs)
-            return self._get_plan().run(*inputs)
+            plan = self._get_plan()
+            return plan.warm_up(*inputs) if warm_up else plan.run(*inputs)
+
+    def _without_autocast(self, inputs: list[Tensor]) -> AbstractContextManager[Any]:
+        device = self._device or (inputs[0].device if inputs else torch.device("cpu"))
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
 
     def _get_plan(self) -> Plan:
         signature = self.signature

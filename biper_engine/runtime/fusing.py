@@ -13,7 +13,7 @@ its float32 sums, as those of every binary convolution do.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 
 from biper_engine.ops.backends import by_name, forced_name, select
 from biper_engine.ops.functional import stem_options
-from biper_engine.ops.stem import Stem
+from biper_engine.ops.stem import PLAN_OPERATORS, Stem
 from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.patterns import (
     all_arguments,
@@ -46,22 +46,30 @@ _ARITHMETIC = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.T
 
 
 def fuse_ends(
-    module: fx.GraphModule, device: torch.device | None, inputs: Sequence[InputSpec] | None
+    module: fx.GraphModule,
+    device: torch.device | None,
+    inputs: Sequence[InputSpec] | None,
+    *,
+    ops: Collection[str] | None = None,
 ) -> fx.GraphModule:
     """Return a network with its float ends fused where a backend has that on `device`.
 
     The result shares the tensors of `module`, apart from those of the fused operators; it is
-    `module` itself where nothing is to fuse. The reference has everything, but is no gain over
-    PyTorch's own operators: it counts only where it is forced.
+    `module` itself where nothing is to fuse.
 
     Args:
         module: a converted network; it does not change.
         device: where its tensors are.
         inputs: what it takes; without it nothing is fused.
+        ops: names of the fused operators to use; None means those of the backend that is forced or
+            would be chosen. The reference, which has all of them, counts only where it is forced on
+            another device than the CPU: unforced it is no gain over PyTorch's own operators, and on
+            the CPU it stands for the graph as it is.
     """
     if device is None or inputs is None:
         return module
-    ops = {op for op in ("stem", "stem_bits", "pooled_linear") if _is_fused(op, device)}
+    if ops is None:
+        ops = {op for op in PLAN_OPERATORS if _is_fused(op, device)}
     if not ops:
         return module
     # Plans outlive the mode of the call that makes them; an inference tensor would not.
@@ -73,10 +81,12 @@ def fuse_ends(
 
 
 def _is_fused(op: str, device: torch.device) -> bool:
-    forced = forced_name()
-    if forced is not None:
-        return by_name(forced).unsupported_reason(op, None, device) is None
-    return device.type != "cpu" and select(op, None, device).name != "reference"
+    forced, on_cpu = forced_name(), device.type == "cpu"
+    if forced is None:
+        return not on_cpu and select(op, None, device).name != "reference"
+    if forced == "reference" and on_cpu:
+        return False
+    return by_name(forced).unsupported_reason(op, None, device) is None
 
 
 def _is_constant(value: Any) -> bool:
@@ -124,7 +134,9 @@ class _Affine:
 class _Fusion:
     """A copy of a graph in which operators are fused."""
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[InputSpec], ops: set[str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, inputs: Sequence[InputSpec], ops: Collection[str]
+    ) -> None:
         self._module = module
         self._ops = ops
         self._graph = fx.Graph()

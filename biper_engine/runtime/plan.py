@@ -1,6 +1,7 @@
-"""The plan of a network: native programs where that can be, and operators one by one.
+"""The plan of a network: native programs, CUDA graphs, or operators one by one.
 
-Operators that run one by one are bound once to the backend that runs them. A plan belongs to one
+On a CPU it is programs where that can be, on a CUDA GPU graphs of all operators. Operators that run
+one by one, or are captured so, are bound once to the backend that runs them. A plan belongs to one
 device and one forced backend. It is made at the first call, outside the state dict, and dropped
 when the tensors it was made from move or change.
 """
@@ -20,7 +21,10 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 
 from biper_engine.ops.backends import forced_name
 from biper_engine.ops.cpu_program import CpuProgram
+from biper_engine.runtime.batching import images_are_independent
 from biper_engine.runtime.binding import bind_node
+from biper_engine.runtime.cuda_driver import GraphDriver, graph_driver
+from biper_engine.runtime.cuda_graphs import CudaGraphs, uncapturable_reason
 from biper_engine.runtime.fusing import fuse_ends
 from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.native import NativePlan, native_plan
@@ -45,6 +49,7 @@ class Plan:
         forced: the backend that was forced when it was made, or None.
         run: takes and returns what the graph does.
         native: the programs and what runs between them, or why there is no program.
+        graphs: what `run` is on a CUDA GPU, else None.
         program: the only one, where it is the whole network and takes a call's arguments as they
             are.
     """
@@ -54,7 +59,24 @@ class Plan:
     forced: str | None
     run: Callable[..., Any]
     native: NativePlan | str
-    program: CpuProgram | None
+    program: CpuProgram | None = None
+    graphs: CudaGraphs | None = None
+
+    @property
+    def execution(self) -> str:
+        """How it runs, in a few words."""
+        if self.graphs is not None:
+            return str(self.graphs)
+        if isinstance(self.native, str):
+            return f"operator by operator, since {self.native}"
+        return str(self.native)
+
+    def warm_up(self, *inputs: Tensor) -> None:
+        """Prepare all that calls with such inputs need."""
+        if self.graphs is not None:
+            self.graphs.warm_up(*inputs)
+        else:
+            self.run(*inputs)
 
 
 class PlanSlot:
@@ -83,6 +105,7 @@ class PlanSlot:
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
+            RuntimeError: a plan is to be made while the caller captures a CUDA graph.
         """
         forced = forced_name()
         plan = self._plan
@@ -135,13 +158,46 @@ def _plan(
     inputs: Sequence[InputSpec] | None,
     positional: bool,
 ) -> Plan:
+    driver = graph_driver(device)
+    if driver is not None:
+        return _graph_plan(module, device, forced, inputs, driver)
     native = native_plan(module, device, inputs)
     if isinstance(native, NativePlan) and native.is_whole:
         program = native.runs[0].program
         return Plan(module, device, forced, program, native, program if positional else None)
     if isinstance(native, str):
         module = fuse_ends(module, device, inputs)
-    return Plan(module, device, forced, bound_graph(module, device, native).forward, native, None)
+    return Plan(module, device, forced, bound_graph(module, device, native).forward, native)
+
+
+def _graph_plan(
+    module: fx.GraphModule,
+    device: torch.device | None,
+    forced: str | None,
+    inputs: Sequence[InputSpec] | None,
+    driver: GraphDriver,
+) -> Plan:
+    with driver.on_device():
+        if driver.is_capturing():
+            raise RuntimeError(
+                "The engine prepares its weights at its first call, which a CUDA graph that is "
+                "being captured would not run: call it, or its `warmup`, before the capture."
+            )
+        native = f"the network is on {device}"
+        module = fuse_ends(module, device, inputs)
+        bound = bound_graph(module, device, native)
+        driver.synchronize()  # whatever stream the first caller is on, later ones are on others
+    graphs = CudaGraphs(
+        bound.forward,
+        driver,
+        operators=sum(
+            node.op == "call_function" and node.target is not operator.getitem
+            for node in bound.graph.nodes
+        ),
+        independent=images_are_independent(module, inputs),
+        reason=uncapturable_reason(module),
+    )
+    return Plan(module, device, forced, graphs, native, graphs=graphs)
 
 
 def bound_graph(

@@ -107,6 +107,8 @@ class Signature:
     def check(self, inputs: list[Any], device: torch.device | None) -> None:
         """Require flat inputs that the network can run on; `device` is the engine's.
 
+        A CUDA engine also takes tensors in pinned CPU memory, which it copies without waiting.
+
         Raises:
             TypeError: a leaf is no tensor, or has another dtype.
             GeometryError: a shape is another, apart from the batch.
@@ -123,10 +125,11 @@ class Signature:
                 for axis, size in enumerate(spec.shape)
             ):
                 _refuse_shape(value, spec)
-            if device is not None and value.device != device:
+            if device is not None and value.device != device and not _is_copied(value, device):
+                pinned = ", or pin its memory with `.pin_memory()`"
                 raise ValueError(
                     f"`{spec.name}` is on {value.device}, but the engine is on {device}; move one "
-                    "of them with `.to()`."
+                    f"of them with `.to()`{pinned if _may_be_copied(value, device) else ''}."
                 )
             if value.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError(
@@ -137,6 +140,14 @@ class Signature:
 
 def _from_trees(takes: Any, returns: Any, inputs: tuple[InputSpec, ...]) -> Signature:
     return Signature(pytree.tree_structure(takes), pytree.tree_structure(returns), inputs)
+
+
+def _may_be_copied(value: Tensor, device: torch.device) -> bool:
+    return device.type == "cuda" and value.device.type == "cpu"
+
+
+def _is_copied(value: Tensor, device: torch.device) -> bool:
+    return _may_be_copied(value, device) and value.is_pinned()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,8 +1,10 @@
-"""What tests of native programs share: they skip where there is no cpu backend."""
+"""What tests of plans share: a cpu backend, or a skip without one, and a stand-in for a GPU."""
 
 import pytest
 
 from biper_engine.ops.backends import backends
+from biper_engine.runtime import plan
+from tests.runtime.fake_driver import FakeDriver
 
 
 @pytest.fixture
@@ -11,3 +13,12 @@ def cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIPER_BACKEND", raising=False)
     if not {info.name: info.available for info in backends()}["cpu"]:
         pytest.skip("no cpu backend here")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """Force no backend, and let every engine run on a stand-in for a GPU."""
+    monkeypatch.delenv("BIPER_BACKEND", raising=False)
+    made = FakeDriver()
+    monkeypatch.setattr(plan, "graph_driver", lambda device: made)
+    return made

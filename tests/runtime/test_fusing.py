@@ -1,5 +1,6 @@
 """Fused float ends: which operators become one, and that nothing but rounding changes."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -12,7 +13,10 @@ from torch import Tensor, fx
 import biper_engine
 from biper_engine import models
 from biper_engine.bits import unpack_channels
-from biper_engine.ops.backends import backends, by_name, use_backend
+from biper_engine.engine import Engine
+from biper_engine.ops import backends as registry
+from biper_engine.ops.backends import Backend, by_name, use_backend
+from biper_engine.ops.stem import PLAN_OPERATORS
 from biper_engine.runtime import biper_op, get_constant, plan
 from biper_engine.runtime.fusing import MAX_STEM_CHANNELS, fuse_ends
 from biper_engine.runtime.signature import InputSpec
@@ -30,11 +34,14 @@ def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def fused(
     module: fx.GraphModule, *shapes: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> fx.GraphModule:
-    """Return a network fused for the reference on the CPU; `shapes` are without the batch."""
+    """Return a network with all that can be fused; `shapes` are without the batch."""
     names = [node.name for node in module.graph.find_nodes(op="placeholder")]
     specs = [InputSpec(n, dtype, (None, *s)) for n, s in zip(names, shapes, strict=True)]
-    with use_backend("reference"):
-        return fuse_ends(module, CPU, specs)
+    return fuse_ends(module, CPU, specs, ops=PLAN_OPERATORS)
+
+
+def fused_engine(engine: Engine) -> fx.GraphModule:
+    return fuse_ends(engine.graph_module, CPU, engine.signature.inputs, ops=PLAN_OPERATORS)
 
 
 def operators(module: fx.GraphModule) -> list[str]:
@@ -429,9 +436,7 @@ def test_the_ends_of_the_packages_networks_are_fused(name: str, dtype: torch.dty
     torch.manual_seed(0)
     model = models.build(name).eval()
     engine = biper_engine.convert(model, compute_dtype=dtype, check=False, zero_weights="positive")
-    module = engine.graph_module
-    with use_backend("reference"):
-        result = fuse_ends(module, CPU, engine.signature.inputs)
+    module, result = engine.graph_module, fused_engine(engine)
     op, classifies = NETWORKS[name]
     names = operators(result)
     assert names[0] == op
@@ -445,10 +450,10 @@ def test_the_ends_of_the_packages_networks_are_fused(name: str, dtype: torch.dty
 def test_a_fused_network_gives_the_same_logits_up_to_flips() -> None:
     engine = classifier()
     x = images(16, 3, 8, 8)
+    module = fused_engine(engine)
+    assert operators(module)[0] == "stem"
+    assert operators(module)[-1] == "pooled_linear"
     with use_backend("reference"):
-        module = fuse_ends(engine.graph_module, CPU, engine.signature.inputs)
-        assert operators(module)[0] == "stem"
-        assert operators(module)[-1] == "pooled_linear"
         close = torch.isclose(module(x)[0], engine.graph_module(x)[0], atol=1e-4).all(1)
     # One bit of 66 * 64 in an image within rounding of its threshold, once in a hundred images.
     assert int(close.sum()) >= 15
@@ -457,44 +462,70 @@ def test_a_fused_network_gives_the_same_logits_up_to_flips() -> None:
 # -- when, and who runs it ------------------------------------------------------------------------
 
 
+class Elsewhere(Backend):
+    """A backend of another device, with some of the fused operators; it runs nothing."""
+
+    name = "triton"
+    device_type = "meta"
+    ops: tuple[str, ...] = PLAN_OPERATORS
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def unsupported_reason(self, op: str, geometry: Any, device: torch.device) -> str | None:
+        if device.type != self.device_type:
+            return "it is elsewhere"
+        return "it has none" if op in PLAN_OPERATORS and op not in self.ops else None
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    abstract = {name: None for name in Backend.__abstractmethods__ if name not in vars(Elsewhere)}
+    made = type("Elsewhere", (Elsewhere,), {**abstract, **changes})()
+    monkeypatch.setitem(registry._REGISTERED, "triton", made)
+
+
+META = torch.device("meta")
+
+
+def ends(device: torch.device) -> tuple[str, str]:
+    engine = classifier()
+    module = fuse_ends(engine.graph_module, device, engine.signature.inputs)
+    return operators(module)[0], operators(module)[-1]
+
+
 def test_nothing_is_fused_where_no_backend_is_better_than_pytorch() -> None:
+    assert ends(CPU) == ends(META) == ("conv2d", "linear")
     engine = classifier()
     module, inputs = engine.graph_module, engine.signature.inputs
-    assert fuse_ends(module, CPU, inputs) is module
+    for device in (CPU, META):
+        assert fuse_ends(module, device, inputs) is module
+    assert fuse_ends(module, None, inputs, ops=PLAN_OPERATORS) is module
+    assert fuse_ends(module, CPU, None, ops=PLAN_OPERATORS) is module
+
+
+def test_a_backend_that_has_the_operators_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere(monkeypatch)
+    assert ends(META) == ("stem", "pooled_linear")
+    assert ends(CPU) == ("conv2d", "linear")
+    elsewhere(monkeypatch, ops=("pooled_linear",))
+    assert ends(META) == ("conv2d", "pooled_linear")
+
+
+def test_a_forced_backend_decides_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere(monkeypatch, device_type="cpu")
+    assert ends(CPU) == ("conv2d", "linear")
+    with use_backend("triton"):
+        assert ends(CPU) == ("stem", "pooled_linear")
+        assert ends(META) == ("conv2d", "linear")
     with use_backend("reference"):
-        assert fuse_ends(module, None, inputs) is module
-        assert fuse_ends(module, CPU, None) is module
-        assert fuse_ends(module, CPU, inputs) is not module
-
-
-def test_a_forced_backend_that_has_no_fused_ends_leaves_them() -> None:
-    if not {info.name: info.available for info in backends()}["cpu"]:
-        pytest.skip("no cpu backend here")
-    engine = classifier()
-    with use_backend("cpu"):
-        fused_module = fuse_ends(engine.graph_module, CPU, engine.signature.inputs)
-    assert fused_module is engine.graph_module
-
-
-def test_a_backend_may_have_some_of_the_fused_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = type(by_name("reference"))
-
-    def refuse(self: Any, op: str, *_: Any) -> str | None:
-        return "it has none" if op in ("stem", "stem_bits") else None
-
-    monkeypatch.setattr(reference, "unsupported_reason", refuse)
-    engine = classifier()
-    with use_backend("reference"):
-        module = fuse_ends(engine.graph_module, CPU, engine.signature.inputs)
-    assert "conv2d" in operators(module)
-    assert operators(module)[-1] == "pooled_linear"
+        assert ends(CPU) == ("conv2d", "linear")  # the graph as it is
+        assert ends(META) == ("stem", "pooled_linear")
 
 
 def test_the_graph_of_the_engine_does_not_change() -> None:
     engine = classifier()
     before, state = str(engine.graph_module.graph), list(engine.state_dict())
-    with use_backend("reference"):
-        engine(images(2, 3, 8, 8))
+    assert fused_engine(engine) is not engine.graph_module
     assert str(engine.graph_module.graph) == before
     assert list(engine.state_dict()) == state
 
@@ -512,10 +543,9 @@ def test_a_plan_binds_the_fused_operators(monkeypatch: pytest.MonkeyPatch) -> No
         return original(self, x, stem)
 
     monkeypatch.setattr(reference, "stem", counted)
+    monkeypatch.setattr(plan, "fuse_ends", functools.partial(fuse_ends, ops=PLAN_OPERATORS))
     with use_backend("reference"):
-        result = engine(x)
-        module = fuse_ends(engine.graph_module, CPU, engine.signature.inputs)
-        assert torch.equal(result, module(x)[0])
+        assert torch.equal(engine(x), fused_engine(engine)(x)[0])
     assert calls == [(True, True)] * 2
 
 

@@ -1,0 +1,150 @@
+"""What CUDA graphs need of a device, and how PyTorch's CUDA gives it.
+
+Everything that only a GPU can run is here; `cuda_graphs` decides what is captured and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Capture", "CudaDriver", "Event", "GraphDriver", "Replayable", "graph_driver"]
+
+FREE_MEMORY_SHARE = 0.25
+"""Of the memory that is free when a network captures its first graph, what its graphs may hold."""
+
+
+class Replayable(Protocol):
+    """A captured graph."""
+
+    def replay(self) -> None:
+        """Launch it on the current stream."""
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def record(self) -> None:
+        """Be the end of the current stream's work so far."""
+
+    def wait(self) -> None:
+        """Let the current stream's further work wait until the point that was recorded."""
+
+    def synchronize(self) -> None:
+        """Wait until the point that was recorded; return at once if none was."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What capturing a function gave.
+
+    Attributes:
+        graph: runs the function's work again, on the same memory.
+        outputs: of the function; every replay writes to them.
+        memory_bytes: what the graph keeps for itself on the device.
+    """
+
+    graph: Replayable
+    outputs: Any
+    memory_bytes: int
+
+
+class GraphDriver(Protocol):
+    """A device that captures graphs."""
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make the device the current one; everything below is called in there."""
+
+    def is_capturing(self) -> bool:
+        """Whether the caller captures the current stream."""
+
+    def synchronize(self) -> None:
+        """Wait for all work of the device."""
+
+    def stream(self) -> int:
+        """Return what identifies the current stream."""
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """Return a tensor on the device; from pinned memory without waiting."""
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Return uninitialised memory on the device for tensors like `x`."""
+
+    def event(self) -> Event:
+        """Return a new event."""
+
+    def capture(self, run: Callable[[], Any]) -> Capture:
+        """Run a function on another stream, then capture it.
+
+        Raises:
+            RuntimeError: it does something that no graph can hold, or memory is short.
+        """
+
+    def free_bytes(self) -> int:
+        """Return the memory that could be allocated now."""
+
+
+def graph_driver(device: torch.device | None) -> GraphDriver | None:
+    """Return the driver of a device; None where PyTorch captures no graphs."""
+    return CudaDriver(device) if device is not None and device.type == "cuda" else None
+
+
+class CudaDriver:
+    """PyTorch's CUDA graphs on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def stream(self) -> int:
+        return int(torch.cuda.current_stream().cuda_stream)
+
+    def to_device(self, x: Tensor) -> Tensor:
+        return x.to(self._device, non_blocking=True)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x, device=self._device, pin_memory=False)
+
+    def event(self) -> Event:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+
+    def capture(self, run: Callable[[], Any]) -> Capture:
+        """Run a function on another stream, then capture it there.
+
+        The run before is for what libraries do once per thread and stream, such as choosing
+        algorithms and allocating workspaces, which no capture allows. The stream is new, since
+        cuBLAS keeps a workspace per stream that two graphs must not share. So is the pool that
+        memory comes from: graphs with a common one would have to wait for each other, and dropping
+        one would free nothing. What other threads do meanwhile does not end the capture.
+        """
+        current = torch.cuda.current_stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
+        stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        # `torch.cuda.graph` leaves its stream the current one where its end raises.
+        with torch.cuda.stream(stream):
+            run()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                outputs = run()
+        current.wait_stream(stream)
+        pool = graph.pool()
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call, unused-ignore]
+        held = sum(s["total_size"] for s in segments if s["segment_pool_id"] == pool)
+        return Capture(graph, outputs, held)
+
+    def free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
