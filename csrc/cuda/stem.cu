@@ -89,7 +89,8 @@ const char* launch_strips(const StemArgs& a, cudaStream_t stream) {
                   static_cast<unsigned>(group_blocks));
   const unsigned threads = 32 * S::kStrips * p.block_groups;
   const size_t shared_bytes =
-      sizeof(float) * (2 * p.block_groups * kGroup + size_t(p.patch_rows) * S::kPitch);
+      sizeof(float) *
+      (kScaleFloats + kChannelArrays * p.block_groups * kGroup + size_t(p.patch_rows) * S::kPitch);
   if (a.compute == kFloat16) {
     return launch(strip_kernel<S, kFloat16>, grid, threads, shared_bytes, stream, p);
   }
@@ -101,7 +102,8 @@ const char* launch_strips(const StemArgs& a, cudaStream_t stream) {
 
 int64_t tile_bytes(const TileParams& p) {
   const int64_t conv = p.pooled ? int64_t{p.conv_tile_h} * p.conv_tile_w * kConvPitch : 0;
-  return 4 * (2 * kGroup + p.weight_floats + conv + int64_t{p.patch_h} * p.pitch);
+  return 4 * (kScaleFloats + kChannelArrays * kGroup + p.weight_floats + conv +
+              int64_t{p.patch_h} * p.pitch);
 }
 
 // Fill in what follows from the tile.
@@ -178,6 +180,10 @@ const char* stem(const StemArgs& args, void* stream) {
   if (args.type < kFloat32 || args.type > kUint8) return "unknown type of the image";
   if (args.compute < kFloat32 || args.compute > kBfloat16) return "unknown type to compute in";
   if (args.c < 1 || args.c > 4) return "the stem reads 1 to 4 channels";
+  if ((args.h - 1) * args.stride_h + (args.w - 1) * args.stride_w + (args.c - 1) * args.stride_c >
+      kMostTiles) {
+    return "an image of the stem spans 2^31 elements or more";
+  }
   if (args.n == 0 || args.o == 0 || args.out_h == 0 || args.out_w == 0) return nullptr;
   Device device;
   if (const char* error = current_device(device)) return error;

@@ -13,31 +13,54 @@ constexpr int kGroup = 32;  // output channels of a warp: a word
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(int(0xff800000u)); }
-__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
 // -- pixels --------------------------------------------------------------------------------------
 
-// The image of a block, and where its patch starts in it.
+// Where the patch of a block starts in its image.
 struct Patch {
-  int64_t image;
+  int64_t image;  // elements before it
   int top, left;
+  const float* scale;  // of 4 channels in shared memory, then their offsets
 };
 
-// One pixel, normalised, zeros outside of the image and beyond its channels.
-template <int IMAGE, int CHANNELS>
+constexpr int kScaleFloats = 8;
+
+// Scales and offsets to shared memory. A barrier must follow.
+__device__ __forceinline__ void load_scales(const StemArgs& a, float* shared) {
+  if (a.scale == nullptr || threadIdx.x >= 8) return;
+  const int c = threadIdx.x % 4;
+  const float* from = threadIdx.x < 4 ? a.scale : a.offset;
+  shared[threadIdx.x] = c < a.c ? from[c] : 0.0f;
+}
+
+// One pixel, normalised, zeros outside of the image and beyond its channels. At least SURE channels
+// are there. The launcher has seen to it that an image spans less than 2^31 elements.
+template <int IMAGE, int SURE, int CHANNELS>
 __device__ __forceinline__ void read_pixel(const StemArgs& a, const Patch& patch, int row,
                                            int column, float (&values)[CHANNELS]) {
   const int y = patch.top + row, x = patch.left + column;
   const bool inside = uint32_t(y) < uint32_t(a.h) && uint32_t(x) < uint32_t(a.w);
-  const int64_t at = patch.image * a.stride_n + y * a.stride_h + x * a.stride_w;
+  const typename Stream<IMAGE>::Value* image =
+      static_cast<const typename Stream<IMAGE>::Value*>(a.x) + patch.image;
+  const int at = y * static_cast<int>(a.stride_h) + x * static_cast<int>(a.stride_w);
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
-    values[c] = inside && c < a.c ? load_value<IMAGE>(a.x, at + c * a.stride_c) : 0.0f;
+    const bool there = inside && (c < SURE || c < a.c);
+    values[c] = there ? Stream<IMAGE>::load(image[at + c * static_cast<int>(a.stride_c)]) : 0.0f;
   }
-  if (a.scale == nullptr) return;
+}
+
+template <int CHANNELS>
+__device__ __forceinline__ void normalise_pixel(const StemArgs& a, const Patch& patch, int row,
+                                                int column, float (&values)[CHANNELS]) {
+  const int y = patch.top + row, x = patch.left + column;
+  const bool inside = uint32_t(y) < uint32_t(a.h) && uint32_t(x) < uint32_t(a.w);
+  float scale[4], offset[4];
+  load_values<kFloat32, 4>(patch.scale, 0, scale);
+  load_values<kFloat32, 4>(patch.scale, 4, offset);
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
-    if (inside && c < a.c) values[c] = values[c] * a.scale[c] + a.offset[c];
+    values[c] = inside ? values[c] * scale[c] + offset[c] : 0.0f;
   }
 }
 
@@ -58,64 +81,88 @@ __device__ __forceinline__ void with_image_type(int type, const Load& load) {
 // -- finished sums -------------------------------------------------------------------------------
 
 // What a lane keeps of the parameters: lane t of four neighbours has channels 8 * t and on of the
-// group. Channels that are not there have a threshold that no value meets.
+// group.
 struct LaneChannels {
-  int first;       // channel
-  int count;       // from 0 to 8
-  uint32_t sense;  // a bit for each
+  int first;            // channel
+  int count;            // that are there, from 0 to 8
+  bool whole;           // all of them, and 16 bytes of any pixel start with them
+  const float* shared;  // the lane's own in the first of the arrays of load_channels
+  int array;            // floats between these arrays
 };
 
-__device__ __forceinline__ LaneChannels lane_channels(const StemArgs& a, int group) {
-  LaneChannels lane;
-  lane.first = group * kGroup + (threadIdx.x % 4) * 8;
-  lane.count = a.o - lane.first < 0 ? 0 : a.o - lane.first > 8 ? 8 : a.o - lane.first;
-  lane.sense = 0;
-  if (a.sense) {
-    for (int i = 0; i < lane.count; ++i) lane.sense |= uint32_t(a.sense[lane.first + i]) << i;
+// What there is of each channel in shared memory, in three arrays of `groups` groups from `group`
+// on: bias, sign and limit of the comparison, where `bit` is value * sign + limit >= 0. A barrier
+// must follow.
+//
+// With the sign -1 where `sense` holds and else 1, and the limit -sign * threshold, that sum is
+// rounded once and has the exact sum's sign, and it is +0 where both are equal: the limit of a
+// threshold of 0 is +0, and -0 + 0 is +0. Then the bit is the sign bit, inverted. The limit
+// of what is not there, and of NaN, is minus infinity.
+constexpr int kChannelArrays = 3;
+
+__device__ __forceinline__ void load_channels(const StemArgs& a, int group, int groups,
+                                              float* shared) {
+  const int array = groups * kGroup;
+  for (int i = threadIdx.x; i < array; i += blockDim.x) {
+    const int channel = group * kGroup + i;
+    const bool there = channel < a.o;
+    const float threshold = there && a.threshold ? a.threshold[channel] : 0.0f;
+    const bool sense = there && a.sense && a.sense[channel];
+    const bool never = !there || threshold != threshold;
+    shared[i] = there && a.bias ? a.bias[channel] : 0.0f;
+    shared[array + i] = sense ? -1.0f : 1.0f;
+    shared[2 * array + i] = never ? minus_infinity() : 0.0f + (sense ? threshold : -threshold);
   }
+}
+
+// Of local group `group` of `groups`, which is `all_group` in all.
+__device__ __forceinline__ LaneChannels lane_channels(const StemArgs& a, int group, int groups,
+                                                      int all_group, const float* shared) {
+  LaneChannels lane;
+  lane.first = all_group * kGroup + threadIdx.x % 4 * 8;
+  lane.count = a.o - lane.first < 0 ? 0 : a.o - lane.first > 8 ? 8 : a.o - lane.first;
+  lane.whole = lane.count == 8 && a.o % 8 == 0;
+  lane.shared = shared + group * kGroup + threadIdx.x % 4 * 8;
+  lane.array = groups * kGroup;
   return lane;
 }
 
-// Thresholds, then biases, of `groups` from `group` on to shared memory. A barrier must follow.
-__device__ __forceinline__ void load_channels(const StemArgs& a, int group, int groups,
-                                              float* shared) {
-  for (int i = threadIdx.x; i < groups * kGroup; i += blockDim.x) {
-    const int channel = group * kGroup + i;
-    const bool there = channel < a.o;
-    shared[i] = !there ? not_a_number() : a.threshold ? a.threshold[channel] : 0.0f;
-    shared[groups * kGroup + i] = there && a.bias ? a.bias[channel] : 0.0f;
-  }
+__device__ __forceinline__ void load_bias(const LaneChannels& lane, float (&bias)[8]) {
+  load_values<kFloat32, 8>(lane.shared, 0, bias);
 }
 
 // Clamp and store the pooled sums of a pixel, and their bits. All lanes of a warp take part; the
-// four of a pixel are neighbours. `thresholds` are the lane's own.
+// four of a pixel are neighbours.
 template <int COMPUTE>
-__device__ __forceinline__ void emit(const StemArgs& a, const LaneChannels& lane,
-                                     const float* thresholds, int64_t pixel, bool valid,
-                                     float (&values)[8]) {
+__device__ __forceinline__ void emit(const StemArgs& a, const LaneChannels& lane, int64_t pixel,
+                                     bool valid, float (&values)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) values[i] = fminf(fmaxf(values[i], a.clamp_min), a.clamp_max);
   if (a.out && valid) {
     const int64_t at = pixel * a.o + lane.first;
-    if (lane.count == 8 && a.o % 8 == 0) {
+    if (lane.whole) {
       store_values<COMPUTE, 8>(a.out, at, values);
     } else {
+#pragma unroll 1
+      for (int i = 0; i < lane.count; ++i) {
+        // A loop over registers would need them in memory.
+        float value = values[0];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (i < lane.count) store_value<COMPUTE>(a.out, at + i, values[i]);
+        for (int j = 1; j < 8; ++j) value = i == j ? values[j] : value;
+        store_value<COMPUTE>(a.out, at + i, value);
       }
     }
   }
   if (a.bits == nullptr) return;
-  float limits[8];
-  load_values<kFloat32, 8>(thresholds, 0, limits);
-  uint32_t word = 0;
+  float sign[8], limit[8];
+  load_values<kFloat32, 8>(lane.shared + lane.array, 0, sign);
+  load_values<kFloat32, 8>(lane.shared + 2 * lane.array, 0, limit);
+  uint32_t below = 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const bool bit = (lane.sense >> i) & 1 ? values[i] <= limits[i] : values[i] >= limits[i];
-    word |= uint32_t(bit) << i;
+  for (int i = 7; i >= 0; --i) {
+    below = __funnelshift_l(__float_as_uint(fmaf(values[i], sign[i], limit[i])), below, 1);
   }
-  word <<= threadIdx.x % 4 * 8;
+  uint32_t word = (below ^ 0xff) << (threadIdx.x % 4 * 8);
   word |= __shfl_xor_sync(kAllLanes, word, 1);
   word |= __shfl_xor_sync(kAllLanes, word, 2);
   const int group = lane.first / kGroup;
@@ -134,12 +181,11 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4
   }
 }
 
-// `bias` is the lane's own.
-__device__ __forceinline__ void start_sums(const float* bias, float (&sums)[4][4]) {
-  float values[8];
-  load_values<kFloat32, 8>(bias, 0, values);
+__device__ __forceinline__ void start_sums(const LaneChannels& lane, float (&sums)[4][4]) {
+  float bias[8];
+  load_bias(lane, bias);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = values[i / 4 * 2 + i % 2];
+  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = bias[i / 4 * 2 + i % 2];
 }
 
 // The four tiles of a lane hold 8 neighbouring channels for row `half` and `half` + 8.

@@ -78,7 +78,9 @@ __device__ __forceinline__ void load_patch(const StripParams& p, const Patch& pa
 #pragma unroll
     for (int pixel = 0; pixel < S::kItemPixels; ++pixel) {
       float channels[S::kValues];
-      read_pixel<IMAGE>(p.args, patch, row, item * S::kItemPixels + pixel, channels);
+      const int column = item * S::kItemPixels + pixel;
+      read_pixel<IMAGE, 3>(p.args, patch, row, column, channels);
+      if (p.args.scale) normalise_pixel(p.args, patch, row, column, channels);
 #pragma unroll
       for (int c = 0; c < S::kValues; ++c) values[pixel * S::kValues + c] = channels[c];
     }
@@ -113,8 +115,8 @@ __device__ __forceinline__ void load_weights(const StemArgs& a, int group, Weigh
 // One row of the strip: sums[tile] of columns g and g + 8. `row` is the lane's word in the patch.
 template <class S, int COMPUTE>
 __device__ __forceinline__ void convolve_row(const uint32_t* row, const Weights<S>& weights,
-                                             const float* bias, float (&sums)[4][4]) {
-  start_sums(bias, sums);
+                                             const LaneChannels& lane, float (&sums)[4][4]) {
+  start_sums(lane, sums);
 #pragma unroll
   for (int step = 0; step < S::kSteps; ++step) {
     uint32_t a[4];
@@ -157,8 +159,6 @@ struct Warp {
   const StripParams& p;
   const LaneChannels& lane;
   const Weights<S>& weights;
-  const float* thresholds;  // the lane's own, as its biases
-  const float* bias;
   const uint32_t* patch;  // the lane's word in the first row
   int64_t image;
   int out_row, out_column;    // the first that leave this strip
@@ -172,7 +172,7 @@ struct Warp {
       for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = minus_infinity();
       return;
     }
-    convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, bias, sums);
+    convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, lane, sums);
     if (conv_column >= 0 && conv_column + 16 <= a.conv_w) return;
     const int column = conv_column + threadIdx.x % 32 / 4;
 #pragma unroll
@@ -186,8 +186,7 @@ struct Warp {
     const StemArgs& a = p.args;
     const int y = out_row + row, x = out_column + column;
     const int64_t pixel = (image * a.out_h + y) * a.out_w + x;
-    emit<COMPUTE>(a, lane, thresholds, pixel, y < a.out_h && x < a.out_w && column < S::kColumns,
-                  values);
+    emit<COMPUTE>(a, lane, pixel, y < a.out_h && x < a.out_w && column < S::kColumns, values);
   }
 
   __device__ __forceinline__ void pooled_rows(int rows) const {
@@ -220,7 +219,7 @@ struct Warp {
     const int column = threadIdx.x % 32 / 4;
     for (int row = 0; row < rows; ++row) {
       float sums[4][4], values[8];
-      convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, bias, sums);
+      convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, lane, sums);
       lane_values(sums, 0, values);
       emit_at(row, column, values);
       lane_values(sums, 1, values);
@@ -231,20 +230,23 @@ struct Warp {
 
 // Warps of a block: block_groups groups of channels, each of kStrips strips. Blocks: tiles, in
 // steps of the grid; block_groups groups of channels.
-// Dynamic shared memory: thresholds, biases, then the patch.
+// Dynamic shared memory: scales, what channels have, the patch.
 template <class S, int COMPUTE>
 __global__ void __launch_bounds__(kThreads, S::kMinBlocks) strip_kernel(const StripParams p) {
   const StemArgs& a = p.args;
-  float* thresholds = reinterpret_cast<float*>(dynamic_shared());
-  uint32_t* words = reinterpret_cast<uint32_t*>(thresholds + 2 * p.block_groups * kGroup);
+  float* scales = reinterpret_cast<float*>(dynamic_shared());
+  float* channel_arrays = scales + kScaleFloats;
+  uint32_t* words =
+      reinterpret_cast<uint32_t*>(channel_arrays + kChannelArrays * p.block_groups * kGroup);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int strip = warp % S::kStrips, local_group = warp / S::kStrips;
   const int group = blockIdx.y * p.block_groups + local_group;
   const bool used = group * kGroup < a.o;
 
-  load_channels(a, blockIdx.y * p.block_groups, p.block_groups, thresholds);
-  const LaneChannels channels = lane_channels(a, group);
-  const float* own = thresholds + local_group * kGroup + lane % 4 * 8;
+  load_scales(a, scales);
+  load_channels(a, blockIdx.y * p.block_groups, p.block_groups, channel_arrays);
+  const LaneChannels channels =
+      lane_channels(a, local_group, p.block_groups, group, channel_arrays);
   Weights<S> weights;
   load_weights<S>(a, used ? group : 0, weights);
 
@@ -255,9 +257,9 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) strip_kernel(const St
     const int out_column = p.tiles_x.remainder(tile) * (S::kStrips * S::kColumns);
     const int conv_row = S::kPool ? 2 * out_row - a.pool_padding_h : out_row;
     const int conv_column = S::kPool ? 2 * out_column - a.pool_padding_w : out_column;
-    const Patch patch{image, conv_row * S::kStride - a.padding_top,
-                      conv_column * S::kStride - a.padding_left};
-    __syncthreads();  // the last tile is done with the patch
+    const Patch patch{image * a.stride_n, conv_row * S::kStride - a.padding_top,
+                      conv_column * S::kStride - a.padding_left, scales};
+    __syncthreads();  // parameters are there, and the last tile is done with the patch
     with_image_type(
         a.type, [&](auto type) { load_patch<S, decltype(type)::kType, COMPUTE>(p, patch, words); });
     __syncthreads();
@@ -266,8 +268,6 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) strip_kernel(const St
     const Warp<S, COMPUTE> work{p,
                                 channels,
                                 weights,
-                                own,
-                                own + p.block_groups * kGroup,
                                 words + (strip * S::kStep + lane / 4) * S::kColumnWords + lane % 4,
                                 image,
                                 out_row,

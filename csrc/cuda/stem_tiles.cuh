@@ -32,16 +32,18 @@ struct TileParams {
 };
 
 struct TileMemory {
-  float* thresholds;  // [32], then biases, [32]
-  float* weights;     // [kernel_h, kernel_w * c, 32]
-  uint32_t* patch;    // [patch_h, pitch]
-  float* conv;        // [conv_tile_h * conv_tile_w, kConvPitch]
+  float* scales;    // [8]
+  float* channels;  // [kChannelArrays, 32]
+  float* weights;   // [kernel_h, kernel_w * c, 32]
+  uint32_t* patch;  // [patch_h, pitch]
+  float* conv;      // [conv_tile_h * conv_tile_w, kConvPitch]
 };
 
 __device__ __forceinline__ TileMemory tile_memory(const TileParams& p) {
   TileMemory memory;
-  memory.thresholds = reinterpret_cast<float*>(dynamic_shared());
-  memory.weights = memory.thresholds + 2 * kGroup;
+  memory.scales = reinterpret_cast<float*>(dynamic_shared());
+  memory.channels = memory.scales + kScaleFloats;
+  memory.weights = memory.channels + kChannelArrays * kGroup;
   memory.conv = memory.weights + p.weight_floats;
   const int conv_floats = p.pooled ? p.conv_tile_h * p.conv_tile_w * kConvPitch : 0;
   memory.patch = reinterpret_cast<uint32_t*>(memory.conv + conv_floats);
@@ -72,7 +74,8 @@ __device__ __forceinline__ void load_tile_patch(const TileParams& p, const Patch
   for (uint32_t i = threadIdx.x; i < uint32_t(p.patch_h * p.patch_columns); i += kThreads) {
     const int row = p.patch_width.quotient(i), column = p.patch_width.remainder(i);
     float pixel[4];
-    read_pixel<IMAGE>(p.args, patch, row, column, pixel);
+    read_pixel<IMAGE, 1>(p.args, patch, row, column, pixel);
+    if (p.args.scale) normalise_pixel(p.args, patch, row, column, pixel);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int at = column * p.values + c;
@@ -106,8 +109,7 @@ __device__ __forceinline__ void finish(const TileParams& p, const Tile& tile,
   const int y = tile.out_row + p.conv_tile_width.quotient(index);
   const int x = tile.out_column + p.conv_tile_width.remainder(index);
   const int64_t pixel = (tile.image * a.out_h + y) * a.out_w + x;
-  emit<COMPUTE>(a, channels, memory.thresholds + threadIdx.x % 4 * 8, pixel,
-                inside && y < a.out_h && x < a.out_w, values);
+  emit<COMPUTE>(a, channels, pixel, inside && y < a.out_h && x < a.out_w, values);
 }
 
 // The first word of a conv pixel's window in the patch. Pixels beyond the tile take its last.
@@ -124,7 +126,7 @@ __device__ __forceinline__ void multiply_add_tile(const TileParams& p, const Til
                                                   const LaneChannels& channels) {
   constexpr int kPixels = 4;
   float bias[8];
-  load_values<kFloat32, 8>(memory.thresholds, kGroup + threadIdx.x % 4 * 8, bias);
+  load_bias(channels, bias);
   const float* patch = reinterpret_cast<const float*>(memory.patch);
   const int row_values = p.args.kernel_w * p.values;
   for (int first = 0; first < p.conv_tile_h * p.conv_tile_w; first += kPassPixels) {
@@ -165,7 +167,6 @@ __device__ __forceinline__ void matrix_tile(const TileParams& p, const Tile& til
   constexpr int kTiles = 2;  // of 16 pixels
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int all_runs = p.args.kernel_h * p.runs;
-  const float* bias = memory.thresholds + kGroup + lane % 4 * 8;
   const uint4* all_weights = static_cast<const uint4*>(p.args.weight) +
                              (static_cast<int64_t>(blockIdx.y) * p.steps * 32 + lane) * 2;
   for (int first = 0; first < p.conv_tile_h * p.conv_tile_w; first += kPassPixels) {
@@ -178,7 +179,7 @@ __device__ __forceinline__ void matrix_tile(const TileParams& p, const Tile& til
       for (int half = 0; half < 2; ++half) {
         rows[m][half] = memory.patch + window_start(p, pixel + m * 16 + half * 8) + lane % 4;
       }
-      start_sums(bias, sums[m]);
+      start_sums(channels, sums[m]);
     }
     const uint4* weights = all_weights;
     int run = 0, run_in_row = 0, at = 0;
@@ -243,7 +244,7 @@ __device__ __forceinline__ void pool_tile(const TileParams& p, const Tile& tile,
       }
     }
     const int64_t pixel = (tile.image * a.out_h + y) * a.out_w + x;
-    emit<COMPUTE>(a, channels, memory.thresholds + threadIdx.x % 4 * 8, pixel, valid, best);
+    emit<COMPUTE>(a, channels, pixel, valid, best);
   }
 }
 
@@ -253,8 +254,10 @@ __global__ void __launch_bounds__(kThreads, 3) tile_kernel(const TileParams p) {
   const StemArgs& a = p.args;
   const Tile tile = tile_of_block(p);
   const TileMemory memory = tile_memory(p);
-  const LaneChannels channels = lane_channels(a, blockIdx.y);
-  load_channels(a, blockIdx.y, 1, memory.thresholds);
+  const LaneChannels channels = lane_channels(a, 0, 1, blockIdx.y, memory.channels);
+  load_scales(a, memory.scales);
+  load_channels(a, blockIdx.y, 1, memory.channels);
+  __syncthreads();
   if constexpr (!TENSOR) {
     const float* weights =
         static_cast<const float*>(a.weight) + static_cast<int64_t>(blockIdx.y) * p.weight_floats;
@@ -263,8 +266,8 @@ __global__ void __launch_bounds__(kThreads, 3) tile_kernel(const TileParams p) {
     }
     cp_async_commit();
   }
-  const Patch patch{tile.image, tile.conv_row * a.stride_y - a.padding_top,
-                    tile.conv_column * a.stride_x - a.padding_left};
+  const Patch patch{tile.image * a.stride_n, tile.conv_row * a.stride_y - a.padding_top,
+                    tile.conv_column * a.stride_x - a.padding_left, memory.scales};
   with_image_type(a.type, [&](auto type) {
     load_tile_patch<decltype(type)::kType, COMPUTE, TENSOR>(p, patch, memory.patch);
   });
