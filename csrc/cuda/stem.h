@@ -12,9 +12,9 @@ namespace biper {
 
 // What is computed, o being the output channel:
 //   pixel = round(x * scale[c] + offset[c])    each of the two rounded to float32; 0 at the padding
-//   v = bias[o] + sum of pixel * round(weight) in float32, in no fixed order
+//   v = sum of pixel * round(weight) in float32, in no fixed order
 //   v = max of v in the pool window; what lies outside of the convolution's output never wins
-//   v = clamp(v, clamp_min, clamp_max)
+//   v = clamp(v + bias[o], clamp_min, clamp_max)
 //   out = round(v);  bit = sense[o] ? v <= threshold[o] : v >= threshold[o]
 // round() is to `compute`. Pixels must be finite in it: one that is not may spoil outputs to its
 // left whose windows end before it. Strides are in elements.

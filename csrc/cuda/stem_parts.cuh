@@ -127,21 +127,46 @@ __device__ __forceinline__ LaneChannels lane_channels(const StemArgs& a, int gro
   return lane;
 }
 
-__device__ __forceinline__ void load_bias(const LaneChannels& lane, float (&bias)[8]) {
-  load_values<kFloat32, 8>(lane.shared, 0, bias);
+struct ChannelValues {
+  float bias[8], sign[8], limit[8];
+};
+
+__device__ __forceinline__ void load_channel_values(const LaneChannels& lane,
+                                                    ChannelValues& channels) {
+  load_values<kFloat32, 8>(lane.shared, 0, channels.bias);
+  load_values<kFloat32, 8>(lane.shared + lane.array, 0, channels.sign);
+  load_values<kFloat32, 8>(lane.shared + 2 * lane.array, 0, channels.limit);
 }
 
-// Clamp and store the pooled sums of a pixel, and their bits. All lanes of a warp take part; the
-// four of a pixel are neighbours.
+// Where a lane's channels of a pixel go.
 template <int COMPUTE>
-__device__ __forceinline__ void emit(const StemArgs& a, const LaneChannels& lane, int64_t pixel,
+struct Destination {
+  typename Stream<COMPUTE>::Value* out;
+  uint32_t* bits;
+
+  __device__ __forceinline__ Destination(const StemArgs& a, const LaneChannels& lane, int64_t pixel)
+      : out(static_cast<typename Stream<COMPUTE>::Value*>(a.out) + pixel * a.o + lane.first),
+        bits(a.bits + pixel * ((a.o + 31) / 32) + lane.first / kGroup) {}
+
+  __device__ __forceinline__ void advance(const StemArgs& a, int pixels) {
+    out += static_cast<int64_t>(pixels) * a.o;
+    bits += static_cast<int64_t>(pixels) * ((a.o + 31) / 32);
+  }
+};
+
+// Bias, clamp, floats and bits of the pooled sums of a pixel. All lanes of a warp take part; the
+// four of a pixel are neighbours. The bias comes after the pool: sums round monotonically.
+template <int COMPUTE>
+__device__ __forceinline__ void emit(const StemArgs& a, const LaneChannels& lane,
+                                     const ChannelValues& channels, const Destination<COMPUTE>& to,
                                      bool valid, float (&values)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = fminf(fmaxf(values[i], a.clamp_min), a.clamp_max);
+  for (int i = 0; i < 8; ++i) {
+    values[i] = fminf(fmaxf(values[i] + channels.bias[i], a.clamp_min), a.clamp_max);
+  }
   if (a.out && valid) {
-    const int64_t at = pixel * a.o + lane.first;
     if (lane.whole) {
-      store_values<COMPUTE, 8>(a.out, at, values);
+      store_values<COMPUTE, 8>(to.out, 0, values);
     } else {
 #pragma unroll 1
       for (int i = 0; i < lane.count; ++i) {
@@ -149,24 +174,21 @@ __device__ __forceinline__ void emit(const StemArgs& a, const LaneChannels& lane
         float value = values[0];
 #pragma unroll
         for (int j = 1; j < 8; ++j) value = i == j ? values[j] : value;
-        store_value<COMPUTE>(a.out, at + i, value);
+        store_value<COMPUTE>(to.out, i, value);
       }
     }
   }
   if (a.bits == nullptr) return;
-  float sign[8], limit[8];
-  load_values<kFloat32, 8>(lane.shared + lane.array, 0, sign);
-  load_values<kFloat32, 8>(lane.shared + 2 * lane.array, 0, limit);
   uint32_t below = 0;
 #pragma unroll
   for (int i = 7; i >= 0; --i) {
-    below = __funnelshift_l(__float_as_uint(fmaf(values[i], sign[i], limit[i])), below, 1);
+    const float distance = fmaf(values[i], channels.sign[i], channels.limit[i]);
+    below = __funnelshift_l(__float_as_uint(distance), below, 1);
   }
   uint32_t word = (below ^ 0xff) << (threadIdx.x % 4 * 8);
   word |= __shfl_xor_sync(kAllLanes, word, 1);
   word |= __shfl_xor_sync(kAllLanes, word, 2);
-  const int group = lane.first / kGroup;
-  if (valid && threadIdx.x % 4 == 0) a.bits[pixel * ((a.o + 31) / 32) + group] = word;
+  if (valid && threadIdx.x % 4 == 0) *to.bits = word;
 }
 
 // -- products ------------------------------------------------------------------------------------
@@ -179,13 +201,6 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4
   } else {
     hmma_bf16(sums, a, b);
   }
-}
-
-__device__ __forceinline__ void start_sums(const LaneChannels& lane, float (&sums)[4][4]) {
-  float bias[8];
-  load_bias(lane, bias);
-#pragma unroll
-  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = bias[i / 4 * 2 + i % 2];
 }
 
 // The four tiles of a lane hold 8 neighbouring channels for row `half` and `half` + 8.

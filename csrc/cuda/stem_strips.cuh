@@ -67,30 +67,62 @@ struct StripParams {
 
 __device__ __forceinline__ int conv_rows(bool pool, int rows) { return pool ? 2 * rows + 1 : rows; }
 
+// A thread reads one item of every so many rows.
 template <class S, int IMAGE, int COMPUTE>
 __device__ __forceinline__ void load_patch(const StripParams& p, const Patch& patch,
                                            uint32_t* words) {
-  const uint32_t items = p.patch_rows * S::kItems;
-#pragma unroll 2
-  for (uint32_t i = threadIdx.x; i < items; i += blockDim.x) {
-    const int row = i / S::kItems, item = i % S::kItems;
-    float values[S::kItemPixels * S::kValues];
+  using Value = typename Stream<IMAGE>::Value;
+  constexpr int kValues = S::kItemPixels * S::kValues;
+  static_assert(S::kItems <= 64, "a block of two warps reads whole rows");
+  const StemArgs& a = p.args;
+  const int rows_at_once = blockDim.x / S::kItems;
+  const int first_row = threadIdx.x / S::kItems, item = threadIdx.x % S::kItems;
+  if (first_row >= rows_at_once) return;
+
+  bool inside[S::kItemPixels];
+  int offsets[kValues];
 #pragma unroll
-    for (int pixel = 0; pixel < S::kItemPixels; ++pixel) {
-      float channels[S::kValues];
-      const int column = item * S::kItemPixels + pixel;
-      read_pixel<IMAGE, 3>(p.args, patch, row, column, channels);
-      if (p.args.scale) normalise_pixel(p.args, patch, row, column, channels);
+  for (int i = 0; i < S::kItemPixels; ++i) {
+    const int x = patch.left + item * S::kItemPixels + i;
+    inside[i] = uint32_t(x) < uint32_t(a.w);
 #pragma unroll
-      for (int c = 0; c < S::kValues; ++c) values[pixel * S::kValues + c] = channels[c];
+    for (int c = 0; c < S::kValues; ++c) {
+      offsets[i * S::kValues + c] =
+          x * static_cast<int>(a.stride_w) + c * static_cast<int>(a.stride_c);
     }
-    uint32_t* to = words + row * S::kPitch + item * S::kItemWords;
+  }
+  const bool fourth = S::kValues < 4 || a.c == 4;  // no padding channel
+  const Value* row_start =
+      static_cast<const Value*>(a.x) + patch.image + (patch.top + first_row) * a.stride_h;
+  uint32_t* to = words + first_row * S::kPitch + item * S::kItemWords;
+#pragma unroll 2
+  for (int row = first_row; row < p.patch_rows; row += rows_at_once) {
+    const bool row_inside = uint32_t(patch.top + row) < uint32_t(a.h);
+    float values[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const bool there = inside[i / S::kValues] && (i % S::kValues < 3 || fourth);
+      values[i] = row_inside && there ? Stream<IMAGE>::load(row_start[offsets[i]]) : 0.0f;
+    }
+    if (a.scale) {
+      float scale[4], offset[4];
+      load_values<kFloat32, 4>(patch.scale, 0, scale);
+      load_values<kFloat32, 4>(patch.scale, 4, offset);
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) {
+        const int c = i % S::kValues;
+        const bool there = row_inside && inside[i / S::kValues];
+        values[i] = there ? values[i] * scale[c] + offset[c] : 0.0f;
+      }
+    }
     if constexpr (S::kItemWords == 2) {
       store_values<COMPUTE, 4>(to, 0, values);
     } else {
 #pragma unroll
       for (int w = 0; w < S::kItemWords; ++w) to[w] = pack_word<COMPUTE>(values + 2 * w);
     }
+    row_start += rows_at_once * a.stride_h;
+    to += rows_at_once * S::kPitch;
   }
 }
 
@@ -115,8 +147,9 @@ __device__ __forceinline__ void load_weights(const StemArgs& a, int group, Weigh
 // One row of the strip: sums[tile] of columns g and g + 8. `row` is the lane's word in the patch.
 template <class S, int COMPUTE>
 __device__ __forceinline__ void convolve_row(const uint32_t* row, const Weights<S>& weights,
-                                             const LaneChannels& lane, float (&sums)[4][4]) {
-  start_sums(lane, sums);
+                                             float (&sums)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int step = 0; step < S::kSteps; ++step) {
     uint32_t a[4];
@@ -172,7 +205,7 @@ struct Warp {
       for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = minus_infinity();
       return;
     }
-    convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, lane, sums);
+    convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, sums);
     if (conv_column >= 0 && conv_column + 16 <= a.conv_w) return;
     const int column = conv_column + threadIdx.x % 32 / 4;
 #pragma unroll
@@ -182,16 +215,16 @@ struct Warp {
     }
   }
 
-  __device__ __forceinline__ void emit_at(int row, int column, float (&values)[8]) const {
+  __device__ __forceinline__ Destination<COMPUTE> destination(int column) const {
     const StemArgs& a = p.args;
-    const int y = out_row + row, x = out_column + column;
-    const int64_t pixel = (image * a.out_h + y) * a.out_w + x;
-    emit<COMPUTE>(a, lane, pixel, y < a.out_h && x < a.out_w && column < S::kColumns, values);
+    return {a, lane, (image * a.out_h + out_row) * a.out_w + out_column + column};
   }
 
   __device__ __forceinline__ void pooled_rows(int rows) const {
     const int column = threadIdx.x % 32 / 4;
     const int window = column % 2 ? 4 + column / 2 : column / 2;
+    const bool valid = window < S::kColumns && out_column + window < p.args.out_w;
+    Destination<COMPUTE> to = destination(window);
     float best[4][4], sums[4][4];
     pooled_row(0, best);
     for (int row = 0; row < rows; ++row) {
@@ -209,7 +242,10 @@ struct Warp {
       lane_values(best, 0, left);
       lane_values(best, 1, right);
       pool_columns(left, right, pooled);
-      emit_at(row, window, pooled);
+      ChannelValues channels;
+      load_channel_values(lane, channels);
+      emit<COMPUTE>(p.args, lane, channels, to, valid, pooled);
+      to.advance(p.args, p.args.out_w);
 #pragma unroll
       for (int i = 0; i < 16; ++i) best[i / 4][i % 4] = sums[i / 4][i % 4];
     }
@@ -217,13 +253,20 @@ struct Warp {
 
   __device__ __forceinline__ void plain_rows(int rows) const {
     const int column = threadIdx.x % 32 / 4;
+    const bool valid = out_column + column < p.args.out_w;
+    const bool right_valid = out_column + column + 8 < p.args.out_w;
+    Destination<COMPUTE> to = destination(column), right_to = destination(column + 8);
+    ChannelValues channels;
+    load_channel_values(lane, channels);
     for (int row = 0; row < rows; ++row) {
       float sums[4][4], values[8];
-      convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, lane, sums);
+      convolve_row<S, COMPUTE>(patch + row * S::kStride * S::kPitch, weights, sums);
       lane_values(sums, 0, values);
-      emit_at(row, column, values);
+      emit<COMPUTE>(p.args, lane, channels, to, valid, values);
       lane_values(sums, 1, values);
-      emit_at(row, column + 8, values);
+      emit<COMPUTE>(p.args, lane, channels, right_to, right_valid, values);
+      to.advance(p.args, p.args.out_w);
+      right_to.advance(p.args, p.args.out_w);
     }
   }
 };

@@ -109,7 +109,10 @@ __device__ __forceinline__ void finish(const TileParams& p, const Tile& tile,
   const int y = tile.out_row + p.conv_tile_width.quotient(index);
   const int x = tile.out_column + p.conv_tile_width.remainder(index);
   const int64_t pixel = (tile.image * a.out_h + y) * a.out_w + x;
-  emit<COMPUTE>(a, channels, pixel, inside && y < a.out_h && x < a.out_w, values);
+  ChannelValues parameters;
+  load_channel_values(channels, parameters);
+  emit<COMPUTE>(a, channels, parameters, Destination<COMPUTE>(a, channels, pixel),
+                inside && y < a.out_h && x < a.out_w, values);
 }
 
 // The first word of a conv pixel's window in the patch. Pixels beyond the tile take its last.
@@ -125,8 +128,6 @@ __device__ __forceinline__ void multiply_add_tile(const TileParams& p, const Til
                                                   const TileMemory& memory,
                                                   const LaneChannels& channels) {
   constexpr int kPixels = 4;
-  float bias[8];
-  load_bias(channels, bias);
   const float* patch = reinterpret_cast<const float*>(memory.patch);
   const int row_values = p.args.kernel_w * p.values;
   for (int first = 0; first < p.conv_tile_h * p.conv_tile_w; first += kPassPixels) {
@@ -136,7 +137,7 @@ __device__ __forceinline__ void multiply_add_tile(const TileParams& p, const Til
     for (int i = 0; i < kPixels; ++i) {
       pixel[i] = patch + window_start(p, first + i * 32 + threadIdx.x / 4);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sums[i][j] = bias[j];
+      for (int j = 0; j < 8; ++j) sums[i][j] = 0.0f;
     }
     const float* weights = memory.weights + threadIdx.x % 4 * 8;
     for (int row = 0; row < p.args.kernel_h; ++row) {
@@ -179,7 +180,8 @@ __device__ __forceinline__ void matrix_tile(const TileParams& p, const Tile& til
       for (int half = 0; half < 2; ++half) {
         rows[m][half] = memory.patch + window_start(p, pixel + m * 16 + half * 8) + lane % 4;
       }
-      start_sums(channels, sums[m]);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sums[m][i / 4][i % 4] = 0.0f;
     }
     const uint4* weights = all_weights;
     int run = 0, run_in_row = 0, at = 0;
@@ -244,7 +246,9 @@ __device__ __forceinline__ void pool_tile(const TileParams& p, const Tile& tile,
       }
     }
     const int64_t pixel = (tile.image * a.out_h + y) * a.out_w + x;
-    emit<COMPUTE>(a, channels, pixel, valid, best);
+    ChannelValues parameters;
+    load_channel_values(channels, parameters);
+    emit<COMPUTE>(a, channels, parameters, Destination<COMPUTE>(a, channels, pixel), valid, best);
   }
 }
 
