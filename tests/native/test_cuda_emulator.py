@@ -125,6 +125,11 @@ def test_missing_synchronisation_shows_in_the_result(
     assert said != "differ: 0"
 
 
+@pytest.mark.parametrize("kernel", ["correct", "correct_in_static_shared"])
+def test_no_mistake_is_none(every_build: Emulated, kernel: str) -> None:
+    assert {every_build.wrong(kernel, seed) for seed in SEEDS} == {"differ: 0"}
+
+
 ERRORS = {
     "misaligned_copy": ("thread (0, 0, 0): cp_async<8>", "not aligned to 8 bytes"),
     "copy_beyond_shared": ("thread (0, 0, 0): cp_async<16>", "512 bytes from the start of 512"),

@@ -2,9 +2,10 @@
 //
 // Each thread of a block is a fiber; blocks run one after another. BIPER_EMULATOR_SEED (a number)
 // chooses in which order, see emulator_schedule.h. Errors end the launch and become its result,
-// with the block and the thread: threads that diverge at a barrier or in a collective, a lane that
-// its mask leaves out, threads that have returned and are waited for, copies that are misaligned
-// or leave shared memory, __trap(), an exception.
+// with the block and the thread (the launch after it runs as if nothing had been): threads that
+// diverge at a barrier or in a collective, a lane that its mask leaves out, threads that have
+// returned and are waited for, copies that are misaligned or leave shared memory, __trap(), an
+// exception.
 //
 // Compile with -ffp-contract=off, -fno-strict-aliasing and -Wno-unknown-pragmas (#pragma unroll).
 // -fsanitize=address finds what leaves a buffer or dynamic shared memory, -fsanitize=alignment
@@ -20,7 +21,9 @@
 //   which instructions a device has, and addresses of the wrong space (except in cp_async)
 // - the order of a tensor core's float sums, and what it cuts off in them: here they are rounded
 //   to float32 one after another, and C is added last
-// - `extern __shared__` arrays, which do not compile: dynamic_shared() is the way
+// - copies that a thread has not waited for when it returns: they are dropped
+// - a misaligned vector without -fsanitize=alignment: it may work or end the process
+// - `extern __shared__` arrays and __noinline__, which do not compile
 
 #pragma once
 
@@ -33,6 +36,7 @@
 #include "emulator_intrinsics.h"
 #include "emulator_schedule.h"
 #include "emulator_shared.h"
+#include "emulator_state.h"
 #include "emulator_tensor_cores.h"
 #include "emulator_types.h"
 #include "emulator_warp.h"

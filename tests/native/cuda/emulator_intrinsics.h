@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "emulator_schedule.h"
+#include "emulator_state.h"
 #include "emulator_types.h"
 
 [[noreturn]] inline void __trap() { biper::emulator::fail("__trap()"); }
@@ -65,6 +65,19 @@ inline unsigned __umulhi(unsigned x, unsigned y) {
 }
 inline int __mulhi(int x, int y) { return static_cast<int>(int64_t{x} * y >> 32); }
 
+// The sum of the products of bytes, and `sum`; modulo 2 ** 32.
+inline unsigned __dp4a(unsigned x, unsigned y, unsigned sum) {
+  for (int shift = 0; shift < 32; shift += 8) sum += (x >> shift & 0xff) * (y >> shift & 0xff);
+  return sum;
+}
+inline int __dp4a(int x, int y, int sum) {
+  unsigned all = static_cast<unsigned>(sum);
+  for (int shift = 0; shift < 32; shift += 8) {
+    all += static_cast<unsigned>(static_cast<int8_t>(x >> shift) * static_cast<int8_t>(y >> shift));
+  }
+  return static_cast<int>(all);
+}
+
 // -- floats ---------------------------------------------------------------------------------------
 
 namespace biper {
@@ -91,6 +104,8 @@ inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 
@@ -122,6 +137,23 @@ inline unsigned max(unsigned x, int y) { return max(x, static_cast<unsigned>(y))
 template <class T>
 T __ldg(const T* address) {
   return *address;
+}
+
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
 }
 
 inline void __threadfence() {}

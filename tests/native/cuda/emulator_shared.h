@@ -8,7 +8,7 @@
 #include <cstring>
 #include <new>
 
-#include "emulator_schedule.h"
+#include "emulator_state.h"
 #include "emulator_warp.h"
 
 #ifdef __ELF__

@@ -11,6 +11,7 @@
 #define __forceinline__ inline
 #define __shared__ static  // blocks run one after another
 #define __launch_bounds__(...)
+#define __align__(BYTES) __attribute__((aligned(BYTES)))
 
 constexpr int warpSize = 32;
 

@@ -101,10 +101,10 @@ __global__ void multiply_kernel(Fragments p) {
 
 using A = const uint32_t (&)[4];
 using B = const uint32_t (&)[2];
-void bits(int (&d)[4], A a, B b) { bmma_and_popc(d, a, b); }
-void bytes(int (&d)[4], A a, B b) { imma_u8(d, a, b); }
-void halves(float (&d)[4], A a, B b) { hmma_f16(d, a, b); }
-void bfloats(float (&d)[4], A a, B b) { hmma_bf16(d, a, b); }
+__device__ void bits(int (&d)[4], A a, B b) { bmma_and_popc(d, a, b); }
+__device__ void bytes(int (&d)[4], A a, B b) { imma_u8(d, a, b); }
+__device__ void halves(float (&d)[4], A a, B b) { hmma_f16(d, a, b); }
+__device__ void bfloats(float (&d)[4], A a, B b) { hmma_bf16(d, a, b); }
 
 // -- exchanges and intrinsics ---------------------------------------------------------------------
 

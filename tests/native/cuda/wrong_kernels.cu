@@ -37,6 +37,16 @@ __global__ void correct(Reversal p) {
   p.out[threadIdx.x] = value;
 }
 
+__global__ void correct_in_static_shared(Reversal p) {
+  __shared__ __align__(16) int tile[kThreads];
+  if (threadIdx.x < kThreads / 4)
+    cp_async<16>(tile + 4 * threadIdx.x, p.in + 4 * threadIdx.x, true);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  p.out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
+}
+
 __global__ void missing_barrier(Reversal p) {
   tile()[threadIdx.x] = p.in[threadIdx.x];
   p.out[threadIdx.x] = tile()[kThreads - 1 - threadIdx.x];
@@ -204,6 +214,7 @@ const std::map<std::string, Kernel>& kernels() {
   }
   static const std::map<std::string, Kernel> all = {
       BIPER_KERNEL(correct),
+      BIPER_KERNEL(correct_in_static_shared),
       BIPER_KERNEL(missing_barrier),
       BIPER_KERNEL(missing_barrier_before_reuse),
       BIPER_KERNEL(missing_warp_barrier),
