@@ -268,7 +268,7 @@ def offsets(mode: Mode) -> NDArray[np.int64]:
     """Evaluate a CuTe mode, shape and stride: its first coordinate moves fastest."""
     shape, stride = mode
     coordinates = np.unravel_index(np.arange(np.prod(shape)), shape, order="F")
-    return sum(c * s for c, s in zip(coordinates, stride, strict=True))  # type: ignore[return-value]
+    return np.array(stride) @ np.stack(coordinates)
 
 
 def cutlass_places(threads: Mode, values: Mode, rows: int) -> Places:
