@@ -194,26 +194,28 @@ class CudaGraphs:
             with self._lock:
                 if key in self._graphs or self._reason is not None:
                     return self._graphs.get(key)
-            return self._keep(key, self._capture_alone(key, inputs))
+            return self._keep(key, self._capture_alone(inputs))
         finally:
             _capturing.release()
 
-    def _capture_alone(self, key: _Key, inputs: Sequence[Tensor]) -> _Graph | None:
+    def _capture_alone(self, inputs: Sequence[Tensor]) -> _Graph | None:
+        """Capture a graph; where memory is short, once more after all others have gone."""
         if self._limit_bytes is None:
             self._limit_bytes = int(FREE_MEMORY_SHARE * self._driver.free_bytes())
-        try:
+        handled = sys.exc_info()[1]  # by the caller, and no cause of what happens here
+        for _ in range(2):
             try:
                 return self._captured(inputs)
             except torch.OutOfMemoryError:
-                self._drop_down_to(0)
-                return self._captured(inputs)
-        except torch.OutOfMemoryError:
-            return None
-        except RuntimeError as error:
-            with self._lock:
-                self._reason = f"capturing a CUDA graph failed: {_first_cause(error)}"
+                pass
+            except RuntimeError as error:
+                cause = _first_cause(error, handled)
+                with self._lock:
+                    self._reason = f"capturing a CUDA graph failed: {cause}"
             self._drop_down_to(0)
-            return None
+            if self._reason is not None:
+                break
+        return None
 
     def _captured(self, inputs: Sequence[Tensor]) -> _Graph:
         # Graphs outlive the mode of the call that makes them; an inference tensor would not.
@@ -335,9 +337,9 @@ def _remember(shapes: OrderedDict[_Key, None], key: _Key) -> None:
         shapes.popitem(last=False)
 
 
-def _first_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException, handled: BaseException | None) -> str:
     """Return the first line of what began a chain of errors: the end of a capture raises, too."""
-    while error.__context__ is not None:
+    while error.__context__ is not None and error.__context__ is not handled:
         error = error.__context__
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

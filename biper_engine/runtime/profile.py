@@ -6,6 +6,7 @@ import operator
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -17,6 +18,7 @@ from biper_engine.runtime.choice import node_backend, node_geometry
 from biper_engine.runtime.graph import biper_op, interpret
 from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import bound_graph
+from biper_engine.runtime.precision import without_tf32
 
 __all__ = ["NodeProfile", "ProfileReport", "profile"]
 
@@ -190,7 +192,9 @@ def profile(
     """
     if rounds < 1:
         raise ValueError(f"`rounds` (={rounds}) must be 1 or more.")
-    times = _measure(bound_graph(module, device, native), inputs, device, rounds, call)
+    exact = without_tf32() if device is not None and device.type == "cuda" else nullcontext()
+    with exact:
+        times = _measure(bound_graph(module, device, native), inputs, device, rounds, call)
     nodes = _rows(times, module, inputs, device)
     if isinstance(native, NativePlan):
         reasons = {node.name: reason for node, reason in native.reasons.items()}

@@ -22,6 +22,7 @@ from biper_engine.runtime.signature import InputSpec
 __all__ = ["BATCH", "MISFITS", "call_without_data", "values_without_data", "without_data"]
 
 _aten = torch.ops.aten
+_ARITHMETIC = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 
 BATCH = 61
 """Images of the tensors without data that stand for values; no other size of a network is likely
@@ -46,9 +47,10 @@ def call_without_data(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
     if rule is not None:
         first, *rest = with_defaults(target, args, kwargs).values()
         x = first[0] if isinstance(first, (list, tuple)) and first else first
-        shape = rule(first, *rest) if isinstance(x, Tensor) and x.is_floating_point() else None
+        dtype = _result_dtype(target, x, rest)
+        shape = rule(first, *rest) if dtype is not None else None
         if shape is not None:
-            return torch.empty(shape, dtype=x.dtype, device="meta")
+            return torch.empty(shape, dtype=dtype, device="meta")
     return target(*args, **kwargs)
 
 
@@ -79,6 +81,19 @@ def _result_without_data(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return call_without_data(node.target, args, kwargs)
     except MISFITS:
         return None
+
+
+def _result_dtype(target: Any, x: Any, rest: Sequence[Any]) -> torch.dtype | None:
+    """Return the dtype of a rule's result; None where the rule does not hold."""
+    if not isinstance(x, Tensor):
+        return None
+    if x.is_floating_point():
+        return x.dtype
+    if target not in _ARITHMETIC or not isinstance(rest[0], (int, float)):
+        return None
+    dtype = torch.result_type(x, rest[0])  # images that are bytes, and a number
+    is_true_division = target is _aten.div.Tensor and not dtype.is_floating_point
+    return torch.get_default_dtype() if is_true_division else dtype
 
 
 # -- rules: the shape of the result, or None where only PyTorch can tell ---------------------------
@@ -221,7 +236,7 @@ _RULES: dict[Any, Callable[..., _Shape]] = {
     ),
     **dict.fromkeys(
         (
-            *(_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor),
+            *_ARITHMETIC,
             _aten._prelu_kernel.default,
         ),
         _with_scalar_or_smaller,

@@ -141,6 +141,36 @@ def test_a_capture_that_fails_leaves_the_operators_and_says_why(driver: FakeDriv
     assert driver.errors_left == 10**9 - 1
 
 
+def test_an_error_that_the_caller_handles_is_no_cause_of_a_failure() -> None:
+    driver = FakeDriver()
+    graphs = runner(driver)
+    driver.error = RuntimeError("the capture was invalidated")
+    graphs(torch.ones(3))
+    try:
+        raise KeyError("of the caller")
+    except KeyError:
+        graphs(torch.ones(3))
+    assert str(graphs).endswith("failed: the capture was invalidated")
+
+
+def test_a_failure_after_memory_was_short_is_told_as_what_it_is() -> None:
+    driver = FakeDriver()
+    errors = iter([torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("no such thing")])
+    capture = driver.capture
+
+    def failing(run: Any) -> Any:
+        driver.error = next(errors)
+        return capture(run)
+
+    driver.capture = failing  # type: ignore[method-assign]
+    graphs = runner(driver)
+    for _ in range(3):
+        graphs(torch.ones(3))
+    assert str(graphs) == (
+        "operator by operator, since capturing a CUDA graph failed: no such thing"
+    )
+
+
 def test_an_error_of_the_network_itself_is_not_hidden() -> None:
     def broken(x: Tensor) -> Any:
         raise ValueError("no such thing")

@@ -50,6 +50,14 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.add.Tensor, (X, 1)),
     (aten.add.Tensor, (X, blank(2, 1, 9, 1))),
     (aten.div.Tensor, (X, 255.0)),
+    *[
+        (op, (images, number))
+        for op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+        for images in (INT, blank(2, 3, 4, 5, dtype=torch.uint8))
+        for number in (2, 0.5, True)
+        if not (op is aten.sub.Tensor and number is True)
+    ],
+    (aten.mul.Tensor, (INT, INT)),
     (aten._prelu_kernel.default, (X, blank(1, 6, 1, 1))),
     (aten._prelu_kernel.default, (X, blank(1, 5, 1, 1))),
     *[
