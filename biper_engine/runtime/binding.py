@@ -156,27 +156,20 @@ def _bind_stem(node: fx.Node, arguments: dict[str, Any], device: torch.device) -
         want_bits=whole or 1 in used,
     )
     check_stem_parameters(stem, device)
-    backend = select(op, None, device)
+    run = select(op, None, device).bind_stem(stem)
 
     def bits_of(x: Tensor) -> Tensor | None:
-        return backend.stem(x, stem)[1]
+        return run(x)[1]
 
-    def both(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return backend.stem(x, stem)
-
-    return BoundOperation(both if op == "stem" else bits_of, (arguments["x"],))
+    return BoundOperation(run if op == "stem" else bits_of, (arguments["x"],))
 
 
 def _bind_pooled_linear(
     node: fx.Node, arguments: dict[str, Any], device: torch.device
 ) -> BoundOperation:
     backend = select("pooled_linear", None, device)
-    weight, bias = arguments["weight"], arguments.get("bias")
-
-    def pooled_linear(x: Tensor) -> Tensor:
-        return backend.pooled_linear(x, weight, bias)
-
-    return BoundOperation(pooled_linear, (arguments["x"],))
+    run = backend.bind_pooled_linear(arguments["weight"], arguments.get("bias"))
+    return BoundOperation(run, (arguments["x"],))
 
 
 _BINDERS: dict[str, Callable[[fx.Node, dict[str, Any], torch.device], BoundOperation]] = {

@@ -262,12 +262,12 @@ class _Graph:
 
     def __init__(self, driver: GraphDriver, buffers: list[Tensor], capture: Capture) -> None:
         self._driver = driver
+        self._event = driver.event()
         self._buffers = buffers
         self._graph = capture.graph
         self._outputs = capture.outputs
         self._batch = buffers[0].shape[0] if buffers and buffers[0].dim() else 0
         self._lock = threading.Lock()
-        self._event = driver.event()
         self._stream: int | None = None  # of the last call
         self.memory_bytes = capture.memory_bytes + sum(x.nbytes for x in buffers)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import biper_engine
 from biper_engine import models
 from biper_engine.engine import Engine
-from biper_engine.ops.backends import use_backend
+from biper_engine.ops.backends import select
 from biper_engine.runtime import cuda_graphs
 from biper_engine.runtime.cuda_driver import CudaDriver
 from biper_engine.runtime.cuda_graphs import CudaGraphs
@@ -35,7 +35,11 @@ def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
+    """Return the current GPU; skip where only the reference runs on it, which no graph holds."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if select("binarize", None, device).name == "reference":
+        pytest.skip("no backend has kernels for this GPU")
+    return device
 
 
 def images(batch: int, seed: int = 3) -> Tensor:
@@ -101,13 +105,13 @@ def test_networks_are_verified_in_the_exact_mode(name: str, device: torch.device
     x = torch.randn(4, 3, 32, 32, device=device)
     report = biper_engine.verify(engine, model, x)
     assert report.ok, report.table()
-    # The whole plan: all but the flips of values that lie within rounding of their threshold.
-    with use_backend("reference"):
-        wanted = copy.deepcopy(engine)(x)
+    # The whole plan. A bit that lies within rounding of its threshold may flip and move the logits
+    # of its image, which happens in one of some ten images here.
+    wanted = copy.deepcopy(engine).cpu()(x.cpu())
     for _ in range(3):
-        result = engine(x)
-    assert result.shape == wanted.shape
-    assert bool(result.isfinite().all())
+        result = engine(x).cpu()
+    near = (result - wanted).abs().amax(1) <= 1e-3 * wanted.abs().max()
+    assert int(near.sum()) >= 3, result - wanted
 
 
 def test_a_graph_gives_the_bytes_of_the_operators(device: torch.device) -> None:
