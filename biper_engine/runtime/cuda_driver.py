@@ -6,7 +6,7 @@ Everything that only a GPU can run is here; `cuda_graphs` decides what is captur
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -133,14 +133,20 @@ class CudaDriver:
         current = torch.cuda.current_stream()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
         stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        # `torch.cuda.graph` leaves its stream the current one where its end raises.
-        with torch.cuda.stream(stream):
-            run()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                outputs = run()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        capturing = torch.cuda.graph(
+            graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
+        try:
+            # `torch.cuda.graph` leaves its stream the current one where its end raises.
+            with torch.cuda.stream(stream):
+                run()
+                with capturing:
+                    outputs = run()
+        except RuntimeError:
+            _clean_up(graph, pool)
+            raise
         current.wait_stream(stream)
-        pool = graph.pool()
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call, unused-ignore]
         held = sum(s["total_size"] for s in segments if s["segment_pool_id"] == pool)
         return Capture(graph, outputs, held)
@@ -148,3 +154,23 @@ class CudaDriver:
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Let PyTorch's allocators go on after a capture whose end raised.
+
+    Before 2.12 they take the capture for still under way then: memory is no more given back, and
+    for every allocation they ask the graph whether it is its own, also when that is long gone. So
+    the capture is ended for them, and the graph stays for the rest of the process.
+    Source: pytorch/pytorch#180395.
+    """
+    try:
+        graph.pool()
+    except RuntimeError:  # it did not end; otherwise there is nothing to clean up
+        _failed.append(graph)
+        # It had not begun, or PyTorch has done so itself, or is older and has another name for it.
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
