@@ -86,7 +86,18 @@ __device__ __forceinline__ uint32_t pack_word(const float* values) {
     memcpy(&word, values, sizeof(word));
     return word;
   }
-  // One conversion instruction for the pair.
+#ifdef __CUDACC__
+  // One instruction for the pair, which not every target's compiler makes of two conversions.
+  if constexpr (TYPE == kFloat16) {
+    const __half2 pair = __floats2half2_rn(values[0], values[1]);
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+  } else if constexpr (TYPE == kBfloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+  }
+#endif
   const uint32_t low = static_cast<uint32_t>(Stream<TYPE>::store(values[0]));
   const uint32_t high = static_cast<uint32_t>(Stream<TYPE>::store(values[1]));
   return low | high << 16;
