@@ -73,7 +73,7 @@ X86_FLAGS = {
 # than all of them, has PTX compiled by the driver; that of sm_90 is the last with 1-bit matrices.
 CUDA_ARCHS = (75, 80, 90, 100, 120)
 CUDA_PTX = 90
-CUDA_FLAGS = ["-std=c++17", "-O3"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-diag-suppress=128"]  # 128: a loop behind a false constant
 # After those of the environment, for the reason above. Every option of --use_fast_math is refused.
 CUDA_FIXED_FLAGS = [
     *("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"),
@@ -328,7 +328,7 @@ class BuildNative(build_ext):
 
 
 def extension(name: str, folder: str, *patterns: str) -> Extension:
-    """Return an extension of the files in a folder, those that take longest first."""
+    """Return an extension of the files in a folder, in the order in which builds start them."""
     files = [path for pattern in patterns for path in sorted((ROOT / folder).glob(pattern))]
     return Extension(name, [str(path.relative_to(ROOT)) for path in files])
 

@@ -1,15 +1,18 @@
-"""Builds of csrc/cpu and of the replay program: under sanitizers, and for other machines."""
+"""Builds of csrc/cpu, of csrc/cuda and of the replay program: for GPUs, emulated, sanitized."""
 
 import functools
+import importlib.util
 import os
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,7 +95,8 @@ class Toolchain:
         own = setup["X86_FLAGS"].get(source.name, []) if self.is_x86 else []
         flags = [*setup["FLAGS"], *setup["FIXED_FLAGS"], *own, *self.flags, *extra]
         include = f"-I{ROOT / 'csrc/cpu'}"
-        return (*self.compiler, *flags, include, "-c", source, "-o", made)
+        language = ("-x", "c++") if source.suffix == ".cu" else ()
+        return (*self.compiler, *flags, include, *language, "-c", source, "-o", made)
 
     def _variables(self) -> dict[str, str]:
         return {**os.environ, **dict(self.environment)}
@@ -169,3 +173,90 @@ def aarch64_macos(folder: Path) -> Toolchain:
         flags=("-Werror",),
         environment=tuple((name, str(folder)) for name in caches),
     )
+
+
+# -- csrc/cuda ------------------------------------------------------------------------------------
+
+CUDA = ROOT / "csrc/cuda"
+EMULATOR = ROOT / "tests/native/cuda"
+EMULATED_NAME = "_cuda_emulated"
+SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def cuda_sources() -> list[Path]:
+    """Return the files of csrc/cuda that are compiled."""
+    return [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
+
+
+def import_from(path: Path, name: str) -> ModuleType:
+    """Import an extension module from a file."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cuda_module(folder: Path) -> Path:
+    """Build biper_engine._cuda for every architecture with what setup.py does, and return its path.
+
+    Where `BIPER_CUDA_ARCHS` is set, for those.
+    """
+    setup = setup_functions()
+    if reason := setup["cuda_obstacle"]():
+        pytest.skip(reason)
+    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    setup["build"](cuda_sources(), folder / "objects", target, succeed_in_words)
+    return target
+
+
+def succeed_in_words(command: list[str]) -> str:
+    return succeed(*command)
+
+
+def emulated_library(folder: Path, sanitize: bool = False) -> Path:
+    """Build csrc/cuda over the emulator, as a module of its own, and return its path.
+
+    A program that loads the sanitized one needs `sanitizer_environment`.
+    """
+    if reason := setup_functions()["obstacle"]():
+        pytest.skip(reason)
+    toolchain = native(folder, *(SANITIZE if sanitize else ()))
+    includes = ("-I", str(CUDA), "-I", str(EMULATOR), *setup_functions()["include_flags"]())
+    flags = ("-O1" if sanitize else "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
+    macros = ("-DBIPER_EMULATED", f"-DBIPER_MODULE_NAME={EMULATED_NAME}")
+    device = EMULATOR / "emulated_device.cpp"  # instead of the one that asks CUDA
+    sources = [path for path in cuda_sources() if path.name != "device.cu"]
+    objects = toolchain.compile([*sources, device], folder, *flags, *macros, *includes)
+    target = folder / f"{EMULATED_NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    succeed(*toolchain.compiler, "-shared", "-pthread", *toolchain.flags, *objects, "-o", target)
+    return target
+
+
+def emulated_module(folder: Path, sanitize: bool = False) -> ModuleType:
+    """Build csrc/cuda over the emulator and import it; it takes CPU memory, and stream 0."""
+    return import_from(emulated_library(folder, sanitize), EMULATED_NAME)
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Return the variables under which Python can load a module with the address sanitizer."""
+    compiler = setup_functions()["compiler"]()
+    library = succeed(*compiler, "-print-file-name=libasan.so").strip()
+    if not Path(library).is_absolute():
+        pytest.skip(f"{compiler[0]} has no libasan.so")
+    options = "detect_leaks=0:detect_stack_use_after_return=0"  # Python's own, and fibers' stacks
+    return {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": options}
+
+
+def cuda_tool(name: str) -> Path:
+    """Return cuobjdump or nvdisasm: beside nvcc, on the PATH, or from a package of Python."""
+    nvcc = setup_functions()["nvcc"]()
+    found = shutil.which(name)
+    places = [Path(nvcc).parent / name] if nvcc else []
+    places += [Path(found)] if found else []
+    places += [path for entry in sys.path for path in Path(entry).glob(f"nvidia/cu*/bin/{name}")]
+    usable = [path for path in places if os.access(path, os.X_OK)]
+    if not usable:
+        pytest.skip(f"no {name} (pip install -c constraints.txt nvidia-cuda-{name})")
+    return usable[0]
