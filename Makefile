@@ -12,7 +12,8 @@ INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c co
 # The stamp holds the checkout's path: an environment does not survive a move or a copy.
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
-NATIVE := $(SOURCES) $(wildcard $(foreach end,h cuh cpp cu,$(addsuffix .$(end),tests/native/* tests/native/*/*)))
+NATIVE := $(SOURCES) $(foreach end,h cuh cpp cu,\
+  $(wildcard tests/native/*.$(end) tests/native/*/*.$(end)))
 # The extensions: rebuilt when a source changed; tried again each time while there is no compiler.
 BUILT := $(VENV)/built
 export BIPER_REQUIRE_NATIVE ?= auto
@@ -96,6 +97,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 ifeq ($(wildcard biper_engine/_cpu*.so),)
 $(BUILT): FORCE
+endif
+ifneq ($(BIPER_CUDA),0)
+ifeq ($(wildcard biper_engine/_cuda*.so),)
+$(BUILT): FORCE
+endif
 endif
 
 $(BUILT): $(STAMP) $(SOURCES)

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,9 @@ def test_the_module_needs_no_library_of_cuda_and_gives_none_away(module: Path) -
 
 def test_every_architecture_has_the_same_kernels(module: Path) -> None:
     archs = sorted(set(machine_code.architectures(module)[0]))
-    first, *others = ([kernel.name for kernel in all_kernels(module, arch)] for arch in archs)
+    with ThreadPoolExecutor(builds.JOBS) as workers:  # seconds each, and kept for the tests below
+        found = list(workers.map(functools.partial(all_kernels, module), archs))
+    first, *others = ([kernel.name for kernel in kernels] for kernels in found)
     assert first
     assert all(names == first for names in others)
 
