@@ -74,7 +74,7 @@ X86_FLAGS = {
 CUDA_ARCHS = (75, 80, 90, 100, 120)
 CUDA_PTX = 90
 CUDA_FLAGS = ["-std=c++17", "-O3", "-diag-suppress=128"]  # 128: a loop behind a false constant
-# After those of the environment, for the reason above. Every option of --use_fast_math is refused.
+# After those of the environment, for the reason above: the opposite of --use_fast_math.
 CUDA_FIXED_FLAGS = [
     *("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"),
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-ffp-contract=off,-fno-fast-math,-fno-lto",
