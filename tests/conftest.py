@@ -62,9 +62,9 @@ def _isa(name: str | None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulated_cuda() -> Backend:
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Backend:
     """Return the CUDA backend with csrc/cuda compiled for a CPU."""
-    return emulated_backend()
+    return emulated_backend(tmp_path_factory.mktemp("emulated_cuda"))
 
 
 @pytest.fixture(params=_runs())

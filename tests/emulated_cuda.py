@@ -1,16 +1,14 @@
 """The CUDA backend on a CPU: csrc/cuda compiled over the emulator of tests/native/cuda."""
 
-import importlib.util
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from biper_engine.ops.cuda import CudaBackend, Native
+from tests.native import builds
 
 
 class EmulatedNative(Native):
@@ -28,18 +26,12 @@ class EmulatedNative(Native):
         return 0
 
 
-def load_module(path: Path) -> ModuleType:
-    """Import the emulated module from a file."""
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def emulated_backend(folder: Path) -> CudaBackend:
+    """Return a backend called cuda whose kernels run on the CPU.
 
-
-def emulated_backend() -> CudaBackend:
-    """Return a backend called cuda whose kernels run on the CPU."""
-    native = EmulatedNative(load_module(Path(os.environ["BIPER_EMULATED_MODULE"])))
+    BIPER_EMULATED_MODULE names a build to take; without it one is made in `folder`.
+    """
+    built = os.environ.get("BIPER_EMULATED_MODULE")
+    path = Path(built) if built else builds.emulated_library(folder)
+    native = EmulatedNative(builds.import_from(path, builds.EMULATED_NAME))
     return CudaBackend(lambda: (native, None))

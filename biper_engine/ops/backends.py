@@ -129,17 +129,6 @@ class Backend(ABC):
         """Mean of a float map over its pixels, through a linear layer."""
         raise NotImplementedError(f"The {self.name} backend has no fused classifier.")
 
-    def bind_stem(self, stem: Stem) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
-        """Return `stem` with fixed parameters, a function of the images.
-
-        A backend overrides it, or the next one, where it can prepare parameters for calls to come.
-        """
-
-        def run(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            return self.stem(x, stem)
-
-        return run
-
     def bind_pooled_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return `pooled_linear` with fixed parameters, a function of the map."""
 

@@ -428,6 +428,21 @@ class CudaBackend(Backend):
     def bind_stem(self, stem: Stem) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
         return _Stem(self._native, stem)
 
+    def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight, bias = _channels_last(x), weight.contiguous(), _contiguous(bias)
+        out = x.new_empty((x.shape[0], weight.shape[0]))
+        with self._native.on(x.device):
+            self._native.module.pooled_linear(
+                x=_typed(x),
+                sizes=x.shape,
+                weight=_typed(weight),
+                bias=_typed(bias),
+                classes=weight.shape[0],
+                out=_typed(out),
+                stream=self._native.stream(x.device),
+            )
+        return out
+
     def bind_fused(
         self,
         geometry: Conv2dGeometry,

@@ -172,7 +172,7 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
   m.def("set_device", [](int index) { succeed(set_device(index)); });
   m.def("device_properties", &properties, py::arg("index"));
   define_maps(m);
-  define_stem(m);
+  define_ends(m);
   m.def("fragment_words", &fragment_words, py::arg("in_channels"), py::arg("taps"));
 
   py::class_<ConvWay>(m, "ConvWay")

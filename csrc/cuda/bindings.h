@@ -63,6 +63,6 @@ inline TypedValues typed(const TypedMemory& memory, int64_t elements, const char
 inline int64_t words(int64_t channels) { return (channels + 31) / 32; }
 
 void define_maps(py::module_& m);
-void define_stem(py::module_& m);
+void define_ends(py::module_& m);
 
 }  // namespace biper

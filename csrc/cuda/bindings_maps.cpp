@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "maps.h"
+#include "pooled_linear.h"
 #include "stem.h"
 
 namespace biper {
@@ -142,6 +143,25 @@ void run_stem(const TypedMemory& x, const Sizes& sizes, const Sizes& strides,
   succeed(stem(a, reinterpret_cast<void*>(stream)));
 }
 
+void run_pooled_linear(const TypedMemory& x, const Sizes& sizes, const TypedMemory& weight,
+                       const TypedMemory& bias, int classes, const TypedMemory& out,
+                       uintptr_t stream) {
+  PooledLinearArgs a = {};
+  require(classes >= 1, "classes out of range");
+  const TypedValues map = typed(x, count(sizes), "x");
+  const TypedValues matrix = typed(weight, classes * sizes[1], "weight");
+  const TypedValues added = typed(bias, classes, "bias");
+  const TypedValues made = typed(out, sizes[0] * classes, "out");
+  require(map.type != kNone && made.type == map.type, "out has the type of x");
+  a.x = map.address, a.type = map.type;
+  a.weight = matrix.address, a.weight_type = matrix.type;
+  a.bias = added.address, a.bias_type = added.type;
+  a.out = made.address;
+  a.n = sizes[0], a.c = narrow(sizes[1]), a.h = narrow(sizes[2]), a.w = narrow(sizes[3]);
+  a.classes = classes;
+  succeed(pooled_linear(a, reinterpret_cast<void*>(stream)));
+}
+
 }  // namespace
 
 void define_maps(py::module_& m) {
@@ -153,7 +173,9 @@ void define_maps(py::module_& m) {
         py::arg("out"), py::arg("sizes"), py::arg("pool"), py::arg("stream"));
 }
 
-void define_stem(py::module_& m) {
+void define_ends(py::module_& m) {
+  m.def("pooled_linear", &run_pooled_linear, release(), py::arg("x"), py::arg("sizes"),
+        py::arg("weight"), py::arg("bias"), py::arg("classes"), py::arg("out"), py::arg("stream"));
   m.def("stem_has_tensor_cores", &stem_has_tensor_cores, py::arg("compute"));
   m.def("stem", &run_stem, release(), py::arg("x"), py::arg("sizes"), py::arg("strides"),
         py::kw_only(), py::arg("scale"), py::arg("offset"), py::arg("weight"), py::arg("bias"),
