@@ -23,11 +23,11 @@ const char* launch_images(Params& p, cudaStream_t stream) {
   // No warp without its classes, but where there are too few.
   constexpr int kLeast = kWarps * kClasses;
   p.slice = static_cast<int>(ceil_divide(ceil_divide(a.classes, slices), kLeast)) * kLeast;
-  if (runs > 65535) return "the batch is too large for one launch";
+  if (runs > (int64_t{1} << 31) - 1) return "the batch is too large for one launch";
   const size_t shared_bytes = sizeof(float) * (size_t{IMAGES} + p.turns) * a.c;
   if (shared_bytes > 64 * 1024) return "pooled_linear has too many channels for shared memory";
-  const dim3 grid(static_cast<unsigned>(ceil_divide(a.classes, p.slice)),
-                  static_cast<unsigned>(runs));
+  const dim3 grid(static_cast<unsigned>(runs),
+                  static_cast<unsigned>(ceil_divide(a.classes, p.slice)));
   return launch(pooled_linear_kernel<TYPE, WEIGHT, VALUES, IMAGES>, grid, kThreads, shared_bytes,
                 stream, p);
 }
@@ -47,7 +47,7 @@ const char* launch_types(Params& p, cudaStream_t stream) {
   if (p.args.c % kValues == 0 && aligned(p.args.x) && aligned(p.args.weight)) {
     return launch_values<TYPE, WEIGHT, kValues>(p, stream);
   }
-  return launch_values<TYPE, WEIGHT, 1>(p, stream);
+  return launch_images<TYPE, WEIGHT, 1, 1>(p, stream);
 }
 
 bool is_float(int type) { return type == kFloat32 || type == kFloat16 || type == kBfloat16; }
