@@ -1,0 +1,19 @@
+// What a GPU's units do at most: the ceilings that every measured kernel is printed beside.
+#pragma once
+
+namespace biper {
+
+enum PeakKind {
+  kPeakBinary = 0,    // bit-MACs of mma.sync m16n8k256, AND and popcount
+  kPeakPopcount = 1,  // bit-MACs of POPC on words of 32 bits
+  kPeakInt8 = 2,      // MACs of mma.sync m16n8k32 on bytes
+  kPeakHalf = 3,      // MACs of mma.sync m16n8k16 on float16 with sums in float32
+  kPeakLaunches = 4,  // empty kernels of a CUDA graph, each behind the one before
+};
+
+// Keeps the current device busy with one kind of instruction on registers alone, for about five
+// times `milliseconds`. Returns nullptr and the median rate of the whole device, in operations
+// (one MAC is one) a second, or why this cannot be measured here.
+const char* measure_peak(int kind, int milliseconds, double* operations_per_second);
+
+}  // namespace biper
