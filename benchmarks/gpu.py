@@ -47,7 +47,7 @@ STAGES = (
     (step("layers", "gpu_layers.py", 90, 45),),
     (step("networks", "gpu_networks.py", 600, 140),),
     (step("digits", "gpu_digits.py", 60, 0),),
-    (step("report", "gpu_report.py", 30, 20),),
+    (step("report", "gpu_report.py", 60, 25),),
 )
 NAMES = tuple(one.name for stage in STAGES for one in stage)
 

@@ -1,7 +1,8 @@
 """The step `digits`: how often the half streams of a trained network have the exact mode's class.
 
 DIGITS names a checkpoint of a network trained on scikit-learn's handwritten digits (`biper train`),
-from which every stream is converted; a `.biper` file is of one stream, and is only run.
+from which every stream is converted. A `.biper` file is of one stream, and only its accuracy is
+measured.
 """
 
 from __future__ import annotations
@@ -10,28 +11,22 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from gpu_machine import keep, missing, no_gpu
-from gpu_prepare import STREAMS, accepted
 from gpu_steps import SKIPPED
-from torch import Tensor
 
-from biper_engine import Engine, convert, load, load_checkpoint
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from biper_engine import Engine
 
 WANTED = 0.995
 
 
-def digits() -> tuple[Tensor, Tensor]:
-    """Return images and classes of the test split, as training has them."""
-    from biper_engine.training.data import digits as splits
-
-    return splits()
-
-
 def agreement(engines: Mapping[str, Engine], images: Tensor, classes: Tensor) -> dict[str, Any]:
     """Return each stream's accuracy, and on how many images it has the exact mode's class."""
+    from gpu_prepare import accepted
+
     found = {
         stream: engine(accepted(engine, images, stream)).argmax(1).cpu()
         for stream, engine in engines.items()
@@ -49,6 +44,10 @@ def agreement(engines: Mapping[str, Engine], images: Tensor, classes: Tensor) ->
 
 def engines_of(path: Path) -> dict[str, Engine]:
     """Return engines by stream."""
+    from gpu_prepare import STREAMS
+
+    from biper_engine import convert, load, load_checkpoint
+
     if path.suffix == ".biper":
         engine = load(path)
         return {str(engine.options.get("compute_dtype", "float32")): engine}
@@ -61,17 +60,22 @@ def main() -> int:
     if not named:
         print("DIGITS names no network")
         return SKIPPED
+    import torch
+    from gpu_machine import keep, missing, no_gpu
+
     reason = no_gpu()
     if reason is not None:
         print(f"no GPU: {reason}")
         return 1
-    absent = missing("sklearn")
+    absent = missing("sklearn", "PIL")
     if absent or not Path(named).exists():
-        print("scikit-learn is not installed" if absent else f"{named} is not there")
+        print(f"not installed: {', '.join(absent)}" if absent else f"{named} is not there")
         return 1
+    from biper_engine.training import data
+
     device = torch.device("cuda")
     engines = {stream: engine.to(device) for stream, engine in engines_of(Path(named)).items()}
-    images, classes = digits()
+    images, classes = data.load("digits").test
     with torch.inference_mode():
         found = agreement(engines, images.to(device), classes)
     keep("digits", found)

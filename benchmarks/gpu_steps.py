@@ -107,15 +107,17 @@ def limits(stages: Sequence[Sequence[Step]], left_s: float) -> list[float]:
     """Return how long each step of the first stage may take.
 
     Args:
-        stages: that stage and all that come behind it, whose reserves are left to them.
+        stages: that stage and all that come behind it. Their reserves are left to them, but never
+            more than three quarters of the time.
         left_s: seconds until the budget is spent.
 
     Returns:
-        A number for each step, 0 where nothing is left for it.
+        A number for each step, 0 where nothing is left.
     """
     now, *later = stages
     reserved = sum(max(step.reserve_s for step in stage) for stage in later)
-    return [max(0.0, min(step.limit_s, left_s - reserved)) for step in now]
+    free = max(left_s - reserved, left_s / 4 if later else left_s, 0.0)
+    return [min(step.limit_s, free) for step in now]
 
 
 def run_stage(
