@@ -12,7 +12,7 @@ __all__ = ["latencies", "rates", "roofline"]
 # Colour, marker, line and label; in the order of the legend.
 _STYLES = {
     "cuda float16": (ENGINE, "o", "-", "engine, CUDA, float16"),
-    "cuda bfloat16": ("#60a5fa", "D", "-", "engine, CUDA, bfloat16"),
+    "cuda bfloat16": ("#60a5fa", "D", ":", "engine, CUDA, bfloat16"),
     "cuda float32": ("#1e3a8a", "s", "-", "engine, CUDA, exact float32"),
     "triton float16": ("#0d9488", "^", "-", "engine, Triton, float16"),
     "compile float16": (COMPILED, "o", "--", "float twin, torch.compile max-autotune float16"),
@@ -21,7 +21,7 @@ _STYLES = {
 }
 _COLUMNS = 3
 _BACKENDS = {"cuda": (ENGINE, "CUDA"), "triton": ("#0d9488", "Triton")}
-_MOST_LAYERS = 40
+_PRODUCT = "product"
 
 
 def rates(rows: Sequence[Mapping[str, Any]], gpu: str) -> Any:
@@ -65,31 +65,20 @@ def _panels(
     for axes, network in zip(grid, networks, strict=False):
         own = sorted((row for row in rows if row["network"] == network), key=lambda r: r["batch"])
         title(axes, network, "")
-        for who, (color, marker, line, label) in _STYLES.items():
+        for number, (who, (color, marker, line, label)) in enumerate(_STYLES.items()):
             points = [
                 (row["batch"], value(row["batch"], row[figures][who]))
                 for row in own
                 if who in row[figures]
             ]
-            if points:
-                (handles[label],) = axes.plot(
-                    *zip(*points, strict=True),
-                    color=color,
-                    marker=marker,
-                    linestyle=line,
-                    markersize=4,
-                    linewidth=1.4,
-                )
-        points = [
-            (row["batch"], value(row["batch"], row["floor_ms"]))
-            for row in own
-            if floor and row["floor_ms"]
+            looks = {"color": color, "marker": marker, "linestyle": line, "markersize": 4}
+            _line(axes, points, label, handles, **looks, zorder=9 - number)
+        floors = [
+            (row["batch"], value(row["batch"], row["floor_ms"])) for row in own if row["floor_ms"]
         ]
-        if points:
+        if floor:
             label = "ceiling of one kernel for each layer"
-            (handles[label],) = axes.plot(
-                *zip(*points, strict=True), color=INK, linestyle=":", linewidth=1.2
-            )
+            _line(axes, floors, label, handles, color=INK, linestyle=":")
         _log_axes(axes, [row["batch"] for row in own])
     for axes in grid[len(networks) :]:
         axes.set_visible(False)
@@ -102,17 +91,21 @@ def _panels(
         labelcolor=INK,
         fontsize=8,
     )
-    figure.suptitle(f"{head}\n", color=INK, fontsize=12, fontweight="bold")
-    figure.text(
-        0.5,
-        1 - 0.36 / figure.get_figheight(),
-        subtitle,
-        ha="center",
-        va="top",
-        fontsize=8,
-        color=SOFT_INK,
-    )
+    _head(figure, head, subtitle)
     return figure
+
+
+def _line(
+    axes: Any, points: Sequence[Any], label: str, handles: dict[str, Any], **looks: Any
+) -> None:
+    if points:
+        (handles[label],) = axes.plot(*zip(*points, strict=True), linewidth=1.4, **looks)
+
+
+def _head(figure: Any, head: str, subtitle: str) -> None:
+    figure.suptitle(f"{head}\n", color=INK, fontsize=12, fontweight="bold")
+    top = 1 - 0.36 / figure.get_figheight()
+    figure.text(0.5, top, subtitle, ha="center", va="top", fontsize=8, color=SOFT_INK)
 
 
 def _log_axes(axes: Any, batches: Sequence[int]) -> None:
@@ -122,7 +115,7 @@ def _log_axes(axes: Any, batches: Sequence[int]) -> None:
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda amount, _: _short(amount))
     axes.set_xlabel("images a call", fontsize=8, color=SOFT_INK)
-    axes.tick_params(labelsize=8, labelcolor=INK)
+    axes.tick_params(which="both", length=0, labelsize=8, labelcolor=INK)
     axes.grid(color=GRID, linewidth=0.5, alpha=0.6)
 
 
@@ -134,38 +127,58 @@ def _short(amount: float) -> str:
 
 
 def roofline(rows: Sequence[Mapping[str, Any]], gpu: str) -> Any:
-    """Return a figure with each layer's share of its own roofline, the most important first."""
-    shown = rows[:_MOST_LAYERS]
-    figure = new_figure(10, 1.6 + 0.27 * len(shown))
-    axes = figure.subplots()
-    title(
-        axes,
+    """Return a figure with each layer's share of its own roofline, a panel for each batch size.
+
+    Products, which have no batch, are in the last.
+    """
+    batches = sorted({row["batch"] for row in rows if row["network"] != _PRODUCT} or {1})
+    names = list(dict.fromkeys(_layer(row) for row in rows))
+    figure = new_figure(12, 1.9 + 0.27 * len(names))
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    present = [name for name in _BACKENDS if any(name in row["share"] for row in rows)]
+    for axes, batch in zip(panels, batches, strict=True):
+        shown = [
+            row
+            for row in rows
+            if (batches[-1] if row["network"] == _PRODUCT else row["batch"]) == batch
+        ]
+        title(axes, f"Batch {batch}", "")
+        _bars(axes, shown, names, present)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    _head(
+        figure,
         f"Layers beside their roofline on {gpu}",
-        "the slower of bytes over copy bandwidth and bit-MACs over their peak, over the time taken",
+        "the slower of bytes over copy bandwidth and bit-MACs over their peak, "
+        "in % of the time taken; medians, CUDA graphs",
     )
-    present = [name for name in _BACKENDS if any(name in row["share"] for row in shown)]
-    height = 0.8 / max(len(present), 1)
-    for number, name in enumerate(present):
-        color, label = _BACKENDS[name]
-        places = [i + (number - (len(present) - 1) / 2) * height for i in range(len(shown))]
-        shares = [100 * (row["share"].get(name) or 0) for row in shown]
-        axes.barh(places, shares, height=0.9 * height, color=color, label=label, zorder=2)
-        for place, percent in zip(places, shares, strict=True):
-            if percent:
-                axes.text(
-                    percent + 0.8, place, f"{percent:.0f}", va="center", fontsize=6, color=INK
-                )
-    axes.axvline(100, color=INK, linestyle=":", linewidth=1.2, zorder=3)
-    axes.set_yticks(range(len(shown)), [_layer(row) for row in shown])
-    axes.invert_yaxis()
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_xlabel("% of the roofline", fontsize=8, color=SOFT_INK)
-    axes.tick_params(labelsize=7, labelcolor=INK)
-    axes.grid(axis="x", color=GRID, linewidth=0.5, alpha=0.6)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=8)
     return figure
 
 
+def _bars(
+    axes: Any, rows: Sequence[Mapping[str, Any]], names: list[str], present: list[str]
+) -> None:
+    height = 0.8 / max(len(present), 1)
+    for number, backend in enumerate(present):
+        color, label = _BACKENDS[backend]
+        found = [
+            (names.index(_layer(row)), 100 * row["share"][backend])
+            for row in rows
+            if row["share"].get(backend)
+        ]
+        offset = (number - (len(present) - 1) / 2) * height
+        places, shares = [place + offset for place, _ in found], [percent for _, percent in found]
+        axes.barh(places, shares, height=0.9 * height, color=color, label=label, zorder=2)
+        for place, percent in zip(places, shares, strict=True):
+            axes.text(percent + 1.5, place, f"{percent:.0f}", va="center", fontsize=6, color=INK)
+    axes.axvline(100, color=INK, linestyle=":", linewidth=1.2, zorder=3)
+    axes.set_xlim(0, max(115, *axes.get_xlim()))
+    axes.set_xlabel("% of the roofline", fontsize=8, color=SOFT_INK)
+    axes.tick_params(labelsize=7, labelcolor=INK)
+    axes.grid(axis="x", color=GRID, linewidth=0.5, alpha=0.6)
+
+
 def _layer(row: Mapping[str, Any]) -> str:
-    bound = f", {row['bound']}-bound" if row["bound"] else ""
-    return f"{row['network']} {row['layer']}, batch {row['batch']}{bound}"
+    return f"{row['network']} {row['layer']}, {row['variant']}"

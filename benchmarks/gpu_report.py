@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_ceilings import lines as ceiling_lines
 from gpu_machine import missing, run_folder
 from gpu_roofline import Ceilings, Work, share, total
 
 __all__ = ["SCHEMA", "gathered", "layer_rows", "network_lines", "network_rows", "tables"]
 
 SCHEMA = 1
-RESULTS = "results.json"
+RESULTS, TABLES = "results.json", "report.txt"
 RATE, LATENCY, ROOF = "gpu-images-per-second.png", "gpu-latency.png", "gpu-roofline.png"
 BEST = "cuda float16"
 RIVAL = "compile float16"
@@ -121,7 +122,8 @@ def network_rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
         row["floor_ms"] = None if floor_s is None else 1e3 * floor_s
         measured = row["throughput_ms"].get(BEST)
         row["share"] = None if measured is None else share(floor_s, 1e-3 * measured)
-    return list(rows.values())
+    order = list(dict.fromkeys(name for name, _ in rows))
+    return sorted(rows.values(), key=lambda row: (order.index(row["network"]), row["batch"]))
 
 
 def _work(kernel: Mapping[str, Any], batch: int) -> Work:
@@ -150,13 +152,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def tables(values: Mapping[str, Any]) -> str:
     """Return all that was measured as text."""
-    parts = [_layer_table(layer_rows(values)), *_network_tables(network_rows(values))]
-    networks = values.get("networks", {})
-    parts += [_check_lines(networks.get("checks", []))]
+    rates, latencies = _network_tables(network_rows(values))
+    parts = [_layer_table(layer_rows(values)), latencies]
     for step in ("layers", "networks"):
         for kind in ("skipped", "failed"):
             entries = values.get(step, {}).get(kind, {})
             parts.append([f"{step}, {kind}: {name}: {why}" for name, why in entries.items()])
+    parts.append(_check_lines(values.get("networks", {}).get("checks", [])))
+    if "ceilings" in values:
+        parts.append(["Ceilings", *ceiling_lines(values["ceilings"])])
+    parts.append(rates)  # last: who reads the end of it reads this
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -185,9 +190,9 @@ def _us(ms: float | None) -> str:
     return "-" if ms is None else f"{1e3 * ms:,.1f}"
 
 
-def _network_tables(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _network_tables(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     if not rows:
-        return []
+        return [], []
     names = list(dict.fromkeys(who for row in rows for who in row["throughput_ms"]))
     rates = [["network", "batch", *names, "floor", f"{BEST} of floor", f"x {RIVAL}"]]
     latencies = [["network", "batch", *names]]
@@ -199,10 +204,10 @@ def _network_tables(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         last = [_rate(row["batch"], row["floor_ms"]), _percent(row["share"])]
         rates.append([*key, *cells, *last, "-" if ratio is None else f"{ratio:.2f}"])
         latencies.append([*key, *(_us(row["latency_ms"].get(name)) for name in names)])
-    return [
+    return (
         ["Networks: images a second, calls one behind another", *aligned(rates)],
         ["Networks: microseconds of a call on its own", *aligned(latencies)],
-    ]
+    )
 
 
 def _rate(batch: int, ms: float | None) -> str:
@@ -257,7 +262,9 @@ def main(words: Sequence[str]) -> int:
     else:
         values, out = gathered(run_folder()), Path(os.environ["OUT"])
         (out / RESULTS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    print(tables(values) or "Nothing was measured.")
+    text = tables(values) or "Nothing was measured."
+    (out / TABLES).write_text(text + "\n", encoding="utf-8")
+    print(text)
     written = ", ".join(write(values, out)) or "no picture, for want of figures"
     print(f"\n{out / RESULTS}; {written}")
     return 0
