@@ -1,6 +1,7 @@
 """One network on the GPU, in a process that can be stopped: checked first, then timed in turn.
 
-    gpu_contest.py NETWORK --batch N [--batch N ...]         our backends, and the eager twin
+    gpu_contest.py NETWORK --batch N [--batch N ...]         backend cuda, and the eager twin
+    gpu_contest.py NETWORK --batch N [--batch N ...] --triton    backend triton beside both
     gpu_contest.py NETWORK --batch N --compile DTYPE         torch.compile beside ours and eager
     gpu_contest.py NETWORK --batch N --compile DTYPE --warm  compile only
 
@@ -32,7 +33,8 @@ from biper_engine.bench.timer import Budget
 from biper_engine.errors import BiperError
 
 LINES = "networks.jsonl"
-OURS = (("cuda", "float32"), ("cuda", "float16"), ("cuda", "bfloat16"), ("triton", "float16"))
+CUDA = (("cuda", "float32"), ("cuda", "float16"), ("cuda", "bfloat16"))
+TRITON = (("triton", "float32"), ("triton", "float16"))
 BEST = "cuda float16"
 BUDGET = Budget(seconds=1.2, fewest=5, most=100, warmup=0)
 CHECKED_IMAGES = 32
@@ -208,20 +210,35 @@ def append(values: dict[str, Any]) -> None:
         file.write(json.dumps(values) + "\n")
 
 
-def run_ours(prepared: Prepared, batches: Sequence[int], device: torch.device) -> bool:
-    """Check and time our backends beside the eager twin; tell whether nothing is wrong."""
+def run_ours(
+    prepared: Prepared,
+    batches: Sequence[int],
+    device: torch.device,
+    group: str,
+    ours: Sequence[tuple[str, str]],
+) -> bool:
+    """Check and time our backends beside the eager twin; tell whether nothing is wrong.
+
+    Args:
+        prepared: its engines move to the device.
+        batches: images per call, one after another.
+        device: where.
+        group: "cuda" or "triton"; beside others than it, its best is timed, too.
+        ours: pairs of a backend and a stream; none where there is no engine.
+    """
     for engine in prepared.engines.values():
         engine.to(device)
-    ours = OURS if prepared.engines else ()
     checks = check(prepared, device, ours) if ours else Checks()
     append({"kind": "checks", "network": prepared.name, **vars(checks)})
     for name, why in checks.reasons.items():
         print(f"{prepared.name} {name}: {why}")
+    best = tuple(BEST.split())
+    beside = [] if best in ours or not ours else [best]
     for batch in batches:
         images, reasons = images_of(prepared.input_shape, batch, device), dict(checks.reasons)
-        contenders, dtypes = our_contenders(prepared, images, reasons, ours)
+        contenders, dtypes = our_contenders(prepared, images, reasons, [*ours, *beside])
         taken = contest([*contenders, eager_contender(prepared, images)], device)
-        line = {"kind": "contest", "network": prepared.name, "batch": batch, "group": "ours"}
+        line = {"kind": "contest", "network": prepared.name, "batch": batch, "group": group}
         append({**line, "taken": taken, "image_dtypes": dtypes, "did_not_run": reasons})
         print(f"{prepared.name}, batch {batch}: {told(batch, taken)}")
     return not any(why.startswith("WRONG") for why in checks.reasons.values())
@@ -262,6 +279,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, action="append", required=True)
     parser.add_argument("--compile", choices=list(STREAMS), help="dtype of the rival")
     parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--triton", action="store_true")
     return parser.parse_args(words)
 
 
@@ -273,7 +291,10 @@ def main(words: Sequence[str]) -> int:
         return 1
     device = torch.device("cuda")
     prepared = load(file_of(options.network))
-    work: Callable[[], bool] = partial(run_ours, prepared, options.batch, device)
+    group, ours = ("triton", TRITON) if options.triton else ("cuda", CUDA)
+    if not prepared.engines:
+        ours = ()
+    work: Callable[[], bool] = partial(run_ours, prepared, options.batch, device, group, ours)
     if options.compile:
         (batch,) = options.batch
         work = partial(run_compiled, prepared, batch, options.compile, device, warm=options.warm)

@@ -33,52 +33,61 @@ class Part:
     Attributes:
         network: its name.
         batches: images per call, one after another.
-        rival: dtype that `torch.compile` gets; empty for our backends and the eager twin.
+        against: what is timed beside our best backend: "triton", the dtype that `torch.compile`
+            gets, or nothing but the eager twin.
         needs_s: seconds below which it is not begun.
         limit_s: seconds after which it is stopped.
     """
 
     network: str
     batches: tuple[int, ...]
-    rival: str = ""
+    against: str = ""
     needs_s: float
     limit_s: float
 
     @property
     def name(self) -> str:
-        what = f"compile {self.rival}" if self.rival else "ours"
+        what = {"": "cuda", "triton": "triton"}.get(self.against, f"compile {self.against}")
         return f"{self.network}, batch {', '.join(map(str, self.batches))}, {what}"
 
     @property
     def words(self) -> list[str]:
         """Arguments of gpu_contest.py."""
         batches = [word for batch in self.batches for word in ("--batch", str(batch))]
-        return [self.network, *batches, *(["--compile", self.rival] if self.rival else [])]
+        return [self.network, *batches, *_OPTIONS.get(self.against, ("--compile", self.against))]
 
 
-def ours(network: str) -> Part:
-    return Part(network=network, batches=BATCHES, needs_s=OURS_S, limit_s=MOST_OURS_S)
+_OPTIONS = {"": (), "triton": ("--triton",)}
+
+
+def ours(network: str, against: str = "") -> Part:
+    return Part(
+        network=network, batches=BATCHES, against=against, needs_s=OURS_S, limit_s=MOST_OURS_S
+    )
 
 
 def rival(network: str, batch: int, dtype: str) -> Part:
     return Part(
-        network=network, batches=(batch,), rival=dtype, needs_s=COMPILED_S, limit_s=COMPILE_S
+        network=network, batches=(batch,), against=dtype, needs_s=COMPILED_S, limit_s=COMPILE_S
     )
 
 
 def parts() -> Iterator[Part]:
-    """Give all parts: ResNet-18 with its most important rivals, our backends on all others, rivals.
+    """Give all parts, the most important first.
 
-    Rivals come in the order of `rivals_by_importance`, and MobileNetV3 in eager mode last.
+    That is ResNet-18 on cuda, its compiled rivals at batch 256 and 1, and triton; the other
+    networks on cuda; then rivals as `rivals_by_importance` has them, with triton in between.
     """
     first, *others = BINARY
     compiled = [rival(*entry) for entry in rivals_by_importance()]
     yield ours(first)
     yield from compiled[:2]
+    yield ours(first, "triton")
     yield from map(ours, others)
-    yield from compiled[2:6]
+    yield from compiled[2:5]
+    yield from (ours(network, "triton") for network in others)
     yield from map(ours, FLOAT)
-    yield from compiled[6:]
+    yield from compiled[5:]
 
 
 def run_part(part: Part, left_s: Callable[[], float]) -> str | None:

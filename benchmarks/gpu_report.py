@@ -25,6 +25,10 @@ RESULTS, TABLES = "results.json", "report.txt"
 RATE, LATENCY, ROOF = "gpu-images-per-second.png", "gpu-latency.png", "gpu-roofline.png"
 BEST = "cuda float16"
 RIVAL = "compile float16"
+CONTESTANTS = (
+    *("cuda float32", "cuda float16", "cuda bfloat16", "triton float32", "triton float16"),
+    *("eager float16", "compile float16", "compile bfloat16"),
+)
 LINES = "networks.jsonl"
 VALUES = ("machine", "build", "tests", "sanitizer", "ceilings", "layers", "networks", "digits")
 
@@ -106,7 +110,7 @@ def network_rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
             {"network": name, "batch": batch, "throughput_ms": {}, "latency_ms": {}, "faster": {}},
         )
         for who, found in taken.items():
-            if contest["group"] in ("ours", who):  # others are there to be compared with
+            if _is_of(who, contest["group"]):  # others are there to be compared with
                 row["throughput_ms"][who] = found["throughput_ms"]
                 row["latency_ms"][who] = found["latency_ms"]
         if BEST in taken:
@@ -114,7 +118,7 @@ def network_rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
             row["faster"] |= {
                 who: found["throughput_ms"] / ours
                 for who, found in taken.items()
-                if contest["group"] in ("ours", who) and who != BEST
+                if _is_of(who, contest["group"]) and who != BEST
             }
     for (name, batch), row in rows.items():
         works = [_work(kernel, batch) for kernel in networks.get("kernels", {}).get(name, [])]
@@ -124,6 +128,11 @@ def network_rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
         row["share"] = None if measured is None else share(floor_s, 1e-3 * measured)
     order = list(dict.fromkeys(name for name, _ in rows))
     return sorted(rows.values(), key=lambda row: (order.index(row["network"]), row["batch"]))
+
+
+def _is_of(who: str, group: str) -> bool:
+    """Tell whether a contestant's figures are of the contest of a group: its own, or eager ones."""
+    return who.startswith(group) or (who.startswith("eager") and group == "cuda")
 
 
 def _work(kernel: Mapping[str, Any], batch: int) -> Work:
@@ -193,7 +202,8 @@ def _us(ms: float | None) -> str:
 def _network_tables(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     if not rows:
         return [], []
-    names = list(dict.fromkeys(who for row in rows for who in row["throughput_ms"]))
+    present = {who for row in rows for who in row["throughput_ms"]}
+    names = [name for name in CONTESTANTS if name in present]
     rates = [["network", "batch", *names, "floor", f"{BEST} of floor", f"x {RIVAL}"]]
     latencies = [["network", "batch", *names]]
     for row in rows:

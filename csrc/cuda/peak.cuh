@@ -1,8 +1,8 @@
 // Loops that one kind of instruction bounds. Everything is in registers: operands come from the
 // parameters, so that nothing is known at compile time, and memory is never touched.
 //
-// Each warp has kChains instructions in flight that do not depend on each other, each SM kWarps
-// warps: more than the latency of any of these (33 clocks at most, on sm_80 and sm_90) asks for.
+// Each warp has kPeakChains instructions in flight that do not depend on each other, each of the
+// four parts of an SM eight warps: 64 in flight, against a latency of some 30 clocks.
 #pragma once
 
 #include "platform.cuh"
