@@ -77,7 +77,10 @@ class Work:
     float_macs: float = 0
 
     def times(self, ceilings: Ceilings) -> dict[str, float]:
-        """Return the least seconds for "bytes", "bits" and "floats", where a rate is known."""
+        """Return the least seconds for "bytes", "bits" and "floats": what there is to do of them.
+
+        What has no known rate is left out.
+        """
         dense, grouped = (ceilings.bit_macs_per_second(grouped=each) for each in (False, True))
         bits = [(self.bit_macs, dense), (self.grouped_bit_macs, grouped)]
         found = {
@@ -85,10 +88,10 @@ class Work:
             "bits": _seconds(*bits),
             "floats": _seconds((self.float_macs, ceilings.float_macs)),
         }
-        return {name: seconds for name, seconds in found.items() if seconds is not None}
+        return {name: seconds for name, seconds in found.items() if seconds}
 
     def floor(self, ceilings: Ceilings) -> tuple[float, str] | None:
-        """Return the least seconds and what bounds them; None where no rate is known."""
+        """Return the least seconds and what bounds them; None where no rate of it is known."""
         times = self.times(ceilings)
         if not times:
             return None

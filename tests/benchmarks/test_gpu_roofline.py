@@ -40,13 +40,9 @@ def test_what_l2_holds_is_bound_by_l2() -> None:
 
 
 def test_without_a_ceiling_there_is_no_floor_and_no_share() -> None:
-    assert Work(nbytes=1, bit_macs=1).times(Ceilings(copy_bytes=1.0)) == {
-        "bytes": 1.0,
-        "floats": 0,
-    }
-    assert Work(nbytes=1).floor(Ceilings()) == (0, "bits")
-    assert Work(nbytes=1, bit_macs=1, float_macs=1).floor(Ceilings()) is None
-    assert total([Work(nbytes=1, bit_macs=1, float_macs=1)], Ceilings()) is None
+    assert Work(nbytes=1, bit_macs=1).times(Ceilings(copy_bytes=2.0)) == {"bytes": 0.5}
+    assert Work(nbytes=1).floor(Ceilings()) is None
+    assert total([Work(nbytes=1), Work(float_macs=1)], Ceilings(copy_bytes=1.0)) is None
     assert share(None, 1.0) is None
     assert share(1e-6, 4e-6) == 0.25
 
