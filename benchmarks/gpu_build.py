@@ -33,7 +33,7 @@ def main() -> int:
         print(f"not installed: {', '.join(absent)}; nothing can be built")
         return 1
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": os.environ.get("REQUIRE_NATIVE", "1")}
+    environment = {"BIPER_REQUIRE_NATIVE": "1", **os.environ}
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     seconds = monotonic() - start
     invalidate_caches()

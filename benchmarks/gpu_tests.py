@@ -148,7 +148,7 @@ def stand_in(folder: Path) -> str:
 def pytest_words(report: Path) -> list[str]:
     """Return the arguments of every run."""
     words = ["-m", "pytest", "--no-header", "-q", "-rf", f"--junitxml={report}", "-o"]
-    words += ["console_output_style=count"]
+    words += ["console_output_style=count", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     if not missing("xdist"):
         words += ["-n", str(WORKERS), "--maxprocesses", str(WORKERS), "--dist", "worksteal"]
     return words
@@ -159,7 +159,9 @@ def run(name: str, words: Sequence[str], deadline: Deadline, shims: str) -> tupl
     report = run_folder() / f"tests-{name}.xml"
     log = run_folder() / f"tests-{name}.log"
     paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), shims]))
-    group = Group(python(*pytest_words(report), *words), log, {"PYTHONPATH": paths})
+    group = Group(
+        python(*pytest_words(report), *words), log, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "2"}
+    )
     allowed = deadline.left_s()
     try:
         status = group.wait(allowed)
