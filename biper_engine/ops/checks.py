@@ -14,7 +14,7 @@ from biper_engine.bits import WORD_BITS, words
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.ops.epilogue import Epilogue
-from biper_engine.ops.stem import Stem
+from biper_engine.ops.stem import MAX_STEM_CHANNELS, Stem
 
 __all__ = [
     "check_conv",
@@ -142,6 +142,11 @@ def check_stem_parameters(stem: Stem, device: torch.device) -> None:
         raise TypeError(f"`weight` must be float32, but its dtype is {stem.weight.dtype}.")
     _check_device("weight", stem.weight, device)
     conv = stem.conv
+    if conv.in_channels > MAX_STEM_CHANNELS:
+        raise GeometryError(
+            f"`weight` must be [O, C, KH, KW] with C at most {MAX_STEM_CHANNELS}, as images have, "
+            f"but its shape is {tuple(stem.weight.shape)}; use `torch.nn.functional.conv2d`."
+        )
     outgoing = {"bias": stem.bias, "threshold": stem.threshold, "sense": stem.sense}
     check_per_channel(outgoing, conv.out_channels, device)
     if (stem.scale is None) != (stem.offset is None):

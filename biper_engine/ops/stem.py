@@ -27,7 +27,10 @@ from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 
-__all__ = ["PLAN_OPERATORS", "Stem"]
+__all__ = ["MAX_STEM_CHANNELS", "PLAN_OPERATORS", "Stem"]
+
+MAX_STEM_CHANNELS = 4
+"""Channels of images; a convolution of more is no stem."""
 
 PLAN_OPERATORS = ("stem", "stem_bits", "pooled_linear")
 
@@ -37,7 +40,7 @@ class Stem:
     """Parameters of a fused stem; see the module for the order and the rounding.
 
     Attributes:
-        weight: float32 [O, C, KH, KW], any strides.
+        weight: float32 [O, C, KH, KW], any strides, C at most MAX_STEM_CHANNELS.
         bias: float32 [O], or None.
         stride: (vertical, horizontal).
         padding: true zeros added at (top, bottom, left, right).

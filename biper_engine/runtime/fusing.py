@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 
 from biper_engine.ops.backends import by_name, forced_name, select
 from biper_engine.ops.functional import stem_options
-from biper_engine.ops.stem import PLAN_OPERATORS, Stem
+from biper_engine.ops.stem import MAX_STEM_CHANNELS, PLAN_OPERATORS, Stem
 from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.patterns import (
     all_arguments,
@@ -40,7 +40,6 @@ __all__ = ["fuse_ends"]
 
 _aten = torch.ops.aten
 
-MAX_STEM_CHANNELS = 4  # images; a convolution of more channels is PyTorch's
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _ARITHMETIC = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 

@@ -9,6 +9,7 @@
 
 #include "bconv.h"
 #include "device.h"
+#include "peak.h"
 
 #ifndef BIPER_MODULE_NAME
 #define BIPER_MODULE_NAME _cuda
@@ -156,6 +157,12 @@ DeviceProperties properties(int index) {
   return found;
 }
 
+double peak(int kind, int milliseconds) {
+  double operations_per_second = 0;
+  succeed(measure_peak(kind, milliseconds, &operations_per_second));
+  return operations_per_second;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
@@ -171,6 +178,7 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
   m.def("device_count", &count_devices);
   m.def("set_device", [](int index) { succeed(set_device(index)); });
   m.def("device_properties", &properties, py::arg("index"));
+  m.def("measure_peak", &peak, release(), py::arg("kind"), py::arg("milliseconds"));
   define_maps(m);
   define_ends(m);
   m.def("fragment_words", &fragment_words, py::arg("in_channels"), py::arg("taps"));

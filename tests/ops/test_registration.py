@@ -94,7 +94,7 @@ EPILOGUE = Epilogue(
 FUSED = {**epilogue_options(EPILOGUE), **geometry_options(CONV)}
 
 STEM = {
-    "weight": random(34, 66, 3, 3, seed=6),
+    "weight": random(34, 3, 3, 3, seed=6),
     "bias": random(34, seed=2),
     "stride": [1, 2],
     "padding": [1, 1, 0, 2],
@@ -103,8 +103,8 @@ STEM = {
     "pool_padding": [1, 1],
     "clamp_min": -20.0,
     "clamp_max": 30.0,
-    "scale": random(66, seed=7),
-    "offset": random(66, seed=8),
+    "scale": random(3, seed=7),
+    "offset": random(3, seed=8),
     **BITS_OUT,
 }
 
@@ -140,8 +140,8 @@ MODULES: dict[str, Callable[[], Call]] = {
         **BITS_OUT,
         **FUSED,
     ),
-    "stem": lambda: Single("stem", ("x",), dtype=torch.float16, **STEM),
-    "stem_bits": lambda: Single("stem_bits", ("x",), **STEM),
+    "stem": lambda: Single("stem", ("images",), dtype=torch.float16, **STEM),
+    "stem_bits": lambda: Single("stem_bits", ("images",), **STEM),
     "pooled_linear": lambda: Single(
         "pooled_linear", ("x",), weight=random(10, 66, seed=1), bias=random(10, seed=2)
     ),
@@ -151,6 +151,8 @@ MODULES: dict[str, Callable[[], Call]] = {
 def inputs_of(module: Call, batch: int) -> tuple[Tensor, ...]:
     if module.inputs == ("weight",):
         return (WEIGHT,)
+    if module.inputs == ("images",):
+        return (random(batch, 3, *SIZE, seed=batch),)
     x = random(batch, 66, *SIZE, seed=batch)
     if module.inputs == ("x",):
         return (x,)

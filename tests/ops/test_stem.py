@@ -294,6 +294,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         GeometryError,
         r"`weight` must be \[O, C, KH, KW\], but its shape is \(40, 3\)",
     ),
+    "channels of weights": (
+        random(1, 5, 9, 9),
+        {"weight": random(40, 5, 3, 3)},
+        GeometryError,
+        r"`weight` must be \[O, C, KH, KW\] with C at most 4, .* is \(40, 5, 3, 3\)",
+    ),
     "dtype of weights": (
         random(1, 3, 9, 9),
         {"weight": random(40, 3, 7, 7).half()},

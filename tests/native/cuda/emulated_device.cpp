@@ -1,8 +1,9 @@
-// The device of the emulated module, in the place of csrc/cuda/device.cu.
+// The device of the emulated module, in the place of csrc/cuda/device.cu and peak.cu.
 
 #include <cstdlib>
 
 #include "device.h"
+#include "peak.h"
 
 namespace biper {
 
@@ -31,5 +32,7 @@ int device_count(const char** error) {
 }
 
 const char* set_device(int) { return nullptr; }
+
+const char* measure_peak(int, int, double*) { return "an emulator has no peak"; }
 
 }  // namespace biper
