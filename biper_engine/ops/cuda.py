@@ -281,7 +281,8 @@ class _Stem:
             *(stem.weight, stem.stride[1], stem.compute_dtype), tensor_cores=self._tensor_cores
         )
 
-    def __call__(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def run(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the float map, the packed map, or both."""
         stem, native = self._stem, self._native
         n, _, h, w = x.shape
         channels, _, *kernel = stem.weight.shape
@@ -426,7 +427,7 @@ class CudaBackend(Backend):
         return self.bind_stem(stem)(x)
 
     def bind_stem(self, stem: Stem) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
-        return _Stem(self._native, stem)
+        return _Stem(self._native, stem).run
 
     def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight, bias = _channels_last(x), weight.contiguous(), _contiguous(bias)

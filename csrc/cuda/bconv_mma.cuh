@@ -99,8 +99,14 @@ __device__ __forceinline__ uint32_t finish(const BconvMmaParams& p, const Shared
   return out.bits == nullptr ? 0u : compare(p.epilogue, scales, channel, v);
 }
 
+// Warps of one processor that registers must suffice for: with 128 each, and 255 where bytes are
+// made of bits, no instance spills.
+template <bool BYTES>
+constexpr int kResidentWarps = BYTES ? 8 : 16;
+
 template <int ROW_TILES, int COLUMN_TILES, int ROW_WARPS, bool BYTES, Leaving LEAVING>
-__global__ void __launch_bounds__(32 * ROW_WARPS) bconv_mma(BconvMmaParams p) {
+__global__ void __launch_bounds__(32 * ROW_WARPS, kResidentWarps<BYTES> / ROW_WARPS)
+    bconv_mma(BconvMmaParams p) {
   constexpr int kRows = 16 * ROW_TILES * ROW_WARPS;
   constexpr int kColumns = 8 * COLUMN_TILES;
   constexpr int kThreads = 32 * ROW_WARPS;

@@ -127,7 +127,7 @@ __device__ __forceinline__ bool finish_one(const BconvPopcountParams& p, int cha
 
 constexpr int kPopcountThreads = 128;
 
-__global__ void __launch_bounds__(kPopcountThreads) bconv_popcount(BconvPopcountParams p) {
+__global__ void __launch_bounds__(kPopcountThreads, 8) bconv_popcount(BconvPopcountParams p) {
   const ConvShape& s = p.shape;
   const int lane = threadIdx.x % 32;
   const int channel = static_cast<int>(blockIdx.y) * 32 + lane;

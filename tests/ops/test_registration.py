@@ -140,8 +140,8 @@ MODULES: dict[str, Callable[[], Call]] = {
         **BITS_OUT,
         **FUSED,
     ),
-    "stem": lambda: Single("stem", ("images",), dtype=torch.float16, **STEM),
-    "stem_bits": lambda: Single("stem_bits", ("images",), **STEM),
+    "stem": lambda: Single("stem", ("x",), dtype=torch.float16, **STEM),
+    "stem_bits": lambda: Single("stem_bits", ("x",), **STEM),
     "pooled_linear": lambda: Single(
         "pooled_linear", ("x",), weight=random(10, 66, seed=1), bias=random(10, seed=2)
     ),
@@ -151,8 +151,8 @@ MODULES: dict[str, Callable[[], Call]] = {
 def inputs_of(module: Call, batch: int) -> tuple[Tensor, ...]:
     if module.inputs == ("weight",):
         return (WEIGHT,)
-    if module.inputs == ("images",):
-        return (random(batch, 3, *SIZE, seed=batch),)
+    if "weight" in module.tensors and module.inputs == ("x",) and module.weight.dim() == 4:
+        return (random(batch, module.weight.shape[1], *SIZE, seed=batch),)  # a stem's images
     x = random(batch, 66, *SIZE, seed=batch)
     if module.inputs == ("x",):
         return (x,)
