@@ -50,13 +50,10 @@ def small_set() -> list[tuple[Conv2dGeometry, tuple[int, int], Pool2dGeometry]]:
     ]
 
 
-def work(backend: str, device: torch.device) -> list[str]:
-    """Run the small set and a network on a backend; return what differs from the reference."""
+def convolutions(backend: str, device: torch.device) -> list[str]:
+    """Run the small set on a backend; return what differs from the reference."""
     from gpu_layers import Case, equal
-    from gpu_prepare import binary_network
     from gpu_roofline import Conv
-
-    from biper_engine import convert, use_backend
 
     wrong = []
     for geometry, size, pool in small_set():
@@ -71,15 +68,22 @@ def work(backend: str, device: torch.device) -> list[str]:
         )
         case = Case(layer, 3, device)
         if not equal(case.ours(backend)(), case.ours("reference")()):
-            wrong.append(f"{geometry}")
-    model = binary_network("cifar10/resnet20_1w1a")
-    engine = convert(model, check=False).to(device)
+            wrong.append(f"{geometry} differs from the reference")
+    return wrong
+
+
+def network(backend: str, device: torch.device) -> list[str]:
+    """Run a network as it comes, captured and replayed; return what is wrong with its answers."""
+    from gpu_prepare import binary_network
+
+    from biper_engine import convert, use_backend
+
+    engine = convert(binary_network("cifar10/resnet20_1w1a"), check=False).to(device)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
     with use_backend(backend):
-        outputs = [engine(images) for _ in range(3)]  # as it comes, captured, replayed
-    if not all(torch.equal(outputs[0], other) for other in outputs):
-        wrong.append("the network gives another answer when it is called again")
-    return wrong
+        first, *others = (engine(images) for _ in range(3))
+    same = all(torch.equal(first, other) for other in others)
+    return [] if same else ["the network gives another answer when it is called again"]
 
 
 def sanitizer() -> str | None:
@@ -115,7 +119,8 @@ def main(words: list[str]) -> int:
         return 1
     if words:
         with torch.inference_mode():
-            wrong = work("cuda", torch.device("cuda"))
+            device = torch.device("cuda")
+            wrong = [*convolutions("cuda", device), *network("cuda", device)]
         print("\n".join(wrong) or "equal to the reference")
         return 1 if wrong else 0
     program = sanitizer()

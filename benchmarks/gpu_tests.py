@@ -50,18 +50,15 @@ class settings(_Anything):
 
 
 def given(*args, **kwargs):
-    def skipped(function):
-        def test():
-            pass
+    return pytest.mark.skip(reason="hypothesis is not installed")
 
-        test.__name__ = function.__name__
-        return pytest.mark.skip(reason="hypothesis is not installed")(test)
 
-    return skipped
+def example(*args, **kwargs):
+    return lambda function: function
 
 
 strategies = HealthCheck = _Anything()
-assume = example = note = target = _Anything()
+assume = note = target = _Anything()
 """
 
 

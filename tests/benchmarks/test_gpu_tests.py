@@ -69,12 +69,18 @@ def test_marked_files_are_found(tmp_path: Path) -> None:
 def test_without_hypothesis_its_tests_skip_and_others_run(tmp_path: Path) -> None:
     place = stand_in(tmp_path)
     (tmp_path / "test_it.py").write_text(
-        "from hypothesis import given, settings, strategies as st\n"
+        "import pytest\n"
+        "from hypothesis import HealthCheck, assume, example, given, settings\n"
+        "from hypothesis import strategies as st\n"
+        "@st.composite\n"
+        "def pairs(draw):\n    return draw(st.integers())\n"
         "settings.register_profile('a', deadline=None)\n"
         "settings.load_profile('a')\n"
         "@settings(max_examples=3)\n"
-        "@given(x=st.integers(0, 3).map(str), y=st.data())\n"
-        "def test_property(x, y):\n    assert False\n"
+        "@pytest.mark.parametrize('z', [1, 2])\n"
+        "@given(x=st.integers(0, 3).map(str), y=pairs())\n"
+        "@example(x='1', y=2)\n"
+        "def test_property(x, y, z, tmp_path):\n    assert False\n"
         "def test_plain():\n    assert True\n",
         "utf-8",
     )
@@ -86,13 +92,19 @@ def test_without_hypothesis_its_tests_skip_and_others_run(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
     found = count(report.read_text("utf-8"))
     assert found.passed == 1
-    assert found.skipped == {"hypothesis is not installed": 1}
+    assert found.skipped == {"hypothesis is not installed": 2}
 
 
 def test_what_sanitizers_watch_is_right_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIPER_BACKEND", raising=False)
     with torch.inference_mode():
-        assert gpu_sanitizer.work("reference", torch.device("cpu")) == []
+        assert gpu_sanitizer.convolutions("reference", torch.device("cpu")) == []
+
+
+@pytest.mark.deep
+def test_the_network_that_sanitizers_watch_has_one_answer() -> None:
+    with torch.inference_mode():
+        assert gpu_sanitizer.network("reference", torch.device("cpu")) == []
 
 
 def test_what_sanitizers_watch_has_ragged_edges_groups_and_pools() -> None:
