@@ -87,7 +87,7 @@ def check(prepared: Prepared, device: torch.device, ours: Sequence[tuple[str, st
     exact = prepared.engines["float32"]
     with use_backend("reference"):
         wanted = exact(images)
-    best: Tensor | None = None
+    exactly: Tensor | None = None
     for backend, stream in ours:
         name, engine = f"{backend} {stream}", prepared.engines[stream]
         try:
@@ -100,11 +100,11 @@ def check(prepared: Prepared, device: torch.device, ours: Sequence[tuple[str, st
             with use_backend(backend):
                 if stream == "float32":
                     found.images[backend] = agreeing(exact(images), wanted)
-                    best = exact(random).argmax(1)
+                    exactly = exact(random).argmax(1)
                 else:
                     classes = engine(accepted(engine, random, stream)).argmax(1)
-                    if best is not None:
-                        found.top1[name] = (int((classes == best).sum()), many)
+                    if exactly is not None:
+                        found.top1[name] = (int((classes == exactly).sum()), many)
         except _FAILURES as error:
             found.reasons[name] = first_line(error)
             continue
@@ -190,6 +190,12 @@ def compiled_contender(
     return Contender(name=f"compile {dtype}", call=partial(compiled, half)), seconds, difference
 
 
+def best() -> tuple[str, str]:
+    """Return backend and stream of what rivals are timed beside."""
+    backend, _, stream = BEST.partition(" ")
+    return backend, stream
+
+
 def contest(contenders: Sequence[Contender], device: torch.device) -> dict[str, Any]:
     """Time contestants in turn and return JSON values by name."""
     taken: dict[str, Taken] = turns(contenders, clock_of(device), BUDGET)
@@ -232,8 +238,7 @@ def run_ours(
     append({"kind": "checks", "network": prepared.name, **vars(checks)})
     for name, why in checks.reasons.items():
         print(f"{prepared.name} {name}: {why}")
-    best = tuple(BEST.split())
-    beside = [] if best in ours or not ours else [best]
+    beside = [] if best() in ours or not ours else [best()]
     for batch in batches:
         images, reasons = images_of(prepared.input_shape, batch, device), dict(checks.reasons)
         contenders, dtypes = our_contenders(prepared, images, reasons, [*ours, *beside])
@@ -260,11 +265,11 @@ def run_compiled(
         print(f"compiled in {seconds:.0f} s, {difference:.1e} from eager")
         return True
     reasons: dict[str, str] = {}
-    contenders, dtypes = [], {}
+    contenders: list[Contender] = []
+    dtypes: dict[str, str] = {}
     if prepared.engines:
         prepared.engines["float16"].to(device)
-        best = [tuple(BEST.split())]
-        contenders, dtypes = our_contenders(prepared, images, reasons, best)
+        contenders, dtypes = our_contenders(prepared, images, reasons, [best()])
     taken = contest([*contenders, rival, eager_contender(prepared, images)], device)
     line = {"kind": "contest", "network": prepared.name, "batch": batch, "group": rival.name}
     more = {"image_dtypes": dtypes, "did_not_run": reasons}
