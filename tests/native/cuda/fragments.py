@@ -38,10 +38,11 @@ def cutlass_places(threads: Mode, values: Mode, rows: int) -> Places:
     at = offsets(threads)[:, None] + offsets(values)
     return Places(at % rows, at // rows)
 
-#Layouts(lanes; values) as shape and stride in NVIDIA CUTLASS, include / cute / atom /
-#mma_traits_sm80.hpp(BSD - 3 - Clause), at 7107b05535f8977f5ecb9d01ee203205b1fd9bc4:
-#SM80_16x8x256_S32U1U1S32_TN_ANDPOPC, SM80_16x8x32_S32U8U8S32_TN, SM80_16x8x16_F32F16F16F32_TN.
-#A and C count in a column of 16, B in one of 8 with N first.
+
+# Layouts(lanes; values) as shape and stride in NVIDIA CUTLASS, include / cute / atom /
+# mma_traits_sm80.hpp(BSD - 3 - Clause), at 7107b05535f8977f5ecb9d01ee203205b1fd9bc4:
+# SM80_16x8x256_S32U1U1S32_TN_ANDPOPC, SM80_16x8x32_S32U8U8S32_TN, SM80_16x8x16_F32F16F16F32_TN.
+# A and C count in a column of 16, B in one of 8 with N first.
 LANES = (4, 8)
 CUTLASS: dict[int, tuple[tuple[Mode, Mode], tuple[Mode, Mode]]] = {
     256: (
