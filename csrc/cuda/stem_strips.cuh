@@ -18,13 +18,17 @@
 // - m16n8k16: 8 strips * (56 * 2 + 7) rows * 2 groups * 44 = 83.8 K (11 steps for 147 values, 1.20
 //   as many; halo of the strips 1.14, of segments of 8 pooled rows 1.06). At the 62 % of the peak
 //   rate that mma.sync is said to reach, 1.6 clocks each: 134 K clocks.
-// - fragments: 83.8 K loads of 32 bits a lane, one clock of shared memory each; with the patch and
-//   the shuffles some 110 K clocks, beside those of the tensor cores.
-// - issue: per two rows of 32 channels 88 products, 84 loads, 32 maxima, 64 to exchange columns, 60
-//   for clamp, bits and stores, 40 more: 370; in all 350 K slots, 88 K clocks.
-// 3x3 at stride 1, 3 to 64 channels on 32x32: 145 KB an image, 34 ns; per row of a strip and 32
-// channels 12 products, 12 loads and 110 for two pixels of 8 channels a lane, so 1.4 K clocks an
-// image, 6 ns: bytes are the limit.
+// - shared memory: 42 loads of 32 bits a lane for 44 products, one clock each, 80 K; shuffles 16 K,
+//   patch 8 K, parameters 6 K: 110 K clocks, beside those of the tensor cores.
+// - issue: two rows of 32 channels are 517 instructions for sm_90, of which some 95 belong to
+//   borders and ragged channels and seldom run: 88 products, 84 loads, 32 maxima, 66 to exchange
+//   columns, 56 for bias, clamp, bits and stores. An image has 896 times that, 112 single rows and
+//   82 K instructions to read patches: 470 K slots, 118 K clocks.
+// So tensor cores come first, with the two others close: about 60 % of each at the 35 % wanted.
+//
+// Counts for 3x3 at stride 1, 3 to 64 channels, 32x32, an image: 145 KB, 34 ns or 7.8 K clocks. A
+// row of a strip and 32 channels is 250 instructions, some 50 of which seldom run, for 2 pixels of
+// 8 channels a lane; 128 of them and the patches are 31 K slots, 7.7 K clocks; 1.5 K products.
 
 #pragma once
 
