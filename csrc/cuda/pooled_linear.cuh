@@ -54,6 +54,7 @@ __device__ __forceinline__ void pool_image(const Params& p, int64_t image, float
                                            float* means) {
   const PooledLinearArgs& a = p.args;
   const int pixels = a.h * a.w;
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.turns * p.vectors; i += kThreads) {
     const int turn = i / p.vectors, vector = i - turn * p.vectors;
     float sums[VALUES] = {};
@@ -68,9 +69,11 @@ __device__ __forceinline__ void pool_image(const Params& p, int64_t image, float
     for (int j = 0; j < VALUES; ++j) partial[turn * a.c + j * p.vectors + vector] = sums[j];
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < a.c; i += kThreads) {
     const int j = i / p.vectors, vector = i - j * p.vectors;
     float sum = partial[i];
+#pragma unroll 1
     for (int turn = 1; turn < p.turns; ++turn) sum += partial[turn * a.c + i];
     means[vector * VALUES + j] = sum / static_cast<float>(pixels);
   }
@@ -137,7 +140,7 @@ __device__ __forceinline__ void class_sums(const Params& p, int first, const flo
 // bytes at least of one of them, and whole accesses of the other; or it is 1.
 // Dynamic shared memory: means [IMAGES, c], then sums of turns [turns, c].
 template <int TYPE, int WEIGHT, int VALUES, int IMAGES>
-__global__ void __launch_bounds__(kThreads) pooled_linear_kernel(const Params p) {
+__global__ void __launch_bounds__(kThreads, 2) pooled_linear_kernel(const Params p) {
   const PooledLinearArgs& a = p.args;
   float* means = reinterpret_cast<float*>(dynamic_shared());
   float* partial = means + IMAGES * a.c;
@@ -152,6 +155,7 @@ __global__ void __launch_bounds__(kThreads) pooled_linear_kernel(const Params p)
   const int end = a.classes - slice < p.slice ? a.classes : slice + p.slice;
   constexpr int kSums = kClasses * IMAGES, kSumLanes = 32 >> log2_of(kSums);
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int first = slice + threadIdx.x / 32 * kClasses; first < end; first += kWarps * kClasses) {
     float sums[kSums];
     class_sums<WEIGHT, VALUES, IMAGES>(p, first, means, sums);
