@@ -80,9 +80,7 @@ __device__ __forceinline__ void pool_image(const Params& p, int64_t image, float
   __syncthreads();  // before the next image takes `partial`
 }
 
-constexpr int log2_of(int power) { return power == 1 ? 0 : 1 + log2_of(power / 2); }
-
-// The sum over all lanes of value `lane >> (5 - log2(COUNT))`. Of COUNT values, a power of two,
+// The sum over all lanes of value `lane / (32 / COUNT)`. Of COUNT values, a power of two,
 // half go to the other half of the lanes, again and again, until one is left. OTHER: lanes to that
 // half.
 template <int COUNT, int OTHER = 16>
@@ -153,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) pooled_linear_kernel(const Params
   }
   const int slice = blockIdx.y * p.slice;
   const int end = a.classes - slice < p.slice ? a.classes : slice + p.slice;
-  constexpr int kSums = kClasses * IMAGES, kSumLanes = 32 >> log2_of(kSums);
+  constexpr int kSums = kClasses * IMAGES, kSumLanes = 32 / kSums;
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int first = slice + threadIdx.x / 32 * kClasses; first < end; first += kWarps * kClasses) {
