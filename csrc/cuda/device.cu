@@ -31,7 +31,7 @@ const char* ask(int index, DeviceProperties* properties) {
   }
   properties->capability = 10 * major + minor;
   properties->has_binary_mma = major == 8 || major == 9;  // later ones emulate it
-  properties->has_byte_mma = major >= 8;
+  properties->has_byte_mma = properties->has_half_mma = major >= 8;
   return nullptr;
 }
 

@@ -10,6 +10,7 @@ struct DeviceProperties {
   int shared_bytes;     // of shared memory that a block may have
   bool has_binary_mma;  // products of bits in one instruction
   bool has_byte_mma;    // products of 8-bit integers, 16 x 8 x 32
+  bool has_half_mma;    // products of float16 and bfloat16, 16 x 8 x 16
 };
 
 // Ask about the current device; answers are kept. Returns nullptr, or what went wrong.

@@ -1,4 +1,7 @@
 // Launchers of the stem: which kernel fits a shape, and how images are cut into tiles.
+#include <algorithm>
+
+#include "device.h"
 #include "stem.h"
 #include "stem_strips.cuh"
 #include "stem_tiles.cuh"
@@ -14,30 +17,7 @@ constexpr const char* kTooLarge = "the stem has too many tiles or channels for o
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tens of kilobytes are enough for a tile, and leave room for several blocks.
-constexpr int64_t kSharedBytes = 76 * 1024;
-
-struct Device {
-  int major;
-  int64_t shared_bytes;  // of a block, at most
-};
-
-const char* current_device(Device& device) {
-#ifdef __CUDACC__
-  int index = 0, shared = 0;
-  cudaError_t error = cudaGetDevice(&index);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  }
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  device.shared_bytes = shared < kSharedBytes ? shared : kSharedBytes;
-#else
-  device = {8, kSharedBytes};
-#endif
-  return nullptr;
-}
+constexpr int kSharedBytes = 76 * 1024;
 
 bool is_identity_pool(const StemArgs& a) {
   return a.pool_kernel_h == 1 && a.pool_kernel_w == 1 && a.pool_stride_h == 1 &&
@@ -135,7 +115,7 @@ const char* launch_tiles(const TileParams& p, dim3 grid, cudaStream_t stream) {
   return launch(tile_kernel<COMPUTE, false>, grid, kThreads, bytes, stream, p);
 }
 
-const char* stem_tiles(const StemArgs& a, const Device& device, cudaStream_t stream) {
+const char* stem_tiles(const StemArgs& a, const DeviceProperties& device, cudaStream_t stream) {
   TileParams p{};
   p.args = a;
   p.pooled = !is_identity_pool(a);
@@ -145,14 +125,15 @@ const char* stem_tiles(const StemArgs& a, const Device& device, cudaStream_t str
   p.weight_floats = a.tensor_cores ? 0 : a.kernel_h * a.kernel_w * a.c * kGroup;
   // Two passes over the 15 * 17 pixels under a tile of a 3x3 pool at stride 2, or one pass.
   set_tile(p, 8, p.pooled ? 7 : 16);
-  while (tile_bytes(p) > device.shared_bytes && p.tile_h * p.tile_w > 1) {
+  const int64_t room = std::min(device.shared_bytes, kSharedBytes);
+  while (tile_bytes(p) > room && p.tile_h * p.tile_w > 1) {
     if (p.tile_h >= p.tile_w) {
       set_tile(p, p.tile_h / 2, p.tile_w);
     } else {
       set_tile(p, p.tile_h, p.tile_w / 2);
     }
   }
-  if (tile_bytes(p) > device.shared_bytes) {
+  if (tile_bytes(p) > room) {
     return "the windows of the stem do not fit into the shared memory of a block";
   }
   const int64_t tiles_x = ceil_divide(a.out_w, p.tile_w), tiles_y = ceil_divide(a.out_h, p.tile_h);
@@ -172,8 +153,8 @@ const char* stem_tiles(const StemArgs& a, const Device& device, cudaStream_t str
 }  // namespace
 
 bool stem_has_tensor_cores(int compute) {
-  Device device;
-  return compute != kFloat32 && current_device(device) == nullptr && device.major >= 8;
+  DeviceProperties device;
+  return compute != kFloat32 && current_device(&device) == nullptr && device.has_half_mma;
 }
 
 const char* stem(const StemArgs& args, void* stream) {
@@ -185,12 +166,12 @@ const char* stem(const StemArgs& args, void* stream) {
     return "an image of the stem spans 2^31 elements or more";
   }
   if (args.n == 0 || args.o == 0 || args.out_h == 0 || args.out_w == 0) return nullptr;
-  Device device;
-  if (const char* error = current_device(device)) return error;
+  DeviceProperties device;
+  if (const char* error = current_device(&device)) return error;
   const cudaStream_t to = static_cast<cudaStream_t>(stream);
   if (args.tensor_cores) {
     if (args.compute == kFloat32) return "tensor cores do not multiply float32 exactly";
-    if (device.major < 8) return "float16 tensor cores need compute capability 8.0 or later";
+    if (!device.has_half_mma) return "float16 tensor cores need compute capability 8.0 or later";
     using Imagenet = Strips<7, 2, 3, true, 3>;
     using Large = Strips<7, 2, 3, false, 3>;
     using Small = Strips<3, 1, 4, false, 5>;

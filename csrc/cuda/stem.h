@@ -11,7 +11,7 @@
 namespace biper {
 
 // What is computed, o being the output channel:
-//   pixel = round(x * scale[c] + offset[c])    each of the two rounded to float32; 0 at the padding
+//   pixel = round(fma(x, scale[c], offset[c]))    in float32, then round(); 0 at the padding
 //   v = sum of pixel * round(weight) in float32, in no fixed order
 //   v = max of v in the pool window; what lies outside of the convolution's output never wins
 //   v = clamp(v + bias[o], clamp_min, clamp_max)

@@ -60,7 +60,7 @@ __device__ __forceinline__ void normalise_pixel(const StemArgs& a, const Patch& 
   load_values<kFloat32, 4>(patch.scale, 4, offset);
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
-    values[c] = inside ? values[c] * scale[c] + offset[c] : 0.0f;
+    values[c] = inside ? __fmaf_rn(values[c], scale[c], offset[c]) : 0.0f;
   }
 }
 

@@ -20,9 +20,11 @@ int variable(const char* name, int otherwise) {
 const char* current_device(DeviceProperties* properties) {
   const int capability = variable("BIPER_EMULATED_CAPABILITY", 90);
   const int major = capability / 10;
-  *properties = {capability, variable("BIPER_EMULATED_PROCESSORS", 2),
-                 variable("BIPER_EMULATED_SHARED_BYTES", 227 * 1024), major == 8 || major == 9,
-                 major >= 8};
+  properties->capability = capability;
+  properties->processors = variable("BIPER_EMULATED_PROCESSORS", 2);
+  properties->shared_bytes = variable("BIPER_EMULATED_SHARED_BYTES", 227 * 1024);
+  properties->has_binary_mma = major == 8 || major == 9;
+  properties->has_byte_mma = properties->has_half_mma = major >= 8;
   return nullptr;
 }
 
