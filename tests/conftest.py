@@ -21,7 +21,7 @@ settings.load_profile("fixed" if os.environ.get("CI") else "local")
 
 DEVICES = {
     "cuda": ("cuda",),
-    "triton": ("cuda",),
+    "triton": ("cpu", "cuda"),
     "cpu": ("cpu",),
     "reference": ("cpu", "cuda"),
 }

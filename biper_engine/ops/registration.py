@@ -21,6 +21,7 @@ from biper_engine.ops.cpu import CpuBackend
 from biper_engine.ops.cuda import CudaBackend
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.reference import ReferenceBackend
+from biper_engine.ops.triton import TritonBackend
 
 __all__ = ["LIBRARY", "SCHEMAS", "empty_map", "empty_packed", "register"]
 
@@ -392,7 +393,7 @@ def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)
 
 
-backends.register(CudaBackend())
+backends.register(TritonBackend())
 backends.register(CpuBackend())
 backends.register(ReferenceBackend())
 for _name, _schema in SCHEMAS.items():

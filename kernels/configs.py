@@ -1,0 +1,89 @@
+"""Tile sizes, by what a kernel computes and what the GPU can.
+
+Reasoned from instruction counts and registers of compiled kernels, not yet measured on hardware;
+benchmarks decide later. What must hold of every row: no register spills on any target that the
+tests compile for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MAX_POPCOUNT_FILTERS", "DotTile", "MapTile", "PopcountTile", "dot_tile", "map_tile", "popcount_tile"]
+
+MAX_POPCOUNT_FILTERS = 4
+"""A matrix tile is at least 32 channels wide: below 5 it would multiply seven zeros or more for
+every number that counts, and population counts are an eighth as fast as int8 products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotTile:
+    """Tile of the int8 kernel.
+
+    Attributes:
+        rows: output pixels.
+        columns: output channels, a multiple of 32.
+        step_words: words of 32 channels in one product; divides the words of a pixel.
+        warps: warps of 32 threads (64 on AMD).
+        stages: loads in flight.
+    """
+
+    rows: int
+    columns: int
+    step_words: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopcountTile:
+    """Tile of the population-count kernel: output pixels, output channels, warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapTile:
+    """Tile of a kernel that only moves a map: pixels, words of 32 channels, warps."""
+
+    rows: int
+    words: int
+    warps: int
+
+
+def map_tile(words: int) -> MapTile:
+    """Return the tile for maps of `words` words: 4096 lanes, 32 for each of 128 threads."""
+    width = 1 if words == 1 else 2 if words == 2 else 4
+    return MapTile(rows=128 // width, words=width, warps=4)
+
+
+def _step_words(words: int) -> int:
+    return next(count for count in (4, 2, 1) if words % count == 0)
+
+
+def dot_tile(
+    capability: int,
+    *,
+    out_channels: int,
+    words: int,
+    pixels: int,
+    pooled: bool,
+    packs: bool,
+) -> DotTile:
+    """Return the tile of the int8 kernel."""
+    if capability < 0:  # the interpreter takes as long for a large tile as for a small one
+        return DotTile(rows=128, columns=64, step_words=_step_words(words), warps=4, stages=1)
+    columns = 64 if out_channels > 32 and not pooled else 32
+    rows = 32 if pooled or packs else 64
+    return DotTile(
+        rows=rows, columns=columns, step_words=_step_words(words), warps=4, stages=3
+    )
+
+
+def popcount_tile(capability: int, *, pooled: bool) -> PopcountTile:
+    """Return the tile of the population-count kernel."""
+    if capability < 0:
+        return PopcountTile(rows=128, columns=64, warps=4)
+    return PopcountTile(rows=32, columns=32, warps=4)

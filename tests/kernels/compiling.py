@@ -1,0 +1,126 @@
+"""Compile kernels for GPUs that are not there, with the arguments that their launchers pass."""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+MATRIX_UNITS = re.compile(r"\b(IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA|v_mfma_i32|v_mfma_f32|DMMA|OMMA)")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: a kernel, and its arguments by name."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+@contextlib.contextmanager
+def recorded(module: ModuleType, name: str, capability: int) -> Iterator[list[Launch]]:
+    """Note the launches of a module's kernel instead of doing them."""
+    kernel, launches = getattr(module, name), []
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def note(*values: Any, **named: Any) -> None:
+                given = dict(zip(kernel.arg_names, values, strict=False)) | named
+                launches.append(Launch(kernel, given))
+
+            return note
+
+    before = module.launch.capability
+    setattr(module, name, Recorder())
+    module.launch.capability = lambda device: capability
+    try:
+        yield launches
+    finally:
+        setattr(module, name, kernel)
+        module.launch.capability = before
+
+
+@dataclass(frozen=True)
+class Code:
+    """What became of a kernel on a target."""
+
+    target: str
+    text: str
+    spills: int
+    registers: int
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.text))
+
+
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Return signature, constants and attributes as a launch on a GPU would have them."""
+    signature, constants, attributes = {}, {}, {}
+    fixed = {parameter.name: parameter for parameter in launch.kernel.params}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value, parameter = launch.arguments[name], fixed[name]
+        free = not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[index,] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (value == 1 and free):
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if free and value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _sass(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def compiled(launch: Launch, target: str) -> Code:
+    signature, constants, attributes = specialised(launch)
+    source = ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    options = {key: launch.arguments[key] for key in OPTIONS if key in launch.arguments}
+    made = triton.compile(source, target=TARGETS[target], options=options)
+    if target.startswith("gfx"):
+        text = made.asm["amdgcn"]
+        spills = sum(map(int, re.findall(r"\.[vs]gpr_spill_count: +(\d+)", text)))
+        registers = int(re.search(r"\.vgpr_count: +(\d+)", text).group(1))
+    else:
+        text = _sass(made.asm["cubin"])
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
+        registers = 1 + max(map(int, re.findall(r"\bR(\d+)\b", text)))
+        assert ".ftz" not in made.asm["ptx"]
+    return Code(target, text, spills, registers)
