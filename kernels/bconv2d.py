@@ -11,8 +11,8 @@ stands for channel 8b + j, in both operands.
 
 A binary matrix product is the case of a 1x1 kernel on a map of 1x1 pixels, with N = batch.
 
-Layout: bits int32 [N, H, W, words], weights int8 [KH * KW, O rounded up to 32, 32 * words] (K last,
-which is how the matrix units want both operands), outputs with channels last. The geometry's groups
+Layout: bits int32 [N, H, W, words], weights int8 [KH * KW, O rounded up to a tile, 32 * words] (K
+last, which is how the matrix units want both operands), outputs with channels last. The geometry's groups
 must be 1; `bconv2d_popcount` serves the rest.
 """
 
@@ -35,14 +35,21 @@ def signs(words, inside, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """Expand int32 words `[ROWS, WORDS]` to int8 +1 and -1 `[ROWS, 32 * WORDS]`; 0 outside.
 
     Words outside must be 0. Four lanes at a time: a byte is 0xFE * bit, inverted inside: 1 or -1.
+    `join` keeps all lanes of a word in one thread, which then stores them as 32 bytes in a row;
+    broadcasting to this shape spreads a word over a warp, at four times the instructions. What is
+    joined last varies fastest, so the longest shift comes first.
     """
-    planes = (words[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 0x01010101
-    planes = (planes * 0xFE) ^ tl.where(inside, -1, 0)[:, None, None]
-    lanes = planes[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]
-    return tl.reshape(lanes.to(tl.int8), (ROWS, WORDS * 32))
+    planes = tl.join(words, words >> 4)
+    planes = tl.join(planes, planes >> 2)
+    planes = tl.join(planes, planes >> 1)
+    inverted = tl.where(inside, -1, 0)[:, None, None, None, None]
+    planes = ((planes & 0x01010101) * 0xFE) ^ inverted
+    lanes = tl.join(planes, planes >> 16)
+    lanes = tl.join(lanes, lanes >> 8).to(tl.int8)
+    return tl.reshape(lanes, (ROWS, WORDS * 32))
 
 
-@triton.jit(do_not_specialize=convolution.RUNTIME)
+@triton.jit(do_not_specialize=(*convolution.RUNTIME, "weight_filters"))
 def bconv2d_kernel(
     bits_ptr,
     weight_ptr,
@@ -78,6 +85,7 @@ def bconv2d_kernel(
     pool_stride_x,
     pool_pad_y,
     pool_pad_x,
+    weight_filters,
     KERNEL_Y: tl.constexpr,
     KERNEL_X: tl.constexpr,
     POOL_Y: tl.constexpr,
@@ -101,7 +109,7 @@ def bconv2d_kernel(
     STEPS: tl.constexpr = WORDS // STEP_WORDS
     PADDED: tl.constexpr = WORDS * 32
     k = tl.arange(0, STEP_WORDS * 32)
-    padded_channels = ((out_channels + 31) // 32 * 32).to(tl.int64)
+    filters = weight_filters.to(tl.int64)
     weight_tile = tl.arange(0, COLUMNS)[None, :] * PADDED + k[:, None]
     word = tl.arange(0, STEP_WORDS)
 
@@ -126,7 +134,7 @@ def bconv2d_kernel(
                 bits_base + (offset[:, None] + word[None, :]), mask=inside[:, None], other=0
             )
             a = signs(words, inside, ROWS, STEP_WORDS)
-            slab = (tap * padded_channels + channel0) * PADDED
+            slab = (tap * filters + channel0) * PADDED
             b = tl.load(weight_ptr + (slab + step % STEPS * STEP_WORDS * 32) + weight_tile)
             dot = tl.dot(a, b, dot, out_dtype=tl.int32)
         if not POOLED:
@@ -146,9 +154,10 @@ def bconv2d_kernel(
 
 
 def layout(conv: launch.Conv) -> tuple[int, int, int]:
-    """Return the shape of prepacked weights, int8."""
+    """Return the shape of prepacked weights, int8: filters fill the tiles that read them."""
     taps = conv.kernel_size[0] * conv.kernel_size[1]
-    return taps, -(-conv.out_channels // 32) * 32, -(-conv.in_channels // 32) * 32
+    filters = 32 if conv.out_channels <= 32 else -(-conv.out_channels // 64) * 64
+    return taps, filters, -(-conv.in_channels // 32) * 32
 
 
 def prepack(positive: Tensor, conv: launch.Conv) -> Tensor:
@@ -184,7 +193,6 @@ def run(
         words=words,
         pixels=outputs.pixels,
         pooled=not pool.is_identity,
-        packs=outputs.packed is not None,
     )
     tiles_m = triton.cdiv(outputs.pixels, tile.rows)
     tiles_n = triton.cdiv(conv.out_channels, tile.columns)
@@ -192,6 +200,7 @@ def run(
         bconv2d_kernel[(tiles_m * tiles_n,)](
             weight_ptr=weight,
             **convolution.arguments(bits, conv, pool, conv_size, outputs, parameters, residual),
+            weight_filters=weight.shape[1],
             WORDS=words,
             OFFSET=convolution.offsets(bits, outputs, tile.rows),
             ROWS=tile.rows,

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MAX_POPCOUNT_FILTERS", "DotTile", "MapTile", "PopcountTile", "dot_tile", "map_tile", "popcount_tile"]
+__all__ = [
+    "MAX_POPCOUNT_FILTERS",
+    "DotTile",
+    "MapTile",
+    "PopcountTile",
+    "dot_tile",
+    "map_tile",
+    "popcount_tile",
+]
 
 MAX_POPCOUNT_FILTERS = 4
 """A matrix tile is at least 32 channels wide: below 5 it would multiply seven zeros or more for
@@ -59,27 +67,25 @@ def map_tile(words: int) -> MapTile:
     return MapTile(rows=128 // width, words=width, warps=4)
 
 
-def _step_words(words: int) -> int:
-    return next(count for count in (4, 2, 1) if words % count == 0)
-
-
 def dot_tile(
-    capability: int,
-    *,
-    out_channels: int,
-    words: int,
-    pixels: int,
-    pooled: bool,
-    packs: bool,
+    capability: int, *, out_channels: int, words: int, pixels: int, pooled: bool
 ) -> DotTile:
-    """Return the tile of the int8 kernel."""
+    """Return the tile of the int8 kernel.
+
+    64 rows fill the four warps of one wgmma, and halve the weights read from the L2 cache against
+    32; below about two tiles for each of 132 processors, more and smaller ones spread better. A
+    pool keeps two sets of accumulators, for which 64 by 64 spills on sm_80.
+    """
+    step_words = next(count for count in (4, 2, 1) if words % count == 0)
     if capability < 0:  # the interpreter takes as long for a large tile as for a small one
-        return DotTile(rows=128, columns=64, step_words=_step_words(words), warps=4, stages=1)
-    columns = 64 if out_channels > 32 and not pooled else 32
-    rows = 32 if pooled or packs else 64
-    return DotTile(
-        rows=rows, columns=columns, step_words=_step_words(words), warps=4, stages=3
-    )
+        return DotTile(rows=128, columns=64, step_words=step_words, warps=4, stages=1)
+    stages = 3 if capability >= 80 else 2  # without cp.async a stage costs registers
+    columns = 64 if out_channels > 32 else 32
+    tiles = -(-pixels // 64) * -(-out_channels // 64)
+    rows = 64 if tiles >= 264 and not pooled else 32
+    if rows == 32:
+        columns = 32
+    return DotTile(rows=rows, columns=columns, step_words=step_words, warps=4, stages=stages)
 
 
 def popcount_tile(capability: int, *, pooled: bool) -> PopcountTile:

@@ -61,10 +61,11 @@ def _isa(name: str | None) -> Iterator[None]:
         _cpu.select_isa(before)
 
 
-@pytest.fixture(scope="session")
-def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Backend:
-    """Return the CUDA backend with csrc/cuda compiled for a CPU."""
-    return emulated_backend(tmp_path_factory.mktemp("emulated_cuda"))
+def triton_is_interpreted() -> bool:
+    """Tell whether Triton's kernels run in its interpreter, on CPU tensors."""
+    from biper_engine.ops.triton import _interpreted
+
+    return _interpreted()
 
 
 @pytest.fixture(params=_runs())
@@ -85,6 +86,9 @@ def run(
         pytest.skip(f"{name}: {reason}")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"{name} on {device}: no CUDA GPU")
+    if name == "triton" and (device == "cpu") != triton_is_interpreted():
+        needed = "TRITON_INTERPRET=1" if device == "cpu" else "kernels that are not interpreted"
+        pytest.skip(f"{name} on {device}: this run needs {needed}")
     with _isa(isa), use_backend(name):
         yield name, torch.device(device)
 

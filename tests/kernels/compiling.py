@@ -116,7 +116,9 @@ def compiled(launch: Launch, target: str) -> Code:
     made = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
         text = made.asm["amdgcn"]
-        spills = sum(map(int, re.findall(r"\.[vs]gpr_spill_count: +(\d+)", text)))
+        # Scalar registers that spill go to lanes of vector registers, not to memory.
+        memory = r"\.(?:vgpr_spill_count|private_segment_fixed_size): +(\d+)"
+        spills = sum(map(int, re.findall(memory, text)))
         registers = int(re.search(r"\.vgpr_count: +(\d+)", text).group(1))
     else:
         text = _sass(made.asm["cubin"])
