@@ -1,0 +1,179 @@
+"""The Triton backend without a GPU: when it serves, and the operator matrix in its interpreter.
+
+TRITON_INTERPRET must be set before Triton is loaded, so the matrix runs in a process of its own.
+`make test` runs a few cases of every kernel there; `make test-deep` runs the matrix, but for cases
+that differ in nothing that a kernel can tell (see `EPILOGUES`). Triton 3.6.0 is the oldest version
+supported and 3.7.1, pinned in constraints.txt, the newest.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from biper_engine.geometry import Conv2dGeometry
+from biper_engine.ops import triton as adapter
+from biper_engine.ops.backends import backends, by_name, select, use_backend
+from biper_engine.ops.triton import TritonBackend
+from tests.conftest import triton_is_interpreted
+from tests.ops.matrix import ACTIVATIONS, EPILOGUE_POOLS, STREAMS
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+outside = pytest.mark.skipif(
+    bool(os.environ.get("TRITON_INTERPRET")), reason="starts the interpreter itself"
+)
+
+RUN = "triton-cpu"
+OPS = "tests/ops"
+FEW = [
+    f"{OPS}/test_binarize.py::test_threshold_and_sense_act_per_channel[{RUN}-33]",
+    f"{OPS}/test_binarize.py::test_zeros_denormals_infinities_and_nan[{RUN}]",
+    f"{OPS}/test_binarize.py::test_unbinarize_gives_signs_in_channels_last[{RUN}-65-dtype2]",
+    f"{OPS}/test_bmaxpool2d.py::test_padding_never_wins[{RUN}-True]",
+    f"{OPS}/test_bmaxpool2d.py::test_unused_bits_do_not_change_the_result[{RUN}]",
+    *(
+        f"{OPS}/test_bconv2d.py::test_unused_bits_do_not_change_the_result[{RUN}-{case}]"
+        for case in ("65 filters", "33 channels", "asymmetric padding", "everything", "depthwise")
+    ),
+    f"{OPS}/test_epilogue.py::test_the_fma_is_rounded_once_where_twice_would_differ[{RUN}-1.0]",
+    f"{OPS}/test_epilogue.py::test_signed_zeros_survive_clamp_slope_and_shift[{RUN}]",
+    f"{OPS}/test_epilogue.py::test_every_step_is_rounded_once_and_in_order[{RUN}-bfloat16-prelu-2x2]",
+]
+# The kernels treat pool, activation and residual one after the other: every pair of them is here,
+# not every triple.
+EPILOGUES = [
+    f"{RUN}-{stream}-{activation}-{list(EPILOGUE_POOLS)[(i + j) % 3]}"
+    for (i, stream), (j, activation) in product(
+        enumerate([None, *STREAMS]), enumerate(ACTIVATIONS)
+    )
+]
+EVERY_STEP = "test_every_step_is_rounded_once_and_in_order"
+MATRIX = [f"{OPS}/test_epilogue.py::{EVERY_STEP}[{case}]" for case in EPILOGUES]
+REST = ["test_binarize.py", "test_bmaxpool2d.py", "test_bconv2d.py", "test_epilogue.py"]
+
+
+def interpreted(*arguments: str, deep: bool = True) -> tuple[str, int]:
+    """Run tests in Triton's interpreter; return the output, and how many passed."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:xdist"),
+            *("-p", "no:cacheprovider", "-m", "" if deep else "not deep", *arguments),
+        ],
+        cwd=ROOT,
+        env=kept | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CI": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    assert "skipped" not in summary, done.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", summary)
+    assert passed is not None, summary
+    return done.stdout, int(passed.group(1))
+
+
+@needs_triton
+@outside
+def test_a_few_cases_of_every_kernel_are_exact_in_the_interpreter() -> None:
+    output, passed = interpreted(*FEW, "tests/kernels/test_kernels.py", deep=False)
+    assert passed > len(FEW), output
+
+
+@needs_triton
+@outside
+@pytest.mark.deep
+def test_the_epilogue_matrix_is_exact_in_the_interpreter() -> None:
+    _, passed = interpreted(*MATRIX)
+    assert passed == len(MATRIX) == 20
+
+
+@needs_triton
+@outside
+@pytest.mark.deep
+def test_the_operator_matrix_is_exact_in_the_interpreter() -> None:
+    chosen = f"{RUN} and not {EVERY_STEP} and not extreme"
+    files = [f"{OPS}/{name}" for name in REST]
+    # One extreme of the accumulators: the other differs in the sign of the weights alone.
+    extreme = f"{OPS}/test_bconv2d.py::test_the_extreme_accumulators_are_exact[{RUN}--1]"
+    _, passed = interpreted(*files, "-k", chosen)
+    assert passed > 190
+    _, passed = interpreted(extreme, "tests/kernels/test_kernels.py")
+    assert passed > 1
+
+
+# -- when it serves -------------------------------------------------------------------------------
+
+
+def test_the_reason_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    adapter._load_failure.cache_clear()
+    adapter._unavailable_reason.cache_clear()
+    try:
+        assert TritonBackend().unavailable_reason() == (
+            "triton is not installed; pip install triton (Linux only)"
+        )
+    finally:
+        adapter._load_failure.cache_clear()
+        adapter._unavailable_reason.cache_clear()
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_available_in_the_interpreter_only() -> None:
+    row = {info.name: info for info in backends()}["triton"]
+    assert row.available == triton_is_interpreted()
+    if not row.available:
+        assert row.reason is not None
+        assert "TRITON_INTERPRET=1" in row.reason
+
+
+@pytest.mark.skipif(triton_is_interpreted(), reason="the interpreter takes CPU tensors")
+def test_it_serves_gpus_only() -> None:
+    backend = TritonBackend()
+    assert backend.unsupported_reason("binarize", None, CUDA) is None
+    for device in (CPU, META):
+        reason = backend.unsupported_reason("binarize", None, device)
+        assert reason is not None
+        assert "it runs on GPUs" in reason
+
+
+@pytest.mark.skipif(not triton_is_interpreted(), reason="needs TRITON_INTERPRET=1")
+def test_the_interpreter_serves_who_forces_it_and_nobody_else() -> None:
+    reason = by_name("triton").unsupported_reason("binarize", None, CPU)
+    assert reason == "Triton's interpreter runs only where this backend is forced"
+    assert select("binarize", None, CPU).name != "triton"
+    with use_backend("triton"):
+        assert select("binarize", None, CPU).name == "triton"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("changes", "shape", "dtype"),
+    [
+        ({"out_channels": 5}, (9, 32, 64), torch.int8),
+        ({"out_channels": 65}, (9, 128, 64), torch.int8),
+        ({"out_channels": 4}, (18, 4), torch.int32),
+        ({"in_channels": 66, "out_channels": 6, "groups": 2}, (18, 6), torch.int32),
+    ],
+)
+def test_weights_are_laid_out_for_the_kernel_that_reads_them(
+    changes: dict[str, int], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    conv = Conv2dGeometry(**{"in_channels": 33, "kernel_size": (3, 3), **changes})  # type: ignore[arg-type]
+    backend = TritonBackend()
+    assert backend.prepack_layout(conv) == (shape, dtype)
+    prepacked = backend.prepack(torch.zeros(conv.weight_shape, dtype=torch.int32), conv)
+    assert prepacked.shape == shape
+    assert prepacked.dtype == dtype
+    assert prepacked.is_contiguous()
