@@ -173,9 +173,7 @@ def run(
     """Fill `outputs`; see `convolution.arguments`. `weight` comes from `prepack`."""
     if outputs.pixels == 0:
         return
-    tile = configs.popcount_tile(
-        launch.capability(bits.device), pooled=not pool.is_identity
-    )
+    tile = configs.popcount_tile(launch.capability(bits.device), pooled=not pool.is_identity)
     group_channels = conv.in_channels // conv.groups
     last_bits = group_channels - (group_channels - 1) // 32 * 32
     tiles_m = triton.cdiv(outputs.pixels, tile.rows)

@@ -14,9 +14,13 @@ __all__ = [
     "DotTile",
     "MapTile",
     "PopcountTile",
+    "StemTile",
+    "TailTile",
     "dot_tile",
     "map_tile",
     "popcount_tile",
+    "stem_tile",
+    "tail_tile",
 ]
 
 MAX_POPCOUNT_FILTERS = 4
@@ -93,3 +97,43 @@ def popcount_tile(capability: int, *, pooled: bool) -> PopcountTile:
     if capability < 0:
         return PopcountTile(rows=128, columns=64, warps=4)
     return PopcountTile(rows=32, columns=32, warps=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StemTile:
+    """Tile of the stem: output pixels, output channels, places of K in one product, warps."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+
+
+def stem_tile(capability: int, *, out_channels: int, exact: bool) -> StemTile:
+    """Return the tile of the stem.
+
+    float32 has no matrix unit: each thread multiplies its own block, and a smaller one leaves room
+    for operands in registers.
+    """
+    if capability < 0:
+        return StemTile(rows=128, columns=64, step=64, warps=4)
+    columns = 64 if out_channels > 32 and not exact else 32
+    return StemTile(rows=32 if exact else 64, columns=columns, step=16 if exact else 32, warps=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TailTile:
+    """Tiles of the tail: pixels and channels of a mean; images, classes and channels of a product."""
+
+    pixels: int
+    mean_columns: int
+    rows: int
+    columns: int
+    step: int
+
+
+def tail_tile(capability: int) -> TailTile:
+    """Return the tiles of the tail: many small ones, as even 256 images by 1000 classes are few."""
+    if capability < 0:
+        return TailTile(pixels=64, mean_columns=128, rows=64, columns=64, step=64)
+    return TailTile(pixels=16, mean_columns=64, rows=16, columns=32, step=32)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch
 
-__all__ = ["RUNTIME", "Outputs", "arguments"]
+__all__ = ["RUNTIME", "Outputs", "arguments", "contiguous", "float_bits", "offsets"]
 
 RUNTIME = (
     *("clamp_min", "clamp_max", "pixels", "out_height", "out_width", "out_channels"),
@@ -57,12 +57,13 @@ class Outputs:
         return self.shape[0] * self.shape[2] * self.shape[3]
 
 
-def _float_bits(value: float | None) -> int | None:
+def float_bits(value: float | None) -> int | None:
     """Return the bits of a float, rounded to float32, as a signed integer."""
     return None if value is None else struct.unpack("<i", struct.pack("<f", value))[0]
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return a dense copy where a tensor is not dense."""
     return None if tensor is None else tensor.contiguous()
 
 
@@ -92,7 +93,7 @@ def arguments(
     """
     _, height, width, words = bits.shape
     vectors = ("multiplier", "bias", "slope", "shift", "threshold")
-    parts = {f"{name}_ptr": _contiguous(getattr(epilogue, name, None)) for name in vectors}
+    parts = {f"{name}_ptr": contiguous(getattr(epilogue, name, None)) for name in vectors}
     flags = ("sense", "pool_min")
     parts |= {f"{name}_ptr": launch.none_or_bytes(getattr(epilogue, name, None)) for name in flags}
     pooled = not pool.is_identity
@@ -103,8 +104,8 @@ def arguments(
         "packed_ptr": outputs.packed,
         "residual_ptr": _nhwc(residual),
         "pool_min_ptr": parts["pool_min_ptr"] if pooled else None,
-        "clamp_min": _float_bits(getattr(epilogue, "clamp_min", None)),
-        "clamp_max": _float_bits(getattr(epilogue, "clamp_max", None)),
+        "clamp_min": float_bits(getattr(epilogue, "clamp_min", None)),
+        "clamp_max": float_bits(getattr(epilogue, "clamp_max", None)),
         "pixels": outputs.pixels,
         "out_height": outputs.shape[2],
         "out_width": outputs.shape[3],

@@ -57,9 +57,80 @@ def rounded(v, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def operand(v, DTYPE: tl.constexpr):
+    """Return float32 values rounded to the type in which a matrix unit multiplies them.
+
+    The interpreter would multiply the bit patterns of bfloat16, so there they widen again, exactly.
+    """
+    if INTERPRETED:
+        return rounded(v, DTYPE).to(tl.float32)
+    else:
+        return v.to(DTYPE)
+
+
+@triton.jit
 def bits_of(v, threshold, sense):
     """Return `sense ? v <= threshold : v >= threshold`; False for a NaN."""
     return tl.where(sense != 0, v <= threshold, v >= threshold)
+
+
+@triton.jit
+def clamped(v, clamp_min, clamp_max):
+    """Return `v < lo ? lo : v`, then `v > hi ? hi : v`; limits as in `finish`."""
+    if clamp_min is not None:
+        low = clamp_min.to(tl.float32, bitcast=True)
+        v = tl.where(v < low, low, v)
+    if clamp_max is not None:
+        high = clamp_max.to(tl.float32, bitcast=True)
+        v = tl.where(v > high, high, v)
+    return v
+
+
+@triton.jit
+def leave(
+    v,
+    pixel0,
+    valid,
+    channel0,
+    out_channels,
+    float_ptr,
+    packed_ptr,
+    threshold_ptr,
+    sense_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store a tile of float32 values, rounded to the stream, and their bits; see `finish`.
+
+    Without thresholds a bit is `v >= 0`; without senses it is `v >= threshold`.
+    """
+    channel = channel0 + tl.arange(0, COLUMNS)
+    there = channel < out_channels
+    row = tl.arange(0, ROWS)
+    if float_ptr is not None:
+        place = row[:, None] * out_channels + channel[None, :]
+        tl.store(
+            float_ptr + pixel0 * out_channels + place,
+            rounded(v, float_ptr.dtype.element_ty),
+            mask=valid[:, None] & there[None, :],
+        )
+    if packed_ptr is not None:
+        threshold = tl.zeros((COLUMNS,), tl.float32)
+        if threshold_ptr is not None:
+            threshold = tl.load(threshold_ptr + channel, mask=there, other=0.0)
+        if sense_ptr is not None:
+            sense = tl.load(sense_ptr + channel, mask=there, other=0)
+            bits = bits_of(v, threshold[None, :], sense[None, :])
+        else:
+            bits = v >= threshold[None, :]
+        words = tiles.pack(bits & there[None, :], ROWS, COLUMNS // 32)
+        count = (out_channels + 31) // 32
+        word = channel0 // 32 + tl.arange(0, COLUMNS // 32)
+        tl.store(
+            packed_ptr + pixel0 * count + (row[:, None] * count + word[None, :]),
+            words,
+            mask=valid[:, None] & (word < count)[None, :],
+        )
 
 
 @triton.jit
@@ -120,28 +191,13 @@ def finish(
         )
         if residual_ptr is not None:
             v = v + tl.load(residual_ptr + base + place, mask=mask, other=0.0).to(tl.float32)
-        if clamp_min is not None:
-            low = clamp_min.to(tl.float32, bitcast=True)
-            v = tl.where(v < low, low, v)
-        if clamp_max is not None:
-            high = clamp_max.to(tl.float32, bitcast=True)
-            v = tl.where(v > high, high, v)
+        v = clamped(v, clamp_min, clamp_max)
         if slope_ptr is not None:
             slope = tl.load(slope_ptr + channel, mask=there, other=0.0)
             v = tl.where(v < 0.0, v * slope[None, :], v)
         if shift_ptr is not None:
             v = v + tl.load(shift_ptr + channel, mask=there, other=0.0)[None, :]
-        if float_ptr is not None:
-            tl.store(float_ptr + base + place, rounded(v, float_ptr.dtype.element_ty), mask=mask)
-        if packed_ptr is not None:
-            threshold = tl.load(threshold_ptr + channel, mask=there, other=0.0)
-            sense = tl.load(sense_ptr + channel, mask=there, other=0)
-            bits = bits_of(v, threshold[None, :], sense[None, :]) & there[None, :]
-            words = tiles.pack(bits, ROWS, COLUMNS // 32)
-            count = (out_channels + 31) // 32
-            word = channel0 // 32 + tl.arange(0, COLUMNS // 32)
-            tl.store(
-                packed_ptr + pixel0 * count + (row[:, None] * count + word[None, :]),
-                words,
-                mask=valid[:, None] & (word < count)[None, :],
-            )
+        leave(
+            v, pixel0, valid, channel0, out_channels, float_ptr, packed_ptr, threshold_ptr,
+            sense_ptr, ROWS, COLUMNS,
+        )  # fmt: skip

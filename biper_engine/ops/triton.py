@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend, forced_name
 from biper_engine.ops.epilogue import Epilogue
+
+if TYPE_CHECKING:
+    from biper_engine.ops.stem import Stem
 
 __all__ = ["TritonBackend"]
 
@@ -165,6 +169,31 @@ class TritonBackend(Backend):
         )
         floats = None if outputs.floats is None else outputs.floats.permute(0, 3, 1, 2)
         return floats, outputs.packed
+
+    def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
+        filters, channels, *kernel_size = stem.weight.shape
+        geometry = Conv2dGeometry(
+            in_channels=channels,
+            out_channels=filters,
+            kernel_size=tuple(kernel_size),  # type: ignore[arg-type]
+            stride=stem.stride,
+            padding=stem.padding,
+        )
+        conv_size = geometry.output_size(x.shape[2], x.shape[3])
+        size = conv_size if stem.pool.is_identity else stem.pool.output_size(*conv_size)
+        outputs = _kernels("convolution").Outputs(
+            x,
+            (x.shape[0], filters, *size),
+            float_dtype=stem.compute_dtype if stem.want_float else None,
+            packed=stem.want_bits,
+        )
+        _kernels("stem").run(x, stem, conv_size, outputs)
+        floats = None if outputs.floats is None else outputs.floats.permute(0, 3, 1, 2)
+        return floats, outputs.packed
+
+    def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result: Tensor = _kernels("pooled_linear").pooled_linear(x, weight, bias)
+        return result
 
     def _prepacked(
         self, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None

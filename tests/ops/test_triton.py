@@ -34,6 +34,7 @@ outside = pytest.mark.skipif(
 )
 
 RUN = "triton-cpu"
+KERNELS = "tests/kernels"
 OPS = "tests/ops"
 FEW = [
     f"{OPS}/test_binarize.py::test_threshold_and_sense_act_per_channel[{RUN}-33]",
@@ -53,9 +54,7 @@ FEW = [
 # not every triple.
 EPILOGUES = [
     f"{RUN}-{stream}-{activation}-{list(EPILOGUE_POOLS)[(i + j) % 3]}"
-    for (i, stream), (j, activation) in product(
-        enumerate([None, *STREAMS]), enumerate(ACTIVATIONS)
-    )
+    for (i, stream), (j, activation) in product(enumerate([None, *STREAMS]), enumerate(ACTIVATIONS))
 ]
 EVERY_STEP = "test_every_step_is_rounded_once_and_in_order"
 MATRIX = [f"{OPS}/test_epilogue.py::{EVERY_STEP}[{case}]" for case in EPILOGUES]
@@ -86,7 +85,7 @@ def interpreted(*arguments: str, deep: bool = True) -> tuple[str, int]:
 @needs_triton
 @outside
 def test_a_few_cases_of_every_kernel_are_exact_in_the_interpreter() -> None:
-    output, passed = interpreted(*FEW, "tests/kernels/test_kernels.py", deep=False)
+    output, passed = interpreted(*FEW, KERNELS, deep=False)
     assert passed > len(FEW), output
 
 
@@ -108,7 +107,7 @@ def test_the_operator_matrix_is_exact_in_the_interpreter() -> None:
     extreme = f"{OPS}/test_bconv2d.py::test_the_extreme_accumulators_are_exact[{RUN}--1]"
     _, passed = interpreted(*files, "-k", chosen)
     assert passed > 190
-    _, passed = interpreted(extreme, "tests/kernels/test_kernels.py")
+    _, passed = interpreted(extreme, KERNELS)
     assert passed > 1
 
 
