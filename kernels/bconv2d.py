@@ -11,9 +11,9 @@ stands for channel 8b + j, in both operands.
 
 A binary matrix product is the case of a 1x1 kernel on a map of 1x1 pixels, with N = batch.
 
-Layout: bits int32 [N, H, W, words], weights int8 [KH * KW, O rounded up to a tile, 32 * words] (K
-last, which is how the matrix units want both operands), outputs with channels last. The geometry's groups
-must be 1; `bconv2d_popcount` serves the rest.
+Layout: bits int32 [N, H, W, words], weights int8 [KH * KW, O rounded up to a tile, 32 * words] with
+K last, which is how the matrix units want both operands, outputs with channels last. The geometry's
+groups must be 1; `bconv2d_popcount` serves the rest.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def stem_tile(capability: int, *, out_channels: int, exact: bool) -> StemTile:
 
 @dataclass(frozen=True, kw_only=True)
 class TailTile:
-    """Tiles of the tail: pixels and channels of a mean; images, classes and channels of a product."""
+    """Tiles of the tail: pixels and channels of a mean; images, classes, channels of a product."""
 
     pixels: int
     mean_columns: int

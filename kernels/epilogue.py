@@ -157,20 +157,17 @@ def finish(
 ):
     """Send a tile of pooled accumulators through the epilogue, and store what leaves.
 
-    Args:
-        dot: int32 [ROWS, COLUMNS].
-        pixel0: int64 scalar, the tile's first pixel in the list of all output pixels.
-        valid: [ROWS], pixels that there are.
-        channel0: int32 scalar, the tile's first output channel, a multiple of 32.
-        out_channels: O; the tile may reach beyond it. ROWS * O is below 2^31.
-        accumulator_ptr: int32 [pixels, O], or None; where given, nothing else happens.
-        float_ptr: [pixels, O] of the stream's type, or None.
-        packed_ptr: int32 [pixels, ceil(O / 32)], or None.
-        multiplier_ptr, bias_ptr, slope_ptr, shift_ptr, threshold_ptr: float32 [O].
-        residual_ptr: [pixels, O] of any stream type, or None.
-        sense_ptr: uint8 [O].
-        clamp_min, clamp_max: float32 as the int32 of its bits (a scalar -0.0 would lose its sign
-            on its way into a kernel), or None.
+    `dot` is int32 [ROWS, COLUMNS]; `valid` [ROWS] tells which pixels there are, and `pixel0` is the
+    tile's first one in the list of all output pixels. `channel0` is the first of its output
+    channels, a multiple of 32; the tile may reach beyond the last one. ROWS * O is below 2^31.
+
+    What leaves: `accumulator_ptr`, int32 [pixels, O], and then nothing else; or `float_ptr`,
+    [pixels, O] of the stream's type, and `packed_ptr`, int32 [pixels, ceil(O / 32)]. What is None
+    does not leave, and a step whose operand is None is not done.
+
+    Operands: `residual_ptr` [pixels, O] of any stream type, `sense_ptr` uint8 [O], all others
+    float32 [O]. The limits of the clamp are float32 as the int32 of their bits: a scalar -0.0 would
+    lose its sign on its way into a kernel.
     """
     channel = channel0 + tl.arange(0, COLUMNS)
     there = channel < out_channels

@@ -93,7 +93,7 @@ def linear_kernel(
 
 
 def pooled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `[N, K]` of x's type: the mean of x `[N, C, H, W]` times weight `[K, C]`, plus bias."""
+    """Return mean of x `[N, C, H, W]` times weight `[K, C]` plus bias, `[N, K]` of x's type."""
     images, channels, height, width = x.shape
     classes = weight.shape[0]
     out = x.new_empty((images, classes))

@@ -1,9 +1,9 @@
 """The float layer that a network starts with: convolution, bias, max pool, clamp and bits in one.
 
-An implicit GEMM: M = output pixels of the pool, N = output channels, K = C * KH * KW in the order of
-the weights. The convolution is done anew for every place of the pool's window, so that nothing is
-kept between programs: 9 times for a 3x3 pool with stride 2, where 4 would do, but without a write
-and a read of the largest map of the network.
+An implicit GEMM: M = output pixels of the pool, N = output channels, K = C * KH * KW in the order
+of the weights. The convolution is done anew for every place of the pool's window, so that nothing
+is kept between programs: 9 times for a 3x3 pool with stride 2, where 4 would do, but without a
+write and a read of the network's largest map.
 
 Operands are rounded to the compute dtype once, products are exact and sums float32: float16 and
 bfloat16 go to the matrix units, float32 is multiplied as float32 (no TF32).

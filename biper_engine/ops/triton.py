@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend, forced_name
 from biper_engine.ops.epilogue import Epilogue
-
-if TYPE_CHECKING:
-    from biper_engine.ops.stem import Stem
 
 __all__ = ["TritonBackend"]
 
@@ -170,12 +167,12 @@ class TritonBackend(Backend):
         floats = None if outputs.floats is None else outputs.floats.permute(0, 3, 1, 2)
         return floats, outputs.packed
 
-    def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
+    def stem(self, x: Tensor, stem: Any) -> tuple[Tensor | None, Tensor | None]:
         filters, channels, *kernel_size = stem.weight.shape
         geometry = Conv2dGeometry(
             in_channels=channels,
             out_channels=filters,
-            kernel_size=tuple(kernel_size),  # type: ignore[arg-type]
+            kernel_size=tuple(kernel_size),
             stride=stem.stride,
             padding=stem.padding,
         )

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -32,7 +32,6 @@ TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
-MATRIX_UNITS = re.compile(r"\b(IMMA|HMMA|IGMMA|HGMMA|UTC\w*MMA|v_mfma_i32|v_mfma_f32|DMMA|OMMA)")
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,26 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recorded(module: ModuleType, name: str, capability: int) -> Iterator[list[Launch]]:
-    """Note the launches of a module's kernel instead of doing them."""
-    kernel, launches = getattr(module, name), []
+def recorded(module: Any, names: list[str], capability: int) -> Iterator[list[Launch]]:
+    """Note the launches of a module's kernels instead of doing them."""
+    launches: list[Launch] = []
 
     class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def note(*values: Any, **named: Any) -> None:
-                given = dict(zip(kernel.arg_names, values, strict=False)) | named
-                launches.append(Launch(kernel, given))
+                given = dict(zip(self.kernel.arg_names, values, strict=False)) | named
+                launches.append(Launch(self.kernel, given))
 
             return note
 
-    before = module.launch.capability
-    setattr(module, name, Recorder())
-    module.launch.capability = lambda device: capability
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(module, name, Recorder(getattr(module, name)))
+        patch.setattr(module.launch, "capability", lambda device: capability)
         yield launches
-    finally:
-        setattr(module, name, kernel)
-        module.launch.capability = before
 
 
 @dataclass(frozen=True)

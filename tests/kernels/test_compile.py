@@ -1,0 +1,48 @@
+"""Every kernel becomes what it was written for, on every target, without a GPU.
+
+Checked in machine code: matrix instructions where there are products, POPC where bits are counted,
+and no register in memory. Versions of Triton: see `tests/ops/test_triton.py`.
+"""
+
+import importlib.util
+import os
+
+import pytest
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+pytestmark = [
+    pytest.mark.deep,
+    needs_compiler,
+    pytest.mark.skipif(
+        bool(os.environ.get("TRITON_INTERPRET")), reason="TRITON_INTERPRET=1 compiles nothing"
+    ),
+]
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_use_the_right_instructions_and_no_local_memory(target: str) -> None:
+    from tests.kernels import launches
+    from tests.kernels.compiling import compiled
+
+    amd = target.startswith("gfx")
+    integer = r"v_mfma_i32" if amd else r"\b(?:IMMA|IGMMA|UTCIMMA)\b"
+    half = r"v_mfma_f32" if amd else r"\b(?:HMMA|HGMMA|UTCHMMA)\b"
+    wanted = {
+        **dict.fromkeys(launches.MATRIX, integer),
+        **dict.fromkeys(launches.POPCOUNT, r"v_bcnt_u32" if amd else r"\bPOPC\b"),
+        **{name: half for name in launches.STEMS if "float32" not in name},
+    }
+    cases = launches.MATRIX | launches.POPCOUNT | launches.STEMS | launches.OTHERS
+    rows = []
+    for name, record in cases.items():
+        for launch in record(0 if amd else int(target[3:])):
+            code = compiled(launch, target)
+            found = code.count(wanted[name]) if name in wanted else 0
+            rows.append((name, launch.kernel.__name__, code.registers, code.spills, found))
+    print(f"{target}: case, kernel, registers, spills, instructions wanted")
+    print(*rows, sep="\n")
+    assert [row for row in rows if row[3]] == []
+    assert [row for row in rows if row[0] in wanted and not row[4]] == []
