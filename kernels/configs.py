@@ -109,16 +109,17 @@ class StemTile:
     warps: int
 
 
-def stem_tile(capability: int, *, out_channels: int, exact: bool) -> StemTile:
+def stem_tile(capability: int, *, out_channels: int, pooled: bool, exact: bool) -> StemTile:
     """Return the tile of the stem.
 
-    float32 has no matrix unit: each thread multiplies its own block, and a smaller one leaves room
-    for operands in registers.
+    A pool keeps two sets of sums, and spills with 64 rows by 64 channels on sm_80. float32 has no
+    matrix unit: each thread multiplies its own block, and a smaller one leaves room for operands.
     """
     if capability < 0:
         return StemTile(rows=128, columns=64, step=64, warps=4)
     columns = 64 if out_channels > 32 and not exact else 32
-    return StemTile(rows=32 if exact else 64, columns=columns, step=16 if exact else 32, warps=4)
+    rows = 32 if pooled or exact else 64
+    return StemTile(rows=rows, columns=columns, step=16 if exact else 32, warps=4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,7 @@ def run(x: Tensor, stem: Any, conv_size: tuple[int, int], outputs: convolution.O
     tile = configs.stem_tile(
         launch.capability(x.device),
         out_channels=filters,
+        pooled=not stem.pool.is_identity,
         exact=stem.compute_dtype == torch.float32,
     )
     _, _, out_height, out_width = outputs.shape

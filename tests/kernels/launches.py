@@ -156,7 +156,6 @@ def maps(capability: int) -> list[Launch]:
 
 MATRIX = {
     "accumulators": convolve(64, 64, 3, 56),
-    "float32, residual": convolve(64, 64, 3, 56, stream=FLOAT, residual=True),
     "float16, bits, residual": convolve(64, 64, 3, 56, stream=HALF, bits=True, residual=True),
     "bfloat16, bits, residual, slope": convolve(
         512, 512, 3, 14, stream=BFLOAT, bits=True, residual=True, slope=True
@@ -166,7 +165,7 @@ MATRIX = {
     ),
     "bits of one image": convolve(256, 256, 3, 14, bits=True, batch=1),
     "odd channels": convolve(33, 37, 3, 32, stream=FLOAT, bits=True),
-    "linear": convolve(1024, 1000, 1, 1, stream=FLOAT),
+    "linear": convolve(1024, 1000, 1, 1, stream=FLOAT, residual=True),
 }
 POPCOUNT = {
     "groups of 16": convolve(128, 128, 3, 32, groups=8, stream=HALF, bits=True, residual=True),
