@@ -148,7 +148,8 @@ def test_a_stem_gives_what_is_wanted(options: dict[str, Any]) -> None:
 def test_the_tail_of_one_image_is_a_linear_layer_of_its_means() -> None:
     x, weight = image(1, 5, 2, 3), image(4, 5)
     result = TritonBackend().pooled_linear(x, weight, None)
-    torch.testing.assert_close(result, F.linear(x.mean((2, 3)), weight))
+    expected = F.linear(x.double().mean((2, 3)), weight.double())
+    assert bool(((result.double() - expected).abs() <= 1e-5).all())
 
 
 def test_an_empty_batch_passes_through() -> None:
