@@ -18,8 +18,6 @@ groups must be 1; `bconv2d_popcount` serves the rest.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -153,14 +151,14 @@ def bconv2d_kernel(
     )  # fmt: skip
 
 
-def layout(conv: launch.Conv) -> tuple[int, int, int]:
+def layout(conv) -> tuple[int, int, int]:
     """Return the shape of prepacked weights, int8: filters fill the tiles that read them."""
     taps = conv.kernel_size[0] * conv.kernel_size[1]
     filters = 32 if conv.out_channels <= 32 else -(-conv.out_channels // 64) * 64
     return taps, filters, -(-conv.in_channels // 32) * 32
 
 
-def prepack(positive: Tensor, conv: launch.Conv) -> Tensor:
+def prepack(positive: Tensor, conv) -> Tensor:
     """Expand weight bits, bool `[O, C, KH, KW]`, to int8 +1 and -1 in this kernel's layout."""
     taps, rows, columns = layout(conv)
     out_channels, channels = positive.shape[:2]
@@ -176,11 +174,11 @@ def prepack(positive: Tensor, conv: launch.Conv) -> Tensor:
 def run(
     bits: Tensor,
     weight: Tensor,
-    conv: launch.Conv,
-    pool: launch.Pool,
+    conv,
+    pool,
     conv_size: tuple[int, int],
     outputs: convolution.Outputs,
-    parameters: Any,
+    parameters,
     residual: Tensor | None,
 ) -> None:
     """Fill `outputs`; see `convolution.arguments`. `weight` comes from `prepack`."""
@@ -194,19 +192,15 @@ def run(
         pixels=outputs.pixels,
         pooled=not pool.is_identity,
     )
-    tiles_m = triton.cdiv(outputs.pixels, tile.rows)
-    tiles_n = triton.cdiv(conv.out_channels, tile.columns)
-    with launch.on_device(bits):
+    tiles_m = triton.cdiv(outputs.pixels, tile["ROWS"])
+    tiles_n = triton.cdiv(conv.out_channels, tile["COLUMNS"])
+    with torch.cuda.device_of(bits):
         bconv2d_kernel[(tiles_m * tiles_n,)](
             weight_ptr=weight,
             **convolution.arguments(bits, conv, pool, conv_size, outputs, parameters, residual),
             weight_filters=weight.shape[1],
             WORDS=words,
-            OFFSET=convolution.offsets(bits, outputs, tile.rows),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            STEP_WORDS=tile.step_words,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            OFFSET=convolution.offsets(bits, outputs, tile["ROWS"]),
+            **tile,
             **launch.EXACT,
         )

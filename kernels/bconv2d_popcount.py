@@ -11,8 +11,7 @@ last.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -146,13 +145,13 @@ def bconv2d_popcount_kernel(
     )  # fmt: skip
 
 
-def layout(conv: launch.Conv) -> tuple[int, int]:
+def layout(conv) -> tuple[int, int]:
     """Return the shape of prepacked weights, int32."""
     group_words = -(-conv.in_channels // conv.groups // 32)
     return conv.kernel_size[0] * conv.kernel_size[1] * group_words, conv.out_channels
 
 
-def prepack(weight: Tensor, conv: launch.Conv) -> Tensor:
+def prepack(weight: Tensor, conv) -> Tensor:
     """Turn canonical words `[O, KH, KW, words]` over, so that a tile's channels lie together."""
     rows, columns = layout(conv)
     prepacked = weight.new_empty((rows, columns))
@@ -163,22 +162,22 @@ def prepack(weight: Tensor, conv: launch.Conv) -> Tensor:
 def run(
     bits: Tensor,
     weight: Tensor,
-    conv: launch.Conv,
-    pool: launch.Pool,
+    conv,
+    pool,
     conv_size: tuple[int, int],
     outputs: convolution.Outputs,
-    parameters: Any,
+    parameters,
     residual: Tensor | None,
 ) -> None:
     """Fill `outputs`; see `convolution.arguments`. `weight` comes from `prepack`."""
     if outputs.pixels == 0:
         return
-    tile = configs.popcount_tile(launch.capability(bits.device), pooled=not pool.is_identity)
+    tile = configs.popcount_tile(launch.capability(bits.device))
     group_channels = conv.in_channels // conv.groups
     last_bits = group_channels - (group_channels - 1) // 32 * 32
-    tiles_m = triton.cdiv(outputs.pixels, tile.rows)
-    tiles_n = triton.cdiv(conv.out_channels, tile.columns)
-    with launch.on_device(bits):
+    tiles_m = triton.cdiv(outputs.pixels, tile["ROWS"])
+    tiles_n = triton.cdiv(conv.out_channels, tile["COLUMNS"])
+    with torch.cuda.device_of(bits):
         bconv2d_popcount_kernel[(tiles_m * tiles_n,)](
             weight_ptr=weight,
             **convolution.arguments(bits, conv, pool, conv_size, outputs, parameters, residual),
@@ -188,9 +187,7 @@ def run(
             last_mask=-1 if last_bits == 32 else (1 << last_bits) - 1,
             GROUP_WORDS=-(-group_channels // 32),
             ALIGNED=group_channels % 32 == 0 or conv.groups == 1,
-            OFFSET=convolution.offsets(bits, outputs, tile.rows),
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
+            OFFSET=convolution.offsets(bits, outputs, tile["ROWS"]),
+            **tile,
             **launch.EXACT,
         )

@@ -112,12 +112,12 @@ def binarize(x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tenso
     if pixels == 0:
         return packed
     tile = configs.map_tile(count)
-    launch.check_area(height, width, tile.rows)
+    launch.check_area(height, width, tile["ROWS"])
     strides = x.stride()
     reach = sum((size - 1) * step for size, step in zip(x.shape[1:], strides[1:], strict=True))
-    span = (launch.images_in_tile(tile.rows, height * width) - 1) * strides[0] + reach + 1
-    blocks = triton.cdiv(pixels, tile.rows) * triton.cdiv(count, tile.words)
-    with launch.on_device(x):
+    span = (launch.images_in_tile(tile["ROWS"], height * width) - 1) * strides[0] + reach + 1
+    blocks = triton.cdiv(pixels, tile["ROWS"]) * triton.cdiv(count, tile["WORDS"])
+    with torch.cuda.device_of(x):
         binarize_kernel[(blocks,)](
             x,
             packed,
@@ -129,9 +129,7 @@ def binarize(x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tenso
             channels,
             *strides,
             OFFSET=launch.offset_type(span),
-            ROWS=tile.rows,
-            WORDS=tile.words,
-            num_warps=tile.warps,
+            **tile,
             **launch.EXACT,
         )
     return packed
@@ -145,16 +143,14 @@ def unbinarize(bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     pixels = n * height * width
     if pixels > 0:
         tile = configs.map_tile(count)
-        blocks = triton.cdiv(pixels, tile.rows) * triton.cdiv(count, tile.words)
-        with launch.on_device(bits):
+        blocks = triton.cdiv(pixels, tile["ROWS"]) * triton.cdiv(count, tile["WORDS"])
+        with torch.cuda.device_of(bits):
             unbinarize_kernel[(blocks,)](
                 bits,
                 x,
                 pixels,
                 channels,
-                ROWS=tile.rows,
-                WORDS=tile.words,
-                num_warps=tile.warps,
+                **tile,
                 **launch.EXACT,
             )
     return x.permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@ give nothing, so padding never wins.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -85,7 +86,7 @@ def bmaxpool2d_kernel(
 def bmaxpool2d(
     bits: Tensor,
     channels: int,
-    pool: launch.Pool,
+    pool,
     size: tuple[int, int],
     take_and: Tensor | None,
 ) -> Tensor:
@@ -102,12 +103,12 @@ def bmaxpool2d(
     if pixels == 0:
         return out
     tile = configs.map_tile(count)
-    launch.check_area(height, width, tile.rows)
-    launch.check_area(rows, columns, tile.rows)
+    launch.check_area(height, width, tile["ROWS"])
+    launch.check_area(rows, columns, tile["ROWS"])
     image_words = height * width * count
-    span = launch.images_in_tile(tile.rows, rows * columns) * image_words
-    blocks = triton.cdiv(pixels, tile.rows) * triton.cdiv(count, tile.words)
-    with launch.on_device(bits):
+    span = launch.images_in_tile(tile["ROWS"], rows * columns) * image_words
+    blocks = triton.cdiv(pixels, tile["ROWS"]) * triton.cdiv(count, tile["WORDS"])
+    with torch.cuda.device_of(bits):
         bmaxpool2d_kernel[(blocks,)](
             bits,
             out,
@@ -124,9 +125,7 @@ def bmaxpool2d(
             KERNEL_Y=pool.kernel_size[0],
             KERNEL_X=pool.kernel_size[1],
             OFFSET=launch.offset_type(span),
-            ROWS=tile.rows,
-            WORDS=tile.words,
-            num_warps=tile.warps,
+            **tile,
             **launch.EXACT,
         )
     return out

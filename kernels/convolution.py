@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +56,9 @@ class Outputs:
 
 def float_bits(value: float | None) -> int | None:
     """Return the bits of a float, rounded to float32, as a signed integer."""
-    return None if value is None else struct.unpack("<i", struct.pack("<f", value))[0]
+    if value is None:
+        return None
+    return torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32).item()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -73,13 +72,13 @@ def _nhwc(x: Tensor | None) -> Tensor | None:
 
 def arguments(
     bits: Tensor,
-    conv: launch.Conv,
-    pool: launch.Pool,
+    conv,
+    pool,
     conv_size: tuple[int, int],
     outputs: Outputs,
-    epilogue: Any,
+    epilogue,
     residual: Tensor | None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the keyword arguments that both kernels take, block sizes apart.
 
     Args:
@@ -133,7 +132,7 @@ def arguments(
     }
 
 
-def offsets(bits: Tensor, outputs: Outputs, rows: int) -> Any:
+def offsets(bits: Tensor, outputs: Outputs, rows: int) -> tl.dtype:
     """Return the type of a tile's offsets into the packed map.
 
     Raises:

@@ -3,13 +3,12 @@
 A kernel addresses memory by one 64-bit base for the whole program and offsets relative to it. The
 offsets are 32-bit wherever all of a tile lies within 2^31 elements of its base, which leaves a
 64-bit add per load to the address unit instead of two registers per element; `offset_type` decides.
+
+Geometries, pools, epilogues and stems are the engine's dataclasses, which launchers read by
+attribute: nothing of the engine is imported here.
 """
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any, Protocol
 
 import torch
 import triton
@@ -19,14 +18,11 @@ from torch import Tensor
 __all__ = [
     "EXACT",
     "INTERPRETED",
-    "Conv",
-    "Pool",
     "capability",
     "check_area",
     "images_in_tile",
     "none_or_bytes",
     "offset_type",
-    "on_device",
 ]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -38,45 +34,14 @@ EXACT = {"enable_fp_fusion": False}
 _OFFSET_LIMIT = 1 << 31
 
 
-class Conv(Protocol):
-    """What a launcher reads of a convolution's geometry."""
-
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int, int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-
-class Pool(Protocol):
-    """What a launcher reads of a pool's geometry."""
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    is_identity: bool
-
-
-@cache
-def _capability_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def capability(device: torch.device) -> int:
     """Return the compute capability as 10 * major + minor; 0 on AMD, -1 in the interpreter."""
     if INTERPRETED:
         return -1
-    if device.type != "cuda" or torch.version.hip is not None:
+    if torch.version.hip is not None:
         return 0
-    return _capability_of(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's GPU the current one, which is where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def images_in_tile(rows: int, area: int) -> int:
@@ -84,7 +49,7 @@ def images_in_tile(rows: int, area: int) -> int:
     return (rows + area - 2) // area + 1
 
 
-def offset_type(*extents: int) -> Any:
+def offset_type(*extents: int) -> tl.dtype:
     """Return int32 where no tile reaches 2^31 elements beyond its base, else int64.
 
     Args:

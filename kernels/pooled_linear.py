@@ -100,22 +100,22 @@ def pooled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if out.numel() == 0:
         return out
     mean = x.new_empty((images, channels), dtype=torch.float32)
-    tile = configs.tail_tile(launch.capability(x.device))
-    with launch.on_device(x):
-        mean_kernel[(images * triton.cdiv(channels, tile.mean_columns),)](
+    capability = launch.capability(x.device)
+    means, products = configs.mean_tile(capability), configs.linear_tile(capability)
+    blocks = triton.cdiv(images, products["ROWS"]) * triton.cdiv(classes, products["COLUMNS"])
+    with torch.cuda.device_of(x):
+        mean_kernel[(images * triton.cdiv(channels, means["COLUMNS"]),)](
             x,
             mean,
             channels,
             height * width,
             width,
             *x.stride(),
-            PIXELS=tile.pixels,
-            COLUMNS=tile.mean_columns,
-            STEPS=triton.cdiv(height * width, tile.pixels),
-            num_warps=4,
+            STEPS=triton.cdiv(height * width, means["PIXELS"]),
+            **means,
             **launch.EXACT,
         )
-        linear_kernel[(triton.cdiv(images, tile.rows) * triton.cdiv(classes, tile.columns),)](
+        linear_kernel[(blocks,)](
             mean,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
@@ -123,10 +123,7 @@ def pooled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             images,
             classes,
             CHANNELS=channels,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            STEP=tile.step,
-            num_warps=4,
+            **products,
             **launch.EXACT,
         )
     return out

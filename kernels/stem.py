@@ -11,8 +11,6 @@ bfloat16 go to the matrix units, float32 is multiplied as float32 (no TF32).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -143,7 +141,7 @@ def stem_kernel(
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def run(x: Tensor, stem: Any, conv_size: tuple[int, int], outputs: convolution.Outputs) -> None:
+def run(x: Tensor, stem, conv_size: tuple[int, int], outputs: convolution.Outputs) -> None:
     """Fill `outputs`, floats, bits or both, with what `stem` makes of `x`.
 
     Args:
@@ -166,17 +164,17 @@ def run(x: Tensor, stem: Any, conv_size: tuple[int, int], outputs: convolution.O
         exact=stem.compute_dtype == torch.float32,
     )
     _, _, out_height, out_width = outputs.shape
-    launch.check_area(height, width, tile.rows)
-    launch.check_area(out_height, out_width, tile.rows)
+    launch.check_area(height, width, tile["ROWS"])
+    launch.check_area(out_height, out_width, tile["ROWS"])
     strides = x.stride()
     reach = sum((size - 1) * step for size, step in zip(x.shape[1:], strides[1:], strict=True))
-    images = launch.images_in_tile(tile.rows, out_height * out_width)
+    images = launch.images_in_tile(tile["ROWS"], out_height * out_width)
     # A window in the padding starts before the image; its places are counted before the mask acts.
     before = stem.padding[0] * strides[2] + stem.padding[2] * strides[3]
     offset = launch.offset_type((images - 1) * strides[0] + reach + before + 1)
     pool = stem.pool
-    blocks = triton.cdiv(outputs.pixels, tile.rows) * triton.cdiv(filters, tile.columns)
-    with launch.on_device(x):
+    blocks = triton.cdiv(outputs.pixels, tile["ROWS"]) * triton.cdiv(filters, tile["COLUMNS"])
+    with torch.cuda.device_of(x):
         stem_kernel[(blocks,)](
             x,
             stem.weight.contiguous(),
@@ -210,10 +208,6 @@ def run(x: Tensor, stem: Any, conv_size: tuple[int, int], outputs: convolution.O
             POOLED=not pool.is_identity,
             COMPUTE=_TYPES[stem.compute_dtype],
             OFFSET=offset,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            STEP=tile.step,
-            num_warps=tile.warps,
-            num_stages=2,
+            **tile,
             **launch.EXACT,
         )

@@ -25,6 +25,7 @@ from biper_engine.ops.epilogue import Epilogue
 __all__ = ["TritonBackend"]
 
 _NO_POOL = Pool2dGeometry()
+_LEAST_CAPABILITY = 80  # 10 * major + minor
 
 
 @functools.cache
@@ -64,6 +65,17 @@ def _unavailable_reason() -> str | None:
     return _load_failure()
 
 
+@functools.cache
+def _capability_reason(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # `unavailable_reason` says so
+    capability: int = _kernels("launch").capability(device)
+    if 0 < capability < _LEAST_CAPABILITY:
+        found = f"{capability // 10}.{capability % 10}"
+        return f"Triton needs compute capability 8.0 or later, {device} has {found}"
+    return None
+
+
 def _uses_popcount(geometry: Conv2dGeometry) -> bool:
     few: int = _kernels("configs").MAX_POPCOUNT_FILTERS
     return geometry.groups > 1 or geometry.out_channels <= few
@@ -90,9 +102,9 @@ class TritonBackend(Backend):
             if forced_name() == self.name:
                 return None
             return "Triton's interpreter runs only where this backend is forced"
-        if device.type == "cuda":
-            return None
-        return "it runs on GPUs, the tensors are on the CPU"
+        if device.type == "cpu":
+            return "it runs on GPUs, the tensors are on the CPU"
+        return _capability_reason(device)
 
     def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:
         dtype = torch.int32 if _uses_popcount(geometry) else torch.int8

@@ -36,6 +36,7 @@ outside = pytest.mark.skipif(
 RUN = "triton-cpu"
 KERNELS = [f"tests/kernels/{name}.py" for name in ("test_kernels", "test_float_kernels")]
 OPS = "tests/ops"
+EVERY_STEP = "test_every_step_is_rounded_once_and_in_order"
 FEW = [
     f"{OPS}/test_binarize.py::test_threshold_and_sense_act_per_channel[{RUN}-33]",
     f"{OPS}/test_binarize.py::test_zeros_denormals_infinities_and_nan[{RUN}]",
@@ -48,7 +49,7 @@ FEW = [
     ),
     f"{OPS}/test_epilogue.py::test_the_fma_is_rounded_once_where_twice_would_differ[{RUN}-1.0]",
     f"{OPS}/test_epilogue.py::test_signed_zeros_survive_clamp_slope_and_shift[{RUN}]",
-    f"{OPS}/test_epilogue.py::test_every_step_is_rounded_once_and_in_order[{RUN}-bfloat16-prelu-no pool]",
+    f"{OPS}/test_epilogue.py::{EVERY_STEP}[{RUN}-bfloat16-prelu-no pool]",
 ]
 # The kernels treat pool, activation and residual one after the other: every pair of them is here,
 # not every triple.
@@ -56,7 +57,6 @@ EPILOGUES = [
     f"{RUN}-{stream}-{activation}-{list(EPILOGUE_POOLS)[(i + j) % 3]}"
     for (i, stream), (j, activation) in product(enumerate([None, *STREAMS]), enumerate(ACTIVATIONS))
 ]
-EVERY_STEP = "test_every_step_is_rounded_once_and_in_order"
 MATRIX = [f"{OPS}/test_epilogue.py::{EVERY_STEP}[{case}]" for case in EPILOGUES]
 REST = ["test_binarize.py", "test_bmaxpool2d.py", "test_bconv2d.py", "test_epilogue.py"]
 
@@ -147,6 +147,24 @@ def test_it_serves_gpus_only() -> None:
         reason = backend.unsupported_reason("binarize", None, device)
         assert reason is not None
         assert "it runs on GPUs" in reason
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "served"), [(75, False), (80, True), (120, True), (0, True)]
+)
+def test_a_gpu_that_triton_does_not_compile_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: int, served: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(adapter._kernels("launch"), "capability", lambda device: capability)
+    adapter._capability_reason.cache_clear()
+    try:
+        reason = adapter._capability_reason(CUDA)
+    finally:
+        adapter._capability_reason.cache_clear()
+    refusal = "Triton needs compute capability 8.0 or later, cuda has 7.5"
+    assert reason == (None if served else refusal)
 
 
 @pytest.mark.skipif(not triton_is_interpreted(), reason="needs TRITON_INTERPRET=1")
