@@ -43,7 +43,7 @@ test: $(BUILT)  ## Run the tests
 # pytest exits with 5 where it selects no test.
 test-deep: $(BUILT)  ## Run the slow tests, and those in need of a compiler or a build
 	@echo "==> Deep tests"
-	@$(RUN) pytest tests --no-header -m deep -p no:benchmark -rs $(ARGS) || \
+	@$(RUN) pytest tests --no-header -m deep -n 2 --dist loadfile -p no:benchmark -rs $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
 
 lint: $(STAMP)  ## Check style, formatting and types

@@ -61,6 +61,12 @@ def _isa(name: str | None) -> Iterator[None]:
         _cpu.select_isa(before)
 
 
+@pytest.fixture(scope="session")
+def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    """Return the CUDA backend with csrc/cuda compiled for a CPU."""
+    return emulated_backend(tmp_path_factory)
+
+
 def triton_is_interpreted() -> bool:
     """Tell whether Triton's kernels run in its interpreter, on CPU tensors."""
     from biper_engine.ops.triton import _interpreted

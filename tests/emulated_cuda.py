@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from biper_engine.ops.cuda import CudaBackend, Native
@@ -26,12 +27,15 @@ class EmulatedNative(Native):
         return 0
 
 
-def emulated_backend(folder: Path) -> CudaBackend:
+def emulated_backend(temporary: pytest.TempPathFactory) -> CudaBackend:
     """Return a backend called cuda whose kernels run on the CPU.
 
-    BIPER_EMULATED_MODULE names a build to take; without it one is made in `folder`.
+    BIPER_EMULATED_MODULE names a build to take; without it one is made, for all test processes.
     """
     built = os.environ.get("BIPER_EMULATED_MODULE")
-    path = Path(built) if built else builds.emulated_library(folder)
+    if built is None:
+        path = builds.shared(temporary, "emulated_cuda", builds.emulated_library)
+    else:
+        path = Path(built)
     native = EmulatedNative(builds.import_from(path, builds.EMULATED_NAME))
     return CudaBackend(lambda: (native, None))

@@ -393,6 +393,7 @@ def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)
 
 
+backends.register(CudaBackend())
 backends.register(TritonBackend())
 backends.register(CpuBackend())
 backends.register(ReferenceBackend())

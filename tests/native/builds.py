@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from filelock import FileLock  # torch has it
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOBS = 2
@@ -198,6 +200,19 @@ def import_from(path: Path, name: str) -> ModuleType:
     return module
 
 
+def shared(temporary: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> Path:
+    """Return what `build` makes in a folder, once for all processes of a test run."""
+    root = temporary.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, made = root / name, root / f"{name}.path"
+    with FileLock(root / f"{name}.lock"):
+        if not made.exists():
+            folder.mkdir(exist_ok=True)
+            made.write_text(str(build(folder)), encoding="utf-8")
+    return Path(made.read_text(encoding="utf-8"))
+
+
 def cuda_module(folder: Path) -> Path:
     """Build biper_engine._cuda for every architecture with what setup.py does, and return its path.
 
@@ -250,13 +265,13 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def cuda_tool(name: str) -> Path:
-    """Return cuobjdump or nvdisasm: beside nvcc, on the PATH, or from a package of Python."""
+    """Return cuobjdump or nvdisasm: beside nvcc, on the PATH, or Triton's."""
     nvcc = setup_functions()["nvcc"]()
     found = shutil.which(name)
     places = [Path(nvcc).parent / name] if nvcc else []
     places += [Path(found)] if found else []
-    places += [path for entry in sys.path for path in Path(entry).glob(f"nvidia/cu*/bin/{name}")]
+    places += [Path(entry, "triton/backends/nvidia/bin", name) for entry in sys.path]
     usable = [path for path in places if os.access(path, os.X_OK)]
     if not usable:
-        pytest.skip(f"no {name} (pip install -c constraints.txt nvidia-cuda-{name})")
+        pytest.skip(f"no {name}; Triton has it (pip install -c constraints.txt triton)")
     return usable[0]
