@@ -174,7 +174,8 @@ def test_the_eager_twin_is_checked_and_in_channels_last() -> None:
     twin = torch.fx.symbolic_trace(_Tuple())
     rival = eager_twin_rival(twin, images(2))
     assert rival.agreed == (8, 8)
-    assert torch.equal(rival.bound(images(2))(), twin(images(2))[0])
+    # The twin's own layout is another, and so is the order of its sums on some processors.
+    torch.testing.assert_close(rival.bound(images(2))(), twin(images(2))[0])
     assert twin.layer.weight.is_contiguous()
 
 
