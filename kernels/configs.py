@@ -61,17 +61,19 @@ def popcount_tile(capability: int) -> dict[str, int]:
 def stem_tile(capability: int, *, out_channels: int, pooled: bool, exact: bool) -> dict[str, int]:
     """Return the tile of the stem; its STEP is along K.
 
-    A pool keeps two sets of sums, and spills with 64 rows by 64 channels on sm_80. float32 has no
-    matrix unit: each thread multiplies its own block, and a smaller one leaves room for operands.
+    A pool keeps two sets of sums, and spills with 64 rows by 64 channels on sm_80; so does a STEP
+    of 32 on sm_80 and sm_120 where Triton is 3.6. float32 has no matrix unit: each thread
+    multiplies its own block, and a smaller one leaves room for operands.
     """
+    stages = 2 if exact or capability < 80 else 3
     if capability < 0:
         tile = {"ROWS": 128, "COLUMNS": 64, "STEP": 64}
     elif exact:
         tile = {"ROWS": 32, "COLUMNS": 32, "STEP": 16}
     else:
         columns = 64 if out_channels > 32 else 32
-        tile = {"ROWS": 32 if pooled else 64, "COLUMNS": columns, "STEP": 32}
-    return tile | {"num_warps": 4, "num_stages": 2}
+        tile = {"ROWS": 32 if pooled else 64, "COLUMNS": columns, "STEP": 16}
+    return tile | {"num_warps": 4, "num_stages": stages}
 
 
 def mean_tile(capability: int) -> dict[str, int]:

@@ -67,12 +67,21 @@ def recorded(module: Any, names: list[str], capability: int) -> Iterator[list[La
 
 @dataclass(frozen=True)
 class Code:
-    """What became of a kernel on a target."""
+    """What became of a kernel on a target.
+
+    Attributes:
+        text: machine code.
+        spills: accesses to memory that stands for registers; bytes of it on AMD.
+        conversions: integers that become float32, one for each accumulator of a thread.
+        fused: multiply-adds with one rounding. Both of these are 0 on AMD.
+    """
 
     target: str
     text: str
     spills: int
     registers: int
+    conversions: int
+    fused: int
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.text))
@@ -124,4 +133,8 @@ def compiled(launch: Launch, target: str) -> Code:
         spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
         registers = 1 + max(map(int, re.findall(r"\bR(\d+)\b", text)))
         assert ".ftz" not in made.asm["ptx"]
-    return Code(target, text, spills, registers)
+    intermediate = made.asm.get("ptx", "")
+    conversions = intermediate.count("cvt.rn.f32")
+    # Blackwell also does two at a time: `fma.rn.f32x2`.
+    fused = intermediate.count("fma.rn.f32") + intermediate.count("fma.rn.f32x2")
+    return Code(target, text, spills, registers, conversions, fused)
