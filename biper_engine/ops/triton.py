@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend, forced_name
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.stem import Stem
 
 __all__ = ["TritonBackend"]
 
@@ -179,20 +179,11 @@ class TritonBackend(Backend):
         floats = None if outputs.floats is None else outputs.floats.permute(0, 3, 1, 2)
         return floats, outputs.packed
 
-    def stem(self, x: Tensor, stem: Any) -> tuple[Tensor | None, Tensor | None]:
-        filters, channels, *kernel_size = stem.weight.shape
-        geometry = Conv2dGeometry(
-            in_channels=channels,
-            out_channels=filters,
-            kernel_size=tuple(kernel_size),
-            stride=stem.stride,
-            padding=stem.padding,
-        )
-        conv_size = geometry.output_size(x.shape[2], x.shape[3])
-        size = conv_size if stem.pool.is_identity else stem.pool.output_size(*conv_size)
+    def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
+        conv_size = stem.conv.output_size(x.shape[2], x.shape[3])
         outputs = _kernels("convolution").Outputs(
             x,
-            (x.shape[0], filters, *size),
+            (x.shape[0], stem.weight.shape[0], *stem.output_size(x.shape[2], x.shape[3])),
             float_dtype=stem.compute_dtype if stem.want_float else None,
             packed=stem.want_bits,
         )
