@@ -17,8 +17,8 @@ class EmulatedNative(Native):
 
     device_type = "cpu"
 
-    def capability(self, device: torch.device) -> int:
-        return int(os.environ.get("BIPER_EMULATED_CAPABILITY", "90"))
+    def refusal(self, device: torch.device) -> str | None:
+        return None
 
     def on(self, device: torch.device) -> Any:
         return nullcontext()

@@ -33,7 +33,6 @@ __all__ = ["CudaBackend", "Native", "description"]
 
 _STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 _NO_POOL = Pool2dGeometry()
-OLDEST_CAPABILITY = 75
 
 
 # -- the compiled module --------------------------------------------------------------------------
@@ -50,15 +49,24 @@ class Native:
 
     def __init__(self, module: ModuleType) -> None:
         self.module: Any = module
-        self._capabilities: dict[int, int] = {}
+        self._refusals: dict[int, str | None] = {}
 
-    def capability(self, device: torch.device) -> int:
-        """Return 10 times the major plus the minor number of a device's compute capability."""
+    def refusal(self, device: torch.device) -> str | None:
+        """Return why the kernels do not run on a device, or None; asked once.
+
+        The driver may be older than the toolkit that compiled them, the device of a capability that
+        they were not compiled for.
+        """
         index = torch.cuda.current_device() if device.index is None else device.index
-        if index not in self._capabilities:
-            major, minor = torch.cuda.get_device_capability(index)
-            self._capabilities[index] = 10 * major + minor
-        return self._capabilities[index]
+        if index not in self._refusals:
+            reason = None
+            try:
+                with self.on(device):
+                    self.module.device_properties()
+            except RuntimeError as error:
+                reason = f"its kernels do not run on {device} ({error})"
+            self._refusals[index] = reason
+        return self._refusals[index]
 
     def on(self, device: torch.device) -> Any:
         """Return a context in which a device is the current one."""
@@ -163,6 +171,7 @@ class _Conv:
         epilogue: Epilogue | None = None,
         limits: tuple[Tensor, Tensor] | None = None,
         path: int = 0,
+        processors: int = 0,
     ) -> None:
         layout = _layout(geometry, native)
         parts = torch.split(prepacked, [layout.fragments, layout.sums, layout.taps])
@@ -183,6 +192,7 @@ class _Conv:
             sums=_memory(parts[1]) if layout.fragments else None,
             words=_memory(parts[2]),
             path=path,
+            processors=processors,
             **{name: _memory(value) for name, value in tensors.items()},
             **options,
         )
@@ -342,13 +352,7 @@ class CudaBackend(Backend):
         native = self._native
         if device.type != native.device_type:
             return f"it runs on {native.device_type} devices, the tensors are on {device}"
-        capability = native.capability(device)
-        if capability < OLDEST_CAPABILITY:
-            return (
-                f"{device} has compute capability {capability / 10}, and the kernels need "
-                f"{OLDEST_CAPABILITY / 10}"
-            )
-        return None
+        return native.refusal(device)
 
     def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:
         return (_layout(geometry, self._native).total,), torch.int32

@@ -7,6 +7,8 @@ sum, the stem and the classifier, is summed in float64 (no TF32 there) and round
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.precision import without_tf32
 from biper_engine.ops.stem import Stem
 
 __all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "fma", "to_channels_last"]
@@ -195,7 +198,8 @@ class ReferenceBackend(Backend):
         if top != bottom or left != right:
             signs = F.pad(signs, (left, right, top, bottom))
             padding = (0, 0)
-        with torch.autocast(bits.device.type, enabled=False):
+        exact = without_tf32() if bits.device.type == "cuda" else nullcontext()
+        with torch.autocast(bits.device.type, enabled=False), exact:
             sums = F.conv2d(
                 signs, prepacked, None, geometry.stride, padding, geometry.dilation, geometry.groups
             )

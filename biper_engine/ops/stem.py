@@ -27,10 +27,22 @@ from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 
-__all__ = ["MAX_STEM_CHANNELS", "PLAN_OPERATORS", "Stem"]
+__all__ = [
+    "MAX_POOLED_CHANNELS",
+    "MAX_STEM_CHANNELS",
+    "MAX_STEM_WEIGHTS",
+    "PLAN_OPERATORS",
+    "Stem",
+]
 
 MAX_STEM_CHANNELS = 4
 """Channels of images; a convolution of more is no stem."""
+MAX_STEM_WEIGHTS = 384
+"""Weights of one output channel, KH * KW * C, that plans fuse; 11x11 of three channels are 363.
+
+Of 32 channels they take 48 KB in float32, which is what every GPU's block has in shared memory."""
+MAX_POOLED_CHANNELS = 8192
+"""Channels of a `pooled_linear` that plans fuse: as many means as a block's shared memory holds."""
 
 PLAN_OPERATORS = ("stem", "stem_bits", "pooled_linear")
 

@@ -125,10 +125,12 @@ class CudaDriver:
         """Run a function on another stream, then capture it there.
 
         The run before is for what libraries do once per thread and stream, such as choosing
-        algorithms and allocating workspaces, which no capture allows. The stream is new, since
-        cuBLAS keeps a workspace per stream that two graphs must not share. So is the pool that
-        memory comes from: graphs with a common one would have to wait for each other, and dropping
-        one would free nothing. What other threads do meanwhile does not end the capture.
+        algorithms, which no capture allows. The pool that memory comes from is new: graphs with a
+        common one would have to wait for each other, and dropping one would free nothing. It has
+        the workspace of cuBLAS, too, which PyTorch keeps for each of its 32 streams: it is
+        forgotten before the capture, so that the graph makes its own, and after it, so that neither
+        another graph on that stream takes it nor dropping one gives it back. What other threads do
+        meanwhile does not end the capture.
         """
         current = torch.cuda.current_stream()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
@@ -142,10 +144,13 @@ class CudaDriver:
             with torch.cuda.stream(stream):
                 run()
                 with capturing:
+                    torch._C._cuda_clearCublasWorkspaces()
                     outputs = run()
         except RuntimeError:
             _clean_up(graph, pool)
             raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         current.wait_stream(stream)
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call, unused-ignore]
         held = sum(s["total_size"] for s in segments if s["segment_pool_id"] == pool)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from biper_engine.ops.precision import without_tf32
 from biper_engine.runtime.cuda_driver import FREE_MEMORY_SHARE, Capture, GraphDriver
-from biper_engine.runtime.precision import without_tf32
 
 __all__ = ["CudaGraphs", "uncapturable_reason"]
 
@@ -285,10 +285,11 @@ class _Graph:
                 # Rows behind those keep what they held: their results are left out.
                 target = buffer if rows is None else buffer[:rows]
                 target.copy_(x, non_blocking=True)
-            self._graph.replay()
-            results = tuple(_copied(value, rows) for value in self._outputs)
-            self._event.record()
-        return results
+            try:
+                self._graph.replay()
+                return tuple(_copied(value, rows) for value in self._outputs)
+            finally:  # also where memory for the copies is short
+                self._event.record()
 
     def __del__(self) -> None:
         # Memory goes back to PyTorch after this, which may give it out for work of other streams.

@@ -23,7 +23,13 @@ from torch._ops import OpOverload
 
 from biper_engine.ops.backends import by_name, forced_name, select
 from biper_engine.ops.functional import stem_options
-from biper_engine.ops.stem import MAX_STEM_CHANNELS, PLAN_OPERATORS, Stem
+from biper_engine.ops.stem import (
+    MAX_POOLED_CHANNELS,
+    MAX_STEM_CHANNELS,
+    MAX_STEM_WEIGHTS,
+    PLAN_OPERATORS,
+    Stem,
+)
 from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.patterns import (
     all_arguments,
@@ -208,6 +214,7 @@ class _Fusion:
             return None
         vertical, horizontal = pair(named["padding"])
         fits = weight.dim() == 4 and weight.shape[1] <= MAX_STEM_CHANNELS
+        fits = fits and weight[0].numel() <= MAX_STEM_WEIGHTS
         plain = named["groups"] == 1 and pair(named["dilation"]) == (1, 1)
         if not fits or not plain or weight.dtype not in _FLOATS:
             return None
@@ -322,6 +329,7 @@ class _Fusion:
             x = self._values[source]
             if isinstance(x, Tensor) and x.dim() == 4 and _means_whole_map(node, x):
                 fits = x.shape[0] == BATCH and x.shape[1] == channels and x.dtype in _FLOATS
+                fits = fits and channels <= MAX_POOLED_CHANNELS
                 return (source, steps) if fits else None
             if self._flattens(node, channels):
                 node = source

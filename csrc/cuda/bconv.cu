@@ -185,6 +185,7 @@ bool cut_call(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
   BconvMmaParams common;
   if (!common_params(args, &common)) return false;
   cut->leaving = leaving(args);
+  const int processors = args.processors > 0 ? args.processors : device.processors;
   bool found = false;
   for (const int shared_bytes : {std::min(kRoomForTwo, device.shared_bytes), device.shared_bytes}) {
     for (int tile = cut->leaving == kRagged ? kRaggedTile : 0; tile < kTileCount; ++tile) {
@@ -194,7 +195,7 @@ bool cut_call(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
       *cut = candidate;
       found = true;
       const int64_t blocks = int64_t{cut->grid.x} * cut->grid.y * cut->grid.z;
-      if (blocks >= 2 * device.processors) return true;
+      if (blocks >= 2 * processors) return true;
     }
     if (found) return true;
   }
@@ -252,7 +253,8 @@ const char* run_halves(const ConvArgs& args, int64_t pixels, void* stream) {
 // The path, and its cut where it is one with tensor cores; -1 where there is none.
 int choose(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
   const ConvShape& s = args.shape;
-  const bool fits = s.groups == 1 && args.weights.fragments != nullptr && tiles(s.pool) &&
+  const bool fits = s.groups == 1 && args.weights.fragments != nullptr &&
+                    aligned(args.weights.fragments, 16) && tiles(s.pool) &&
                     cut_call(args, device, cut);
   const bool bits = fits && device.has_binary_mma;
   const bool bytes = fits && device.has_byte_mma;

@@ -65,7 +65,8 @@ struct ConvArgs {
   ConvOutputs outputs;
   ConvWeights weights;
   const uint32_t* bits;
-  int path;  // a ConvPath; kAnyPath leaves the choice to the device's capability
+  int path;        // a ConvPath; kAnyPath leaves the choice to the device's capability
+  int processors;  // that tiles are chosen for; 0: the device's own
 };
 
 // Channels of one pass over the taps, in words: the order of the fragments depends on it.

@@ -62,7 +62,7 @@ class Conv {
        const OptionalMemory& bias, const OptionalMemory& slope, const OptionalMemory& shift,
        const OptionalMemory& threshold, const OptionalMemory& sense, const OptionalMemory& pool_min,
        const OptionalMemory& first, const OptionalMemory& span, std::optional<float> clamp_min,
-       std::optional<float> clamp_max, int path)
+       std::optional<float> clamp_max, int path, int processors)
       : geometry_(geometry), pool_(pool) {
     // The kernel's own size stands for the image, which the parameters do not depend on.
     const ImageValues smallest = {1, (geometry[3] - 1) * geometry[11] + pool[0] * geometry[5] + 1,
@@ -93,6 +93,7 @@ class Conv {
     w.words = values<const uint32_t>(tap_words, taps * words(s.in_channels / s.groups) * channels,
                                      "words");
     args_.path = path;
+    args_.processors = processors;
   }
 
   void run(const ImageValues& image, const Memory& bits, const TypedMemory& residual,
@@ -150,8 +151,8 @@ int count_devices() {
   return count;
 }
 
-DeviceProperties properties(int index) {
-  succeed(set_device(index));
+// Of the current device.
+DeviceProperties properties() {
   DeviceProperties found = {};
   succeed(current_device(&found));
   return found;
@@ -176,8 +177,7 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
       .def_readonly("has_binary_mma", &DeviceProperties::has_binary_mma)
       .def_readonly("has_byte_mma", &DeviceProperties::has_byte_mma);
   m.def("device_count", &count_devices);
-  m.def("set_device", [](int index) { succeed(set_device(index)); });
-  m.def("device_properties", &properties, py::arg("index"));
+  m.def("device_properties", &properties);
   m.def("measure_peak", &peak, release(), py::arg("kind"), py::arg("milliseconds"));
   define_maps(m);
   define_ends(m);
@@ -197,7 +197,7 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
                     const OptionalMemory&, const OptionalMemory&, const OptionalMemory&,
                     const OptionalMemory&, const OptionalMemory&, const OptionalMemory&,
                     const OptionalMemory&, const OptionalMemory&, std::optional<float>,
-                    std::optional<float>, int>(),
+                    std::optional<float>, int, int>(),
            py::arg("geometry"), py::arg("pool"), py::kw_only(), py::arg("fragments"),
            py::arg("sums"), py::arg("words"), py::arg("multiplier") = py::none(),
            py::arg("bias") = py::none(), py::arg("slope") = py::none(),
@@ -205,7 +205,7 @@ PYBIND11_MODULE(BIPER_MODULE_NAME, m) {
            py::arg("sense") = py::none(), py::arg("pool_min") = py::none(),
            py::arg("first") = py::none(), py::arg("span") = py::none(),
            py::arg("clamp_min") = py::none(), py::arg("clamp_max") = py::none(),
-           py::arg("path") = static_cast<int>(kAnyPath))
+           py::arg("path") = static_cast<int>(kAnyPath), py::arg("processors") = 0)
       .def("run", &Conv::run, release(), py::arg("image"), py::arg("bits"), py::arg("residual"),
            py::arg("floats"), py::arg("packed"), py::arg("dots"), py::arg("stream"))
       .def("way", &Conv::way, py::arg("image"), py::arg("bits"), py::arg("residual"),

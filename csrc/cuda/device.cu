@@ -12,7 +12,12 @@ const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Nothing; whether there is code of it for a device says that of all kernels.
+__global__ void probe() {}
+
 const char* ask(int index, DeviceProperties* properties) {
+  cudaFuncAttributes attributes;
+  if (const char* error = text_of(cudaFuncGetAttributes(&attributes, probe))) return error;
   int major = 0, minor = 0;
   const struct {
     cudaDeviceAttr attribute;
@@ -58,7 +63,5 @@ int device_count(const char** error) {
   *error = text_of(cudaGetDeviceCount(&count));
   return *error == nullptr ? count : 0;
 }
-
-const char* set_device(int index) { return text_of(cudaSetDevice(index)); }
 
 }  // namespace biper

@@ -19,7 +19,4 @@ const char* current_device(DeviceProperties* properties);
 // How many devices there are; an error's text in `error` where that cannot be told.
 int device_count(const char** error);
 
-// Make a device current, for this thread.
-const char* set_device(int index);
-
 }  // namespace biper

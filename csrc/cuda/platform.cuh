@@ -158,10 +158,18 @@ template <class Params>
 const char* launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes,
                    cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
-  if (shared_bytes > 48 * 1024) {  // beyond what every kernel may have
-    const cudaError_t refused =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (shared_bytes > 48 * 1024) {
+    // Beyond what every kernel may have. What it may is the kernel's in all threads, and so it is
+    // always the device's most: no thread takes back what another one is about to use.
+    int device = 0, most = 0;
+    cudaError_t refused = cudaGetDevice(&device);
+    if (refused == cudaSuccess) {
+      refused = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (refused == cudaSuccess) {
+      refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (refused != cudaSuccess) return cudaGetErrorString(refused);
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(params);

@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_patch(const StripParams& p, const Patch& pa
       for (int i = 0; i < kValues; ++i) {
         const int c = i % S::kValues;
         const bool there = row_inside && inside[i / S::kValues];
-        values[i] = there ? values[i] * scale[c] + offset[c] : 0.0f;
+        values[i] = there ? __fmaf_rn(values[i], scale[c], offset[c]) : 0.0f;
       }
     }
     if constexpr (S::kItemWords == 2) {

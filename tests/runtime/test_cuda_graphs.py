@@ -277,6 +277,23 @@ def test_a_call_waits_for_the_last_one_only_on_another_stream(driver: FakeDriver
     assert driver.log == [*one, *one, "wait", *one, *one, "wait", *one]
 
 
+def test_a_call_whose_results_cannot_be_copied_is_waited_for_like_any_other(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = classifier()
+    engine.warmup([(4, 3, 8, 8)])
+    driver.log.clear()
+
+    def fail(value: Any, rows: int | None) -> Any:
+        raise torch.OutOfMemoryError("no memory for the copy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graphs, "_copied", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine(images(4))
+    assert driver.log == ["replay", "record"]
+
+
 def test_a_new_plan_is_ready_for_every_stream(driver: FakeDriver) -> None:
     engine = classifier()
     engine(images(4))

@@ -222,6 +222,15 @@ def test_other_convolutions_stay(form: str) -> None:
     assert fused(module, (channels, 8, 8)) is module
 
 
+def test_a_kernel_too_large_for_a_block_of_every_gpu_stays() -> None:
+    for size, is_fused in ((11, True), (12, False)):
+        g = StemBuilder()
+        weight = g.constant("w", g.normal(40, 3, size, size))
+        conv = g.call("conv", _aten.conv2d.default, g.x, weight, None, [4, 4])
+        module = g.module(g.bits(conv))
+        assert (fused(module, (3, 24, 24)) is not module) == is_fused
+
+
 def test_a_convolution_with_computed_weights_stays() -> None:
     g = StemBuilder()
     weight = g.call("weight", _aten.neg.default, g.constant("w", g.normal(40, 3, 3, 3)))

@@ -21,7 +21,7 @@ const char* current_device(DeviceProperties* properties) {
   const int capability = variable("BIPER_EMULATED_CAPABILITY", 90);
   const int major = capability / 10;
   properties->capability = capability;
-  properties->processors = variable("BIPER_EMULATED_PROCESSORS", 2);
+  properties->processors = 2;
   properties->shared_bytes = variable("BIPER_EMULATED_SHARED_BYTES", 227 * 1024);
   properties->has_binary_mma = major == 8 || major == 9;
   properties->has_byte_mma = properties->has_half_mma = major >= 8;
@@ -32,8 +32,6 @@ int device_count(const char** error) {
   *error = nullptr;
   return 1;
 }
-
-const char* set_device(int) { return nullptr; }
 
 const char* measure_peak(int, int, double*) { return "an emulator has no peak"; }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from biper_engine.runtime.precision import without_tf32
+from biper_engine.ops.precision import without_tf32
 
 
 def switches() -> tuple[Any, ...]:
