@@ -122,10 +122,39 @@ def agreeing(outputs: Tensor, wanted: Tensor) -> tuple[int, int]:
     return int((errors <= TOLERANCE).sum()), len(wanted)
 
 
+@dataclass
+class Ours:
+    """Our engines that run here.
+
+    Attributes:
+        contenders: their calls, warmed up.
+        dtypes: by name: of the images that each takes.
+        executions: by name: how it runs then, as `Engine.execution` says.
+    """
+
+    contenders: list[Contender] = field(default_factory=list)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    executions: dict[str, str] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"image_dtypes": self.dtypes, "execution": self.executions}
+
+    def uncaptured(self) -> dict[str, str]:
+        """Return how those run whose calls are not one CUDA graph, by name."""
+        return {
+            name: text
+            for name, text in self.executions.items()
+            if not text.startswith("one CUDA graph") or "operator by operator" in text
+        }
+
+
 def our_contenders(
     prepared: Prepared, images: Tensor, reasons: dict[str, str], ours: Sequence[tuple[str, str]]
-) -> tuple[list[Contender], dict[str, str]]:
-    """Return calls of our engines that run here, and the dtype of the images that each takes.
+) -> Ours:
+    """Return our engines that run here, each a copy of its own.
+
+    An engine has a plan for one backend at a time: turns of two would each make it anew.
 
     Args:
         prepared: its engines are on the images' device.
@@ -133,23 +162,25 @@ def our_contenders(
         reasons: of those that do not run; more are added.
         ours: pairs of a backend and a stream.
     """
-    contenders, dtypes = [], {}
+    found = Ours()
     for backend, stream in ours:
-        name, engine = f"{backend} {stream}", prepared.engines[stream]
+        name = f"{backend} {stream}"
         if name in reasons:
             continue
+        engine = copy.deepcopy(prepared.engines[stream])
         try:
             with use_backend(backend):
                 taken = accepted(engine, images, stream)
                 for _ in range(3):  # a CUDA graph is captured at the second
                     engine(taken)
+                found.executions[name] = engine.execution
         except _FAILURES as error:
             reasons[name] = first_line(error)
             continue
-        dtypes[name] = str(taken.dtype).removeprefix("torch.")
+        found.dtypes[name] = str(taken.dtype).removeprefix("torch.")
         around = partial(use_backend, backend)
-        contenders.append(Contender(name=name, call=partial(engine, taken), around=around))
-    return contenders, dtypes
+        found.contenders.append(Contender(name=name, call=partial(engine, taken), around=around))
+    return found
 
 
 def twin_on(twin: fx.GraphModule, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -240,13 +271,32 @@ def run_ours(
         print(f"{prepared.name} {name}: {why}")
     beside = [] if best() in ours or not ours else [best()]
     for batch in batches:
-        images, reasons = images_of(prepared.input_shape, batch, device), dict(checks.reasons)
-        contenders, dtypes = our_contenders(prepared, images, reasons, [*ours, *beside])
-        taken = contest([*contenders, eager_contender(prepared, images)], device)
-        line = {"kind": "contest", "network": prepared.name, "batch": batch, "group": group}
-        append({**line, "taken": taken, "image_dtypes": dtypes, "did_not_run": reasons})
-        print(f"{prepared.name}, batch {batch}: {told(batch, taken)}")
+        time_ours(prepared, batch, device, group, [*ours, *beside], dict(checks.reasons))
     return not any(why.startswith("WRONG") for why in checks.reasons.values())
+
+
+def time_ours(
+    prepared: Prepared,
+    batch: int,
+    device: torch.device,
+    group: str,
+    ours: Sequence[tuple[str, str]],
+    reasons: dict[str, str],
+) -> None:
+    """Time our backends beside the eager twin at one batch size, whose memory is free then."""
+    images = images_of(prepared.input_shape, batch, device)
+    found = our_contenders(prepared, images, reasons, ours)
+    taken = contest([*found.contenders, eager_contender(prepared, images)], device)
+    line = {"kind": "contest", "network": prepared.name, "batch": batch, "group": group}
+    append({**line, "taken": taken, **found.values(), "did_not_run": reasons})
+    report(prepared.name, batch, taken, found)
+
+
+def report(network: str, batch: int, taken: dict[str, Any], found: Ours, more: str = "") -> None:
+    """Print a contest, and who of ours is not in a CUDA graph."""
+    print(f"{network}, batch {batch}: {told(batch, taken)}{more}")
+    for name, text in found.uncaptured().items():
+        print(f"{network}, batch {batch}: {name} runs {text}")
 
 
 def run_compiled(
@@ -265,16 +315,15 @@ def run_compiled(
         print(f"compiled in {seconds:.0f} s, {difference:.1e} from eager")
         return True
     reasons: dict[str, str] = {}
-    contenders: list[Contender] = []
-    dtypes: dict[str, str] = {}
+    found = Ours()
     if prepared.engines:
         prepared.engines["float16"].to(device)
-        contenders, dtypes = our_contenders(prepared, images, reasons, [best()])
-    taken = contest([*contenders, rival, eager_contender(prepared, images)], device)
+        found = our_contenders(prepared, images, reasons, [best()])
+    taken = contest([*found.contenders, rival, eager_contender(prepared, images)], device)
     line = {"kind": "contest", "network": prepared.name, "batch": batch, "group": rival.name}
-    more = {"image_dtypes": dtypes, "did_not_run": reasons}
-    append({**line, "taken": taken, **more, "compile_s": seconds, "difference": difference})
-    print(f"{prepared.name}, batch {batch}: {told(batch, taken)}; compiled in {seconds:.0f} s")
+    more = {"did_not_run": reasons, "compile_s": seconds, "difference": difference}
+    append({**line, "taken": taken, **found.values(), **more})
+    report(prepared.name, batch, taken, found, f"; compiled in {seconds:.0f} s")
     return True
 
 

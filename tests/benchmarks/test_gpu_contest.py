@@ -10,13 +10,14 @@ import gpu_prepare
 import pytest
 import torch
 from gpu_budget import Deadline
-from gpu_contest import agreeing, check, run_compiled, run_ours
+from gpu_contest import Ours, agreeing, check, our_contenders, run_compiled, run_ours
 from gpu_prepare import BINARY, FLOAT, Prepared, accepted, prepare, rivals_by_importance
 from torch import nn
 
 from biper_engine.bench import Budget
 from biper_engine.nn import BinaryConv2d
 from biper_engine.ops import backends
+from biper_engine.runtime import plan
 
 CPU = torch.device("cpu")
 OURS = (("reference", "float32"), ("reference", "float16"))
@@ -101,6 +102,50 @@ def test_contestants_are_checked_then_timed_and_those_that_cannot_run_say_why(
         assert "cuda" in line["did_not_run"]["cuda float16"]
 
 
+def test_two_backends_of_a_stream_keep_their_plans_from_turn_to_turn(
+    small: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    own = plan._plan
+
+    def counted(*words: Any) -> plan.Plan:
+        made.append(words)
+        return own(*words)
+
+    monkeypatch.setattr(plan, "_plan", counted)
+    reasons: dict[str, str] = {}
+    pair = (("reference", "float16"), ("cpu", "float16"))
+    with torch.inference_mode():
+        found = our_contenders(small, torch.randn(2, *small.input_shape), reasons, pair)
+        assert reasons == {}
+        assert len(made) == 2
+        for _ in range(3):
+            for one in found.contenders:
+                with one.around():
+                    one.call()
+    assert len(made) == 2
+
+
+def test_how_ours_runs_is_recorded_and_told_where_it_is_no_graph(
+    small: Prepared, lines: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.inference_mode():
+        assert run_ours(small, [2], CPU, "cuda", OURS)
+    *_, line = lines()
+    assert set(line["execution"]) == {"reference float32", "reference float16"}
+    text = line["execution"]["reference float16"]
+    assert text.startswith("operator by operator, since ")
+    assert f"{BINARY[0]}, batch 2: reference float16 runs {text}\n" in capsys.readouterr().out
+
+
+def test_a_graph_is_one_only_if_its_shape_has_it() -> None:
+    captured = "one CUDA graph of 3 operators per input shape (1 captured)"
+    refused = "operator by operator, since capturing a CUDA graph failed: no"
+    large = f"{captured}, operator by operator for 1 shape, since memory is short"
+    found = Ours(executions={"a": captured, "b": refused, "c": large})
+    assert found.uncaptured() == {"b": refused, "c": large}
+
+
 def test_a_wrong_operator_keeps_its_backend_from_being_timed(
     small: Prepared, lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +228,7 @@ def test_a_compiled_rival_is_timed_beside_our_best_and_eager(
         assert run_compiled(small, 2, "bfloat16", CPU, warm=False)
     (line,) = lines()
     assert set(line["taken"]) == {"reference float16", "compile bfloat16", "eager float16"}
+    assert set(line["execution"]) == {"reference float16"}
     assert line["difference"] == 0.0
     assert modes == [{"mode": "max-autotune", "dynamic": False}]
 
