@@ -8,10 +8,12 @@ unfolded first, in no one's time here. Launches are in CUDA graphs, so Python is
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +155,17 @@ class Case:
         residual = torch.randn(shape, generator=generator, device=device).to(STREAM)
         residual = residual.contiguous(memory_format=torch.channels_last)
         self.residual = residual if layer.residual else None
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same operands on another device."""
+        moved = copy.copy(self)
+        moved.device = device
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+        tensors: dict[str, Any] = {n: t.to(device) for n, t in self.epilogue.tensors().items()}
+        moved.epilogue = dataclasses.replace(self.epilogue, **tensors)
+        return moved
 
     def ours(self, backend: str) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
         """Return the whole layer on a backend.

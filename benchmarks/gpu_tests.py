@@ -23,6 +23,7 @@ from gpu_steps import Group, last_line, python
 TESTS = ROOT / "tests"
 BACKENDS = ("cuda", "triton")
 WORKERS = 8
+MATRIX_SHARE = 0.65  # of the time, where there are tests marked `gpu` behind it
 # What tests import, as modules, whose absence leaves some out instead of failing all.
 OPTIONAL = ("hypothesis", "typer", "rich", "PIL", "sklearn", "lightning", "datasets", "matplotlib")
 NEEDED = ("pytest", "safetensors")
@@ -69,7 +70,7 @@ class Counts:
     Attributes:
         passed, failed: tests.
         skipped: tests by reason.
-        ran: tests that ran to their end, by backend in their name.
+        ran: tests that ran to their end on a GPU, by backend.
     """
 
     passed: int = 0
@@ -91,8 +92,24 @@ def count(report: str) -> Counts:
             found.failed.append(name)
         else:
             found.passed += 1
-        words = (case.get("name") or "").replace("]", "-").replace("[", "-").split("-")
-        found.ran.update(backend for backend in BACKENDS if backend in words)
+        found.ran.update(backends_of(case.get("name") or ""))
+    return found
+
+
+def backends_of(name: str) -> set[str]:
+    """Return the backends for GPUs on which a test runs, by the ids of tests/conftest.py.
+
+    "cuda" is a backend or, in "triton-cuda" and "reference-cuda", the device of another;
+    "cuda-emulated-90" and "triton-cpu" need no GPU.
+    """
+    words = ["", *name.partition("[")[2].rstrip("]").split("-"), ""]
+    found = set()
+    for before, word, after in zip(words, words[1:], words[2:], strict=False):
+        on_cuda = word == "cuda" and after != "emulated"
+        if on_cuda and before not in ("triton", "reference"):
+            found.add("cuda")
+        elif on_cuda and before == "triton":
+            found.add("triton")
     return found
 
 
@@ -151,23 +168,29 @@ def pytest_words(report: Path) -> list[str]:
     return words
 
 
-def run(name: str, words: Sequence[str], deadline: Deadline, shims: str) -> tuple[Counts, str]:
-    """Run pytest; return what it did, and why that does not count, or an empty string."""
+def run(name: str, words: Sequence[str], allowed_s: float, shims: str) -> tuple[Counts, str]:
+    """Run pytest; return what it did, and why that does not count, or an empty string.
+
+    Args:
+        name: of its log and report.
+        words: more arguments.
+        allowed_s: seconds after which it is stopped, and its report lost.
+        shims: a folder to import from, or an empty string.
+    """
     report = run_folder() / f"tests-{name}.xml"
     log = run_folder() / f"tests-{name}.log"
     paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), shims]))
     group = Group(
         python(*pytest_words(report), *words), log, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "2"}
     )
-    allowed = deadline.left_s()
     try:
-        status = group.wait(allowed)
+        status = group.wait(allowed_s)
     finally:
         group.stop()
     print(f"----- {name}: pytest {' '.join(words)}")
     print(log.read_text(encoding="utf-8", errors="replace").rstrip())
     if status is None:
-        return Counts(), f"{name}: stopped after {allowed:.0f} s; {last_line(log)}"
+        return Counts(), f"{name}: stopped after {allowed_s:.0f} s; {last_line(log)}"
     if not report.exists():
         return Counts(), f"{name}: pytest ended with {status}; {last_line(log)}"
     counts = count(report.read_text(encoding="utf-8"))
@@ -207,13 +230,13 @@ def main() -> int:
     for name, why in left_out.items():
         print(f"left out: {name}, {why}")
     deadline = Deadline.of_step(150)
-    matrix, problem = run(
-        "matrix", [str(TESTS / "ops"), "-k", " or ".join(BACKENDS)], deadline, shims
-    )
+    allowed_s = deadline.left_s() * (MATRIX_SHARE if files else 1.0)
+    chosen = [str(TESTS / "ops"), "-k", " or ".join(BACKENDS)]
+    matrix, problem = run("matrix", chosen, allowed_s, shims)
     problems = [problem] if problem else []
     gpu = Counts()
     if files:
-        gpu, problem = run("gpu", ["-m", "gpu", *map(str, files)], deadline, shims)
+        gpu, problem = run("gpu", ["-m", "gpu", *map(str, files)], deadline.left_s(), shims)
         problems += [problem] if problem else []
     for counts in (matrix, gpu):
         for why, number in counts.skipped.most_common():
