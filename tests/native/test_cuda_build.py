@@ -66,7 +66,7 @@ def all_kernels(module: Path, arch: int) -> list[Kernel]:
 @functools.cache
 def leavings() -> list[str]:
     """Return the enumerators of what leaves `bconv_mma`, which kernels' names have as numbers."""
-    text = (builds.CUDA / "bconv_mma.cuh").read_text(encoding="utf-8")
+    text = (builds.CUDA / "bconv_tile.cuh").read_text(encoding="utf-8")
     declared = re.search(r"enum (?:class )?Leaving\b[^{]*\{([^}]*)\}", text)
     assert declared is not None
     return re.findall(r"\w+", declared[1])
