@@ -126,10 +126,9 @@ bool common_params(const ConvArgs& args, BconvMmaParams* params) {
 // What leaves, and whether eight channels lie on 16 bytes in every map, all of one type.
 Leaving leaving(const ConvArgs& args) {
   const ConvOutputs& out = args.outputs;
-  const bool whole = args.shape.out_channels % kLane == 0 && aligned(out.residual, 16) &&
-                     aligned(out.floats, 16) && aligned(out.dots, 16);
-  if (!whole) return kRagged;
-  if (out.dots != nullptr) return kDots;
+  const bool whole =
+      args.shape.out_channels % kLane == 0 && aligned(out.residual, 16) && aligned(out.floats, 16);
+  if (!whole || out.dots != nullptr) return kRagged;  // dots are for tests and for verification
   if (args.epilogue.first != nullptr) return kLimits;
   const int type = out.floats != nullptr ? out.float_type : out.residual_type;
   if (out.residual != nullptr && out.residual_type != type) return kRagged;

@@ -48,8 +48,6 @@ const char* launch_mma(const Cut& cut, cudaStream_t stream) {
       return launch_tile<BYTES, kBfloat16Stream>(cut, stream);
     case kLimits:
       return launch_tile<BYTES, kLimits>(cut, stream);
-    case kDots:
-      return launch_tile<BYTES, kDots>(cut, stream);
     default:
       return launch(bconv_mma<1, 4, 2, BYTES, kRagged>, cut.grid,
                     static_cast<unsigned>(kTiles[kRaggedTile].threads), cut.shared_bytes, stream,

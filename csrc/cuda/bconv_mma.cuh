@@ -111,7 +111,6 @@ __global__ void __launch_bounds__(32 * ROW_WARPS, kResidentWarps<BYTES> / ROW_WA
   constexpr int kColumns = 8 * COLUMN_TILES;
   constexpr int kThreads = 32 * ROW_WARPS;
   constexpr int kBlocks = kColumns / kBlock;  // of 32 channels
-  constexpr bool kWhole = LEAVING != kRagged;
 #ifdef __CUDA_ARCH__
   constexpr bool kHasProduct = __CUDA_ARCH__ >= 800 && (BYTES || __CUDA_ARCH__ < 1000);
   if (!kHasProduct) {  // never started there; nothing of the rest is compiled
@@ -293,14 +292,14 @@ __global__ void __launch_bounds__(32 * ROW_WARPS, kResidentWarps<BYTES> / ROW_WA
           }
         }
         uint32_t byte = 0;
-        if (LEAVING == kDots || (LEAVING == kRagged && p.outputs.dots != nullptr)) {
-          store_dots<kWhole>(p.outputs.dots, index, own, dots);
+        if (LEAVING == kRagged && p.outputs.dots != nullptr) {
+          store_dots(p.outputs.dots, index, own, dots);
         } else if (limits) {
           byte = within(first_dots + channel, spans + channel, dots);
         } else {
           byte = finish<LEAVING>(p, scales, channel, index, own, dots);
         }
-        if (LEAVING == kDots || p.outputs.bits == nullptr) continue;
+        if (p.outputs.bits == nullptr) continue;
         uint32_t word = (byte & ((1u << own.count) - 1u)) << (8 * quarter);
         word |= __shfl_xor_sync(0xffffffffu, word, 1);
         word |= __shfl_xor_sync(0xffffffffu, word, 2);

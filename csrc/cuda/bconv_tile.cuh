@@ -67,7 +67,7 @@ struct TileRows {
 };
 
 // What leaves the kernel. With kRagged the call says it, and channels need not come in whole lanes.
-enum Leaving : int { kFloat32Stream, kFloat16Stream, kBfloat16Stream, kLimits, kDots, kRagged };
+enum Leaving : int { kFloat32Stream, kFloat16Stream, kBfloat16Stream, kLimits, kRagged };
 
 // The first valid tap of a window along one axis, and the taps cut off at its end.
 struct Taps {

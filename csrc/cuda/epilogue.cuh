@@ -193,17 +193,9 @@ __device__ __forceinline__ uint32_t within(const int* first, const int* span,
   return byte;
 }
 
-// Store eight accumulators as they are.
-template <bool WHOLE>
+// Store accumulators as they are.
 __device__ __forceinline__ void store_dots(int32_t* base, int64_t index, Lane lane,
                                            const int (&dots)[kLane]) {
-  if (WHOLE) {
-    if (!lane.whole) return;
-    int4* to = reinterpret_cast<int4*>(base + index);
-    to[0] = make_int4(dots[0], dots[1], dots[2], dots[3]);
-    to[1] = make_int4(dots[4], dots[5], dots[6], dots[7]);
-    return;
-  }
 #pragma unroll
   for (int i = 0; i < kLane; ++i) {
     if (i < lane.count) base[index + i] = dots[i];

@@ -237,6 +237,11 @@ __global__ void __launch_bounds__(kPoolThreads) bit_pool_kernel(const BitPoolPar
         any.v[i] = (any.v[i] & ~mask) | (all.v[i] & mask);
       }
     }
+    const int unused = p.words * 32 - a.c;  // bits of a pixel's last word
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+      if (word + i == static_cast<uint32_t>(p.words - 1)) any.v[i] &= ~0u >> unused;
+    }
     const int64_t at = (image * a.out_h + out_y) * a.out_w + out_x;
     store_words<VECTOR>(a.out + at * p.words + word, any);
   }

@@ -33,13 +33,13 @@ LOADS_WIDE = (
 STORES_WIDE = (
     *(
         rf"bconv_mma<[^>]*{leaving}>"
-        for leaving in ("kFloat32Stream", "kFloat16Stream", "kBfloat16Stream", "kDots")
+        for leaving in ("kFloat32Stream", "kFloat16Stream", "kBfloat16Stream")
     ),
     r"unbinarize_kernel<\d+, [48]>",
     "bit_pool_kernel<4>",
 )
 # Those in which no float is multiplied.
-WITHOUT_FLOATS = (r"bconv_mma<[^>]*(kLimits|kDots)>", "bit_pool_kernel<")
+WITHOUT_FLOATS = (r"bconv_mma<[^>]*kLimits>", "bit_pool_kernel<")
 
 
 @pytest.fixture(scope="session")
