@@ -16,6 +16,11 @@ NATIVE := $(SOURCES) $(foreach end,h cuh cpp cu,\
   $(wildcard tests/native/*.$(end) tests/native/*/*.$(end)))
 # The extensions: rebuilt when a source changed; tried again each time while there is no compiler.
 BUILT := $(VENV)/built
+# What the tests of the Triton kernels need beside the rest: the newest Triton that is supported, which
+# constraints.txt pins, and for the deep ones the oldest in a folder of its own. There are none for
+# macOS; where they cannot be had, tests skip and say so.
+TRITON := $(VENV)/triton
+OLDEST_TRITON := $(VENV)/oldest-triton
 export BIPER_REQUIRE_NATIVE ?= auto
 # The CUDA kernels take minutes for all architectures. Without a GPU nothing would run them, and the
 # deep tests compile them anyway, once.
@@ -36,12 +41,12 @@ demo: $(BUILT)  ## Train, convert, verify, save and run a BiPer net on real digi
 	@$(BIN)/biper demo $(ARGS)
 
 # Tests run in one process per core, each with one thread.
-test: $(BUILT)  ## Run the tests
+test: $(BUILT) $(TRITON)  ## Run the tests
 	@echo "==> Tests"
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
 
 # pytest exits with 5 where it selects no test.
-test-deep: $(BUILT)  ## Run the slow tests, and those in need of a compiler or a build
+test-deep: $(BUILT) $(TRITON) $(OLDEST_TRITON)  ## Run the slow tests, and those in need of a compiler or a build
 	@echo "==> Deep tests"
 	@$(RUN) pytest tests --no-header -m deep -n 2 --dist loadfile -p no:benchmark -rs $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
@@ -94,6 +99,16 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@echo "==> Installing biper-engine with its training and development tools"
 	@$(INSTALL) --no-build-isolation -e ".[train,dev]"
 	@printf '%s\n' "$(CURDIR)" > $(STAMP)
+
+$(TRITON): $(STAMP) constraints.txt
+	@echo "==> Installing triton"
+	@$(INSTALL) triton && touch $(TRITON) || echo "triton cannot be installed here."
+
+$(OLDEST_TRITON): $(STAMP)
+	@echo "==> Installing the oldest triton that is supported"
+	@rm -rf $(OLDEST_TRITON)
+	@$(RUN) pip --disable-pip-version-check -qq install --no-compile --no-deps \
+	  --target $(OLDEST_TRITON) triton==3.6.0 || echo "It cannot be installed here."
 
 ifeq ($(wildcard biper_engine/_cpu*.so),)
 $(BUILT): FORCE

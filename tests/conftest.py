@@ -84,6 +84,8 @@ def run(
     """
     name, device, isa = request.param
     if (name, device) == ("cuda", "cpu"):
+        if "ops" not in request.path.parts:
+            pytest.skip("cuda, emulated: networks are in tests/runtime/test_cuda_networks.py")
         monkeypatch.setitem(_REGISTERED, name, request.getfixturevalue("emulated_cuda"))
         monkeypatch.setenv("BIPER_EMULATED_CAPABILITY", isa)
         isa = None

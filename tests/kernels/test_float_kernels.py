@@ -5,7 +5,6 @@ products, K * 2^-24 of their absolute values, and one rounding to the stream; bi
 value is further than that from the threshold. `tests/ops/test_triton.py` starts these tests.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from biper_engine import bits as contract
 from biper_engine.geometry import Pool2dGeometry
+from biper_engine.ops.stem import Stem
 from biper_engine.ops.triton import TritonBackend
 from tests.conftest import triton_is_interpreted
 from tests.ops.matrix import STREAMS
@@ -26,7 +26,7 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 POOL = Pool2dGeometry(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
 
 
-def stem_of(channels: int, filters: int, kernel: int, **options: Any) -> SimpleNamespace:
+def stem_of(channels: int, filters: int, kernel: int, **options: Any) -> Stem:
     generator = torch.Generator().manual_seed(1)
     defaults = {
         "weight": torch.randn(filters, channels, kernel, kernel, generator=generator) * 0.2,
@@ -44,10 +44,10 @@ def stem_of(channels: int, filters: int, kernel: int, **options: Any) -> SimpleN
         "want_float": True,
         "want_bits": True,
     }
-    return SimpleNamespace(**{**defaults, **options})
+    return Stem(**{**defaults, **options})
 
 
-def expected(x: Tensor, stem: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def expected(x: Tensor, stem: Stem) -> tuple[Tensor, Tensor]:
     """Return the values before they are stored, in float64, and a bound on float32's error."""
     image = x.float()
     if stem.scale is not None:
@@ -74,9 +74,9 @@ def expected(x: Tensor, stem: SimpleNamespace) -> tuple[Tensor, Tensor]:
     return values, sizes * (terms * 2.0**-24 + operand)
 
 
-def check_stem(x: Tensor, stem: SimpleNamespace) -> None:
+def check_stem(x: Tensor, stem: Stem) -> None:
     values, bound = expected(x, stem)
-    floats, bits = TritonBackend().stem(x, stem)  # type: ignore[arg-type]
+    floats, bits = TritonBackend().stem(x, stem)
     if stem.want_float:
         assert floats is not None
         assert floats.dtype == stem.compute_dtype
@@ -153,7 +153,7 @@ def test_the_tail_of_one_image_is_a_linear_layer_of_its_means() -> None:
 
 
 def test_an_empty_batch_passes_through() -> None:
-    floats, bits = TritonBackend().stem(image(0, 3, 6, 6), stem_of(3, 8, 3))  # type: ignore[arg-type]
+    floats, bits = TritonBackend().stem(image(0, 3, 6, 6), stem_of(3, 8, 3))
     assert floats is not None
     assert bits is not None
     assert floats.shape == (0, 8, 6, 6)

@@ -61,16 +61,25 @@ MATRIX = [f"{OPS}/test_epilogue.py::{EVERY_STEP}[{case}]" for case in EPILOGUES]
 REST = ["test_binarize.py", "test_bmaxpool2d.py", "test_bconv2d.py", "test_epilogue.py"]
 
 
-def interpreted(*arguments: str, deep: bool = True) -> tuple[str, int]:
+def interpreted(*arguments: str, deep: bool = True, folder: Path | None = None) -> tuple[str, int]:
     """Run tests in Triton's interpreter; return the output, and how many passed."""
+    return run({"TRITON_INTERPRET": "1"}, *arguments, deep=deep, folder=folder)
+
+
+def run(
+    variables: dict[str, str], *arguments: str, deep: bool = True, folder: Path | None = None
+) -> tuple[str, int]:
+    """Run tests in a process of their own, with the Triton in a folder where one is given."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    if folder is not None:
+        variables = variables | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:xdist"),
             *("-p", "no:cacheprovider", "-m", "" if deep else "not deep", *arguments),
         ],
         cwd=ROOT,
-        env=kept | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CI": "true"},
+        env=kept | variables | {"OMP_NUM_THREADS": "1", "CI": "true"},
         capture_output=True,
         text=True,
     )
@@ -111,6 +120,18 @@ def test_the_operator_matrix_is_exact_in_the_interpreter() -> None:
     assert passed > 160
     _, passed = interpreted(extreme, *KERNELS)
     assert passed > 1
+
+
+@outside
+@pytest.mark.deep
+def test_the_oldest_version_computes_and_compiles_the_same() -> None:
+    folder = Path(sys.prefix, "oldest-triton")
+    if not (folder / "triton").is_dir():
+        pytest.skip(f"{folder} has no Triton; make test-deep puts it there")
+    output, passed = interpreted(*FEW, *KERNELS, deep=False, folder=folder)
+    assert passed > len(FEW), output
+    _, passed = run({}, "tests/kernels/test_compile.py", "-k", "sm_90 or gfx942", folder=folder)
+    assert passed == 2
 
 
 # -- when it serves -------------------------------------------------------------------------------

@@ -45,7 +45,6 @@ def images(size: int) -> Tensor:
 NETWORKS = {
     "cifar10/resnet20_1w1a": 32,
     "cifar10/vgg_small_1w1a": 32,
-    "cifar10/resnet18_1w1a": 32,
     "imagenet/mobilenet_1w1a": 64,
 }
 
