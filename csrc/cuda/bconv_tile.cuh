@@ -34,7 +34,7 @@ struct BconvMmaParams {
   int in_words;                        // of a pixel
   uint32_t last_mask;                  // channels of its last word
   int chunk_words;                     // of a pixel in one patch, even
-  int chunks;                          //
+  int chunks;                          // of a pixel
   int steps;                           // of 256 bits in a chunk
   int stage_steps;                     // of a chunk whose weights are in shared memory at once
   int stage_buffers;                   // 1, or 2 where there are several stages
