@@ -98,6 +98,7 @@ const char* bmaxpool2d(const BitPoolArgs& args, void* stream) {
   maps::BitPoolParams p{};
   p.args = args;
   p.words = static_cast<int>(ceil_divide(args.c, 32));
+  p.last_mask = ~0u >> (32 * p.words - args.c);
   const int64_t plane = int64_t{args.out_h} * args.out_w;
   if (args.n == 0 || plane == 0 || p.words == 0) return nullptr;
   const bool whole = p.words % 4 == 0 && aligned(args.bits) && aligned(args.out);

@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kMapThreads) unbinarize_kernel(const Unbinariz
 struct BitPoolParams {
   BitPoolArgs args;
   int words;
+  uint32_t last_mask;     // channels of a pixel's last word
   Divisor pixel_vectors;  // runs of VECTOR words in a pixel
   Divisor out_width;
 };
@@ -195,7 +196,7 @@ __device__ __forceinline__ void store_words(uint32_t* to, const Words<VECTOR>& w
 // A thread makes VECTOR words of one output pixel. Blocks: vectors of an output image, images.
 // Dynamic shared memory: the words of `take_and`, where it is given.
 template <int VECTOR>
-__global__ void __launch_bounds__(kPoolThreads) bit_pool_kernel(const BitPoolParams p) {
+__global__ void __launch_bounds__(kPoolThreads, 6) bit_pool_kernel(const BitPoolParams p) {
   const BitPoolArgs& a = p.args;
   uint32_t* and_words = reinterpret_cast<uint32_t*>(dynamic_shared());
   if (a.take_and) {
@@ -237,11 +238,7 @@ __global__ void __launch_bounds__(kPoolThreads) bit_pool_kernel(const BitPoolPar
         any.v[i] = (any.v[i] & ~mask) | (all.v[i] & mask);
       }
     }
-    const int unused = p.words * 32 - a.c;  // bits of a pixel's last word
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) {
-      if (word + i == static_cast<uint32_t>(p.words - 1)) any.v[i] &= ~0u >> unused;
-    }
+    if (word + VECTOR == static_cast<uint32_t>(p.words)) any.v[VECTOR - 1] &= p.last_mask;
     const int64_t at = (image * a.out_h + out_y) * a.out_w + out_x;
     store_words<VECTOR>(a.out + at * p.words + word, any);
   }
