@@ -55,6 +55,10 @@ def _details(name: str) -> str | None:
         from biper_engine.ops.cpu import description
 
         return description()
+    if name == "cuda":
+        from biper_engine.ops.cuda import description as devices
+
+        return devices()
     return "plain PyTorch, the definition of every result" if name == "reference" else None
 
 

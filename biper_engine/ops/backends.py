@@ -33,6 +33,8 @@ class Backend(ABC):
     """One implementation of the vocabulary, as `functional` says; arguments arrive checked."""
 
     name: str
+    device_types: tuple[str, ...] | None = None
+    """Kinds of devices that it is asked about, and loaded for, unless it is forced; None: all."""
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -229,6 +231,10 @@ def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Ba
         return backend
     refusals = []
     for name in PREFERENCE:
+        known = _REGISTERED.get(name)
+        if known is not None and known.device_types and device.type not in known.device_types:
+            refusals.append(f"{name}: it runs on {' and '.join(known.device_types)} devices")
+            continue
         reason = _unavailable_reason(name)
         if reason is None:
             backend = _REGISTERED[name]

@@ -23,11 +23,18 @@ from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
 from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.native_arguments import (
+    channels_last,
+    contiguous,
+    geometry_values,
+    memory,
+    pool_values,
+    typed_memory,
+)
 from biper_engine.ops.stem import PLAN_OPERATORS
 
 __all__ = ["CpuBackend", "PopcountPeak", "description", "popcount_peak", "thread_count"]
 
-_STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _VARIABLE = Variable("BIPER_NUM_THREADS")
 _NO_POOL = (1, 1, 1, 1, 0, 0)
 
@@ -207,23 +214,6 @@ def _require_native() -> Any:
 # -- calls ----------------------------------------------------------------------------------------
 
 
-def memory(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.numel())
-
-
-def _float_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), tensor.numel(), _STREAM_TYPES[tensor.dtype]
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Return `x` with its channels together in memory, copied only where they are not."""
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _empty_map(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last
     return torch.empty((n, c, h, w), dtype=dtype, memory_format=layout, device="cpu")
@@ -231,21 +221,6 @@ def _empty_map(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
 
 def _empty_words(n: int, h: int, w: int, count: int) -> Tensor:
     return torch.empty((n, h, w, count), dtype=torch.int32, device="cpu")
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
-    return (
-        *(geometry.in_channels, geometry.out_channels, geometry.groups),
-        *(*geometry.kernel_size, *geometry.stride, *geometry.padding, *geometry.dilation),
-    )
-
-
-def _pool_values(pool: Pool2dGeometry) -> tuple[int, ...]:
-    return (*pool.kernel_size, *pool.stride, *pool.padding)
 
 
 def native_conv(
@@ -257,7 +232,7 @@ def native_conv(
     conv = native().Conv(
         geometry_values(geometry),
         memory(prepacked),
-        pool=_pool_values(epilogue.pool),
+        pool=pool_values(epilogue.pool),
         clamp_min=epilogue.clamp_min,
         clamp_max=epilogue.clamp_max,
         **{name: memory(tensors.get(name)) for name in names},
@@ -300,7 +275,7 @@ class _Fused:
         batch, height, width, _ = bits.shape
         rows, columns = self._output_size(height, width)
         if residual is not None:
-            residual = _channels_last(residual)
+            residual = channels_last(residual)
         floats = packed = None
         if self._float_dtype is not None:
             channels = self._geometry.out_channels
@@ -312,8 +287,8 @@ class _Fused:
             height,
             width,
             memory(bits),
-            _float_memory(residual),
-            _float_memory(floats),
+            typed_memory(residual),
+            typed_memory(floats),
             memory(packed),
             thread_count(),
         )
@@ -348,13 +323,13 @@ class CpuBackend(Backend):
         return prepacked
 
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
-        x, threshold, sense = _channels_last(x), _contiguous(threshold), _contiguous(sense)
+        x, threshold, sense = channels_last(x), contiguous(threshold), contiguous(sense)
         n, c, h, w = x.shape
         packed = _empty_words(n, h, w, words(c))
         native().binarize(
             n * h * w,
             c,
-            _float_memory(x),
+            typed_memory(x),
             memory(threshold),
             memory(sense),
             memory(packed),
@@ -366,13 +341,13 @@ class CpuBackend(Backend):
         bits = bits.contiguous()
         n, h, w, _ = bits.shape
         x = _empty_map(n, channels, h, w, dtype)
-        native().unbinarize(n * h * w, channels, memory(bits), _float_memory(x), thread_count())
+        native().unbinarize(n * h * w, channels, memory(bits), typed_memory(x), thread_count())
         return x
 
     def bmaxpool2d(
         self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
     ) -> Tensor:
-        bits, take_and = bits.contiguous(), _contiguous(take_and)
+        bits, take_and = bits.contiguous(), contiguous(take_and)
         n, h, w, count = bits.shape
         out = _empty_words(n, *pool.output_size(h, w), count)
         native().maxpool(
@@ -380,7 +355,7 @@ class CpuBackend(Backend):
             h,
             w,
             channels,
-            _pool_values(pool),
+            pool_values(pool),
             memory(bits),
             memory(take_and),
             memory(out),

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from biper_engine.bits import words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
-from biper_engine.ops.cpu import geometry_values, memory, native, native_conv, thread_count
+from biper_engine.ops.cpu import native, native_conv, thread_count
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.native_arguments import geometry_values, memory
 
 __all__ = ["Clamp", "CpuProgram", "Map"]
 

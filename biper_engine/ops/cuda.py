@@ -17,7 +17,6 @@ from torch import Tensor
 from biper_engine.bits import words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
-from biper_engine.ops.checks import check_prepacked
 from biper_engine.ops.cuda_layout import (
     Layout,
     bit_limits,
@@ -27,11 +26,19 @@ from biper_engine.ops.cuda_layout import (
     prepacked_words,
 )
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.native_arguments import (
+    STREAM_TYPES,
+    channels_last,
+    contiguous,
+    geometry_values,
+    memory,
+    pool_values,
+    typed_memory,
+)
 from biper_engine.ops.stem import Stem
 
 __all__ = ["CudaBackend", "Native", "description"]
 
-_STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 _NO_POOL = Pool2dGeometry()
 
 
@@ -80,6 +87,9 @@ class Native:
 @functools.cache
 def _load() -> tuple[Native | None, str | None]:
     """Return the compiled module, or None and why it cannot run here."""
+    if not torch.cuda.is_available():
+        cause = "this build of PyTorch is for CPUs" if torch.version.cuda is None else "no CUDA GPU"
+        return None, cause
     try:
         module = importlib.import_module("biper_engine._cuda")
     except ImportError as error:
@@ -89,9 +99,6 @@ def _load() -> tuple[Native | None, str | None]:
             f"the extension biper_engine._cuda {cause}; install the CUDA toolkit (nvcc), then "
             "biper-engine again with BIPER_CUDA=1"
         )
-    if not torch.cuda.is_available():
-        cause = "this build of PyTorch is for CPUs" if torch.version.cuda is None else "no CUDA GPU"
-        return None, cause
     return Native(module), None
 
 
@@ -114,39 +121,8 @@ def description() -> str:
 # -- calls ----------------------------------------------------------------------------------------
 
 
-def _memory(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.numel())
-
-
-def _typed(tensor: Tensor | None) -> tuple[int, int, int] | None:
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), tensor.numel(), _STREAM_TYPES[tensor.dtype]
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _empty_map(like: Tensor, n: int, c: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return like.new_empty((n, *size, c), dtype=dtype).permute(0, 3, 1, 2)
-
-
-def _geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
-    return (
-        *(geometry.in_channels, geometry.out_channels, geometry.groups),
-        *(*geometry.kernel_size, *geometry.stride, *geometry.padding, *geometry.dilation),
-    )
-
-
-def _pool_values(pool: Pool2dGeometry) -> tuple[int, ...]:
-    return (*pool.kernel_size, *pool.stride, *pool.padding)
 
 
 def _layout(geometry: Conv2dGeometry, native: Native) -> Layout:
@@ -157,7 +133,7 @@ def _layout(geometry: Conv2dGeometry, native: Native) -> Layout:
 def _strided(x: Tensor) -> tuple[int, int, int]:
     """Return address, elements up to the end of the memory, and type of a map of any strides."""
     elements = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset())
-    return x.data_ptr(), elements, _STREAM_TYPES[x.dtype]
+    return x.data_ptr(), elements, STREAM_TYPES[x.dtype]
 
 
 class _Conv:
@@ -186,14 +162,14 @@ class _Conv:
         self._native, self._geometry = native, geometry
         self._kept = (prepacked, tensors)  # the native object has their addresses
         self._conv = native.module.Conv(
-            _geometry_values(geometry),
-            _pool_values(self._pool),
-            fragments=_memory(parts[0]) if layout.fragments else None,
-            sums=_memory(parts[1]) if layout.fragments else None,
-            words=_memory(parts[2]),
+            geometry_values(geometry),
+            pool_values(self._pool),
+            fragments=memory(parts[0]) if layout.fragments else None,
+            sums=memory(parts[1]) if layout.fragments else None,
+            words=memory(parts[2]),
             path=path,
             processors=processors,
-            **{name: _memory(value) for name, value in tensors.items()},
+            **{name: memory(value) for name, value in tensors.items()},
             **options,
         )
 
@@ -216,7 +192,7 @@ class _Conv:
         """Return the float map, the packed map, or both."""
         bits = bits.contiguous()
         floats, packed = self._outputs(bits, float_dtype, want_bits)
-        residual = None if residual is None else _channels_last(residual)
+        residual = None if residual is None else channels_last(residual)
         self._run(bits, residual, floats, packed, None)
         return floats, packed
 
@@ -257,11 +233,11 @@ class _Conv:
     ) -> dict[str, Any]:
         return {
             "image": bits.shape[:3],
-            "bits": _memory(bits),
-            "residual": _typed(residual),
-            "floats": _typed(floats),
-            "packed": _memory(packed),
-            "dots": _memory(dots),
+            "bits": memory(bits),
+            "residual": typed_memory(residual),
+            "floats": typed_memory(floats),
+            "packed": memory(packed),
+            "dots": memory(dots),
         }
 
     def _run(
@@ -282,9 +258,9 @@ class _Stem:
 
     def __init__(self, native: Native, stem: Stem) -> None:
         self._native, self._stem = native, stem
-        self._type = _STREAM_TYPES[stem.compute_dtype]
+        self._type = STREAM_TYPES[stem.compute_dtype]
         names = ("bias", "scale", "offset", "threshold", "sense")
-        self._vectors = {name: _contiguous(getattr(stem, name)) for name in names}
+        self._vectors = {name: contiguous(getattr(stem, name)) for name in names}
         with native.on(stem.weight.device):
             self._tensor_cores: bool = native.module.stem_has_tensor_cores(self._type)
         self._weight = prepacked_stem(
@@ -307,20 +283,20 @@ class _Stem:
                 x=_strided(x),
                 sizes=x.shape,
                 strides=x.stride(),
-                weight=_memory(self._weight),
-                out=_typed(out),
-                bits=_memory(packed),
+                weight=memory(self._weight),
+                out=typed_memory(out),
+                bits=memory(packed),
                 compute=self._type,
                 tensor_cores=self._tensor_cores,
                 channels=channels,
                 kernel=kernel,
                 stride=stem.stride,
                 padding=stem.padding,
-                pool=_pool_values(stem.pool),
+                pool=pool_values(stem.pool),
                 clamp_min=stem.clamp_min,
                 clamp_max=stem.clamp_max,
                 stream=native.stream(x.device),
-                **{name: _memory(value) for name, value in self._vectors.items()},
+                **{name: memory(value) for name, value in self._vectors.items()},
             )
         return out, packed
 
@@ -333,6 +309,7 @@ class CudaBackend(Backend):
     """
 
     name = "cuda"
+    device_types = ("cuda",)
 
     def __init__(self, load: Callable[[], tuple[Native | None, str | None]] = _load) -> None:
         self._load = load
@@ -362,16 +339,16 @@ class CudaBackend(Backend):
 
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
         n, c, h, w = x.shape
-        threshold, sense = _contiguous(threshold), _contiguous(sense)
+        threshold, sense = contiguous(threshold), contiguous(sense)
         packed = x.new_empty((n, h, w, words(c)), dtype=torch.int32)
         with self._native.on(x.device):
             self._native.module.binarize(
                 x=_strided(x),
                 sizes=x.shape,
                 strides=x.stride(),
-                threshold=_memory(threshold),
-                sense=_memory(sense),
-                bits=_memory(packed),
+                threshold=memory(threshold),
+                sense=memory(sense),
+                bits=memory(packed),
                 stream=self._native.stream(x.device),
             )
         return packed
@@ -382,8 +359,8 @@ class CudaBackend(Backend):
         x = _empty_map(bits, n, channels, (h, w), dtype)
         with self._native.on(bits.device):
             self._native.module.unbinarize(
-                bits=_memory(bits),
-                x=_typed(x),
+                bits=memory(bits),
+                x=typed_memory(x),
                 sizes=x.shape,
                 stream=self._native.stream(bits.device),
             )
@@ -392,16 +369,16 @@ class CudaBackend(Backend):
     def bmaxpool2d(
         self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
     ) -> Tensor:
-        bits, take_and = bits.contiguous(), _contiguous(take_and)
+        bits, take_and = bits.contiguous(), contiguous(take_and)
         n, h, w, count = bits.shape
         out = bits.new_empty((n, *pool.output_size(h, w), count))
         with self._native.on(bits.device):
             self._native.module.bmaxpool2d(
-                bits=_memory(bits),
-                take_and=_memory(take_and),
-                out=_memory(out),
+                bits=memory(bits),
+                take_and=memory(take_and),
+                out=memory(out),
                 sizes=(n, channels, h, w),
-                pool=_pool_values(pool),
+                pool=pool_values(pool),
                 stream=self._native.stream(bits.device),
             )
         return out
@@ -434,16 +411,16 @@ class CudaBackend(Backend):
         return _Stem(self._native, stem).run
 
     def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, weight, bias = _channels_last(x), weight.contiguous(), _contiguous(bias)
+        x, weight, bias = channels_last(x), weight.contiguous(), contiguous(bias)
         out = x.new_empty((x.shape[0], weight.shape[0]))
         with self._native.on(x.device):
             self._native.module.pooled_linear(
-                x=_typed(x),
+                x=typed_memory(x),
                 sizes=x.shape,
-                weight=_typed(weight),
-                bias=_typed(bias),
+                weight=typed_memory(weight),
+                bias=typed_memory(bias),
                 classes=weight.shape[0],
-                out=_typed(out),
+                out=typed_memory(out),
                 stream=self._native.stream(x.device),
             )
         return out
@@ -469,7 +446,4 @@ class CudaBackend(Backend):
     def _prepacked(
         self, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
     ) -> Tensor:
-        if prepacked is None:
-            return self.prepack(weight, geometry)
-        check_prepacked(prepacked, *self.prepack_layout(geometry), self.name)
-        return prepacked.contiguous()
+        return self.prepack(weight, geometry) if prepacked is None else prepacked.contiguous()

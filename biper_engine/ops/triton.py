@@ -89,6 +89,7 @@ class TritonBackend(Backend):
     """Kernels in Triton, for every GPU that it compiles for."""
 
     name = "triton"
+    device_types = ("cuda",)
 
     def unavailable_reason(self) -> str | None:
         return _unavailable_reason()

@@ -240,18 +240,13 @@ def emulated_library(folder: Path, sanitize: bool = False) -> Path:
     toolchain = native(folder, *(SANITIZE if sanitize else ()))
     includes = ("-I", str(CUDA), "-I", str(EMULATOR), *setup_functions()["include_flags"]())
     flags = ("-O1" if sanitize else "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
-    macros = ("-DBIPER_EMULATED", f"-DBIPER_MODULE_NAME={EMULATED_NAME}")
+    macros = (f"-DBIPER_MODULE_NAME={EMULATED_NAME}",)
     device = EMULATOR / "emulated_device.cpp"  # instead of those that ask CUDA
     sources = [path for path in cuda_sources() if path.name not in ("device.cu", "peak.cu")]
     objects = toolchain.compile([*sources, device], folder, *flags, *macros, *includes)
     target = folder / f"{EMULATED_NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     succeed(*toolchain.compiler, "-shared", "-pthread", *toolchain.flags, *objects, "-o", target)
     return target
-
-
-def emulated_module(folder: Path, sanitize: bool = False) -> ModuleType:
-    """Build csrc/cuda over the emulator and import it; it takes CPU memory, and stream 0."""
-    return import_from(emulated_library(folder, sanitize), EMULATED_NAME)
 
 
 def sanitizer_environment() -> dict[str, str]:

@@ -93,6 +93,20 @@ EVERY_CALL = [
 ]
 
 
+def test_a_backend_for_other_devices_is_not_even_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ForGpus(Counting):
+        device_types = ("cuda",)
+
+        def unavailable_reason(self) -> str | None:
+            raise AssertionError("was asked")
+
+    monkeypatch.setitem(_REGISTERED, "cuda", ForGpus("cuda"))
+    monkeypatch.setitem(_REGISTERED, "triton", ForGpus("triton"))
+    assert select("binarize", None, CPU).name in ("cpu", "reference")
+    with pytest.raises(AssertionError, match="was asked"):
+        select("binarize", None, torch.device("cuda"))
+
+
 def test_the_forced_backend_runs_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     forced = install(monkeypatch, "triton")
     with use_backend("triton"):

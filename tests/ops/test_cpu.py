@@ -17,7 +17,8 @@ from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, bconv2d, bconv2d_float_bits, binarize, prepack, use_backend
 from biper_engine.ops.backends import backends, by_name, select
-from biper_engine.ops.cpu import _cgroup_limit, geometry_values, popcount_peak, thread_count
+from biper_engine.ops.cpu import _cgroup_limit, popcount_peak, thread_count
+from biper_engine.ops.native_arguments import geometry_values
 
 REASON = {info.name: info.reason for info in backends()}["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cpu: {REASON}")
