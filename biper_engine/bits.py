@@ -19,6 +19,7 @@ from biper_engine.errors import GeometryError
 __all__ = [
     "WORD_BITS",
     "binarize",
+    "count_different",
     "pack_channels",
     "pack_weight",
     "unpack_channels",
@@ -89,3 +90,9 @@ def pack_weight(positive: Tensor) -> Tensor:
 def unpack_weight(packed: Tensor, group_channels: int) -> Tensor:
     """Return the bool weight bits `[O, C / groups, KH, KW]` of canonical packed weights."""
     return unpack_channels(packed, group_channels).permute(0, 3, 1, 2)
+
+
+def count_different(a: Tensor, b: Tensor) -> int:
+    """Return in how many bits two packed tensors of one shape differ."""
+    changed = torch.bitwise_xor(a, b).cpu().contiguous().numpy()
+    return int.from_bytes(changed.tobytes(), "little").bit_count()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,12 +15,15 @@ from biper_engine.cli.images import find_images, image_batches, preprocessing_of
 from biper_engine.cli.sources import Arch, Frequency, ModelSource, Stage, Weights, load_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from biper_engine import Engine
     from biper_engine.serialization import BackendReport, ProofReport
 
 __all__ = ["verify"]
 
 _BATCH = 32
+_RANDOM_BATCHES = 4  # of two images
 
 
 def verify(
@@ -57,18 +61,19 @@ def verify(
     Alone, the file needs no model: each operator is compared with the
     reference, and the proof that was stored with the file is replayed. With
     --against, every layer is compared with the model it was made from, on
-    your images.
+    your images, or on random inputs where you pass none.
 
     [bold]Examples[/bold]
     biper verify digits.biper
     biper verify digits.biper --against stage2.pt --images digits --limit 100
+    biper verify twoinputs.biper --against mynet:build --weights mynet.pt
     """
     import biper_engine
 
     source = None
     if against is not None:
-        if images is None:
-            raise typer.BadParameter("--against needs images to compare on: pass --images DIR.")
+        if images is None and limit is not None:
+            raise typer.BadParameter("--limit is for --images.")
         source = ModelSource(
             text=against, weights=weights, arch=arch, frequency=frequency, stage=stage
         )
@@ -78,7 +83,7 @@ def verify(
         )
     with status("Loading"):
         engine = biper_engine.load(file)
-    if source is None or images is None:
+    if source is None:
         ok = _alone(engine, file, backend, verbose, json_output)
     else:
         with biper_engine.use_backend(backend) if backend else nullcontext():
@@ -150,27 +155,38 @@ def _against(
     engine: Engine,
     file: Path,
     source: ModelSource,
-    images: Path,
+    images: Path | None,
     limit: int | None,
     verbose: bool,
     json_output: bool,
 ) -> bool:
     import biper_engine
 
-    metadata = preprocessing_of(engine, file)
-    paths = find_images([images])[:limit]
+    if images is None:
+        batches: Iterable[Any] = _random_batches(engine)
+    else:
+        metadata = preprocessing_of(engine, file)
+        paths = find_images([images])[:limit]
+        batches = (batch for _, batch in image_batches(paths, metadata, _BATCH))
     with status("Loading the model"):
         model = load_model(source)
-    report = biper_engine.verify(
-        engine, model, (batch for _, batch in image_batches(paths, metadata, _BATCH))
-    )
+    report = biper_engine.verify(engine, model, batches)
     if json_output:
         values = {"file": str(file), "against": source.text, **json.loads(report.to_json())}
         print_json({**values, "layers": report.layers, "layers_equal": report.layers_equal})
         return report.ok
     console = results()
-    lines = report.table().splitlines()
-    shown = lines if verbose or not report.ok else lines[-2:]
-    for line in shown:
+    text = report.table() if verbose or not report.ok else report.summary()
+    if images is None:
+        text += "\nCompared on random inputs; pass --images DIR to compare on images."
+    for line in text.splitlines():
         console.print(line, markup=False, soft_wrap=True, style="" if report.ok else "red")
     return report.ok
+
+
+def _random_batches(engine: Engine) -> list[tuple[Tensor, ...]]:
+    """Return the inputs that a proof would take, of several seeds."""
+    from biper_engine.serialization import example_inputs
+
+    specs = engine.signature.inputs
+    return [tuple(example_inputs(specs, seed)) for seed in range(_RANDOM_BATCHES)]

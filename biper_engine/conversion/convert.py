@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from biper_engine.conversion.check import Batch, check_against_model
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
-from biper_engine.conversion.segments import check_segments
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import ConversionError, UnconvertedWarning
 from biper_engine.metadata import Metadata, Provenance
@@ -95,7 +95,7 @@ def convert(
         },
     )
     if check:
-        _check(engine, built)
+        _check(engine, model, built)
     return engine
 
 
@@ -198,23 +198,39 @@ def _bare(lowered: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(lowered, graph)
 
 
-def _check(engine: Engine, built: Built) -> None:
-    """Verify on the example and on two seeded random inputs."""
+def _check(engine: Engine, model: nn.Module, built: Built) -> None:
+    """Verify on the example and on two seeded random inputs of other batch sizes."""
+    own = built.examples[0].shape[0] if built.examples else 0
+    small, large = [size for size in (1, 3, 2) if size != own][:2]
     generator = torch.Generator().manual_seed(0)
-    batches = [built.examples]
-    for _ in range(2):
-        batches.append(
-            tuple(
-                torch.randn(example.shape, generator=generator).to(example)
-                if example.dtype.is_floating_point
-                else example
-                for example in built.examples
-            )
-        )
-    report = check_segments(engine, built, batches)
-    if not report.ok:
+    batches = [  # the first is also the last to be called
+        _random_batch(built.examples, small, generator),
+        built.examples,
+        _random_batch(built.examples, large, generator),
+    ]
+    report = check_against_model(engine, model, built, batches)
+    if report.ok:
+        return
+    if not report.model.captured:
+        sizes_called = ", ".join(str(size) for size in report.model.batches)
         raise ConversionError(
-            "The converted network does not agree with the model:\n"
-            f"{report.table()}\nThis is a defect of biper_engine; please report it with the model. "
-            "`check=False` skips this check."
+            "The model does not compute what its trace says: with batches of "
+            f"{sizes_called} images, outputs differ by {report.model.error:.1%}. It reads "
+            "something that is not an argument, a parameter or a buffer, or takes another path for "
+            "other inputs; make that an argument, and check with other batch sizes."
         )
+    raise ConversionError(
+        "The converted network does not agree with the model:\n"
+        f"{report.table()}\nThis is a defect of biper_engine; please report it with the model. "
+        "`check=False` skips this check."
+    )
+
+
+def _random_batch(examples: Batch, size: int, generator: torch.Generator) -> Batch:
+    """Return normal numbers for float inputs; for others the example's rows, which are valid."""
+    return tuple(
+        torch.randn((size, *x.shape[1:]), generator=generator).to(x)
+        if x.dtype.is_floating_point
+        else x[torch.arange(size, device=x.device) % x.shape[0]]
+        for x in examples
+    )

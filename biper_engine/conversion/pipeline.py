@@ -27,14 +27,17 @@ class Built:
     """The result of all passes.
 
     Attributes:
-        float_graph: the simplified graph, float operators only: what the engine must compute.
-        lowered: the converted graph; `meta["source"]` of its nodes names nodes of `float_graph`.
+        captured: the graph as it was captured, float operators only: what the engine must compute.
+        float_graph: the same, simplified. `meta["source"]` of its nodes names the captured node
+            with the same value, or the node itself where there is none.
+        lowered: the converted graph; `meta["source"]` of its nodes is that of `float_graph`.
         rows: one report row per convolution and linear layer.
         examples: the flat inputs of the trace.
         in_spec: pytree structure of `(args, kwargs)`.
         out_spec: pytree structure of the result.
     """
 
+    captured: fx.GraphModule
     float_graph: fx.GraphModule
     lowered: fx.GraphModule
     rows: list[LayerReport]
@@ -54,16 +57,36 @@ def build(
     """Run capture, simplify, recognize, fuse and lower on a copy of `model`."""
     captured = capture(model, example_inputs)
     graph_module = captured.graph_module
-    simplify(graph_module)
     for node in graph_module.graph.nodes:
         node.meta["source"] = node.name
         if str(node.meta.get("layer", "x")).partition("#")[0] == "":
             node.meta["layer"] = node.name  # a functional call in the outermost forward
+    before = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    simplify(graph_module)
+    _name_sources(graph_module)
     float_graph = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     rows = recognize(graph_module, keep_float=keep_float, zero_weights=zero_weights)
     fuse(graph_module)
     lowered = lower(graph_module, compute_dtype)
-    return Built(float_graph, lowered, rows, captured.examples, captured.in_spec, captured.out_spec)
+    return Built(
+        before,
+        float_graph,
+        lowered,
+        rows,
+        captured.examples,
+        captured.in_spec,
+        captured.out_spec,
+    )
+
+
+def _name_sources(graph_module: fx.GraphModule) -> None:
+    """Give every node one source: of several with the same one, the last has its value."""
+    taken = set()
+    for node in reversed(graph_module.graph.nodes):
+        source = node.meta.get("source")
+        if source is None or source in taken:
+            node.meta["source"] = node.name
+        taken.add(node.meta["source"])
 
 
 def nothing_packed(rows: Sequence[LayerReport], stage: int | None) -> str:

@@ -1,77 +1,35 @@
-"""Segments: run an engine's graph node by node on the float graph's own values, and compare.
+"""Segments: run an engine's graph node by node on the model's own values, and compare.
 
 The rules of the comparison stand in `verify`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from biper_engine import bits as contract
 from biper_engine import ops
 from biper_engine.conversion.graphs import is_call, parent
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.pipeline import Built
-from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, SegmentReport, VerifyReport
-from biper_engine.engine import Engine
+from biper_engine.conversion.truth import Truth
+from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ROUNDING, SegmentReport
+from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.reference import apply_epilogue
 from biper_engine.ops.registration import split_options
 
-__all__ = ["check_segments"]
+__all__ = ["EndToEnd", "Segments"]
 
+_STEPS = 8
+"""Roundings to 2^-24 of the largest term that the value before a sign has been through, at most."""
 
-def check_segments(
-    engine: Engine, built: Built, batches: Iterable[tuple[Tensor, ...]]
-) -> VerifyReport:
-    """Run the comparison on flat inputs, with the float graph of `built` as the truth."""
-    report = VerifyReport()
-    segments: dict[str, SegmentReport] = {}
-    agreed = 0
-    for batch in batches:
-        with torch.no_grad():
-            truth = _Values(built.float_graph, batch)
-            _Segments(built, truth, segments).run(*batch)
-            outputs = truth.outputs
-            args, kwargs = pytree.tree_unflatten(list(batch), engine.signature.in_spec)
-            results = pytree.tree_leaves(engine(*args, **kwargs))
-        agreed += _compare_outputs(report, outputs, results)
-        report.images += batch[0].shape[0]
-    report.segments = list(segments.values())
-    if report.top1_agreement is not None:
-        report.top1_agreement = agreed / report.images
-    return report
-
-
-def _compare_outputs(report: VerifyReport, wanted: list[Tensor], got: list[Tensor]) -> int:
-    for a, b in zip(wanted, got, strict=True):
-        difference = (a.double() - b.double()).flatten(1)
-        norms = a.double().flatten(1).norm(dim=1)
-        relative = difference.norm(dim=1) / norms.clamp(min=torch.finfo(torch.float32).tiny)
-        report.logit_error = max(report.logit_error, float(difference.abs().max()))
-        report.relative_error = max(report.relative_error, float(relative.max()))
-    if len(wanted) != 1 or wanted[0].dim() != 2 or wanted[0].shape[1] < 2:
-        return 0
-    report.top1_agreement = 0.0
-    return int((wanted[0].argmax(1) == got[0].argmax(1)).sum())
-
-
-class _Values(fx.Interpreter):
-    """Runs the float graph once and keeps every node's value by name."""
-
-    def __init__(self, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
-        super().__init__(graph_module, garbage_collect_values=False)
-        self.values: dict[str, Any] = {}
-        self.outputs: list[Tensor] = list(self.run(*inputs))
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n.name] = value = super().run_node(n)
-        return value
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _as_map(value: Tensor) -> Tensor:
@@ -79,32 +37,51 @@ def _as_map(value: Tensor) -> Tensor:
     return value if value.dim() == 4 else value.reshape(-1, value.shape[-1], 1, 1)
 
 
-class _Segments(fx.Interpreter):
-    """Runs the engine's graph node by node, on the float graph's values, and compares."""
+def _row(segments: dict[str, SegmentReport], n: fx.Node) -> SegmentReport:
+    name = str(n.meta.get("layer", n.name))
+    return segments.setdefault(name, SegmentReport(name))
 
-    def __init__(self, built: Built, truth: _Values, segments: dict[str, SegmentReport]) -> None:
-        super().__init__(built.lowered, garbage_collect_values=False)
+
+class Segments(fx.Interpreter):
+    """Runs the lowered graph on true values and compares each node.
+
+    Args:
+        built: a conversion.
+        truth: the model's values for the inputs that `run` gets.
+        segments: rows by name; counts are added to them.
+
+    Attributes:
+        layer_inputs: the true packed map that enters each binary convolution, by node name.
+    """
+
+    def __init__(self, built: Built, truth: Truth, segments: dict[str, SegmentReport]) -> None:
+        super().__init__(built.lowered)
+        self.layer_inputs: dict[str, Tensor] = {}
         self._truth = truth
-        self._graph = built.float_graph
         self._segments = segments
+        self._exact: dict[fx.Node, Tensor] = {}  # float32 values of nodes in half precision
         self._affected: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node on true values; return the true value in its place."""
         if "conv" in n.meta:
             return self._conv(n)
         value = super().run_node(n)
         affected = self._inherited(n, value)
         if "rule" in n.meta:
-            self._count_zeros(n)
+            return self._binarize(n, value)
         source = n.meta.get("source")
         if n.op != "call_function" or source is None or not isinstance(value, Tensor):
             if affected is not None:
                 self._affected[n] = affected
+            self._keep_exact(n, value)
             return value
-        wanted = self._truth.values[source].reshape(value.shape).to(value.dtype)
+        wanted = self._truth.values[source].reshape(value.shape)
         if "getitem" not in str(n.target):
-            self._compare_floats(self._segment(n), value, wanted, affected)
-        return wanted
+            self._compare_floats(_row(self._segments, n), value, wanted, affected)
+        return self._rounded(n, wanted, value.dtype)
+
+    # -- values -----------------------------------------------------------------------------------
 
     def _inherited(self, n: fx.Node, value: Any) -> Tensor | None:
         """Return what exact zeros reached before `n`, where no float node stood in between."""
@@ -115,79 +92,124 @@ class _Segments(fx.Interpreter):
             return reached[0].reshape(value.shape)
         return torch.stack([mask.expand(value.shape) for mask in reached]).any(0)
 
-    def _segment(self, n: fx.Node) -> SegmentReport:
-        name = str(n.meta.get("layer", n.name))
-        return self._segments.setdefault(name, SegmentReport(name))
+    def _rounded(self, n: fx.Node, wanted: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a true value in the dtype of the engine's, whose float32 value is kept."""
+        if dtype in _HALF:
+            self._exact[n] = wanted.float()
+        return wanted.to(dtype)
 
-    def _count_zeros(self, n: fx.Node) -> None:
-        rule = n.meta["rule"]
-        if rule.tie:
-            x = self.env[parent(n)].float()
-            zeros = int((x == rule.threshold.to(x.device).view(1, -1, 1, 1)).sum())
-            if zeros:
-                segment = self._segments.setdefault(n.name, SegmentReport(n.name))
-                segment.exact_zeros += zeros
+    def _keep_exact(self, n: fx.Node, value: Any) -> None:
+        """Keep the float32 value of a node that only moves values of half precision."""
+        if not isinstance(value, Tensor) or value.dtype not in _HALF or n.op != "call_function":
+            return
+        if is_call(n, torch.ops.aten._to_copy.default):
+            self._exact[n] = self._float32(parent(n))
+        elif all(node in self._exact for node in n.all_input_nodes):
+            args, kwargs = fx.node.map_arg((n.args, n.kwargs), self._exact.__getitem__)
+            self._exact[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _float32(self, n: fx.Node) -> Tensor:
+        exact = self._exact.get(n)
+        return self.env[n].float() if exact is None else exact
+
+    # -- comparisons ------------------------------------------------------------------------------
+
+    def _binarize(self, n: fx.Node, got: Tensor) -> Tensor:
+        """Compare bits of a float map, which rounding to half precision may have moved."""
+        source, rule = parent(n), n.meta["rule"]
+        x = self._float32(source)
+        threshold = rule.threshold.to(x.device).view(1, -1, 1, 1)
+        wanted = ops.binarize(x, rule.threshold.to(x.device), rule.sense.to(x.device))
+        largest = x.abs().amax((0, 2, 3), keepdim=True) if x.numel() else threshold.abs()
+        near = _STEPS * ROUNDING[torch.float32] * (largest + threshold.abs())
+        near = near + _half_rounding(self.env[source]) * x.abs()
+        close = (x - threshold).abs() <= near
+        unequal = _unpacked(got ^ wanted, x.shape[1])
+        zeros = int((x == threshold).sum()) if rule.tie else 0
+        undecided = int((close & (x != threshold)).sum())
+        if zeros or undecided or bool(unequal.any()):
+            segment = _row(self._segments, n)
+            segment.bits += x.numel()
+            segment.exact_zeros += zeros
+            segment.undecided += undecided
+            segment.flips += int((unequal & close).sum())
+            segment.bits_wrong += int((unequal & ~close).sum())
+        return wanted
 
     def _compare_floats(
         self, segment: SegmentReport, got: Tensor, wanted: Tensor, affected: Tensor | None
     ) -> None:
-        segment.float_limit = FLOAT_TOLERANCE.get(got.dtype, 1e-4)
-        error = (got.double() - wanted.double()).abs()
+        segment.float_limit = FLOAT_TOLERANCE.get(got.dtype, FLOAT_TOLERANCE[torch.float32])
+        dtype = wanted.dtype if wanted.is_floating_point() else torch.float64
+        a, b = got.to(dtype), wanted.to(dtype)
+        error = (a - b).abs()
         if affected is not None:
             error = error.masked_fill(affected, 0.0)
-        largest = float(wanted.double().abs().max()) if wanted.numel() else 0.0
-        worst = float(error.max()) if error.numel() else 0.0
+        largest, worst = _largest(b), _largest(error)
+        if not math.isfinite(largest + worst):  # as after log of a random number
+            same = (a == b) | (a.isnan() & b.isnan())
+            largest = _largest(torch.where(b.isfinite(), b, 0.0))
+            worst = _largest(error.masked_fill(same, 0.0).nan_to_num(nan=math.inf))
         segment.float_error = max(segment.float_error, worst / largest if largest else worst)
 
     def _conv(self, n: fx.Node) -> Any:
         conv: BinaryConv = n.meta["conv"]
-        segment = self._segment(n)
+        segment = _row(self._segments, n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         op = str(n.target).split(".")[-2]
         options = dict(kwargs)
         if op != "bconv2d_float":
             options |= {"threshold": args[4], "sense": args[5]}
         geometry, epilogue, residual, _ = split_options(args[1], args[2], args[3], options)
+        self.layer_inputs[n.name] = args[0]
         dot = ops.bconv2d(args[0], args[1], geometry)
         wanted_dot, affected = self._accumulators(conv, dot)
         segment.accumulators += dot.numel()
         segment.accumulators_wrong += int((dot != wanted_dot).sum())
-        if affected is not None and not epilogue.pool.is_identity:
-            pool = epilogue.pool
-            pooled = F.max_pool2d(affected.float(), pool.kernel_size, pool.stride, pool.padding)
-            affected = pooled > 0
+        if affected is not None:
+            segment.zero_outputs += int(affected.expand(dot.shape).sum())
+            affected = _pooled(affected, epilogue)
         result = n.target(*args, **kwargs)  # type: ignore[operator]
         source = n.meta.get("source")
         if source is None:
             if affected is not None:
                 self._affected[n] = affected
             return result
-        v = apply_epilogue(dot, epilogue, residual)
-        truth = self._truth.values[source].reshape(v.shape)
+        size = epilogue.pool.output_size(*dot.shape[2:])
+        truth = self._truth.values[source].reshape(*dot.shape[:2], *size)
         floats = (
             None if op == "bconv2d_bits" else result[0] if op == "bconv2d_float_bits" else result
         )
         if floats is not None:
-            self._compare_floats(segment, floats, truth.to(floats.dtype), affected)
-            floats = truth.to(floats.dtype)
+            self._compare_floats(segment, floats, truth, affected)
+            floats = self._rounded(n, truth, floats.dtype)
         if op == "bconv2d_float":
             return floats
         bits = result if op == "bconv2d_bits" else result[1]
         wanted_bits = ops.binarize(truth.float(), epilogue.threshold, epilogue.sense)
-        self._compare_bits(segment, conv, epilogue, residual, v, bits, wanted_bits, affected)
-        self._count_truth_zeros(segment, n, truth, epilogue)
+        threshold = epilogue.threshold
+        assert threshold is not None, "bits leave by a threshold"
+        bound = _bound(conv, epilogue, residual)
+        at = threshold.view(1, -1, 1, 1)
+        distance = (truth - at).abs()
+        exact = distance == 0
+        undecided = (distance <= bound) & ~exact
+        segment.bits += truth.numel()
+        segment.undecided += int((undecided if affected is None else undecided & ~affected).sum())
+        if n.meta.get("tie"):
+            segment.exact_zeros += int(exact.sum())
+        if not torch.equal(bits, wanted_bits):
+            unequal = _unpacked(bits ^ wanted_bits, truth.shape[1])
+            unequal = unequal if affected is None else unequal & ~affected
+            v = apply_epilogue(dot, epilogue, residual)
+            close = (v - at).abs() <= bound
+            segment.flips += int((unequal & close).sum())
+            segment.bits_wrong += int((unequal & ~close).sum())
         return wanted_bits if op == "bconv2d_bits" else (floats, wanted_bits)
 
-    def _count_truth_zeros(
-        self, segment: SegmentReport, n: fx.Node, truth: Tensor, epilogue: Any
-    ) -> None:
-        if n.meta.get("tie"):
-            at_step = truth.float() == epilogue.threshold.view(1, -1, 1, 1)
-            segment.exact_zeros += int(at_step.sum())
-
     def _accumulators(self, conv: BinaryConv, dot: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the float graph's accumulators, zeros counted as +1, and what zeros reach."""
-        value = _as_map(self._truth.values[conv.value].double())
+        """Return the model's accumulators, zeros counted as +1, and what zeros reach."""
+        value = _as_map(self._truth.values[conv.value].float())
         middle = (conv.rule.high + conv.rule.low) / 2
         level = (conv.rule.high - conv.rule.low) / 2
         zero = torch.zeros_like(value, dtype=torch.bool)
@@ -208,29 +230,72 @@ class _Segments(fx.Interpreter):
         reached = F.conv2d(F.pad(zero.float(), (left, right, top, bottom)), weight.abs(), *shared)
         return wanted, (reached > 0) | conv.filled.view(1, -1, 1, 1).to(value.device)
 
-    def _compare_bits(
+
+def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
+    """Return how far rounding may move the value before a sign; see `verify`."""
+    per_channel = epilogue.multiplier.abs() * conv.geometry.reduction + epilogue.bias.abs()
+    for term in (epilogue.threshold, epilogue.shift):
+        if term is not None:
+            per_channel = per_channel + term.abs()
+    bound = per_channel.view(1, -1, 1, 1)
+    if residual is None:
+        return _STEPS * ROUNDING[torch.float32] * bound
+    magnitude = residual.float().abs()
+    exact = _STEPS * ROUNDING[torch.float32] * (bound + magnitude)
+    return exact + _half_rounding(residual) * magnitude
+
+
+def _half_rounding(x: Tensor) -> float:
+    """Return the relative error of what was rounded to half precision once; 0 in float32.
+
+    A map of a float16 or bfloat16 stream is the true one, rounded. Twice the step covers the
+    magnitude being that of the rounded value.
+    """
+    return 2 * ROUNDING[x.dtype] if x.dtype in _HALF else 0.0
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _pooled(affected: Tensor, epilogue: Epilogue) -> Tensor:
+    pool = epilogue.pool
+    if pool.is_identity:
+        return affected
+    return F.max_pool2d(affected.float(), pool.kernel_size, pool.stride, pool.padding) > 0
+
+
+def _unpacked(bits: Tensor, channels: int) -> Tensor:
+    """Return packed bits as bool [N, C, H, W]."""
+    return contract.unpack_channels(bits, channels).permute(0, 3, 1, 2)
+
+
+class EndToEnd(fx.Interpreter):
+    """Runs the lowered graph from the input on, and counts the bits that are not the model's.
+
+    Args:
+        built: a conversion.
+        layer_inputs: the true packed map that enters each binary convolution, by node name.
+        segments: rows by name; counts are added to them.
+    """
+
+    def __init__(
         self,
-        segment: SegmentReport,
-        conv: BinaryConv,
-        epilogue: Any,
-        residual: Tensor | None,
-        v: Tensor,
-        got: Tensor,
-        wanted: Tensor,
-        affected: Tensor | None,
+        built: Built,
+        layer_inputs: Mapping[str, Tensor],
+        segments: dict[str, SegmentReport],
     ) -> None:
-        channels = conv.geometry.out_channels
-        unequal = contract.unpack_channels(got ^ wanted, channels).permute(0, 3, 1, 2)
-        if affected is not None:
-            unequal = unequal & ~affected
-        segment.bits += v.numel()
-        if not bool(unequal.any()):
-            return
-        per_channel = epilogue.multiplier.abs() * conv.geometry.reduction + epilogue.bias.abs()
-        per_channel = per_channel + epilogue.threshold.abs()
-        if epilogue.shift is not None:
-            per_channel = per_channel + epilogue.shift.abs()
-        bound = per_channel.view(1, -1, 1, 1) + (0 if residual is None else residual.float().abs())
-        near = (v - epilogue.threshold.view(1, -1, 1, 1)).abs() <= 8 * 2.0**-24 * bound
-        segment.flips += int((unequal & near).sum())
-        segment.bits_wrong += int((unequal & ~near).sum())
+        super().__init__(built.lowered)
+        self._layer_inputs = layer_inputs
+        self._segments = segments
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; count where it is a binary convolution."""
+        if "conv" in n.meta:
+            (bits, *_), _ = self.fetch_args_kwargs_from_env(n)
+            wanted = self._layer_inputs[n.name]
+            segment = _row(self._segments, n)
+            pixels = wanted.numel() // wanted.shape[-1] if wanted.numel() else 0
+            segment.input_bits += pixels * n.meta["conv"].geometry.in_channels
+            segment.input_bits_differ += contract.count_different(bits, wanted)
+        return super().run_node(n)

@@ -302,7 +302,9 @@ def _pads_behind(graph_module: fx.GraphModule) -> None:
             continue
         inner = repeat_call(graph_module.graph, node, node, parent(pad))
         inner.meta["val"] = parent(pad).meta["val"]
+        inner.meta.pop("source", None)  # a value that the captured graph has not
         outer = repeat_call(graph_module.graph, node, pad, inner)
+        outer.meta["source"] = node.meta.get("source")
         substitute(node, outer)
 
 
@@ -324,6 +326,7 @@ def _reversed_differences(graph_module: fx.GraphModule) -> None:
             continue
         graph = graph_module.graph
         negated = call(graph, node, aten.neg.default, parent(node), like=node)
+        negated.meta.pop("source", None)  # a value that the captured graph has not
         substitute(node, call(graph, node, aten.add.Tensor, negated, node.args[1], like=node))
 
 

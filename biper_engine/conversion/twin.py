@@ -57,7 +57,7 @@ def float_twin(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """
     built = _built(model, images)
     layers = set()
-    named = {node.name: node for node in built.float_graph.graph.nodes}
+    named = {node.meta["source"]: node for node in built.float_graph.graph.nodes}
     for node in built.lowered.graph.nodes:
         conv = node.meta.get("conv")
         if not isinstance(conv, BinaryConv) or conv.source is None:

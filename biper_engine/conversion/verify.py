@@ -1,16 +1,26 @@
-"""Verify: prove segment by segment that an engine computes what its model computes.
+"""Verify: prove that an engine computes what its model computes.
 
-Every node of the engine gets the float graph's own bits and residual, so that no difference
-cascades. Accumulators must be equal, as integers. A bit may differ only where the value is within
-rounding of its threshold,
+The proof has three parts, and `VerifyReport.ok` needs the first two.
 
-    |v - threshold| <= 8 * 2^-24 * (|multiplier| * K + |bias| + |residual| + |shift| + |threshold|),
+1. The model itself. A copy of it is called in eval mode, with batches of two sizes or more, and
+   with the first batch again after others. The captured graph must give what it gives: bit for bit,
+   or within rounding where PyTorch runs a module by a kernel whose sums have another order. The
+   simplified graph must give what the captured one gives. A call that changes the model, or that
+   answers the same input differently, is refused by name.
+2. Segment by segment. Every node of the engine gets the model's own bits and residual, so that no
+   difference cascades. Accumulators must be equal, as integers. A bit may differ only where the
+   value is within rounding of its threshold,
 
-and each one is counted. A float map must agree within the rounding of its dtype. Where the model's
-own sign met an exact 0, which no bit can hold, the contract says +1: such inputs are counted, and
-the outputs they reach are left out of the comparison of bits and floats, as are output channels
-whose zero weights the caller chose to count as positive. Logit error and top-1
-agreement of the whole network are reported, not judged: one legitimate flip moves logits.
+       |v - threshold| <= 8 * 2^-24 *
+           (|multiplier| * K + |bias| + |residual| + |shift| + |threshold|),
+
+   to which a float16 or bfloat16 residual adds 2^-10 or 2^-7 of its magnitude, and each one is
+   counted. A float map must agree within the rounding of its dtype. Where the model's own sign met
+   an exact 0, which no bit can hold, the contract says +1: such inputs are counted, and the outputs
+   they reach are counted and left out of the comparison of bits and floats, as are output channels
+   whose zero weights the caller chose to count as positive.
+3. End to end, from the input on: bits that differ in each binary layer, error of the outputs, top-1
+   agreement. Reported, not judged: one bit that rounding flips moves the outputs.
 """
 
 from __future__ import annotations
@@ -26,11 +36,11 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from biper_engine.conversion.check import Batch, check_against_model
 from biper_engine.conversion.graphs import arguments
 from biper_engine.conversion.pipeline import Built, build
-from biper_engine.conversion.segments import check_segments
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
-from biper_engine.engine import Engine
+from biper_engine.engine import Engine, Signature
 from biper_engine.errors import ConversionError
 from biper_engine.runtime import isolate_outputs
 
@@ -51,18 +61,19 @@ def verify(
     Args:
         engine: an engine, converted or loaded.
         model: the model; it is captured again and is not changed.
-        data: a batch of inputs [N, ...], or an iterable of batches; of a batch that is a tuple or
-            list, as data loaders give, the first entries are the inputs and a label is ignored.
+        data: a batch of inputs [N, ...]; or the arguments of a call as a tuple, as `convert` takes
+            them; or an iterable of such batches, of which a data loader's label is ignored.
         limit: compare at most this many images.
 
     Returns:
         A report; `report.ok` is the verdict, `report.table()` the evidence.
 
     Raises:
-        ConversionError: the model cannot be captured with the engine's input size.
-        ValueError: `data` holds no image.
+        ConversionError: the model cannot be captured with the engine's input size, or its calls
+            change it.
+        ValueError: `data` holds no image, or batches with too few inputs.
     """
-    batches = _batches(data, len(engine.signature.inputs), limit)
+    batches = _batches(data, engine.signature, limit)
     first = next(batches, None)
     if first is None:
         raise ValueError("`data` holds no image; pass a tensor [N, ...] or an iterable of batches.")
@@ -70,22 +81,34 @@ def verify(
     mismatch = _mismatch(engine.graph_module, built.lowered)
     if mismatch:
         return VerifyReport(mismatch=mismatch)
-    return check_segments(engine, built, chain([first], batches))
+    return check_against_model(engine, model, built, chain([first], batches))
 
 
-def _batches(
-    data: Tensor | Iterable[Any], inputs: int, limit: int | None
-) -> Iterator[tuple[Tensor, ...]]:
+def _batches(data: Any, signature: Signature, limit: int | None) -> Iterator[Batch]:
     """Yield flat inputs of at most `_CHUNK` images, since every map of a batch is kept."""
+    wanted = len(signature.inputs)
+    is_call = isinstance(data, tuple) and pytree.tree_structure((data, {})) == signature.in_spec
     left = limit if limit is not None else sys.maxsize
-    for batch in [data] if isinstance(data, Tensor) else data:
-        leaves = pytree.tree_leaves(batch)[:inputs]
+    for batch in [data] if is_call or isinstance(data, Tensor) else data:
+        leaves = pytree.tree_leaves(batch)[:wanted]
+        if len(leaves) < wanted or not all(isinstance(leaf, Tensor) for leaf in leaves):
+            raise ValueError(
+                f"The engine takes {wanted} tensor{'s' * (wanted != 1)} ({signature}), but a batch "
+                f"of `data` is {_described(batch)}. Pass the arguments of a call as a tuple, or an "
+                "iterable of such tuples."
+            )
         count = min(left, leaves[0].shape[0])
         for start in range(0, count, _CHUNK):
             yield tuple(leaf[start : min(start + _CHUNK, count)] for leaf in leaves)
         left -= count
         if left < 1:
             return
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"one tensor of shape {list(batch.shape)}"
+    return f"a {type(batch).__name__} with {len(pytree.tree_leaves(batch))} values"
 
 
 def _rebuild(engine: Engine, model: nn.Module, batch: tuple[Tensor, ...]) -> Built:

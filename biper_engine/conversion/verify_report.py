@@ -1,21 +1,73 @@
-"""What `verify` reports: one row per segment, and the whole network."""
+"""What `verify` reports: the model itself, one row per segment, and the whole network."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
-__all__ = ["FLOAT_TOLERANCE", "SegmentReport", "VerifyReport"]
+__all__ = ["FLOAT_TOLERANCE", "ROUNDING", "ModelReport", "SegmentReport", "VerifyReport"]
 
-FLOAT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest error of a float map over its largest magnitude: rounding of sums of up to 2^16 terms."""
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Largest relative error of rounding a number to a dtype."""
+
+FLOAT_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.float16: 32 * ROUNDING[torch.float16],
+    torch.bfloat16: 32 * ROUNDING[torch.bfloat16],
+}
+"""Largest error of a float map over its largest magnitude. In float32 that is the rounding of sums
+of up to 2^16 terms. In half precision inputs, weights and results are rounded, sums are not; 32
+roundings allow for what cancels, and for operators that amplify."""
+
+_TRACE = 1e-3
+"""Share of values beyond which something is more than a trace."""
+
+
+@dataclass
+class ModelReport:
+    """The captured graph against the model itself, and the simplified graph against the captured.
+
+    Attributes:
+        batches: sizes of the batches with which the model was called.
+        bit_equal: whether the captured graph always gave the model's own bytes.
+        error: largest difference of an output, over its largest magnitude, where it did not.
+        pass_error: largest difference of a value of the simplified graph.
+        pass_wrong: the first node of the simplified graph that differs, or empty.
+    """
+
+    batches: list[int] = field(default_factory=list)
+    bit_equal: bool = True
+    error: float = 0.0
+    pass_error: float = 0.0
+    pass_wrong: str = ""
+
+    @property
+    def captured(self) -> bool:
+        """Whether the captured graph gives what the model gives, up to the order of float sums."""
+        return self.error <= FLOAT_TOLERANCE[torch.float32]
+
+    @property
+    def ok(self) -> bool:
+        """Whether both graphs give what the model gives."""
+        return self.captured and not self.pass_wrong
+
+    def __str__(self) -> str:
+        sizes = ", ".join(str(size) for size in dict.fromkeys(self.batches))
+        calls = f"{len(self.batches)} calls, batches of {sizes}"
+        if not self.captured:
+            return f"the captured graph DIFFERS by {self.error:.1%} ({calls})"
+        if self.pass_wrong:
+            return f"the simplified graph DIFFERS by {self.pass_error:.1e} at {self.pass_wrong}"
+        how = "bit for bit" if self.bit_equal else f"within rounding, {self.error:.1e}"
+        return f"the captured graph gives what the model gives, {how} ({calls})"
 
 
 @dataclass
 class SegmentReport:
-    """One node of the engine against the float graph, over all images.
+    """One node of the engine against the model's values, over all images.
 
     Attributes:
         name: layer or node.
@@ -24,9 +76,13 @@ class SegmentReport:
         bits: bits compared.
         flips: bits that differ where the value is within rounding of the threshold.
         bits_wrong: bits that differ elsewhere.
+        undecided: values so close to the threshold of a sign that rounding decides the sign.
         exact_zeros: inputs at which the model's sign is exactly 0.
+        zero_outputs: outputs that such inputs reach; their bits and floats are not compared.
         float_error: largest error of the float map, over its largest magnitude.
         float_limit: what `float_error` may be.
+        input_bits: bits that enter a binary layer.
+        input_bits_differ: of them, different when the engine runs from the input on.
     """
 
     name: str
@@ -35,9 +91,13 @@ class SegmentReport:
     bits: int = 0
     flips: int = 0
     bits_wrong: int = 0
+    undecided: int = 0
     exact_zeros: int = 0
+    zero_outputs: int = 0
     float_error: float = 0.0
     float_limit: float = FLOAT_TOLERANCE[torch.float32]
+    input_bits: int = 0
+    input_bits_differ: int = 0
 
     @property
     def ok(self) -> bool:
@@ -51,6 +111,7 @@ class VerifyReport:
     """The result of `verify`.
 
     Attributes:
+        model: the captured graph against the model itself.
         segments: one entry per node of the engine that was compared.
         images: images compared.
         mismatch: how the engine differs from a fresh conversion of the model, or empty.
@@ -59,6 +120,7 @@ class VerifyReport:
         top1_agreement: share of images with the same argmax; None where outputs are no logits.
     """
 
+    model: ModelReport = field(default_factory=ModelReport)
     segments: list[SegmentReport] = field(default_factory=list)
     images: int = 0
     mismatch: str = ""
@@ -68,8 +130,9 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every segment agrees; see the module for what that means."""
-        return not self.mismatch and bool(self.images) and all(s.ok for s in self.segments)
+        """Whether the graph is the model's, and every segment agrees; see `verify`."""
+        compared = bool(self.images) and all(s.ok for s in self.segments)
+        return not self.mismatch and self.model.ok and compared
 
     @property
     def layers_equal(self) -> int:
@@ -83,7 +146,7 @@ class VerifyReport:
 
     @property
     def flips(self) -> int:
-        """Bits that differ within rounding."""
+        """Bits that differ within rounding, each layer on the model's own values."""
         return sum(s.flips for s in self.segments)
 
     @property
@@ -91,40 +154,94 @@ class VerifyReport:
         """Inputs at which the model's sign is exactly 0, over all layers."""
         return sum(s.exact_zeros for s in self.segments)
 
+    @property
+    def input_bits(self) -> int:
+        """Bits that enter binary layers."""
+        return sum(s.input_bits for s in self.segments)
+
+    @property
+    def input_bits_differ(self) -> int:
+        """Of them, different from the model's signs when the engine runs from the input on."""
+        return sum(s.input_bits_differ for s in self.segments)
+
+    # -- text -------------------------------------------------------------------------------------
+
     def table(self) -> str:
-        """Return the report as aligned text of at most 80 columns where names allow."""
+        """Return the whole report as text, of at most 80 columns where names allow."""
+        if self.mismatch or not self.model.ok:
+            return self.summary()
+        return "\n".join([*self._notes(), *self._rows(), *self._verdicts()])
+
+    def summary(self) -> str:
+        """Return the report without its rows."""
         if self.mismatch:
             return f"not verified: {self.mismatch}"
+        if not self.model.ok:
+            return f"not verified: {self.model}"
+        return "\n".join([*self._notes(), *self._verdicts()])
+
+    def _notes(self) -> list[str]:
+        """Return what a reader must know first."""
+        notes = []
+        zeros = _share(self.exact_zeros, self.input_bits)
+        outputs = sum(s.zero_outputs for s in self.segments)
+        if zeros > _TRACE:
+            accumulators = sum(s.accumulators for s in self.segments)
+            notes.append(
+                f"note: the model's sign is exactly 0 at {zeros:.2%} of the inputs of binary "
+                f"layers, where a bit says +1. {_share(outputs, accumulators):.2%} of the outputs "
+                "depend on them: their sums are compared with +1 there, their floats are not, and "
+                "the network's outputs differ. An untrained network, or padding before the sign?"
+            )
+        undecided = [s for s in self.segments if s.undecided]
+        share = _share(sum(s.undecided for s in undecided), self.input_bits)
+        if share > _TRACE:
+            names = _listed([s.name for s in undecided])
+            notes.append(
+                f"note: {share:.2%} of the signs are decided by float rounding, since what they "
+                f"are taken of is within rounding of the threshold ({names}). The model itself "
+                "answers differently in another precision. A BatchNorm before the sign ends that."
+            )
+        return notes
+
+    def _rows(self) -> list[str]:
         width = max([len("segment"), *(len(s.name) for s in self.segments)])
         lines = [
             f"{'segment':{width}}  {'accumulators':>14}  {'bits':>12}  {'flips':>5}  {'zeros':>5}"
             "  float error"
         ]
         for s in self.segments:
-            sums = (
-                f"{s.accumulators:,} {'=' if not s.accumulators_wrong else '!'}"
-                if s.accumulators
-                else "-"
-            )
-            bits = f"{s.bits:,} {'=' if not s.bits_wrong else '!'}" if s.bits else "-"
+            sums = f"{s.accumulators:,} {_sign(s.accumulators_wrong)}" if s.accumulators else "-"
+            bits = f"{s.bits:,} {_sign(s.bits_wrong)}" if s.bits else "-"
             mark = "" if s.ok else "  WRONG"
             lines.append(
                 f"{s.name:{width}}  {sums:>14}  {bits:>12}  {s.flips:5}  {s.exact_zeros:5}  "
                 f"{s.float_error:.1e}{mark}"
             )
+        return lines
+
+    def _verdicts(self) -> list[str]:
         agreement = (
             "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
         )
-        lines.append(
-            f"{'equal' if self.ok else 'NOT EQUAL'}: {self.layers_equal} of {self.layers} binary "
-            f"layers on {self.images} images; {self.flips} bits flipped within rounding, "
-            f"{self.exact_zeros} exact zeros"
+        verdict = "equal" if self.ok else "NOT EQUAL"
+        counts = _counted(self.flips, "bit", "flipped within rounding")
+        return [
+            f"model: {self.model}",
+            f"{verdict}: {self.layers_equal} of {self.layers} binary layers on {self.images} "
+            f"images, each on the model's own values; {counts}, {self.exact_zeros} exact zeros",
+            f"end to end: {self._end_to_end()}; largest output error {self.logit_error:.2e}, "
+            f"relative {self.relative_error:.2e}{agreement}",
+        ]
+
+    def _end_to_end(self) -> str:
+        if not self.input_bits_differ:
+            return "every bit is the model's" if self.input_bits else "no bits"
+        first = next(s for s in self.segments if s.input_bits_differ)
+        return (
+            f"{self.input_bits_differ:,} of {self.input_bits:,} bits differ from the model's, "
+            f"{first.input_bits_differ:,} of them in {first.name}, the first"
         )
-        lines.append(
-            f"whole network: largest output error {self.logit_error:.2e}, relative "
-            f"{self.relative_error:.2e}{agreement}"
-        )
-        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()
@@ -132,3 +249,20 @@ class VerifyReport:
     def to_json(self) -> str:
         """Return every field, and `ok`, as a JSON object."""
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
+
+
+def _sign(wrong: int) -> str:
+    return "!" if wrong else "="
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _counted(count: int, what: str, how: str) -> str:
+    return f"no {what} {how}" if not count else f"{count:,} {what}{'s' * (count != 1)} {how}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

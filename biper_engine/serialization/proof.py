@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from biper_engine.bits import count_different
 from biper_engine.engine import Engine, InputSpec
 from biper_engine.errors import FileFormatError
 from biper_engine.ops.backends import forced_name
@@ -202,14 +203,9 @@ def _locate(
     wanted = _run(module, inputs, "reference")[0][report.node]
     return replace(
         report,
-        bits_differ=_different_bits(maps[report.node], wanted),
+        bits_differ=count_different(maps[report.node], wanted),
         reference_agrees=digest(wanted) == proof.maps[report.node],
     )
-
-
-def _different_bits(a: Tensor, b: Tensor) -> int:
-    changed = torch.bitwise_xor(a, b).cpu().contiguous().numpy().view("uint8")
-    return int.from_bytes(changed.tobytes(), "little").bit_count()
 
 
 def _pairs(outputs: Sequence[Any], values: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:

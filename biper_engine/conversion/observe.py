@@ -1,0 +1,305 @@
+"""Observe: what the model itself answers, and whether a call leaves it as it was.
+
+A capture can hold what a model computes from its arguments, and nothing else. So a copy of the
+model is called for real, more than once and on different data, and everything that a call could
+leave behind is compared with what was there before it: parameters, buffers, attributes of its
+modules and of their classes, variables of the functions that they run.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from biper_engine.errors import ConversionError
+
+__all__ = ["Observation", "Observed", "first_difference", "plain_modes"]
+
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
+_MAX_DEPTH = 6
+_OF_MODULES = frozenset(nn.Module().__dict__)
+"""Attributes that every module has: parameters, buffers, hooks. Their contents come by name."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One call of the model.
+
+    Attributes:
+        inputs: the flat inputs.
+        outputs: the leaves of what it returned.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Any, ...]
+
+
+class Observed:
+    """A model's own answers, from a copy of it in eval mode that is called again and again.
+
+    Every call is followed by a comparison of all that it could have left behind. What the first
+    call sets to what any inputs would set it to, and no later call changes, is no state: a table
+    that is computed once and kept, or weights that are binarized in place.
+
+    Args:
+        model: any module; it is not changed.
+        in_spec: pytree structure of `(args, kwargs)`.
+    """
+
+    def __init__(self, model: nn.Module, in_spec: pytree.TreeSpec) -> None:
+        self._model = model
+        self._in_spec = in_spec
+        self._copy = _private(model)
+        self._state = _state(self._copy)
+        self._calls = 0
+        self._is_set_up = False  # by the first call, perhaps from its inputs
+        self._first: Observation | None = None
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Observation:
+        """Call the copy once.
+
+        Raises:
+            ConversionError: the call changed something; the message names it.
+        """
+        observation = Observation(tuple(inputs), self._answer(self._copy, inputs))
+        before, self._state = self._state, _state(self._copy)
+        changed = _changed(before, self._state)
+        if self._calls == 0:
+            self._is_set_up, changed = bool(changed), {}
+            self._first = observation
+        elif self._is_set_up and not changed:
+            other = _private(self._model)
+            self._answer(other, inputs)
+            changed = _changed(self._state, _state(other))
+            self._is_set_up = False
+        if changed:
+            raise ConversionError(_refusal(self._model, changed))
+        self._calls += 1
+        return observation
+
+    def again(self) -> Observation:
+        """Repeat the first call, after others.
+
+        Raises:
+            ConversionError: the answer is another now.
+        """
+        assert self._first is not None, "there was no call"
+        observation = self(self._first.inputs)
+        difference = first_difference(self._first.outputs, observation.outputs)
+        if difference:
+            raise ConversionError(
+                "The model answers the same input differently when it is called again "
+                f"({difference}), so it remembers earlier calls or draws random numbers, which a "
+                "converted network cannot. Make what it remembers an input and an output, and "
+                "switch off what is random in eval mode."
+            )
+        return observation
+
+    def values_of(self, inputs: Sequence[Tensor]) -> dict[tuple[Any, ...], list[Tensor]]:
+        """Return every float value that the model computes in one call, by dtype and shape."""
+        recording = _Recording()
+        with recording:
+            self._answer(self._copy, inputs)
+        return recording.results
+
+    def _answer(self, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """Call a model on copies of inputs, since it may write to them."""
+        with plain_modes(), _other_seeds(self._calls):
+            args, kwargs = pytree.tree_unflatten([_copied(x) for x in inputs], self._in_spec)
+            result = model(*args, **kwargs)
+            # An output may show memory that a later call writes to.
+            return tuple(_copied(leaf) for leaf in pytree.tree_leaves(result))
+
+
+class _Recording(TorchDispatchMode):
+    """Keeps every float result of what runs under it, by dtype and shape."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.results: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.results.setdefault((leaf.dtype, tuple(leaf.shape)), []).append(leaf.clone())
+        return result
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Run without grad, autocast and inference mode, whatever the caller has on."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def first_difference(wanted: Sequence[Any], got: Sequence[Any]) -> str:
+    """Return how two lists of output leaves differ, an empty string where they are equal."""
+    if len(wanted) != len(got):
+        return f"{len(wanted)} outputs, then {len(got)}"
+    for position, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        if not _same(a, b):
+            return f"output {position} differs"
+    return ""
+
+
+def _private(model: nn.Module) -> nn.Module:
+    private = copy.deepcopy(model).eval()
+    for tensor in [*private.parameters(), *private.buffers()]:
+        tensor.requires_grad_(False)
+    return private
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _other_seeds(seed: int) -> Iterator[None]:
+    """Seed the global random generators, so that no two calls draw the same, and restore them."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+# -- state ----------------------------------------------------------------------------------------
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Return a copy of everything that a call could leave behind, by name."""
+    found: dict[str, Any] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found[name] = _copied(tensor)
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for key, value in module.__dict__.items():
+            if key not in _OF_MODULES:
+                _collect(f"{prefix}{key}", value, found, seen, 0)
+        for owner, key, value in _outside(type(module)):
+            _collect(f"{owner}.{key}", value, found, seen, 0)
+    return found
+
+
+def _outside(kind: type) -> Iterator[tuple[str, str, Any]]:
+    """Yield what a module's code can write to outside of its instance: class, globals, closures."""
+    for owner in kind.__mro__:
+        if owner.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for key, value in vars(owner).items():
+            function = getattr(value, "__func__", value)
+            code = getattr(function, "__code__", None)
+            if code is None:
+                if not key.startswith("__"):
+                    yield owner.__qualname__, key, value
+                continue
+            names = getattr(function, "__globals__", {})
+            for name in code.co_names:
+                if name in names:
+                    yield owner.__module__, name, names[name]
+            for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+                if name != "__class__":
+                    yield f"{owner.__qualname__}.{key}", name, _content(cell)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet filled
+        return None
+
+
+def _collect(
+    name: str, value: Any, found: dict[str, Any], seen: dict[int, str], depth: int
+) -> None:
+    """Add a copy of a value, or of what it holds, under its name; opaque objects are left out."""
+    if isinstance(value, _NUMBERS):
+        found[name] = value
+    elif isinstance(value, Tensor):
+        found[name] = _copied(value)
+    elif isinstance(value, np.ndarray):
+        found[name] = value.copy()
+    elif id(value) in seen or depth >= _MAX_DEPTH or isinstance(value, (type, nn.Module)):
+        return
+    elif isinstance(value, Mapping):
+        seen[id(value)] = name
+        for key, item in list(value.items()):
+            _collect(f"{name}[{key!r}]", item, found, seen, depth + 1)
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        seen[id(value)] = name
+        found[f"len({name})"] = len(value)
+        for index, item in enumerate(value):
+            _collect(f"{name}[{index}]", item, found, seen, depth + 1)
+    elif hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "__path__"):
+        seen[id(value)] = name
+        if type(value).__module__.partition(".")[0] not in ("torch", "builtins"):
+            for key, item in vars(value).items():
+                _collect(f"{name}.{key}", item, found, seen, depth + 1)
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    missing = object()
+    names = [*before, *(name for name in after if name not in before)]
+    return {
+        name: after.get(name)
+        for name in names
+        if not _same(before.get(name, missing), after.get(name, missing))
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
+            return False
+        if a.layout != torch.strided or a.is_quantized:
+            return True
+        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
+    if type(a) is not type(b):
+        return False
+    return bool(a == b or (isinstance(a, float) and a != a and b != b))
+
+
+def _refusal(model: nn.Module, changed: Mapping[str, Any]) -> str:
+    names = list(changed)
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    name = next((n for n in names if n in parameters or n in buffers), names[0])
+    kind = "parameter" if name in parameters else "buffer" if name in buffers else "attribute"
+    owner = name.removeprefix("len(").removesuffix(")")
+    others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    advice = {
+        "parameter": "compute the changed weights in a local variable, or put the old ones back "
+        "before `forward` returns",
+        "buffer": "switch off what updates it in eval mode, or make it an input and an output",
+        "attribute": "make it a local variable, or, where later calls read it, an input and an "
+        "output of the model",
+    }[kind]
+    return (
+        f"A call of the model changes its {kind} `{owner}`{others}, and a converted network keeps "
+        f"nothing from call to call: {advice}."
+    )

@@ -1,0 +1,166 @@
+"""Truth: what the model computes, value by value, and the proof that this is so.
+
+The captured graph must give what the model gives. Its operators are the model's own, on the same
+machine, so the outputs are equal bit for bit, but for modules that PyTorch runs by a fused kernel
+and captures as several operators, such as `nn.LSTM` and attention: their sums have another order.
+The simplified graph must give what the captured graph gives, node by node, each on the captured
+graph's own values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from biper_engine.conversion.observe import Observation, Observed, first_difference, plain_modes
+from biper_engine.conversion.pipeline import Built
+from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ModelReport
+
+__all__ = ["Truth", "largest_error"]
+
+_ANOTHER_ORDER = 1e-5
+"""What another order of float32 sums may change, over the largest magnitude: the root of 2^16 terms
+times 2^-24."""
+
+
+class Truth:
+    """The values of a batch.
+
+    Args:
+        built: a conversion.
+        inputs: flat inputs.
+
+    Attributes:
+        values: by the name of the captured node; values that only the simplified graph has, by the
+            name of its node.
+        outputs: of the captured graph.
+    """
+
+    def __init__(self, built: Built, inputs: Sequence[Tensor]) -> None:
+        self._built = built
+        self._inputs = inputs
+        with plain_modes():
+            captured = _Values(built.captured)
+            self.outputs: tuple[Any, ...] = tuple(captured.run(*_private(inputs)))
+        self.values: dict[str, Any] = captured.values
+
+    def compare_with_model(
+        self, observation: Observation, observed: Observed, report: ModelReport
+    ) -> None:
+        """Note in `report` whether the captured graph gives what the model gave."""
+        report.batches.append(int(self._inputs[0].shape[0]) if self._inputs else 0)
+        if not first_difference(observation.outputs, self.outputs):
+            return
+        report.bit_equal = False
+        with plain_modes():
+            followed = _Following(self._built.captured, observed.values_of(self._inputs))
+            outputs = tuple(followed.run(*_private(self._inputs)))
+        report.error = max(report.error, largest_error(observation.outputs, outputs))
+
+    def add_simplified(self, report: ModelReport | None) -> None:
+        """Add the values that only the simplified graph has; note in `report` how others differ."""
+        with plain_modes():
+            _Simplified(self.values, self._built.float_graph, report).run(*_private(self._inputs))
+
+
+def largest_error(wanted: Sequence[Any], got: Sequence[Any]) -> float:
+    """Return the largest difference over the largest magnitude; infinite where forms differ."""
+    if len(wanted) != len(got):
+        return float("inf")
+    return max((_error(a, b) for a, b in zip(wanted, got, strict=True)), default=0.0)
+
+
+def _error(wanted: Any, got: Any) -> float:
+    if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
+        return 0.0 if type(wanted) is type(got) and wanted == got else float("inf")
+    if (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
+        return float("inf")
+    if torch.equal(wanted, got):
+        return 0.0
+    if not wanted.is_floating_point():
+        return float("inf")
+    a, b = wanted.double(), got.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs())
+    largest = torch.where(a.isfinite(), a.abs(), 0.0).max()
+    error = float(difference.max()) / max(float(largest), torch.finfo(torch.float32).tiny)
+    return error if error == error else float("inf")
+
+
+def _private(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Copy inputs, to which a captured graph may write."""
+    return [x.clone() for x in inputs]
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph and keeps every node's value by name."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = value = super().run_node(n)
+        return value
+
+
+class _Following(fx.Interpreter):
+    """Runs the captured graph on the model's own values, wherever those are equal up to rounding.
+
+    Else a bit that rounding flips behind a fused kernel would change everything after it.
+    """
+
+    def __init__(
+        self, graph_module: fx.GraphModule, recorded: dict[tuple[Any, ...], list[Tensor]]
+    ) -> None:
+        super().__init__(graph_module)
+        self._recorded = recorded
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "call_function" or not isinstance(value, Tensor):
+            return value
+        candidates = self._recorded.get((value.dtype, tuple(value.shape)), [])
+        near = [own for own in candidates if _error(own, value) <= _ANOTHER_ORDER]
+        return min(near, key=lambda own: _error(own, value), default=value)
+
+
+class _Simplified(fx.Interpreter):
+    """Runs the simplified graph, each node on the captured graph's values.
+
+    With a report, values of both are compared; else only what the captured graph lacks is computed.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], graph_module: fx.GraphModule, report: ModelReport | None
+    ) -> None:
+        super().__init__(graph_module)
+        self._values = values
+        self._captured = frozenset(values)
+        self._report = report
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        source = n.meta["source"]
+        if source not in self._captured:
+            self._values[source] = value = super().run_node(n)
+            return value
+        wanted = self._values[source]
+        if self._report is not None:
+            self._compare(self._report, n, wanted, super().run_node(n))
+        return wanted
+
+    def _compare(self, report: ModelReport, n: fx.Node, wanted: Any, value: Any) -> None:
+        error = largest_error(_leaves(wanted), _leaves(value))
+        report.pass_error = max(report.pass_error, error)
+        limit = FLOAT_TOLERANCE[torch.float32]  # as a segment's: the same rewriting of float sums
+        if error > limit and not report.pass_wrong:
+            report.pass_wrong = n.name
+
+
+def _leaves(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
