@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from biper_engine import load
+from biper_engine import backends, load, use_backend
 from biper_engine.conversion import convert, verify
 from biper_engine.engine import Engine
 from biper_engine.errors import ConversionError, UnconvertedWarning
@@ -90,6 +90,28 @@ def test_every_binary_convolution_is_packed_and_the_logits_are_the_official_ones
         # One image may have a bit that lies within rounding of its threshold.
         off = [error for error in errors(engine, name, batch) if not error <= 2e-6]
         assert len(off) <= 1, f"batch {batch}: {off}"
+
+
+HALF = [
+    pytest.param(n, marks=() if n == "cifar10/resnet20_1w1a" else (pytest.mark.deep,))
+    for n in PACKED
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("name", HALF)
+def test_streams_of_half_precision_verify(name: str, dtype: torch.dtype) -> None:
+    model, images = model_of(name), images_of(name)[:2]
+    engine = convert(model, images, compute_dtype=dtype, unconverted="ignore", check=False)
+    for backend in backends():
+        if backend.name not in ("cpu", "reference") or not backend.available:
+            continue
+        with use_backend(backend.name):
+            report = verify(engine, model, images)
+        assert report.ok, report.table()
+        assert report.layers_equal == report.layers == PACKED[name]
+        if PACKED[name]:
+            assert report.input_bits_differ > 0, "half precision flips bits end to end"
 
 
 def test_a_network_for_large_images_on_the_preferred_backend(files: Callable[[str], Any]) -> None:

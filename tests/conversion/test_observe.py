@@ -127,6 +127,13 @@ def initialise_from_data(s: Layer, x: Tensor) -> Tensor:
     return x - s.mean.view(3, 1, 1)
 
 
+def call_three_times(model: nn.Module) -> None:
+    observed = Observed(model, IN_SPEC)
+    observed([IMAGES])
+    observed([OTHERS])
+    observed.again()
+
+
 @pytest.mark.parametrize(
     ("forward", "name"),
     [
@@ -148,11 +155,8 @@ def test_what_a_call_changes_is_refused_by_name(
     forward: Callable[[Layer, Tensor], Tensor], name: str
 ) -> None:
     model = Around(Layer(forward))
-    observed = Observed(model, IN_SPEC)
     with pytest.raises(ConversionError) as caught:
-        observed([IMAGES])
-        observed([OTHERS])
-        observed.again()
+        call_three_times(model)
     assert str(caught.value).startswith(f"A call of the model changes its {name}")
     assert "defect" not in str(caught.value)
 
@@ -278,5 +282,5 @@ def test_verify_takes_what_convert_takes() -> None:
     engine = convert_quietly(model, (a, b))
     assert verify(engine, model, (a, b)).images == 2
     assert verify(engine, model, [(a, b), (a[:1], b[:1])]).images == 3
-    with pytest.raises(ValueError, match="takes 2 tensors .* one tensor of shape"):
+    with pytest.raises(ValueError, match=r"takes 2 tensors .* one tensor of shape"):
         verify(engine, model, a)

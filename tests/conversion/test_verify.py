@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from biper_engine.conversion import verify
+from biper_engine.conversion import pipeline, simplify, verify
 from biper_engine.engine import Engine
+from biper_engine.errors import ConversionError
 from tests.conversion.comparison import Functional, convert_quietly, converted, images_of
 from tests.conversion.foreign_models import QConv, QLinear, SmallNet, copysign, seeded
 
@@ -174,3 +175,53 @@ def test_a_negative_zero_counts_as_zero_also_for_copysign() -> None:
     report = verify(convert_quietly(model, images), model, images)
     assert report.ok, report.table()
     assert report.exact_zeros == images.numel()
+
+
+def test_a_pass_that_changes_a_value_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose_the_bias(graph_module: fx.GraphModule) -> None:
+        simplify.simplify(graph_module)
+        for node in graph_module.graph.nodes:
+            if node.target is torch.ops.aten.conv2d.default and node.args[2] is not None:
+                node.update_arg(2, None)
+
+    monkeypatch.setattr(pipeline, "simplify", lose_the_bias)
+    layers = {"stem": nn.Conv2d(3, 8, 3), "c": QConv(8, 4, 3)}
+    model = seeded(lambda: Functional(lambda s, x: s.c(s.stem(x)).mean((2, 3)), **layers))
+    with pytest.raises(ConversionError, match=r"simplified graph DIFFERS by .* at conv2d") as found:
+        convert_quietly(model, images_of((3, 8, 8)))
+    assert "defect of biper_engine" in str(found.value)
+
+
+def test_flips_end_to_end_stand_beside_the_error_that_they_make() -> None:
+    """Half precision moves a value over its threshold; each layer alone is within rounding."""
+    engine, model, images = converted(
+        SmallNet, (3, 32, 32), compute_dtype=torch.bfloat16, check=False
+    )
+    report = verify(engine, model, images)
+    assert report.ok, report.table()
+    assert 0 < report.input_bits_differ < report.input_bits
+    assert f"{report.input_bits_differ:,} of {report.input_bits:,} bits differ" in report.summary()
+
+
+def test_signs_that_rounding_decides_are_said_first() -> None:
+    """Without a BatchNorm between two binary layers, sums of exactly 0 meet the next sign."""
+
+    def run(s: nn.Module, x: Tensor) -> Tensor:
+        for layer in (s.a, s.b):
+            x = F.conv2d(x.sign(), 0.173 * layer.weight.sign())
+        return x.mean((2, 3))
+
+    layers = {"a": nn.Conv2d(32, 32, 3), "b": nn.Conv2d(32, 4, 3)}
+    model, images = seeded(lambda: Functional(run, **layers)), images_of((32, 8, 8))
+    report = verify(convert_quietly(model, images), model, images)
+    assert report.ok, report.table()
+    notes = [line for line in report.table().splitlines() if line.startswith("note: ")]
+    assert "decided by float rounding" in notes[-1]
+
+
+def test_exact_zeros_are_said_first() -> None:
+    images = images_of((4, 6, 6))
+    images[:, :, 2] = 0
+    model = Functional(lambda s, x: s.c(x), c=QConv(4, 5, 3, padding=1)).eval()
+    text = str(verify(convert_quietly(model, images), model, images))
+    assert text.startswith("note: the model's sign is exactly 0 at 16.67% of the inputs")
