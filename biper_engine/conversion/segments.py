@@ -22,6 +22,7 @@ from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, SegmentReport
 from biper_engine.engine import Engine
 from biper_engine.ops.reference import apply_epilogue
 from biper_engine.ops.registration import split_options
+from biper_engine.runtime import flatten_structure
 
 __all__ = ["check_segments"]
 
@@ -39,7 +40,7 @@ def check_segments(
             _Segments(built, truth, segments).run(*batch)
             outputs = truth.outputs
             args, kwargs = pytree.tree_unflatten(list(batch), engine.signature.in_spec)
-            results = pytree.tree_leaves(engine(*args, **kwargs))
+            results = flatten_structure(engine(*args, **kwargs))[0]
         agreed += _compare_outputs(report, outputs, results)
         report.images += batch[0].shape[0]
     report.segments = list(segments.values())

@@ -31,7 +31,6 @@ from biper_engine.conversion.pipeline import Built, build
 from biper_engine.conversion.segments import check_segments
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
 from biper_engine.engine import Engine
-from biper_engine.errors import ConversionError
 from biper_engine.runtime import isolate_outputs
 
 __all__ = ["SegmentReport", "VerifyReport", "verify"]
@@ -90,12 +89,11 @@ def _batches(
 
 def _rebuild(engine: Engine, model: nn.Module, batch: tuple[Tensor, ...]) -> Built:
     args, kwargs = pytree.tree_unflatten(list(batch), engine.signature.in_spec)
-    if kwargs:
-        raise ConversionError("Models with keyword inputs cannot be captured again.")
     options = engine.options
     return build(
         model,
         tuple(args),
+        example_kwargs=kwargs,
         keep_float=tuple(options.get("keep_float", ())),
         zero_weights=options.get("zero_weights", "float"),
         compute_dtype=getattr(torch, options.get("compute_dtype", "float32")),
