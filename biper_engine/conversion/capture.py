@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -33,7 +34,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils import _pytree as pytree
 
 from biper_engine.conversion.copying import private_copy, unwrapped
-from biper_engine.conversion.modes import plain_modes
+from biper_engine.conversion.modes import callers_defaults, plain_modes
 from biper_engine.conversion.trace_log import TraceLog, failing_line, is_of_torch
 from biper_engine.conversion.tracing import (
     WEIGHTED_OPS,
@@ -93,7 +94,12 @@ def capture(
 
         def call(*tensors: Tensor) -> tuple[Tensor, ...]:
             args, kwargs = pytree.tree_unflatten(list(tensors), in_spec)
-            with WatchPython(log, private), FoldConstants(log, private), watch_generators(log):
+            with (
+                callers_defaults(),
+                WatchPython(log, private),
+                FoldConstants(log, private),
+                watch_generators(log),
+            ):
                 result = private(*args, **kwargs)
             leaves, log.out_spec = flatten_structure(result)
             return tuple(_output_leaf(leaf) for leaf in leaves)
@@ -162,6 +168,9 @@ def _trace(
             fake_mode,  # for results whose only symbolic argument is a size: zeros(n, 3), expand_as
             warnings.catch_warnings(),
             _quiet_logs(),
+            dynamo_config.patch(
+                error_on_nested_fx_trace=False
+            ),  # compiled functions run as written
         ):
             warnings.simplefilter("ignore")
             with _module_paths(private, log):

@@ -178,8 +178,8 @@ def _refusal(model: nn.Module, chain: list[Any], cause: BaseException) -> str:
     named = f"`{where}`" if where else type(model).__name__
     kind = type(chain[-1]).__name__ if chain else type(model).__name__
     return (
-        f"The model cannot be copied, because of {named} (a {kind}); remove that attribute before "
-        "the conversion (`del model.attribute`) or make it where it is used. "
+        f"The model cannot be copied, because of {named} (a {kind}); delete it before the "
+        "conversion, or make it where it is used. "
         f"({type(cause).__name__}: {cause})"
     )
 

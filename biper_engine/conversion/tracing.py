@@ -224,9 +224,6 @@ class WatchPython(TorchFunctionMode):
             self._log.refuse(leaving(_LEAVING[func], self._log.place))
         if func in _COPYING and any(isinstance(x, FakeTensor) for x in _inside(args)):
             self._log.refuse(leaving(f"torch.{func.__name__}()", self._log.place))
-        if func is Tensor.set_ and len(args) == 2 and isinstance(args[1], Tensor):
-            self._assign(*args)
-            return args[0]
         if func is F.pad:
             padded = _circular(*args, **kwargs)
             if padded is not None:

@@ -103,12 +103,6 @@ def data_of_a_constant(self: Net, x: Tensor) -> Tensor:
     return x * y
 
 
-def memory_of_another(self: Net, x: Tensor) -> Tensor:
-    y = x * 1
-    y.set_(x * 2)
-    return y + 1
-
-
 def views_in_place(self: Net, x: Tensor) -> Tensor:
     y = x + 0
     y.unsqueeze_(1).transpose_(2, 3)
@@ -122,7 +116,7 @@ def views_in_place(self: Net, x: Tensor) -> Tensor:
     [
         *(alias, view_of_a_view, writes, out_argument),
         *(data_with_an_older_view, data_of_another_shape, data_that_is_shared),
-        *(data_of_a_constant, memory_of_another, views_in_place),
+        *(data_of_a_constant, views_in_place),
     ],
 )
 def test_aliases_and_writes(run: Callable[[Net, Tensor], Tensor]) -> None:
@@ -179,6 +173,18 @@ def test_the_memory_around_a_view_is_refused() -> None:
     model = Net(lambda self, x: x[:, 1:].as_strided((x.shape[0], 4), (72, 1)))
     with pytest.raises(ConversionError, match="reads the memory around a view"):
         simplify(capture(model, (torch.randn(2, 3, 4, 6),)).graph_module)
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (lambda self, x: (x * 1).set_(x * 2), "set_"),
+        (lambda self, x: (x * 1).resize_(x.shape[0], 3, 3), "resize_"),
+    ],
+)
+def test_other_memory_is_refused(run: Callable[[Net, Tensor], Any], name: str) -> None:
+    with pytest.raises(ConversionError, match=f"^The model gives a tensor other memory: `{name}`"):
+        capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
 @pytest.mark.parametrize(
@@ -417,6 +423,12 @@ def test_writing_the_input_into_what_stays(run: Callable[[Net, Tensor], Any], na
     words = f"^The model writes values computed from the input into {name}.* in .*test_tracing.py"
     with pytest.raises(ConversionError, match=words):
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
+
+
+def test_control_flow_operators_are_named() -> None:
+    model = Net(lambda self, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
+    with pytest.raises(ConversionError, match=r"^The model has control flow: `cond` in .*test_tr"):
+        capture(model, (torch.randn(2, 3, 4, 6),))
 
 
 def test_the_module_is_named_where_a_submodule_draws() -> None:
