@@ -30,7 +30,8 @@ from biper_engine.report import ConversionReport, LayerReport  # noqa: E402
 from biper_engine.serialization import load  # noqa: E402
 
 if TYPE_CHECKING:
-    from biper_engine.conversion import VerifyReport, convert, verify
+    from biper_engine.conversion.convert import convert
+    from biper_engine.conversion.verify import VerifyReport, verify
 
 _LAZY = ("VerifyReport", "convert", "verify")
 """Names of `biper_engine.conversion`, whose tracing machinery takes a second to import."""

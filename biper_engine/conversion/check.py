@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from biper_engine.conversion.observe import Observed, plain_modes
+from biper_engine.conversion.modes import plain_modes
+from biper_engine.conversion.observe import Observed
 from biper_engine.conversion.pipeline import Built
 from biper_engine.conversion.segments import EndToEnd, Segments
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
 from biper_engine.engine import Engine
+from biper_engine.runtime import flatten_structure
 
 __all__ = ["Batch", "check_against_model"]
 
@@ -90,7 +92,7 @@ class _Check:
             forced.run(*batch)
             EndToEnd(built, forced.layer_inputs, segments).run(*batch)
             args, kwargs = pytree.tree_unflatten(list(batch), self._engine.signature.in_spec)
-            results = pytree.tree_leaves(self._engine(*args, **kwargs))
+            results = flatten_structure(self._engine(*args, **kwargs))[0]
         agreed = _compare_outputs(report, truth.outputs, results)
         if counted:
             self._agreed += agreed

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from biper_engine.conversion.check import Batch, check_against_model
+from biper_engine.conversion.copying import unwrapped
+from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import ConversionError, UnconvertedWarning
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport, LayerReport
+from biper_engine.runtime import CONSTANT_TYPES
 
 __all__ = ["convert"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@plain_modes()
 def convert(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     *,
     keep_float: Sequence[str] = (),
     unconverted: Literal["warn", "raise", "ignore"] = "warn",
@@ -39,10 +44,13 @@ def convert(
     changed. Layers are recognised by what they compute, not by class or name.
 
     Args:
-        model: any `nn.Module` with float32 parameters.
-        example_inputs: a tensor [N, C, H, W], or a tuple of positional arguments (any pytree of
-            tensors). Batch is free afterwards; every other size is fixed, one engine per image
-            size. None takes `model.input_shape`, which the networks of this package have.
+        model: any `nn.Module` with float32 parameters; also what `torch.compile`,
+            `nn.DataParallel` or `DistributedDataParallel` made of it, or an `ExportedProgram`.
+        example_inputs: a tensor [N, C, H, W], a tuple of positional arguments, or a dict of
+            arguments by name, as in `model(**example_inputs)`. Each may be a pytree of tensors and
+            constants (None, bool, int, float, str), which are fixed: a call must pass the same.
+            Batch is free afterwards; every other size is fixed, one engine per image size. None
+            takes `model.input_shape`, which the networks of this package have.
         keep_float: module paths to leave in floating point, as `fnmatch` patterns.
         unconverted: what to do when a layer with binary weights or inputs stays float: warn with
             its name and cost, raise, or ignore.
@@ -59,6 +67,7 @@ def convert(
     Raises:
         ConversionError: the model cannot be captured, has no layer with binary weights, or the
             check failed.
+        TypeError: `model` is no module, or `example_inputs` has another type.
         ValueError: an argument is out of range.
 
     Example:
@@ -66,6 +75,7 @@ def convert(
         >>> logits = engine(images)
     """
     _check_options(unconverted, zero_weights, compute_dtype)
+    model = unwrapped(model)
     stage = _provenance(model).stage
     if stage == 1:
         raise ConversionError(
@@ -73,10 +83,11 @@ def convert(
             "hold them. Train stage 2, which takes their signs, and convert that checkpoint."
         )
     _require_float32(model)
-    examples = _example_inputs(model, example_inputs)
+    args, kwargs = _example_inputs(model, example_inputs)
     built = build(
         model,
-        examples,
+        args,
+        example_kwargs=kwargs,
         keep_float=tuple(keep_float),
         zero_weights=zero_weights,
         compute_dtype=compute_dtype,
@@ -87,6 +98,7 @@ def convert(
     engine = _engine(
         model,
         built,
+        _names(model, args, kwargs),
         metadata,
         {
             "keep_float": list(keep_float),
@@ -122,15 +134,18 @@ def _provenance(model: nn.Module) -> Provenance:
     return provenance if isinstance(provenance, Provenance) else Provenance()
 
 
-def _example_inputs(model: nn.Module, given: Any) -> tuple[Any, ...]:
+def _example_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments of the model."""
     if isinstance(given, Tensor):
-        return (given,)
+        return (given,), {}
     if isinstance(given, tuple):
-        return given
+        return given, {}
+    if isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
+        return (), dict(given)
     if given is not None:
         raise TypeError(
-            f"`example_inputs` is a {type(given).__name__}; pass a tensor, or a tuple with one "
-            "entry per positional argument of the model."
+            f"`example_inputs` is a {type(given).__name__}; pass a tensor, a tuple with one entry "
+            "per positional argument of the model, or a dict with its arguments by name."
         )
     shape = getattr(model, "input_shape", None)
     if shape is None:
@@ -140,7 +155,27 @@ def _example_inputs(model: nn.Module, given: Any) -> tuple[Any, ...]:
         )
     generator = torch.Generator().manual_seed(0)
     device = next(iter(model.parameters()), torch.empty(0)).device
-    return (torch.randn(2, *shape, generator=generator).to(device),)
+    images = torch.randn(2, *shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (images.to(device),), {}
+
+
+def _names(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
+    """Return the names of a model's parameters, and the constants of those that got no argument."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except ValueError:  # a function without Python source
+        return (), ()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return (), ()
+    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    left = [parameter for parameter in named[len(args) :] if parameter.name not in kwargs]
+    return tuple(parameter.name for parameter in named), tuple(
+        (parameter.name, parameter.default)
+        for parameter in left
+        if type(parameter.default) in CONSTANT_TYPES
+    )
 
 
 def _announce(rows: Sequence[LayerReport], unconverted: str, keep_float: tuple[str, ...]) -> None:
@@ -156,11 +191,15 @@ def _announce(rows: Sequence[LayerReport], unconverted: str, keep_float: tuple[s
     message = f"{len(left)} binary layer(s) stay in floating point. {listed}"
     if unconverted == "raise":
         raise ConversionError(message + ". Pass unconverted='warn' to convert the rest.")
-    warnings.warn(message, UnconvertedWarning, stacklevel=3)
+    warnings.warn(message, UnconvertedWarning, stacklevel=4)
 
 
 def _engine(
-    model: nn.Module, built: Built, metadata: Metadata | None, options: dict[str, Any]
+    model: nn.Module,
+    built: Built,
+    names: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]],
+    metadata: Metadata | None,
+    options: dict[str, Any],
 ) -> Engine:
     tensors = [*model.parameters(), *model.buffers()]
     report = ConversionReport(
@@ -178,6 +217,8 @@ def _engine(
             InputSpec(name=node.name, dtype=example.dtype, shape=(None, *example.shape[1:]))
             for node, example in zip(placeholders, built.examples, strict=True)
         ),
+        names=names[0],
+        defaults=names[1],
     )
     own = getattr(model, "metadata", None)
     return Engine(

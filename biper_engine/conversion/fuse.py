@@ -310,6 +310,8 @@ def _layer_constants(graph_module: fx.GraphModule, layer: fx.Node) -> tuple[Tens
     weight, bias = constant(graph_module, named["weight"]), constant(graph_module, named["bias"])
     if weight is None or (named["bias"] is not None and bias is None):
         return None
+    if weight.dtype != torch.float32:  # under an autocast of the model's own: rounds in between
+        return None
     zeros = torch.zeros(weight.shape[0], dtype=torch.float64)
     return weight.double(), zeros if bias is None else bias.double()
 

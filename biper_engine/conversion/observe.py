@@ -8,11 +8,10 @@ modules and of their classes, variables of the functions that they run.
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +21,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from biper_engine.conversion.copying import private_copy, unwrapped
+from biper_engine.conversion.modes import callers_defaults, plain_modes
 from biper_engine.errors import ConversionError
+from biper_engine.runtime import flatten_structure
 
-__all__ = ["Observation", "Observed", "first_difference", "plain_modes"]
+__all__ = ["Observation", "Observed", "first_difference"]
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _MAX_DEPTH = 6
@@ -38,11 +40,13 @@ class Observation:
 
     Attributes:
         inputs: the flat inputs.
-        outputs: the leaves of what it returned.
+        outputs: the tensors that it returned.
+        out_spec: the structure that they were in, constants included.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Any, ...]
+    out_spec: pytree.TreeSpec
 
 
 class Observed:
@@ -58,9 +62,9 @@ class Observed:
     """
 
     def __init__(self, model: nn.Module, in_spec: pytree.TreeSpec) -> None:
-        self._model = model
+        self._model = unwrapped(model)
         self._in_spec = in_spec
-        self._copy = _private(model)
+        self._copy = private_copy(self._model)
         self._state = _state(self._copy)
         self._calls = 0
         self._is_set_up = False  # by the first call, perhaps from its inputs
@@ -72,14 +76,14 @@ class Observed:
         Raises:
             ConversionError: the call changed something; the message names it.
         """
-        observation = Observation(tuple(inputs), self._answer(self._copy, inputs))
+        observation = self._answer(self._copy, inputs)
         before, self._state = self._state, _state(self._copy)
         changed = _changed(before, self._state)
         if self._calls == 0:
             self._is_set_up, changed = bool(changed), {}
             self._first = observation
         elif self._is_set_up and not changed:
-            other = _private(self._model)
+            other = private_copy(self._model)
             self._answer(other, inputs)
             changed = _changed(self._state, _state(other))
             self._is_set_up = False
@@ -97,6 +101,8 @@ class Observed:
         assert self._first is not None, "there was no call"
         observation = self(self._first.inputs)
         difference = first_difference(self._first.outputs, observation.outputs)
+        if self._first.out_spec != observation.out_spec:
+            difference = "other constants or another structure"
         if difference:
             raise ConversionError(
                 "The model answers the same input differently when it is called again "
@@ -113,13 +119,15 @@ class Observed:
             self._answer(self._copy, inputs)
         return recording.results
 
-    def _answer(self, model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    def _answer(self, model: nn.Module, inputs: Sequence[Tensor]) -> Observation:
         """Call a model on copies of inputs, since it may write to them."""
         with plain_modes(), _other_seeds(self._calls):
             args, kwargs = pytree.tree_unflatten([_copied(x) for x in inputs], self._in_spec)
-            result = model(*args, **kwargs)
+            with callers_defaults():
+                result = model(*args, **kwargs)
+            leaves, out_spec = flatten_structure(result)
             # An output may show memory that a later call writes to.
-            return tuple(_copied(leaf) for leaf in pytree.tree_leaves(result))
+            return Observation(tuple(inputs), tuple(map(_copied, leaves)), out_spec)
 
 
 class _Recording(TorchDispatchMode):
@@ -137,18 +145,6 @@ class _Recording(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def plain_modes() -> Iterator[None]:
-    """Run without grad, autocast and inference mode, whatever the caller has on."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 def first_difference(wanted: Sequence[Any], got: Sequence[Any]) -> str:
     """Return how two lists of output leaves differ, an empty string where they are equal."""
     if len(wanted) != len(got):
@@ -157,13 +153,6 @@ def first_difference(wanted: Sequence[Any], got: Sequence[Any]) -> str:
         if not _same(a, b):
             return f"output {position} differs"
     return ""
-
-
-def _private(model: nn.Module) -> nn.Module:
-    private = copy.deepcopy(model).eval()
-    for tensor in [*private.parameters(), *private.buffers()]:
-        tensor.requires_grad_(False)
-    return private
 
 
 def _copied(value: Any) -> Any:

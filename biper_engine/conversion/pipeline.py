@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from biper_engine.conversion.capture import capture
 from biper_engine.conversion.fuse import fuse
 from biper_engine.conversion.lower import lower
+from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.recognize import recognize
 from biper_engine.conversion.simplify import simplify
 from biper_engine.report import LayerReport
@@ -46,16 +47,18 @@ class Built:
     out_spec: pytree.TreeSpec
 
 
+@plain_modes()
 def build(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    example_kwargs: dict[str, Any] | None = None,
     keep_float: Sequence[str],
     zero_weights: str,
     compute_dtype: torch.dtype,
 ) -> Built:
     """Run capture, simplify, recognize, fuse and lower on a copy of `model`."""
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, example_kwargs)
     graph_module = captured.graph_module
     for node in graph_module.graph.nodes:
         node.meta["source"] = node.name

@@ -27,6 +27,7 @@ from biper_engine.conversion.graphs import (
     shape,
     substitute,
 )
+from biper_engine.conversion.memory import fill_empty_memory, fix_layouts, is_read_as_memory
 
 __all__ = ["simplify"]
 
@@ -57,6 +58,8 @@ def simplify(graph_module: fx.GraphModule) -> None:
     """Rewrite `graph_module` in place; see the module."""
     for rewrite in (
         _drop_asserts,
+        fill_empty_memory,
+        fix_layouts,
         _drop_aliases,
         _single_results,
         _masked_writes,
@@ -93,9 +96,10 @@ def _drop_aliases(graph_module: fx.GraphModule) -> None:
             if isinstance(value, fx.Node) and _same_value_type(value, node):
                 substitute(node, value)
             continue
-        same = node.target in _ALIASES
+        same = node.target in _ALIASES and not is_read_as_memory(node)
         if node.target == aten._to_copy.default or node.target == aten.to.dtype:
             same = node.meta["val"].dtype == source.meta["val"].dtype
+            same = same and not is_read_as_memory(node)
         if same:
             substitute(node, source)
 

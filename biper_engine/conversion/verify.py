@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -41,7 +41,6 @@ from biper_engine.conversion.graphs import arguments
 from biper_engine.conversion.pipeline import Built, build
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
 from biper_engine.engine import Engine, Signature
-from biper_engine.errors import ConversionError
 from biper_engine.runtime import isolate_outputs
 
 __all__ = ["SegmentReport", "VerifyReport", "verify"]
@@ -61,8 +60,9 @@ def verify(
     Args:
         engine: an engine, converted or loaded.
         model: the model; it is captured again and is not changed.
-        data: a batch of inputs [N, ...]; or the arguments of a call as a tuple, as `convert` takes
-            them; or an iterable of such batches, of which a data loader's label is ignored.
+        data: a batch of inputs [N, ...]; or the arguments of a call as a tuple or a dict, as
+            `convert` takes them; or an iterable of batches, in which a data loader's label comes
+            last and is ignored.
         limit: compare at most this many images.
 
     Returns:
@@ -86,12 +86,13 @@ def verify(
 
 def _batches(data: Any, signature: Signature, limit: int | None) -> Iterator[Batch]:
     """Yield flat inputs of at most `_CHUNK` images, since every map of a batch is kept."""
+    call = data if isinstance(data, Tensor) else _one_call(data, signature)
     wanted = len(signature.inputs)
-    is_call = isinstance(data, tuple) and pytree.tree_structure((data, {})) == signature.in_spec
     left = limit if limit is not None else sys.maxsize
-    for batch in [data] if is_call or isinstance(data, Tensor) else data:
-        leaves = pytree.tree_leaves(batch)[:wanted]
-        if len(leaves) < wanted or not all(isinstance(leaf, Tensor) for leaf in leaves):
+    for batch in data if call is None else [call]:
+        leaves = pytree.tree_leaves(batch)
+        leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)][:wanted]
+        if len(leaves) < wanted:
             raise ValueError(
                 f"The engine takes {wanted} tensor{'s' * (wanted != 1)} ({signature}), but a batch "
                 f"of `data` is {_described(batch)}. Pass the arguments of a call as a tuple, or an "
@@ -105,20 +106,31 @@ def _batches(data: Any, signature: Signature, limit: int | None) -> Iterator[Bat
             return
 
 
+def _one_call(data: Any, signature: Signature) -> list[Any] | None:
+    """Return the tensors of a single call, or None where `data` is an iterable of batches."""
+    if not isinstance(data, tuple | Mapping):
+        return None
+    args, kwargs = (data, {}) if isinstance(data, tuple) else ((), dict(data))
+    try:
+        leaves = signature.flatten(args, kwargs)
+    except TypeError:
+        return None
+    return leaves if all(isinstance(leaf, Tensor) for leaf in leaves) else None
+
+
 def _described(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return f"one tensor of shape {list(batch.shape)}"
-    return f"a {type(batch).__name__} with {len(pytree.tree_leaves(batch))} values"
+    return f"a {type(batch).__name__} of {len(pytree.tree_leaves(batch))}"
 
 
 def _rebuild(engine: Engine, model: nn.Module, batch: tuple[Tensor, ...]) -> Built:
     args, kwargs = pytree.tree_unflatten(list(batch), engine.signature.in_spec)
-    if kwargs:
-        raise ConversionError("Models with keyword inputs cannot be captured again.")
     options = engine.options
     return build(
         model,
         tuple(args),
+        example_kwargs=kwargs,
         keep_float=tuple(options.get("keep_float", ())),
         zero_weights=options.get("zero_weights", "float"),
         compute_dtype=getattr(torch, options.get("compute_dtype", "float32")),

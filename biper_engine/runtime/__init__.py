@@ -25,11 +25,17 @@ from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
 from biper_engine.runtime.runs import NativeRun, NativeStep
 from biper_engine.runtime.shapes import MISFITS, call_without_data, without_data
 from biper_engine.runtime.signature import InputSpec, Signature
+from biper_engine.runtime.structure import CONSTANT_TYPES, Leaf
+from biper_engine.runtime.structure import flatten as flatten_structure
+from biper_engine.runtime.structure import marked as marked_structure
+from biper_engine.runtime.structure import structure as structure_of
 
 __all__ = [
+    "CONSTANT_TYPES",
     "MISFITS",
     "Call",
     "InputSpec",
+    "Leaf",
     "NativePlan",
     "NativeRun",
     "NativeStep",
@@ -44,11 +50,13 @@ __all__ = [
     "biper_op",
     "call_without_data",
     "conv_geometry",
+    "flatten_structure",
     "from_portable",
     "get_constant",
     "interpret",
     "is_watched",
     "isolate_outputs",
+    "marked_structure",
     "named_arguments",
     "node_backend",
     "output_values",
@@ -56,6 +64,7 @@ __all__ = [
     "prepack_node",
     "profile",
     "release_source",
+    "structure_of",
     "to_portable",
     "with_defaults",
     "without_data",

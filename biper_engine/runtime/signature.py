@@ -10,6 +10,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from biper_engine.errors import GeometryError
+from biper_engine.runtime.structure import (
+    CONSTANT_TYPES,
+    Fixed,
+    Leaf,
+    fixed,
+    flatten,
+    marked,
+    structure,
+)
 
 __all__ = ["InputSpec", "Signature"]
 
@@ -38,15 +47,23 @@ class Signature:
     """How a network is called, and the form of what it returns.
 
     Attributes:
-        in_spec: pytree of `(args, kwargs)`; its leaves are `inputs`, in order.
-        out_spec: pytree of the result; its leaves are the graph's outputs, in order.
+        in_spec: pytree of `(args, kwargs)`; its leaves are `inputs`, in order. Constants, such as
+            None or a number, are part of it: a call must pass the same ones.
+        out_spec: pytree of the result; its leaves are the graph's outputs, in order, and constants
+            of the model are part of it.
         inputs: one entry per tensor.
+        names: of the model's parameters, by which a call may pass what is positional in `in_spec`,
+            and the other way round; empty where they are not known.
+        defaults: constants that the model took for parameters that were not passed.
         is_positional: whether the arguments of a call are the inputs as they are, none by keyword.
     """
 
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     inputs: tuple[InputSpec, ...]
+    names: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+    _positionals: int = field(init=False, repr=False, compare=False)
     _keywords: tuple[str, ...] = field(init=False, repr=False, compare=False)
     is_positional: bool = field(init=False, repr=False, compare=False)
 
@@ -57,21 +74,20 @@ class Signature:
                 f"{len(self.inputs)} tensors."
             )
         # Not functools.cached_property, whose lock `torch.compile` cannot trace in Python 3.11.
-        args, kwargs = pytree.tree_unflatten(range(len(self.inputs)), self.in_spec)
+        args, kwargs = marked(self.in_spec)
+        object.__setattr__(self, "_positionals", len(args))
         object.__setattr__(self, "_keywords", tuple(kwargs))
-        positional = args == tuple(range(len(self.inputs))) and not kwargs
+        positional = len(args) == len(self.inputs) and not kwargs
+        positional = positional and all(isinstance(value, Leaf) for value in args)
         object.__setattr__(self, "is_positional", positional)
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.inputs))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Trees of positions stand for the specs, whose own pickles depend on torch's version.
-        trees = [
-            pytree.tree_unflatten(range(spec.num_leaves), spec)
-            for spec in (self.in_spec, self.out_spec)
-        ]
-        return _from_trees, (*trees, self.inputs)
+        # Trees of marks stand for the specs, whose own pickles depend on torch's version.
+        trees = [marked(spec) for spec in (self.in_spec, self.out_spec)]
+        return _from_trees, (*trees, self.inputs, self.names, self.defaults)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Return the leaves of a call's arguments in the order of `inputs`.
@@ -82,26 +98,44 @@ class Signature:
         as_they_are = self.is_positional and not kwargs and len(args) == len(self.inputs)
         if as_they_are and all(isinstance(value, Tensor) for value in args):
             return list(args)
-        if set(kwargs) == set(self._keywords):
-            kwargs = {key: kwargs[key] for key in self._keywords}
-        inputs, spec = pytree.tree_flatten((args, kwargs))
+        args, kwargs = self._as_converted(args, kwargs)
+        inputs, spec = flatten((args, kwargs))
         if spec != self.in_spec:
             try:  # dicts with the same keys in another order are the same structure
-                inputs = self.in_spec.flatten_up_to((args, kwargs))
+                leaves = self.in_spec.flatten_up_to(fixed((args, kwargs)))
+                inputs = [leaf.value if isinstance(leaf, Fixed) else leaf for leaf in leaves]
             except ValueError:
-                self._refuse_structure(inputs, args, kwargs)
+                self._refuse_structure(args, kwargs)
         return inputs
 
-    def _refuse_structure(
-        self, inputs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> NoReturn:
-        wanted, got = len(self.inputs), len(inputs)
-        form = pytree.tree_unflatten([spec.name for spec in self.inputs], self.in_spec)
-        came = pytree.tree_map(lambda leaf: type(leaf).__name__, (args, kwargs))
+    def _as_converted(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments as they were passed at conversion: by position or by name."""
+        bound = dict(zip(self.names, args, strict=False))
+        unnamed = len(args) > len(self.names) or self._positionals > len(self.names)
+        if not unnamed and not bound.keys() & kwargs.keys():
+            bound |= kwargs
+            for name, default in self.defaults:
+                if name in bound and _is_same(bound[name], default):
+                    del bound[name]
+            wanted = [*self.names[: self._positionals], *self._keywords]
+            if set(bound) == set(wanted):
+                args = tuple(bound[name] for name in self.names[: self._positionals])
+                kwargs = {name: bound[name] for name in self._keywords}
+        elif set(kwargs) == set(self._keywords):
+            kwargs = {name: kwargs[name] for name in self._keywords}
+        return args, kwargs
+
+    def _refuse_structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        wanted, got = len(self.inputs), len(pytree.tree_leaves((args, kwargs)))
+        form = marked(self.in_spec, lambda index: self.inputs[index].name)
+        came = pytree.tree_map(_described, (args, kwargs))
+        constants = " Other values are fixed at conversion." if _has_constants(form, self) else ""
         raise TypeError(
             f"The engine takes {wanted} tensor{'s' * (wanted != 1)} as (args, kwargs) = {form}; "
             f"got {got} value{'s' * (got != 1)} as {came}. Call it as the model was called when it "
-            f"was converted: {self}."
+            f"was converted: {self}.{constants}"
         )
 
     def check(self, inputs: list[Any], device: torch.device | None) -> None:
@@ -138,8 +172,26 @@ class Signature:
                 )
 
 
-def _from_trees(takes: Any, returns: Any, inputs: tuple[InputSpec, ...]) -> Signature:
-    return Signature(pytree.tree_structure(takes), pytree.tree_structure(returns), inputs)
+def _from_trees(
+    takes: Any,
+    returns: Any,
+    inputs: tuple[InputSpec, ...],
+    names: tuple[str, ...] = (),
+    defaults: tuple[tuple[str, Any], ...] = (),
+) -> Signature:
+    return Signature(structure(takes), structure(returns), inputs, names, defaults)
+
+
+def _is_same(value: Any, constant: Any) -> bool:
+    return type(value) is type(constant) and value == constant
+
+
+def _described(leaf: Any) -> Any:
+    return leaf if type(leaf) in CONSTANT_TYPES else type(leaf).__name__
+
+
+def _has_constants(form: Any, signature: Signature) -> bool:
+    return len(pytree.tree_leaves(form)) > len(signature.inputs) or bool(signature.defaults)
 
 
 def _may_be_copied(value: Tensor, device: torch.device) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +15,7 @@ from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import FileFormatError
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport
+from biper_engine.runtime import CONSTANT_TYPES, Leaf, marked_structure, structure_of
 from biper_engine.serialization.graph_format import DTYPES
 
 __all__ = ["engine_arguments", "engine_entries"]
@@ -26,7 +30,8 @@ def engine_entries(engine: Engine) -> dict[str, Any]:
     """Return the header entries of an engine, apart from graph and proof.
 
     Raises:
-        FileFormatError: inputs or outputs are not nested tuples, lists and dicts of tensors.
+        FileFormatError: inputs or outputs are no nested tuples, lists and dicts of tensors and
+            constants.
     """
     metadata, provenance = engine.metadata, engine.provenance
     return {
@@ -84,41 +89,74 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
             }
             for spec in signature.inputs
         ],
+        "names": list(signature.names),
+        "defaults": [[name, _encode_constant(value)] for name, value in signature.defaults],
     }
 
 
 def _encode_form(spec: pytree.TreeSpec, what: str) -> Any:
-    """Encode a pytree: "*" is a leaf; dicts keep their order, so they are lists of pairs."""
+    """Encode a pytree: "*" is a tensor; dicts keep their order, so they are lists of pairs."""
 
     def encode(value: Any) -> Any:
-        if type(value) is int:
+        if isinstance(value, Leaf):
             return _LEAF
+        if type(value) in CONSTANT_TYPES:
+            return _encode_constant(value)
         if type(value) in (tuple, list):
             return {type(value).__name__: [encode(item) for item in value]}
-        if type(value) is dict and all(type(key) is str for key in value):
-            return {"dict": [[key, encode(item)] for key, item in value.items()]}
+        if type(value) in (dict, OrderedDict) and all(type(key) is str for key in value):
+            kind = "dict" if type(value) is dict else "ordered_dict"
+            return {kind: [[key, encode(item)] for key, item in value.items()]}
+        if pytree.is_namedtuple_instance(value):
+            fields = [[key, encode(item)] for key, item in zip(value._fields, value, strict=True)]
+            return {"named_tuple": fields, "name": type(value).__name__}
         raise FileFormatError(
             f"The engine cannot be saved: its {what} contain a {type(value).__name__}; files hold "
-            "tuples, lists and dicts with string keys. Wrap the model to take and return those."
+            "tuples, lists, named tuples, and dicts with string keys. Wrap the model to take and "
+            "return those."
         )
 
-    return encode(pytree.tree_unflatten(range(spec.num_leaves), spec))
+    return encode(marked_structure(spec))
+
+
+def _encode_constant(value: Any) -> dict[str, Any]:
+    text = isinstance(value, float) and not math.isfinite(value)
+    return {"float": str(value)} if text else {"value": value}
 
 
 def _decode_form(value: Any) -> Any:
-    """Return a tree like the encoded one, with 0 for every leaf."""
+    """Return a tree like the encoded one, with a mark for every tensor."""
     match value:
         case "*":
-            return 0
+            return Leaf()
+        case {"value": constant, **rest} if not rest:
+            return _typed(constant, *CONSTANT_TYPES)
+        case {"float": "inf" | "-inf" | "nan" as number, **rest} if not rest:
+            return float(number)
         case {"tuple": list(items), **rest} if not rest:
             return tuple(_decode_form(item) for item in items)
         case {"list": list(items), **rest} if not rest:
             return [_decode_form(item) for item in items]
         case {"dict": list(pairs), **rest} if not rest:
-            decoded = {_typed(key, str): _decode_form(item) for key, item in pairs}
-            if len(decoded) == len(pairs):
-                return decoded
+            return _decode_pairs(pairs)
+        case {"ordered_dict": list(pairs), **rest} if not rest:
+            return OrderedDict(_decode_pairs(pairs))
+        case {"named_tuple": list(pairs), "name": str(name), **rest} if not rest:
+            fields = _decode_pairs(pairs)
+            return _named_tuple(name, tuple(fields))(*fields.values())
     raise ValueError(f"{value!r:.100} is no form of inputs or outputs")
+
+
+def _decode_pairs(pairs: list[Any]) -> dict[str, Any]:
+    decoded = {_typed(key, str): _decode_form(item) for key, item in pairs}
+    if len(decoded) != len(pairs):
+        raise ValueError("a form of inputs or outputs has a key twice")
+    return decoded
+
+
+@lru_cache(maxsize=256)  # so that two engines with one form have one class
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    return namedtuple(name, fields)
 
 
 def _decode_signature(value: Any) -> Signature:
@@ -129,10 +167,23 @@ def _decode_signature(value: Any) -> Signature:
         case _:
             raise ValueError("the form of the inputs must be (args, kwargs)")
     return Signature(
-        in_spec=pytree.tree_structure(form),
-        out_spec=pytree.tree_structure(_decode_form(value["out"])),
+        in_spec=structure_of(form),
+        out_spec=structure_of(_decode_form(value["out"])),
         inputs=tuple(_decode_input(entry) for entry in value["inputs"]),
+        names=tuple(_typed(name, str) for name in _typed(value.get("names", []), list)),
+        defaults=tuple(
+            (name, _constant(_decode_form(default)))
+            for name, default in _decode_defaults(value.get("defaults", []))
+        ),
     )
+
+
+def _decode_defaults(value: Any) -> list[tuple[str, Any]]:
+    return [(_typed(name, str), default) for name, default in _typed(value, list)]
+
+
+def _constant(value: Any) -> Any:
+    return _typed(value, *CONSTANT_TYPES)
 
 
 def _decode_input(entry: Mapping[str, Any]) -> InputSpec:

@@ -118,14 +118,18 @@ def test_functional_layers_of_the_outermost_forward_have_names() -> None:
 
 def test_a_branch_on_the_input_is_refused_with_advice() -> None:
     model = Functional(lambda self, x: self.conv(x if x.sum() > 0 else -x), conv=QConv(3, 4, 3))
-    with pytest.raises(ConversionError, match="values computed from the input"):
+    words = (
+        r"^A value computed from the input leaves the graph: `bool\(\)` in .*test_capture.py:\d+"
+    )
+    with pytest.raises(ConversionError, match=words):
         capture(model, (torch.randn(2, 3, 5, 5),))
 
 
 @pytest.mark.parametrize(
     ("example", "words"),
     [
-        ((torch.randn(2, 3, 5, 5), 3), "leaf is int"),
+        ((torch.randn(2, 3, 5, 5), object()), "has a object"),
+        ((3,), "holds no tensor"),
         ((torch.randn(()),), "batch of at least 1"),
         ((torch.randn(0, 3, 5, 5),), "batch of at least 1"),
         ((torch.randn(2, 3), torch.randn(3, 3)), "share one batch"),
@@ -137,9 +141,12 @@ def test_a_wrong_example_is_named(example: tuple[object, ...], words: str) -> No
         capture(Functional(lambda self, x, y=None: self.conv(x), conv=QConv(3, 4, 3)), example)
 
 
-def test_other_results_than_tensors_are_refused() -> None:
-    model = Functional(lambda self, x: {"y": self.conv(x), "n": 3}, conv=QConv(3, 4, 3))
-    with pytest.raises(ConversionError, match="returns a int"):
+def test_other_results_than_tensors_and_constants_are_refused() -> None:
+    model = Functional(lambda self, x: {"y": self.conv(x), "n": object()}, conv=QConv(3, 4, 3))
+    with pytest.raises(ConversionError, match="returns a object"):
+        capture(model, (torch.randn(2, 3, 5, 5),))
+    model = Functional(lambda self, x: (self.conv(x), x.shape[0]), conv=QConv(3, 4, 3))
+    with pytest.raises(ConversionError, match="follows the batch size"):
         capture(model, (torch.randn(2, 3, 5, 5),))
 
 

@@ -1,0 +1,205 @@
+"""A private copy of a model, taken out of its wrappers, which a conversion may change."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import threading
+import types
+import weakref
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from biper_engine.errors import ConversionError
+
+__all__ = ["private_copy", "unwrapped"]
+
+_SHARED_TYPES: tuple[type, ...] = (
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.Condition,
+    threading.Event,
+    threading.Thread,
+    threading.local,
+    io.IOBase,
+    logging.Handler,
+    types.ModuleType,
+    torch.Generator,
+    weakref.ReferenceType,
+)
+"""What cannot be copied, and holds nothing that a result is computed from but by drawing."""
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """Return the module that a caller means, out of what wraps it.
+
+    Raises:
+        ConversionError: it is a TorchScript module, or a program for one batch size.
+        TypeError: it is no module.
+    """
+    while (inner := _inner(model)) is not None:
+        model = inner
+    if not isinstance(model, nn.Module):
+        _refuse_type(model)
+    _require_shown(model)
+    return model
+
+
+def _require_shown(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            name = f"`{path}`" if path else "This model"
+            raise ConversionError(
+                f"{name} is a TorchScript module, whose operators a conversion cannot see; convert "
+                "the Python module that it was scripted or traced from, with the same weights "
+                "(`module.load_state_dict(scripted.state_dict())`)."
+            )
+        for name, parameter in module.named_parameters(recurse=False):
+            if nn.parameter.is_lazy(parameter):
+                raise ConversionError(
+                    f"`{path}.{name}` has no shape yet; call the model once on an input, then "
+                    "convert it."
+                )
+
+
+def _inner(model: Any) -> Any:
+    """Return what a wrapper holds, or None for anything else."""
+    if isinstance(model, torch.export.ExportedProgram):
+        _require_free_batch(model)
+        return model.module()
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model.module
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        return model._modules.get("_orig_mod")  # what `torch.compile(model)` returns
+    return None
+
+
+def _require_free_batch(program: torch.export.ExportedProgram) -> None:
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
+            size = value.shape[0] if value.dim() else None
+            if type(size) is int:
+                raise ConversionError(
+                    f"The program was exported for a batch of {size} only (its input "
+                    f"`{node.name}` is {list(value.shape)}); export it again with `dynamic_shapes` "
+                    "that leave dimension 0 free, as `({0: torch.export.Dim('batch')},)` does."
+                )
+
+
+def _refuse_type(model: Any) -> NoReturn:
+    advice = "pass an `nn.Module`"
+    if isinstance(model, dict):
+        advice = (
+            "a state dict has weights but no network: build the model, `model.load_state_dict(...)`"
+            ", and pass the model (`biper_engine.load_checkpoint` reads checkpoints of BiPer)"
+        )
+    elif isinstance(model, str | os.PathLike):
+        advice = (
+            "read it first: `biper_engine.load_checkpoint(path)` for a checkpoint of BiPer, "
+            "`biper_engine.load(path)` for a `.biper` file, which needs no conversion"
+        )
+    elif isinstance(model, torch.jit.ScriptFunction):
+        advice = "TorchScript does not show its operators; pass the Python module it was made from"
+    elif callable(model):
+        advice = "put the function into the `forward` of an `nn.Module`"
+    raise TypeError(f"`model` is a {type(model).__name__}; {advice}.")
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """Deep-copy a model, its wrappers inside taken off, in eval mode and without gradients.
+
+    Also where `copy.deepcopy` fails: tensors with a history (a cached weight), parameters whose
+    class has a constructor of its own and tensors of inference mode are copied by value; locks,
+    files, loggers, modules and generators are shared.
+
+    Raises:
+        ConversionError: an attribute cannot be copied; it is named.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
+        for value in held:
+            if isinstance(value, Tensor) and (not value.is_leaf or value.is_inference()):
+                memo[id(value)] = _copied_tensor(value)
+    private = _deepcopy(model, memo)
+    _take_off_wrappers(private)
+    private.eval()
+    for tensor in [*private.parameters(), *private.buffers()]:
+        tensor.requires_grad_(False)
+    return private
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy, and again with a copy of its own for each object that refuses to be copied."""
+    while True:
+        try:
+            return copy.deepcopy(model, dict(memo))
+        except Exception as cause:  # an object's own `__deepcopy__` or `__reduce__` may raise any
+            chain = _objects_at(cause)
+            refusing = chain[-1] if chain else model
+            if id(refusing) in memo or refusing is model:
+                raise ConversionError(_refusal(model, chain, cause)) from cause
+            if isinstance(refusing, Tensor):
+                memo[id(refusing)] = _copied_tensor(refusing)
+            elif isinstance(refusing, _SHARED_TYPES):
+                memo[id(refusing)] = refusing
+            else:
+                raise ConversionError(_refusal(model, chain, cause)) from cause
+
+
+def _objects_at(cause: BaseException) -> list[Any]:
+    """Return what was being copied when an exception left `copy.deepcopy`, outermost first."""
+    chain = []
+    trace = cause.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_code is copy.deepcopy.__code__:
+            chain.append(frame.f_locals["x"])
+        trace = trace.tb_next
+    return chain
+
+
+def _refusal(model: nn.Module, chain: list[Any], cause: BaseException) -> str:
+    owner = max((i for i, x in enumerate(chain) if isinstance(x, nn.Module)), default=None)
+    path, module = "", model
+    for name, candidate in model.named_modules():
+        if owner is not None and candidate is chain[owner]:
+            path, module = name, candidate
+    held = [id(x) for x in chain]
+    places = {**vars(module), **module._parameters, **module._buffers}
+    attribute = next((name for name, value in places.items() if id(value) in held), "")
+    where = ".".join(filter(None, [path, attribute]))
+    named = f"`{where}`" if where else type(model).__name__
+    kind = type(chain[-1]).__name__ if chain else type(model).__name__
+    return (
+        f"The model cannot be copied, because of {named} (a {kind}); delete it before the "
+        "conversion, or make it where it is used. "
+        f"({type(cause).__name__}: {cause})"
+    )
+
+
+def _copied_tensor(tensor: Tensor) -> Tensor:
+    """Copy a tensor by value, its class and attributes with it, its history not."""
+    with torch.no_grad():
+        value = tensor.detach().clone()
+        if type(tensor) is not Tensor:
+            value = value.as_subclass(type(tensor))
+        value.__dict__.update(tensor.__dict__)
+    return value
+
+
+def _take_off_wrappers(private: nn.Module) -> None:
+    for module in list(private.modules()):
+        for name, child in module._modules.items():
+            if child is not None:
+                inner = _inner(child)
+                while inner is not None:
+                    module._modules[name], inner = inner, _inner(inner)
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            module._compiled_call_impl = None  # of `module.compile()`

@@ -1,0 +1,138 @@
+"""What a trace sees of a model: where it is, and what no graph can hold.
+
+A model may catch the exception that stops it, and go on in its `except` branch: what was seen is
+noted as well, and refused after the trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.utils import _pytree as pytree
+
+from biper_engine.errors import ConversionError
+
+__all__ = ["TraceLog", "failing_line", "is_of_torch", "random_reason"]
+
+_TORCH = Path(torch.__file__).resolve().parent
+_OWN = Path(__file__).resolve().parent
+
+_SWITCHES = ("train", "training", "is_training")
+_RATES = ("dropout_p", "dropout")
+
+
+@dataclass
+class TraceLog:
+    """The state of one trace.
+
+    Attributes:
+        stack: paths of the modules that run now, the innermost last.
+        paths: the module path of each operator that may be a layer, in order.
+        out_spec: pytree structure of the result.
+        refused: why the model cannot be captured, in the order in which it was seen.
+    """
+
+    stack: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    out_spec: pytree.TreeSpec | None = None
+    refused: list[str] = field(default_factory=list)
+
+    def enter(self, path: str) -> None:
+        """Begin a module's forward pass."""
+        self.stack.append(path)
+
+    def leave(self, path: str) -> None:
+        """End it, and with it what an exception, or a hook called by hand, left open."""
+        if path in self.stack:
+            del self.stack[len(self.stack) - 1 - self.stack[::-1].index(path) :]
+
+    @property
+    def place(self) -> str:
+        """Return where the model is now, in words: module path, file and line."""
+        path = self.stack[-1] if self.stack else ""
+        module = f"`{path}`" if path else "the model's own forward"
+        line = _line_of_the_model()
+        return f"{module} ({line})" if line else module
+
+    def refuse(self, message: str) -> NoReturn:
+        """Note that the model cannot be captured, and stop it.
+
+        Raises:
+            ConversionError: always; the model may catch it.
+        """
+        self.refused.append(message)
+        raise ConversionError(message)
+
+    def require_nothing_refused(self, cause: BaseException | None = None) -> None:
+        """Require that nothing was noted, also where the model went on.
+
+        Raises:
+            ConversionError: something was; the first thing is named.
+        """
+        if self.refused:
+            raise ConversionError(self.refused[0]) from cause
+
+
+def _line_of_the_model() -> str:
+    """Return file and line of the innermost Python frame that is the model's own."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name == _CAPTURE:
+            return ""
+        if _is_of_the_model(name):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def failing_line(cause: BaseException) -> str:
+    """Return file and line of the innermost frame of the model that an exception left."""
+    found, trace, inside = "", cause.__traceback__, False
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        inside = inside or name == _CAPTURE
+        if inside and _is_of_the_model(name):
+            found = f"{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+_CAPTURE = str(_OWN / "capture.py")
+
+
+def _is_of_the_model(filename: str) -> bool:
+    generated = filename.startswith("<")
+    return not generated and not is_of_torch(filename) and not _is_own(filename)
+
+
+@lru_cache(maxsize=1024)
+def is_of_torch(filename: str) -> bool:
+    """Whether a source file is one of PyTorch's, also by way of a symbolic link."""
+    return _TORCH in Path(filename).resolve().parents
+
+
+@lru_cache(maxsize=1024)
+def _is_own(filename: str) -> bool:
+    return _OWN in Path(filename).resolve().parents
+
+
+def random_reason(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Return the name of an operator that draws random numbers when called so, or None."""
+    if torch.Tag.nondeterministic_seeded not in func.tags and "philox" not in func._schema.name:
+        return None
+    schema = func._schema.arguments
+    named = {argument.name: argument.default_value for argument in schema}
+    named |= dict(zip(named, args, strict=False)) | kwargs
+    if any(named.get(switch) is False for switch in _SWITCHES):
+        return None
+    rates = ("p",) if "native_dropout" in func._schema.name else _RATES
+    present = [named[rate] for rate in rates if rate in named]
+    if present and not any(present):
+        return None
+    return str(func._schema.name.partition("::")[2].strip("_"))

@@ -1,0 +1,379 @@
+"""The modes under which `capture` runs a model: one for operators, one for what Python does.
+
+What depends on parameters alone runs for real and is a constant of the graph; each constant is a
+copy of what the trace read at that moment. What leaves the graph, or draws, is noted and refused.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from biper_engine.conversion.trace_log import TraceLog, random_reason
+
+__all__ = ["WEIGHTED_OPS", "FoldConstants", "WatchPython", "watch_generators"]
+
+aten = torch.ops.aten
+
+WEIGHTED_OPS = (aten.convolution, aten.conv2d, aten.linear, aten.addmm, aten.mm)
+"""Operators that may be a layer; the n-th of the trace is the n-th of the captured graph."""
+
+_SYMBOLIC = (FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+_NUMBERS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")
+_CONTROL_FLOW = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
+_ONLY_IN_A_TRACE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+"""Errors that the model itself would not meet; its `except` branch is not what it computes."""
+
+_VIEWS_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
+    aten.as_strided_.default: aten.as_strided.default,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.t_.default: aten.t.default,
+    aten.transpose_.default: aten.transpose.int,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+}
+"""Operators that change what a tensor shows, not the memory behind it."""
+
+_MEMORY_IN_PLACE = ("resize_", "resize_as_", "set_")
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_LEAVING = {
+    Tensor.__bool__: "bool()",
+    Tensor.__float__: "float()",
+    Tensor.__int__: "int()",
+    Tensor.__index__: "index()",
+    Tensor.__complex__: "complex()",
+    Tensor.__array__: "numpy",
+    Tensor.__contains__: "in",
+    Tensor.__dlpack__: "dlpack",
+    Tensor.item: ".item()",
+    Tensor.tolist: ".tolist()",
+    Tensor.numpy: ".numpy()",
+    Tensor.data_ptr: ".data_ptr()",
+    Tensor.untyped_storage: ".untyped_storage()",
+    Tensor.storage: ".storage()",
+    Tensor.is_nonzero: ".is_nonzero()",
+    torch.is_nonzero: "torch.is_nonzero()",
+    Tensor.equal: ".equal()",
+    torch.equal: "torch.equal()",
+    Tensor.allclose: ".allclose()",
+    torch.allclose: "torch.allclose()",
+}
+"""Functions that show Python the values of a tensor, by the words for them."""
+
+
+_COPYING = (torch.tensor, torch.as_tensor, torch.asarray)
+"""Functions that read tensors inside of lists."""
+
+
+def _inside(args: tuple[Any, ...]) -> list[Any]:
+    return pytree.tree_leaves(args[0]) if args and not isinstance(args[0], Tensor) else []
+
+
+class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs for real every op whose inputs are real; notes the module paths of other layers."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, log: TraceLog, private: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._log = log
+        self._private = private
+        self._snapshots: dict[Any, list[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self._higher_order(func, args, kwargs)
+        drawn = random_reason(func, args, kwargs)
+        if drawn is not None:
+            self._log.refuse(_random(drawn, self._log.place))
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, _SYMBOLIC) for leaf in leaves):
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        self._require_held(func, args, kwargs)
+        if _name(func) in _MEMORY_IN_PLACE:
+            self._log.refuse(
+                f"The model gives a tensor other memory: `{_name(func)}` in {self._log.place}; use "
+                "`reshape`, `F.pad` or a new tensor instead."
+            )
+        if func in _VIEWS_IN_PLACE:
+            return rebind(args[0], _VIEWS_IN_PLACE[func](*args, **kwargs))
+        if any(isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) for leaf in leaves):
+            if func is aten.index.Tensor:
+                args = (args[0], _as_positions(args[1]))
+            args, kwargs = pytree.tree_map_only(Tensor, self._snapshot, (args, kwargs))
+        if func.overloadpacket in WEIGHTED_OPS:
+            self._log.paths.append(self._log.stack[-1] if self._log.stack else "")
+        return self._record(func, args, kwargs)
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        functional = _functional(func)
+        try:
+            if functional is not None:
+                return args[0].copy_(functional(*args, **kwargs))
+            return func(*args, **kwargs)
+        except _ONLY_IN_A_TRACE as cause:
+            self._log.refused.append(
+                f"The operator `{_name(func)}` in {self._log.place} cannot be captured; keep it "
+                "outside of what is converted, or write it with other operators. "
+                f"({type(cause).__name__}: {first_lines(cause)})"
+            )
+            raise
+
+    def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.name() in _CONTROL_FLOW:
+            self._log.refuse(
+                f"The model has control flow: `{func.name()}` in {self._log.place} runs one of "
+                "several graphs, and an engine has one. Compute both sides and choose with "
+                "`torch.where`, or keep it outside of what is converted."
+            )
+        return func(*args, **kwargs)
+
+    def _require_held(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse an operator whose result, or effect, no graph with fixed shapes can hold."""
+        name = func._schema.name.partition("::")[2]
+        if name in _NUMBERS:
+            self._log.refuse(leaving(_name(func), self._log.place))
+        dynamic = torch.Tag.dynamic_output_shape in func.tags and name != "one_hot"
+        if name in ("index", "_unsafe_index"):
+            dynamic = any(_is_mask(index) and isinstance(index, FakeTensor) for index in args[1])
+        if dynamic:
+            what = "indexing with a mask" if name == "index" else f"`{_name(func)}`"
+            self._log.refuse(
+                f"The shape of a result depends on values of the input: {what} in "
+                f"{self._log.place}. An engine's shapes are fixed but for the batch: use "
+                "`torch.where` or multiply by the mask, or keep that part outside of what is "
+                "converted."
+            )
+        if func._schema.is_mutable:
+            self._require_own(func, args, kwargs)
+
+    def _require_own(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse to write what depends on the input into a tensor that does not."""
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            for target in pytree.tree_leaves(value):
+                if isinstance(target, Tensor) and not isinstance(target, FakeTensor):
+                    self._log.refuse(written(self._private, target, self._log.place))
+
+    def _snapshot(self, tensor: Tensor) -> Tensor:
+        """Return what a real tensor holds now, in memory that nothing of the model writes to.
+
+        A weight that is binarised in place, used and restored is the binarised one in the graph.
+        The same values at the same place are one constant.
+        """
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        with _disable_current_modes():
+            if tensor.layout != torch.strided:
+                return tensor.detach().clone()
+            form = (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+            known = self._snapshots.setdefault((tensor.data_ptr(), *form), [])
+            for snapshot in known:
+                if torch.equal(snapshot, tensor):
+                    return snapshot
+            known.append(tensor.detach().clone().requires_grad_(False))
+            return known[-1]
+
+
+class WatchPython(TorchFunctionMode):
+    """Sees what no operator shows: values that leave, `x.data = value`, circular padding."""
+
+    def __init__(self, log: TraceLog, private: nn.Module) -> None:
+        super().__init__()
+        self._log = log
+        self._private = private
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == _SET_DATA:
+            return self._assign(*args)
+        if func in _LEAVING and any(isinstance(value, FakeTensor) for value in args):
+            self._log.refuse(leaving(_LEAVING[func], self._log.place))
+        if func in _COPYING and any(isinstance(x, FakeTensor) for x in _inside(args)):
+            self._log.refuse(leaving(f"torch.{func.__name__}()", self._log.place))
+        if func is F.pad:
+            padded = _circular(*args, **kwargs)
+            if padded is not None:
+                return padded
+        return func(*args, **kwargs)
+
+    def _assign(self, target: Tensor, value: Tensor) -> None:
+        if isinstance(target, FakeTensor):
+            if not isinstance(value, FakeTensor):
+                value = target.new_zeros(value.shape, dtype=value.dtype).copy_(value)
+            rebind(target, value)
+        elif isinstance(value, FakeTensor):
+            self._log.refuse(written(self._private, target, self._log.place))
+        else:
+            _SET_DATA(target, value)
+
+
+def rebind(target: Tensor, value: Tensor) -> Tensor:
+    """Let a traced tensor be another one from now on; what was made of it before stays.
+
+    Views of its old memory keep it, and the new memory is shared with `value`: that is what
+    `target.data = value` means, and what an operator such as `unsqueeze_` does.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None, "only a trace rebinds tensors"
+    with _disable_current_modes():
+        _SET_DATA(target, value)
+    set_proxy_slot(target, mode.tracer, get_proxy_slot(value, mode.tracer))
+    return target
+
+
+def _functional(func: Any) -> Any:
+    """Return `relu` for `relu_` and the like: making many in-place ops functional later is slow."""
+    name = func._schema.name.removeprefix("aten::")
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") and name != "copy_" else None
+    if torch.Tag.inplace_view in func.tags:
+        return None
+    return getattr(packet, func._overloadname, None)
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name.removeprefix("aten::"))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _as_positions(indices: Any) -> list[Any]:
+    """Return the positions that constant masks choose in place of the masks."""
+    positions: list[Any] = []
+    for index in indices:
+        if _is_mask(index) and not isinstance(index, FakeTensor):
+            with _disable_current_modes():
+                positions += index.nonzero().unbind(1)
+        else:
+            positions.append(index)
+    return positions
+
+
+def _circular(
+    x: Tensor, pad: Any, mode: str = "constant", value: float | None = None
+) -> Tensor | None:
+    """Pad with what is on the other side, without a tensor that is filled part by part."""
+    pairs = list(zip(pad[::2], pad[1::2], strict=False))
+    if mode != "circular" or len(pairs) != x.dim() - 2 or len(pad) % 2:
+        return None
+    sizes = x.shape[:1:-1]
+    if any(not 0 <= side <= size for pair, size in zip(pairs, sizes, strict=True) for side in pair):
+        return None
+    for axis, (before, after) in enumerate(pairs):
+        dim = x.dim() - 1 - axis
+        size = x.shape[dim]
+        parts = [x.narrow(dim, size - before, before)] if before else []
+        parts += [x, x.narrow(dim, 0, after)] if after else [x]
+        x = torch.cat(parts, dim) if len(parts) > 1 else x
+    return x
+
+
+@contextmanager
+def watch_generators(log: TraceLog) -> Iterator[None]:
+    """Note numbers that a model draws from the generators of Python and NumPy themselves."""
+    before = _generator_states()
+    yield
+    after = _generator_states()
+    for name, state in before.items():
+        if state != after[name]:
+            log.refused.append(
+                f"The model draws random numbers in eval mode: the generator of {name} has moved "
+                "during its call, and an engine has one answer. Draw only where `self.training`, "
+                "or pass the numbers as an input."
+            )
+
+
+def _generator_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"Python's `random`": random.getstate()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states["`numpy.random`"] = (kind, keys.tobytes(), *rest)
+    return states
+
+
+# -- words ----------------------------------------------------------------------------------------
+
+
+def first_lines(cause: BaseException) -> str:
+    """Return an exception's text on one line, cut where it is long."""
+    text = " ".join(str(cause).split())
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def leaving(how: str, place: str) -> str:
+    """Return the message for a value that Python sees."""
+    return (
+        f"A value computed from the input leaves the graph: `{how}` in {place}. The Python code of "
+        "a model runs once, at conversion, so no branch, loop or number of it can follow the "
+        "input: use operators of tensors (`torch.where`, `clamp`, a mask), or keep that part "
+        "outside of what is converted."
+    )
+
+
+def written(private: nn.Module, target: Tensor, place: str) -> str:
+    """Return the message for a tensor that a call changes by what depends on the input."""
+    name = next(
+        (
+            f"`{name}`"
+            for name, tensor in [*private.named_parameters(), *private.named_buffers()]
+            if tensor is target or _shares_memory(tensor, target)
+        ),
+        f"a tensor of shape {list(target.shape)} that does not depend on the input",
+    )
+    return (
+        f"The model writes values computed from the input into {name}, in {place}; an engine keeps "
+        "nothing between calls. Keep them in a new tensor made from the input, such as "
+        "`x.new_zeros(...)` or `torch.cat`, or pass the state as an input and return it."
+    )
+
+
+def _shares_memory(tensor: Tensor, target: Tensor) -> bool:
+    if tensor.layout != torch.strided or target.layout != torch.strided:
+        return False
+    with _disable_current_modes():
+        ours, theirs = tensor.untyped_storage(), target.untyped_storage()
+        return ours.nbytes() > 0 and ours.data_ptr() == theirs.data_ptr()
+
+
+def _random(drawn: str, place: str) -> str:
+    return (
+        f"The model draws random numbers in eval mode: `{drawn}` in {place}; an engine has one "
+        "answer. Draw only where `self.training`, as `F.dropout(x, p, self.training)` does, or "
+        "pass the numbers as an input."
+    )
