@@ -130,7 +130,7 @@ class Engine(nn.Module):
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
-            ValueError: `BIPER_NUM_THREADS` is no positive integer.
+            ValueError: `BIPER_NUM_THREADS` is no integer from 1 to 1024.
         """
         on_cpu = "cpu" in backends_of(self.graph_module, self._device)
         return thread_count() if on_cpu else torch.get_num_threads()
@@ -150,7 +150,7 @@ class Engine(nn.Module):
             TypeError: other arguments, or another dtype, than the engine was converted for.
             GeometryError: another image size, number of channels or rank.
             ValueError: an input is on another device than the engine (and not in pinned memory for
-                one on a CUDA GPU), or `BIPER_NUM_THREADS` is no positive integer.
+                one on a CUDA GPU), or `BIPER_NUM_THREADS` is no integer from 1 to 1024.
             RuntimeError: an input requires grad while grad is enabled.
             BackendUnavailableError: a backend is forced that cannot run the network.
         """

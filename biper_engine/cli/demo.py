@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from biper_engine.bench import (
 )
 from biper_engine.cli.console import status
 from biper_engine.cli.train import fit_quietly
+from biper_engine.files import write_atomically
 from biper_engine.runtime import backends_of
 from biper_engine.training import RunOptions, TrainingConfig, TrainingResult, data
 
@@ -248,7 +250,7 @@ def _write_digits(directory: Path, first_test_image: int) -> None:
     for image, label in zip(images[first_test_image:], labels[first_test_image:], strict=True):
         number = written.get(label, 0)
         if number < _IMAGES_PER_CLASS:
-            image.save(directory / f"{label}_{number}.png")
+            write_atomically(directory / f"{label}_{number}.png", partial(image.save, format="png"))
             written[label] = number + 1
 
 

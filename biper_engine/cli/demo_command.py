@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from biper_engine.cli.console import command_line, print_json, results, show_error, status
+from biper_engine.files import write_atomically
 
 if TYPE_CHECKING:
     from biper_engine.cli.demo import DemoResult
@@ -55,7 +56,8 @@ def demo(
 
         write_plot(result, output / "demo.png")
     values = {**result.to_dict(), "seconds": perf_counter() - start}
-    (output / "demo.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(output / "demo.json", lambda file: file.write(text.encode()))
     if json_output:
         print_json(values)
     else:

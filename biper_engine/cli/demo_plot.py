@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biper_engine.bench.plot import COMPILED, ENGINE, FLOAT, INK, new_figure, title
+from biper_engine.files import write_atomically
 
 if TYPE_CHECKING:
     from biper_engine.cli.demo import DemoResult
@@ -74,7 +75,7 @@ def write_plot(result: DemoResult, path: Path) -> None:
         fontsize=12,
         fontweight="bold",
     )
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def _bars(

@@ -69,15 +69,14 @@ class _Periodic:
 class BinaryConv2d(_Periodic, nn.Conv2d):
     """Convolve binary activations with periodic binary weights, scaled per output channel.
 
-    In eval mode, with w0 = `frequency`, exactly
+    With w0 = `frequency`, exactly
 
         F.conv2d(sign(x), sign(sin(w0 * weight)), bias, ...) * alpha        (stage 2)
         F.conv2d(sign(x), sin(w0 * weight), bias, ...) * alpha              (stage 1)
 
     In training mode x is first divided by sqrt(var + 1e-5) of its own sample, which changes no
-    value, only the window of the surrogate gradient (`binarize_activation`), and alpha multiplies
-    the weights and bias instead of the result: the same function up to rounding, and one fewer
-    pass over the feature map. Padding is zeros after the sign: a padded tap adds 0.
+    value, only the window of the surrogate gradient (`binarize_activation`). Padding is zeros after
+    the sign: a padded tap adds 0.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as nn.Conv2d.
@@ -132,15 +131,11 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
-        weight, bias = self.quantized_weight(), self.bias
-        dims: tuple[int, ...] = ()
-        if self.training:
-            dims = (-3, -2, -1)
-            weight = weight * self.alpha.unsqueeze(-1)
-            bias = None if bias is None else bias * self.alpha.flatten()
-        bits = binarize_activation(input, scale_dims=dims)
-        output: Tensor = self._conv_forward(bits, weight, bias)
-        return output if self.training else output * self.alpha
+        bits = binarize_activation(input, scale_dims=(-3, -2, -1) if self.training else ())
+        output: Tensor = self._conv_forward(bits, self.quantized_weight(), self.bias)
+        # Alpha stays outside of the weights: so multiplied, equal integers of stage 2 stay equal,
+        # and a max pool takes the first of them, whose gradient it is then.
+        return output * self.alpha
 
 
 class BinaryWeightConv2d(BinaryConv2d):

@@ -36,6 +36,8 @@ from biper_engine.ops.stem import PLAN_OPERATORS
 __all__ = ["CpuBackend", "PopcountPeak", "description", "popcount_peak", "thread_count"]
 
 _VARIABLE = Variable("BIPER_NUM_THREADS")
+# Of our own pool, in csrc/cpu/thread_pool.cpp. OpenMP's ends the process where it gets no more.
+_MOST_THREADS = 1024
 _NO_POOL = (1, 1, 1, 1, 0, 0)
 
 
@@ -149,12 +151,16 @@ def thread_count() -> int:
     processors that this thread may run on and that the cgroup's quota pays for.
 
     Raises:
-        ValueError: `BIPER_NUM_THREADS` is no positive integer.
+        ValueError: `BIPER_NUM_THREADS` is no integer from 1 to 1024.
     """
     forced = _VARIABLE.get()
     if forced is not None:
-        if not forced.isdecimal() or not 1 <= int(forced) < 2**31:
-            raise ValueError(f"BIPER_NUM_THREADS (={forced!r}) must be a positive integer.")
+        if not forced.isdecimal() or len(forced) > 9 or not 1 <= int(forced) <= _MOST_THREADS:
+            shown = forced if len(forced) <= 40 else f"{forced[:40]}..."
+            raise ValueError(
+                f"BIPER_NUM_THREADS (={shown!r}) must be a positive integer, {_MOST_THREADS:,} at "
+                "most. Set it to the number of cores to use, or unset it."
+            )
         return int(forced)
     threads = torch.get_num_threads()
     if threads == 1:

@@ -294,7 +294,7 @@ class CpuProgram:
             batches do not fit.
 
         Raises:
-            ValueError: `BIPER_NUM_THREADS` is no positive integer.
+            ValueError: `BIPER_NUM_THREADS` is no integer from 1 to 1024.
         """
         outputs: tuple[Tensor, ...] | None = self._call(inputs, thread_count())
         return outputs

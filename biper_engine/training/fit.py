@@ -8,6 +8,8 @@ Files in `output_dir`:
     result.json                     measurements of finished stages
     checkpoints/stage1.ckpt, ...    Lightning's state after the latest epoch
     logs/stage1/metrics.csv, ...    losses by epoch
+
+Each of them is whole at any time, an older or the newer one; TensorBoard's logs grow instead.
 """
 
 from __future__ import annotations
@@ -248,10 +250,13 @@ def _record(
 
 def _trainer(number: int, directory: Path, config: TrainingConfig, options: RunOptions) -> Trainer:
     from lightning import Trainer
+    from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-    loggers: list[Logger] = [CSVLogger(directory / "logs", name=f"stage{number}", version="")]
+    from biper_engine.training.lightning_files import AtomicCheckpoints, MetricsFile
+
+    loggers: list[Logger] = [MetricsFile(directory / "logs" / f"stage{number}" / "metrics.csv")]
     if options.tensorboard:
         loggers.append(
             TensorBoardLogger(directory / "logs", name=f"stage{number}", version="tensorboard")
@@ -270,7 +275,7 @@ def _trainer(number: int, directory: Path, config: TrainingConfig, options: RunO
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    return Trainer(
+    trainer = Trainer(
         **settings,
         max_epochs=config.stage(number).epochs,
         callbacks=[latest],
@@ -279,6 +284,10 @@ def _trainer(number: int, directory: Path, config: TrainingConfig, options: RunO
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    # Strategies with files of their own kind, such as those for TPUs, keep theirs.
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpoints()
+    return trainer
 
 
 @torch.no_grad()

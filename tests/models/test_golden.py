@@ -40,9 +40,10 @@ def test_names_shapes_and_logits_are_the_official_ones(name, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_three_training_steps_are_the_official_ones(stage):
-    case = weights.read("training")[f"resnet20_1w1a/stage{stage}"]
-    network = network_of("cifar10/resnet20_1w1a", stage).train()
+@pytest.mark.parametrize("name", ["resnet20_1w1a", "vgg_small_1w1a"])
+def test_three_training_steps_are_the_official_ones(name, stage):
+    case = weights.read("training")[f"{name}/stage{stage}"]
+    network = network_of(f"cifar10/{name}", stage).train()
     assert {name: list(value.shape) for name, value in network.state_dict().items()} == case[
         "shapes"
     ]
@@ -50,7 +51,7 @@ def test_three_training_steps_are_the_official_ones(stage):
     settings = {key: case[key] for key in ("lr", "momentum", "weight_decay")}
     optimizer = torch.optim.SGD(network.parameters(), **settings)
     for step, (cross_entropy, penalty) in enumerate(case["losses"]):
-        images = torch.from_numpy(weights.images(f"train/resnet20_1w1a/{step}", 8, 32)).double()
+        images = torch.from_numpy(weights.images(f"train/{name}/{step}", 8, 32)).double()
         loss = F.cross_entropy(network(images), torch.arange(8) % 10)
         decay = regularizer(network)
         assert loss.item() == pytest.approx(cross_entropy, rel=1e-9)

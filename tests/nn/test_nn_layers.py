@@ -20,21 +20,23 @@ def quantized(weight, stage, frequency=20.0):
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_conv_in_eval_mode_is_its_equation(stage, bias):
+def test_conv_is_its_equation_in_both_modes(stage, bias):
     torch.manual_seed(0)
-    conv = BinaryConv2d(4, 6, (3, 2), 2, 1, groups=2, bias=bias, stage=stage).eval()
+    conv = BinaryConv2d(4, 6, (3, 2), 2, 1, groups=2, bias=bias, stage=stage)
     x = torch.randn(2, 4, 7, 9)
     convolved = F.conv2d(x.sign(), quantized(conv.weight, stage), conv.bias, 2, 1, groups=2)
-    assert torch.equal(conv(x), convolved * conv.alpha)
+    assert torch.equal(conv.eval()(x), convolved * conv.alpha)
+    assert torch.equal(conv.train()(x), convolved * conv.alpha)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("bias", [False, True])
-def test_conv_computes_the_same_in_both_modes(stage, bias):
+def test_equal_integers_stay_equal_in_training_and_a_max_pool_takes_the_first():
     torch.manual_seed(0)
-    conv = BinaryConv2d(4, 6, 3, padding=1, bias=bias, stage=stage).double()
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(conv.train()(x), conv.eval()(x))
+    conv = BinaryConv2d(8, 6, 3, padding=1)
+    x = torch.randn(4, 8, 8, 8)
+    integers = F.conv2d(x.sign(), quantized(conv.weight, 2), padding=1) * conv.alpha.sign()
+    _, wanted = F.max_pool2d(integers, 2, return_indices=True)
+    _, taken = F.max_pool2d(conv(x), 2, return_indices=True)
+    assert torch.equal(taken, wanted)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

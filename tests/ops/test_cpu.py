@@ -293,10 +293,21 @@ def torch_threads() -> Iterator[Callable[[int], None]]:
 def test_the_environment_sets_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIPER_NUM_THREADS", "13")
     assert thread_count() == 13
-    for wrong in ("0", "-2", "two", "1.5"):
+    monkeypatch.setenv("BIPER_NUM_THREADS", "1024")
+    assert thread_count() == 1024
+    for wrong in ("0", "-2", "two", "1.5", "1025", "2147483647"):
         monkeypatch.setenv("BIPER_NUM_THREADS", wrong)
         with pytest.raises(ValueError, match=f"BIPER_NUM_THREADS .='{wrong}'. must be a positive"):
             thread_count()
+
+
+def test_a_number_of_threads_of_any_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python itself refuses to read more than 4,300 digits, with words of its own."""
+    monkeypatch.setenv("BIPER_NUM_THREADS", "1" * 5000)
+    with pytest.raises(
+        ValueError, match=r"1{40}\.\.\.'. must be a positive integer, 1,024 at most"
+    ):
+        thread_count()
 
 
 def test_threads_are_torchs_bounded_by_processors(

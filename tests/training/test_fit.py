@@ -113,6 +113,9 @@ def test_interrupted_run_resumes_to_the_same_weights(
     assert same(weights(uninterrupted.stage1.path), weights(resumed.stage1.path))
     assert same(weights(uninterrupted.stage2.path), weights(resumed.stage2.path))
     assert resumed.stage2.test_accuracy == uninterrupted.stage2.test_accuracy
+    for name in ("stage1", "stage2"):
+        logs = [result.output_dir / "logs" / name for result in (uninterrupted, resumed)]
+        assert (logs[0] / "metrics.csv").read_text() == (logs[1] / "metrics.csv").read_text()
 
 
 def test_finished_run_resumes_to_its_result(uninterrupted, monkeypatch):

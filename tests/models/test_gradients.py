@@ -1,0 +1,108 @@
+"""Every parameter's gradient in training against the equations, in float64.
+
+At each step the equations start from the network's own state, so that nothing adds up.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from biper_engine.models import Network, available, build
+from biper_engine.nn import regularizer, set_tau
+from tests.golden import weights
+from tests.models.equations import Equations, loss
+
+STEPS = 20
+TAU = 0.04
+# Batch and image size: the smallest that the network's last pool and BatchNorm1d take.
+SHAPES = {
+    "cifar10/resnet20_1w1a": (6, 8),
+    "cifar10/resnet20_1w32a": (6, 8),
+    "imagenet/mobilenet_1w1a": (4, 64),
+    "imagenet/resnet18_1w1a": (3, 193),
+    "imagenet/resnet34_1w1a": (3, 193),
+}
+USUAL = (4, 32)
+# Steps of what takes a second or two; the deep test has all networks and all steps. From the second
+# one on, alpha has the whole of float64's digits, as any trained one has of its type's.
+QUICK = {
+    "cifar10/resnet20_1w1a": STEPS,
+    "cifar10/resnet20_1w32a": STEPS,
+    "cifar10/resnet18A_1w1a": 2,
+    "cifar10/vgg_small_1w1a": 2,
+    "imagenet/mobilenet_1w1a": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """PyTorch's float64 convolutions on a few images gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def wanted_gradients(
+    network: Network, name: str, stage: int, images: Tensor, labels: Tensor
+) -> tuple[float, dict[str, Tensor]]:
+    """Return loss and gradients of the equations at the network's present state."""
+    state = {key: value.detach().clone() for key, value in network.state_dict().items()}
+    parameters = {
+        key: state[key].requires_grad_()
+        for key, parameter in network.named_parameters()
+        if parameter.requires_grad
+    }
+    net = Equations(state, frequency=20.0, stage=stage)
+    total = loss(net.logits(name, images), labels) + net.regularizer(TAU)
+    gradients = torch.autograd.grad(total, list(parameters.values()))
+    return total.item(), dict(zip(parameters, gradients, strict=True))
+
+
+def check(name: str, stage: int, steps: int) -> None:
+    torch.manual_seed(stage)
+    network = build(name, num_classes=10, frequency=20.0, stage=stage).double().train()
+    network.load_state_dict(weights.tensors(network))
+    set_tau(network, TAU)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    batch, size = SHAPES.get(name, USUAL)
+    for _ in range(steps):
+        images = torch.randn(batch, 3, size, size, dtype=torch.float64)
+        labels = torch.randint(10, (batch,))
+        value, gradients = wanted_gradients(network, name, stage, images, labels)
+        total = F.cross_entropy(network(images), labels) + regularizer(network)
+        optimizer.zero_grad()
+        total.backward()
+        assert total.item() == pytest.approx(value, rel=1e-12)
+        compare(network, gradients)
+        optimizer.step()
+
+
+def compare(network: Network, gradients: dict[str, Tensor]) -> None:
+    """Hold every gradient against the wanted one, by norms.
+
+    Roundings differ by 3e-14 at most in what was measured. BatchNorm takes the scale of its input
+    away, so that alpha's gradient is the small rest of a sum that cancels: 1e-9 there at most.
+    """
+    parameters = dict(network.named_parameters())
+    for key, wanted in gradients.items():
+        got = parameters[key].grad
+        assert got is not None, key
+        relative = (1e-8 if key.endswith(".alpha") else 1e-12) * wanted.norm()
+        assert (got - wanted).norm() <= relative, key
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", QUICK)
+def test_gradients_are_those_of_the_equations(name: str, stage: int) -> None:
+    check(name, stage, QUICK[name])
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", available())
+def test_gradients_are_those_of_the_equations_for_twenty_steps(name: str, stage: int) -> None:
+    check(name, stage, STEPS)
