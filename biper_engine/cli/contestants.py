@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,9 @@ class Contestants:
     checked: str
 
 
-def contestants(source: ModelSource, against: str | None, input_shape: str | None) -> Contestants:
+def contestants(
+    source: ModelSource, against: str | None, input_shape: Sequence[str] | None
+) -> Contestants:
     """Load, convert and check what a command line names; nothing that is wrong gets through.
 
     Args:
@@ -66,11 +69,11 @@ def contestants(source: ModelSource, against: str | None, input_shape: str | Non
 
 
 def _of_file(
-    path: Path, source: ModelSource, against: str | None, input_shape: str | None
+    path: Path, source: ModelSource, against: str | None, input_shape: Sequence[str] | None
 ) -> Contestants:
     import biper_engine
 
-    if input_shape is not None:
+    if input_shape:
         raise typer.BadParameter("--input is not for a .biper file, which knows its own.")
     if against is None and source != ModelSource(text=source.text):
         raise typer.BadParameter(
@@ -122,8 +125,8 @@ def _checked_against(engine: Engine, model: nn.Module) -> Contestants:
         engine=engine,
         model=model,
         checked=(
-            f"{report.layers_equal} of {report.layers} binary layers equal the float network's, "
-            f"logit error {report.logit_error:.1e}."
+            f"{report.layers_equal} of {report.layers} binary layers equal the float network's; "
+            f"end to end {report.end_to_end}."
         ),
     )
 

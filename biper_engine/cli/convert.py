@@ -163,6 +163,6 @@ def summary(report: ConversionReport, file_bytes: int, verified: VerifyReport | 
     if verified is None:
         return f"{sizes}, not compared with the model"
     return (
-        f"{sizes}, {verified.layers_equal}/{verified.layers} layers equal, "
-        f"logit error {verified.logit_error:.1e} (relative {verified.relative_error:.1e})"
+        f"{sizes}, {verified.layers_equal}/{verified.layers} layers equal; "
+        f"end to end {verified.end_to_end}"
     )

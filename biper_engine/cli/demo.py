@@ -146,7 +146,7 @@ def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool)
         verified = biper_engine.verify(engine, model, _batches(images))
     say(
         f"3. verify: {verified.layers_equal} of {verified.layers} binary layers equal on "
-        f"{verified.images} images, logit error {verified.logit_error:.1e}"
+        f"{verified.images} images; end to end {verified.end_to_end}"
     )
 
     file = directory / "digits.biper"

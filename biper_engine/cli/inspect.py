@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,7 +57,7 @@ def inspect(
     """
     wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
     if Path(source).suffix == ".biper":
-        if wanted != ModelSource(text=source) or input_shape is not None:
+        if wanted != ModelSource(text=source) or input_shape:
             raise typer.BadParameter("A .biper file takes no further options: it knows its own.")
         engine, file_facts = _load(Path(source))
     else:
@@ -88,7 +89,7 @@ def _load(path: Path) -> tuple[Engine, dict[str, Any]]:
     return engine, dict(zip(_FILE_FACTS, values, strict=True))
 
 
-def _convert(source: ModelSource, input_shape: str | None) -> Engine:
+def _convert(source: ModelSource, input_shape: Sequence[str] | None) -> Engine:
     import biper_engine
 
     with status("Loading the model"):

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,8 +47,13 @@ Stage = Annotated[
     ),
 ]
 InputShape = Annotated[
-    str | None,
-    typer.Option("--input", metavar="N,C,H,W", help="Shape of the input.", show_default=False),
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="N,C,H,W",
+        help="Shape of the input; once for each of several.",
+        show_default=False,
+    ),
 ]
 Weights = Annotated[
     Path | None,
@@ -251,31 +256,40 @@ def random_network(name: str, *, num_classes: int | None = None) -> nn.Module:
     return network
 
 
-def example_input(model: nn.Module, shape: str | None) -> Tensor:
-    """Return the input to convert with: seeded random values, their size from `--input`.
+def example_input(model: nn.Module, shapes: Sequence[str] | None) -> Tensor | tuple[Tensor, ...]:
+    """Return the input to convert with: seeded random values, their sizes from `--input`.
 
     Args:
-        model: its `input_shape` is used where `shape` is None.
-        shape: sizes with commas, the batch first.
+        model: its `input_shape` is used where there are no shapes.
+        shapes: one for each argument, sizes with commas, the batch first.
+
+    Returns:
+        A tensor, or a tuple of them where there are several shapes.
 
     Raises:
-        typer.BadParameter: `shape` is missing or malformed.
+        typer.BadParameter: shapes are missing or malformed.
     """
     import torch
 
-    if shape is None:
+    if shapes:
+        sizes = [_sizes(shape) for shape in shapes]
+    else:
         own = getattr(model, "input_shape", None)
         if own is None:
             raise typer.BadParameter(
                 f"{type(model).__name__} does not say which input it takes. "
                 "Pass its shape, such as --input 1,3,224,224."
             )
-        sizes = [2, *own]
-    else:
-        parts = [part.strip() for part in shape.split(",")]
-        if len(parts) < 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise typer.BadParameter(
-                f"--input (={shape!r}) must be sizes with commas, such as 1,3,224,224."
-            )
-        sizes = [int(part) for part in parts]
-    return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+        sizes = [[2, *own]]
+    generator = torch.Generator().manual_seed(0)
+    tensors = tuple(torch.randn(size, generator=generator) for size in sizes)
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _sizes(shape: str) -> list[int]:
+    parts = [part.strip() for part in shape.split(",")]
+    if len(parts) < 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"--input (={shape!r}) must be sizes with commas, such as 1,3,224,224."
+        )
+    return [int(part) for part in parts]

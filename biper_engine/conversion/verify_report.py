@@ -221,20 +221,27 @@ class VerifyReport:
         return lines
 
     def _verdicts(self) -> list[str]:
-        agreement = (
-            "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
-        )
         verdict = "equal" if self.ok else "NOT EQUAL"
         counts = _counted(self.flips, "bit", "flipped within rounding")
         return [
             f"model: {self.model}",
             f"{verdict}: {self.layers_equal} of {self.layers} binary layers on {self.images} "
             f"images, each on the model's own values; {counts}, {self.exact_zeros} exact zeros",
-            f"end to end: {self._end_to_end()}; largest output error {self.logit_error:.2e}, "
-            f"relative {self.relative_error:.2e}{agreement}",
+            f"end to end: {self.end_to_end}",
         ]
 
-    def _end_to_end(self) -> str:
+    @property
+    def end_to_end(self) -> str:
+        """The whole network from the input on, in a line: bits, error of the outputs, top-1."""
+        agreement = (
+            "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
+        )
+        return (
+            f"{self._differing_bits()}; largest output error {self.logit_error:.2e}, relative "
+            f"{self.relative_error:.2e}{agreement}"
+        )
+
+    def _differing_bits(self) -> str:
         if not self.input_bits_differ:
             return "every bit is the model's" if self.input_bits else "no bits"
         first = next(s for s in self.segments if s.input_bits_differ)

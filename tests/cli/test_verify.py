@@ -99,6 +99,36 @@ def test_against_the_model(biper: Biper, tiny: Path, photos: Path) -> None:
     assert values["layers_equal"] == values["layers"] == 1
 
 
+def test_against_the_model_without_images(biper: Biper, tiny: Path) -> None:
+    done = biper("verify", tiny, "--against", "tinynet:with_metadata")
+    assert done.code == 0, done.err
+    assert "model: the captured graph gives what the model gives, bit for bit" in done.out
+    assert "equal: 1 of 1 binary layers on 8 images" in done.out
+    assert "Compared on random inputs" in done.out
+
+
+def test_a_network_of_several_inputs(biper: Biper, user_directory: Path) -> None:
+    Path("twonet.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Two(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Conv2d(3, 8, 3)\n"
+        "    def forward(self, a, b):\n"
+        "        y = nn.functional.conv2d(a.sign(), 0.1 * self.conv.weight.sign())\n"
+        "        return y.mean((2, 3)) + b\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    return Two()\n"
+    )
+    done = biper("convert", "twonet:build", "--input", "1,3,8,8", "--input", "1,8", "-o", "t.biper")
+    assert done.code == 0, done.err
+    done = biper("verify", "t.biper", "--against", "twonet:build")
+    assert done.code == 0, done.err
+    assert "equal: 1 of 1 binary layers on 8 images" in done.out
+
+
 def test_against_another_model(biper: Biper, tiny: Path, photos: Path) -> None:
     state = tiny_network().state_dict()
     torch.save({**state, "2.weight": -state["2.weight"]}, "other.pt")
@@ -111,7 +141,7 @@ def test_against_another_model(biper: Biper, tiny: Path, photos: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--against", "tinynet:build"], 2, "pass --images DIR"),
+        (["--against", "tinynet:build", "--limit", "3"], 2, "--limit is for --images"),
         (["--limit", "3"], 2, "are for --against"),
         (["--backend", "referense"], 1, "Did you mean 'reference'?"),
         (["--backend", "cuda"], 1, "cannot run here"),
