@@ -10,23 +10,27 @@ from torch.utils import _pytree as pytree
 
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import FileFormatError
+from biper_engine.graph import DTYPES
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport
-from biper_engine.serialization.graph_format import DTYPES
+from biper_engine.serialization.forms import decode_form, encode_form
 
 __all__ = ["engine_arguments", "engine_entries"]
 
 T = TypeVar("T")
 
-_LEAF = "*"
-_SMALL = 1 << 40  # sizes beyond it are damage, not tensors
+_MOST_SIZE = 1 << 31
+_MOST = 1 << 62  # of counts; no network has as many operations
+_MAX_RANK = 8
+_MAX_INPUTS = 1024
+_MAX_DEPTH = 32  # of lists and objects in `options`
 
 
 def engine_entries(engine: Engine) -> dict[str, Any]:
     """Return the header entries of an engine, apart from graph and proof.
 
     Raises:
-        FileFormatError: inputs or outputs are not nested tuples, lists and dicts of tensors.
+        FileFormatError: inputs or outputs have a form that files cannot hold.
     """
     metadata, provenance = engine.metadata, engine.provenance
     return {
@@ -58,10 +62,10 @@ def _entry(header: Mapping[str, Any], name: str, decode: Callable[[Any], T]) -> 
         return decode(header[name])
     except FileFormatError:
         raise
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise FileFormatError(
-            f"The file's header has a wrong entry `{name}` ({type(error).__name__}: {error}); the "
-            "file was edited, or written by another program."
+            f"The file's header has a wrong entry `{name}` ({type(error).__name__}: "
+            f"{error!s:.300}); the file was edited, or written by another program."
         ) from error
 
 
@@ -74,8 +78,8 @@ def _optional(decode: Callable[[Any], T]) -> Callable[[Any], T | None]:
 
 def _encode_signature(signature: Signature) -> dict[str, Any]:
     return {
-        "in": _encode_form(signature.in_spec, "inputs"),
-        "out": _encode_form(signature.out_spec, "outputs"),
+        "in": encode_form(signature.in_spec, "inputs"),
+        "out": encode_form(signature.out_spec, "outputs"),
         "inputs": [
             {
                 "name": spec.name,
@@ -87,51 +91,20 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
     }
 
 
-def _encode_form(spec: pytree.TreeSpec, what: str) -> Any:
-    """Encode a pytree: "*" is a leaf; dicts keep their order, so they are lists of pairs."""
-
-    def encode(value: Any) -> Any:
-        if type(value) is int:
-            return _LEAF
-        if type(value) in (tuple, list):
-            return {type(value).__name__: [encode(item) for item in value]}
-        if type(value) is dict and all(type(key) is str for key in value):
-            return {"dict": [[key, encode(item)] for key, item in value.items()]}
-        raise FileFormatError(
-            f"The engine cannot be saved: its {what} contain a {type(value).__name__}; files hold "
-            "tuples, lists and dicts with string keys. Wrap the model to take and return those."
-        )
-
-    return encode(pytree.tree_unflatten(range(spec.num_leaves), spec))
-
-
-def _decode_form(value: Any) -> Any:
-    """Return a tree like the encoded one, with 0 for every leaf."""
-    match value:
-        case "*":
-            return 0
-        case {"tuple": list(items), **rest} if not rest:
-            return tuple(_decode_form(item) for item in items)
-        case {"list": list(items), **rest} if not rest:
-            return [_decode_form(item) for item in items]
-        case {"dict": list(pairs), **rest} if not rest:
-            decoded = {_typed(key, str): _decode_form(item) for key, item in pairs}
-            if len(decoded) == len(pairs):
-                return decoded
-    raise ValueError(f"{value!r:.100} is no form of inputs or outputs")
-
-
 def _decode_signature(value: Any) -> Signature:
-    form = _decode_form(value["in"])
+    form = decode_form(value["in"])
     match form:
-        case (tuple(), dict()):
+        case (tuple(), dict()) if type(form) is tuple:
             pass
         case _:
             raise ValueError("the form of the inputs must be (args, kwargs)")
+    inputs = tuple(_decode_input(entry) for entry in _typed(value["inputs"], list))
+    if not 1 <= len(inputs) <= _MAX_INPUTS:
+        raise ValueError(f"a network takes 1 to {_MAX_INPUTS} tensors, not {len(inputs)}")
     return Signature(
         in_spec=pytree.tree_structure(form),
-        out_spec=pytree.tree_structure(_decode_form(value["out"])),
-        inputs=tuple(_decode_input(entry) for entry in value["inputs"]),
+        out_spec=pytree.tree_structure(decode_form(value["out"])),
+        inputs=inputs,
     )
 
 
@@ -139,10 +112,12 @@ def _decode_input(entry: Mapping[str, Any]) -> InputSpec:
     sizes = entry["shape"]
     if not isinstance(sizes, list) or not sizes or sizes[0] is not None:
         raise ValueError(f"the shape {sizes!r:.100} must be a list that begins with null")
+    if len(sizes) > _MAX_RANK:
+        raise ValueError(f"the shape has {len(sizes)} sizes")
     for size in sizes[1:]:
-        if not 0 <= _typed(size, int) < _SMALL:
-            raise ValueError(f"the size {size} is out of range")
-    dtype: torch.dtype = DTYPES[entry["dtype"]]
+        if not 0 <= _typed(size, int) < _MOST_SIZE:
+            raise ValueError(f"the size {size!r:.100} is out of range")
+    dtype: torch.dtype = DTYPES[_typed(entry["dtype"], str)]
     return InputSpec(_typed(entry["name"], str), dtype, tuple(sizes))
 
 
@@ -156,6 +131,12 @@ def _typed(value: Any, *kinds: type) -> Any:
     return value
 
 
+def _count(value: Any) -> int:
+    if not 0 <= _typed(value, int) < _MOST:
+        raise ValueError(f"{value!r:.100} is no count")
+    return int(value)
+
+
 _LAYER_TYPES = {
     **{"name": str, "kind": str, "reason": str},
     **{"packed": bool, "binary": bool, "binary_weight": bool},
@@ -163,19 +144,21 @@ _LAYER_TYPES = {
 
 
 def _decode_report(value: Any) -> ConversionReport:
-    for layer in value["layers"]:
+    for layer in _typed(value["layers"], list):
         for key, entry in layer.items():
             if key == "shape":
-                _integers(entry)
+                _counts(entry)
+            elif key in _LAYER_TYPES:
+                _typed(entry, _LAYER_TYPES[key])
             else:
-                _typed(entry, _LAYER_TYPES.get(key, int))
-    _integers([value["bytes_before"], value["bytes_after"]])
+                _count(entry)
+    _counts([value["bytes_before"], value["bytes_after"]])
     return ConversionReport.from_dict(value)
 
 
-def _integers(values: Any) -> None:
+def _counts(values: Any) -> None:
     for value in _typed(values, list):
-        _typed(value, int)
+        _count(value)
 
 
 def _decode_metadata(value: Any) -> Metadata:
@@ -183,7 +166,8 @@ def _decode_metadata(value: Any) -> Metadata:
     for key, kinds in (("mean", (int, float)), ("std", (int, float)), ("class_names", (str,))):
         for item in _typed(value.get(key) or [], list):
             _typed(item, *kinds)
-    _integers(value.get("input_size") or [])
+    _typed(value.get("crop_pct", 1.0), int, float)
+    _counts(value.get("input_size") or [])
     if len(value.get("input_size") or [0, 0, 0]) != 3:
         raise ValueError("`input_size` must be three integers")
     return Metadata.from_dict(value)
@@ -197,10 +181,19 @@ def _decode_provenance(value: Any) -> Provenance:
         ("stage", (int, none)),
         ("licence", (str, none)),
     ):
-        _typed(value.get(key), *kinds)
+        _typed(_typed(value, dict).get(key), *kinds)
     return Provenance.from_dict(value)
 
 
 def _decode_options(value: Any) -> dict[str, Any]:
     options: dict[str, Any] = _typed(value, dict)
+    _require_shallow(options, 0)
     return options
+
+
+def _require_shallow(value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _require_shallow(item, depth + 1)

@@ -7,6 +7,7 @@ outputs, computed by the reference backend. `replay` repeats it on any backend.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,21 +70,45 @@ class Proof:
             FileFormatError: the entry is not what `to_dict` makes.
         """
         try:
-            values = {i: tensors.pop(f"{_TENSOR_PREFIX}{int(i)}") for i in entry["values"]}
-            proof = cls(
-                entry["seed"],
-                {name: digest for name, digest in entry["maps"]},  # noqa: C416  (checks the pairs)
-                tuple(entry["outputs"]),
-                values,
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            maps, outputs, positions = entry["maps"], entry["outputs"], entry["values"]
+            _require(type(entry["seed"]) is int and 0 <= entry["seed"] < 1 << 63, "a seed")
+            _require(all(type(part) is list for part in (maps, outputs, positions)), "lists")
+            _require(all(map(_is_record, maps)), "maps by name")
+            _require(all(o is None or _is_digest(o) for o in outputs), "hashes of outputs")
+            whole = all(type(i) is int and 0 <= i < len(outputs) for i in positions)
+            _require(whole and positions == sorted(set(positions)), "positions of outputs")
+            values = {i: tensors.pop(f"{_TENSOR_PREFIX}{i}") for i in positions}
+            _require(all(outputs[i] is not None for i in positions), "hashes of what it holds")
+        except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"The file's header has a wrong proof: {error!r:.200}."
             ) from error
-        strings = [*proof.maps, *proof.maps.values(), *(o for o in proof.outputs if o is not None)]
-        if type(proof.seed) is not int or any(type(text) is not str for text in strings):
-            raise FileFormatError("The file's header has a wrong proof: it is no seed and hashes.")
-        return proof
+        named = {name: digest for name, digest in maps}  # noqa: C416  (a dict of lists)
+        if len(named) != len(maps):
+            raise FileFormatError("The file's header has a wrong proof: a map occurs twice.")
+        return cls(entry["seed"], named, tuple(outputs), values)
+
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"it lacks {what}")
+
+
+def _is_digest(value: Any) -> bool:
+    return type(value) is str and _DIGEST.fullmatch(value) is not None
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        type(value) is list
+        and len(value) == 2
+        and type(value[0]) is str
+        and len(value[0]) <= 1000
+        and _is_digest(value[1])
+    )
 
 
 def example_inputs(inputs: Sequence[InputSpec], seed: int) -> list[Tensor]:
