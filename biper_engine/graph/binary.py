@@ -220,22 +220,19 @@ _LIMIT = optional(
 _OPTIONAL = optional(TENSOR)
 
 
-def _one_or(count: int, low: int) -> Kind:
-    several, single = integers((count,), low), integers((1,), low)
-    return Kind(several.wanted, lambda v: several.accepts(v) or single.accepts([v]))
-
+_STEPS, _PADS, _SIDES = integers((2,), 1), integers((2,), 0), integers((4,), 0)
 
 _GEOMETRY = {
     "in_channels": COUNT,
-    "stride": _one_or(2, 1),
-    "padding": _one_or(4, 0),
-    "dilation": _one_or(2, 1),
+    "stride": _STEPS,
+    "padding": _SIDES,
+    "dilation": _STEPS,
     "groups": COUNT,
 }
 _EPILOGUE = {
     "residual": _OPTIONAL,
-    **{"pool_kernel_size": _one_or(2, 1), "pool_stride": _one_or(2, 1)},
-    **{"pool_padding": _one_or(2, 0), "pool_min": _OPTIONAL},
+    **{"pool_kernel_size": _STEPS, "pool_stride": _STEPS},
+    **{"pool_padding": _PADS, "pool_min": _OPTIONAL},
     **{"clamp_min": _LIMIT, "clamp_max": _LIMIT, "slope": _OPTIONAL, "shift": _OPTIONAL},
 }
 _OPERANDS = dict.fromkeys(("bits", "weight", "multiplier", "bias"), TENSOR)
@@ -259,8 +256,8 @@ OPERATORS: list[Operator] = [
     _operator(
         "bmaxpool2d",
         {
-            **{"bits": TENSOR, "channels": COUNT, "kernel_size": _one_or(2, 1)},
-            **{"stride": _one_or(2, 1), "padding": _one_or(2, 0), "take_and": _OPTIONAL},
+            **{"bits": TENSOR, "channels": COUNT, "kernel_size": _STEPS},
+            **{"stride": _STEPS, "padding": _PADS, "take_and": _OPTIONAL},
         },
         _max_pool,
     ),

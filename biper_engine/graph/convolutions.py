@@ -22,6 +22,7 @@ _PER_AXIS = (1, 2, 3)
 
 def fixed_sizes(x: Value, count: int, name: str) -> tuple[int, ...]:
     """Return the last sizes of a value, which must be at least 1 and the same for every batch."""
+    require(x.rank >= count, f"`{name}` (={x}) must have {count} dimensions or more")
     sizes = x.shape[x.rank - count :]
     for size in sizes:
         if not isinstance(size, int) or size < 1:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from biper_engine.graph import rows
 from biper_engine.graph.arguments import (
     DIM,
     DTYPE,
@@ -136,8 +135,10 @@ _STEP = Kind("an integer from 1", lambda v: type(v) is int and 1 <= v < 1 << 31)
 _SIZES = {"a": SIZE, "b": SIZE}
 
 
-def _operator(name: str, target: Any, arguments: dict[str, Kind], result: Any) -> Operator:
-    return Operator(name=name, target=target, arguments=arguments, result=result, rows=rows.mixes)
+def _operator(
+    name: str, target: Any, arguments: dict[str, Kind], result: Any, *also: Any
+) -> Operator:
+    return Operator(name=name, target=target, arguments=arguments, result=result, also=also)
 
 
 def _same_for_every_row(named: Mapping[str, Any], result: Any) -> bool:
@@ -153,17 +154,24 @@ def _likes() -> list[Operator]:
             arguments={"self": TENSOR, **more, **_DTYPE, "memory_format": LAYOUT},
             result=rule,
             rows=_same_for_every_row,
+            also=also,
         )
-        for name, target, more, rule in (
-            ("zeros", _aten.zeros_like.default, {}, _constant_like(0)),
-            ("ones", _aten.ones_like.default, {}, _constant_like(1)),
-            ("full", _aten.full_like.default, {"fill_value": NUMBER}, _full_like),
+        for name, target, more, rule, also in (
+            ("zeros", _aten.zeros_like.default, {}, _constant_like(0), (_aten.empty_like.default,)),
+            ("ones", _aten.ones_like.default, {}, _constant_like(1), ()),
+            ("full", _aten.full_like.default, {"fill_value": NUMBER}, _full_like, ()),
         )
     ]
 
 
 OPERATORS: list[Operator] = [
-    _operator("zeros", _aten.zeros.default, {"size": SHAPE, **_DTYPE}, _constant(0)),
+    _operator(
+        "zeros",
+        _aten.zeros.default,
+        {"size": SHAPE, **_DTYPE},
+        _constant(0),
+        _aten.empty.memory_format,
+    ),
     _operator("ones", _aten.ones.default, {"size": SHAPE, **_DTYPE}, _constant(1)),
     _operator("full", _aten.full.default, {"size": SHAPE, "fill_value": NUMBER, **_DTYPE}, _full),
     *_likes(),
@@ -172,6 +180,7 @@ OPERATORS: list[Operator] = [
         _aten.new_zeros.default,
         {"self": TENSOR, "size": SHAPE, **_DTYPE},
         _new_constant(0),
+        _aten.new_empty.default,
     ),
     _operator(
         "new_ones",

@@ -45,6 +45,8 @@ class Operator:
         result: from the arguments, all of them and by name, to the result: values of the right
             dtype, shape and channels. It raises MisfitError where they do not fit.
         rows: whether row i of the result depends on row i of each operand alone.
+        also: other targets with the same arguments, which files write as this one: whatever they
+            may give, this one gives.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Operator:
     arguments: Mapping[str, Kind]
     result: Rule
     rows: RowsRule = mixes
+    also: tuple[Any, ...] = ()
 
     @property
     def defaults(self) -> Mapping[str, Any]:

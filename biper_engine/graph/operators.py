@@ -38,7 +38,11 @@ OPERATORS: dict[str, Operator] = table(
 )
 """By name in files."""
 
-_BY_TARGET = {operator.target: operator for operator in OPERATORS.values()}
+_BY_TARGET = {
+    target: operator
+    for operator in OPERATORS.values()
+    for target in (operator.target, *operator.also)
+}
 
 
 def operator_for(target: Any) -> Operator | None:

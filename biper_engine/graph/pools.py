@@ -178,8 +178,8 @@ def _positions(
 def _columns(
     self: Value, kernel_size: _Sizes, dilation: _Sizes, padding: _Sizes, stride: _Sizes
 ) -> Value:
-    channels, height, width = fixed_sizes(self, 3, "self")
     _require_map(self, 2)
+    channels, height, width = fixed_sizes(self, 3, "self")
     count = _positions((height, width), kernel_size, dilation, padding, stride)
     return self.like(self.shape[0], channels * kernel_size[0] * kernel_size[1], count)
 

@@ -341,7 +341,8 @@ class CpuBackend(Backend):
         bits = bits.contiguous()
         n, h, w, _ = bits.shape
         x = _empty_map(n, channels, h, w, dtype)
-        native().unbinarize(n * h * w, channels, native_memory(bits), typed_memory(x), thread_count())
+        words_of_it = native_memory(bits)
+        native().unbinarize(n * h * w, channels, words_of_it, typed_memory(x), thread_count())
         return x
 
     def bmaxpool2d(

@@ -156,7 +156,8 @@ class CpuProgram:
         threshold, sense = (
             None if value is None else value.contiguous() for value in (threshold, sense)
         )
-        self._program.add_binarize(x.index, native_memory(threshold), native_memory(sense), out.index)
+        limits = native_memory(threshold), native_memory(sense)
+        self._program.add_binarize(x.index, *limits, out.index)
         self._kept.append((threshold, sense))
         return out
 

@@ -117,7 +117,7 @@ def _start(file: RegularFile) -> bytes:
             "again."
         )
     end = _LENGTH_BYTES + int.from_bytes(length[:_LENGTH_BYTES], "little")
-    if length[_LENGTH_BYTES:] != b"{" or end > _MAX_HEADER_BYTES:
+    if length[_LENGTH_BYTES:] != b"{" or not len(length) <= end <= _MAX_HEADER_BYTES:
         raise _foreign(file.name, length)
     if end > file.size:
         raise FileFormatError(

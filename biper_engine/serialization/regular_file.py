@@ -36,11 +36,12 @@ class RegularFile:
         self.name = os.fsdecode(os.fspath(path))
         # Without O_NONBLOCK, to open a pipe would wait until somebody writes to it.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        self._file = os.fdopen(_open(path, flags, self.name), "rb", buffering=0)
+        descriptor = _open(path, flags, self.name)
         try:
-            self.size = _checked_size(self.name, os.fstat(self._file.fileno()))
-        except FileFormatError:
-            self._file.close()
+            self.size = _checked_size(self.name, os.fstat(descriptor))
+            self._file = os.fdopen(descriptor, "rb", buffering=0)
+        except BaseException:
+            os.close(descriptor)
             raise
 
     def __enter__(self) -> Self:

@@ -1,8 +1,8 @@
 """Networks whose files are mutated: together they call every declared operator.
 
-Weights are small multiples of 1/4, as are the images that they get. Sums of their products are exact
-in float32 in whatever order they are taken, so that native programs and the reference must agree bit
-for bit.
+Weights are small multiples of 1/4, as are the images that they get. Sums of their products are
+exact in float32 in whatever order they are taken, so that native programs and the reference must
+agree bit for bit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def exact_classifier() -> Engine:
 
 
 def binary_network(dtype: torch.dtype = torch.float32) -> Engine:
-    """Residuals, groups, dilation, fused and separate pools, every epilogue; in one stream dtype."""
+    """Residuals, groups, dilation, fused and separate pools, every epilogue; in one dtype."""
     g = ExactBuilder(5)
     x = g.input("x")
     if dtype != torch.float32:
@@ -171,7 +171,9 @@ class _CallBuilder(ExactBuilder):
         )
         said = declared.infer({key: _described(value) for key, value in arguments.items()})
         if isinstance(said, tuple):
-            picks = [self.call(f"{node.name}_{i}", operator.getitem, node, i) for i in range(len(said))]
+            picks = [
+                self.call(f"{node.name}_{i}", operator.getitem, node, i) for i in range(len(said))
+            ]
             self.outputs.extend(picks)
         else:
             self.outputs.append(node)

@@ -31,7 +31,17 @@ INTEGERS = (
 FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 3.5, 1e-45, 1e38, 1e39, -1e39, 1e308, 1e-308)
 STRINGS = (
     *("", "*", "x", "float32", "int8", "none", "tanh", "é", "\u0000", "a b", "__class__", "self"),
-    *("print", "forward", "graph_module", "..", "a.b", "\ud800", "reference", "x" * 3000, "_modules"),
+    *(
+        "print",
+        "forward",
+        "graph_module",
+        "..",
+        "a.b",
+        "\ud800",
+        "reference",
+        "x" * 3000,
+        "_modules",
+    ),
     *("training", "proof/output/0", "a'b", "a." * 400 + "b", "class", "0", "nan"),
 )
 NAMED_FLOATS = ("nan", "inf", "-inf")
@@ -150,7 +160,9 @@ def new_call(r: random.Random, h: Header, t: Tensors) -> None:
         "args": {key: _argument(r, item, names) for key, item in arguments.items()},
     }
     h["graph"].insert(at, node)
-    later = [n for n in h["graph"][at + 1 :] if isinstance(n, dict) and isinstance(n.get("args"), dict)]
+    later = [
+        n for n in h["graph"][at + 1 :] if isinstance(n, dict) and isinstance(n.get("args"), dict)
+    ]
     if later and r.random() < 0.6:
         taker = r.choice(later)
         keys = [k for k, v in taker["args"].items() if isinstance(v, dict) and "node" in v]
@@ -320,6 +332,14 @@ def mutate(r: random.Random, header: Header, tensors: Tensors) -> list[str]:
         names.append(mutation.__name__)
         try:
             mutation(r, header, tensors)
-        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):
             continue  # nothing in this file to change so, perhaps after what came before
     return names

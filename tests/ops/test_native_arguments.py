@@ -65,9 +65,7 @@ def native_conv() -> tuple[Any, Tensor, Tensor]:
 TYPES = {torch.float32: 1, torch.int32: 5, torch.bool: 6}
 
 
-def memory(
-    tensor: Tensor, *, elements: int | None = None, shift: int = 0
-) -> tuple[int, int, int]:
+def memory(tensor: Tensor, *, elements: int | None = None, shift: int = 0) -> tuple[int, int, int]:
     count = tensor.numel() if elements is None else elements
     return tensor.data_ptr() + shift, count, TYPES[tensor.dtype]
 
@@ -161,15 +159,30 @@ def test_maps_and_pools_are_checked() -> None:
             lambda: _cpu.binarize(4, 33, (*memory(floats)[:2], 7), None, None, memory(words), 1),
             "`type`",
         ),
-        (lambda: _cpu.binarize(4, 0, (*memory(floats)[:2], 1), None, None, memory(words), 1), "chann"),
-        (lambda: _cpu.binarize(5, 33, (*memory(floats)[:2], 1), None, None, memory(words), 1), "`x`"),
+        (
+            lambda: _cpu.binarize(4, 0, (*memory(floats)[:2], 1), None, None, memory(words), 1),
+            "chann",
+        ),
+        (
+            lambda: _cpu.binarize(5, 33, (*memory(floats)[:2], 1), None, None, memory(words), 1),
+            "`x`",
+        ),
         (
             lambda: _cpu.binarize(
-                4, 33, (*memory(floats)[:2], 1), memory(floats, elements=32), None, memory(words[:8]), 1
+                4,
+                33,
+                (*memory(floats)[:2], 1),
+                memory(floats, elements=32),
+                None,
+                memory(words[:8]),
+                1,
             ),
             "`threshold` has 32",
         ),
-        (lambda: _cpu.unbinarize(4, 33, memory(words), (*memory(floats)[:2], 1), 1), "`bits` has 12"),
+        (
+            lambda: _cpu.unbinarize(4, 33, memory(words), (*memory(floats)[:2], 1), 1),
+            "`bits` has 12",
+        ),
         (
             lambda: _cpu.maxpool(
                 1, 3, 4, 9, (2, 2, 1, 1, 2, 0), memory(words), None, memory(words), 1
