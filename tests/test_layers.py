@@ -20,7 +20,7 @@ MAX_LINES = 500
 # bottom up; a unit may import the units before it in its own column, and those of the base.
 BASE = ("errors", "files", "metadata", "preprocessing")
 INFERENCE = (
-    *("bits", "geometry", "kernels", "_cpu", "_cuda", "ops", "runtime"),
+    *("bits", "geometry", "kernels", "_cpu", "_cuda", "ops", "graph", "runtime"),
     *("report", "engine", "serialization", "conversion", "bench"),
 )
 TRAINING = ("nn", "models", "training")

@@ -27,7 +27,7 @@ from biper_engine.ops.native_arguments import (
     channels_last,
     contiguous,
     geometry_values,
-    memory,
+    native_memory,
     pool_values,
     typed_memory,
 )
@@ -237,11 +237,11 @@ def native_conv(
     names = ("multiplier", "bias", "slope", "shift", "threshold", "sense", "pool_min")
     conv = native().Conv(
         geometry_values(geometry),
-        memory(prepacked),
+        native_memory(prepacked),
         pool=pool_values(epilogue.pool),
         clamp_min=epilogue.clamp_min,
         clamp_max=epilogue.clamp_max,
-        **{name: memory(tensors.get(name)) for name in names},
+        **{name: native_memory(tensors.get(name)) for name in names},
     )
     return conv, (prepacked, tensors)
 
@@ -292,10 +292,10 @@ class _Fused:
             batch,
             height,
             width,
-            memory(bits),
+            native_memory(bits),
             typed_memory(residual),
             typed_memory(floats),
-            memory(packed),
+            native_memory(packed),
             thread_count(),
         )
         return floats, packed
@@ -325,7 +325,7 @@ class CpuBackend(Backend):
         shape, dtype = self.prepack_layout(geometry)
         weight = weight.contiguous()
         prepacked = weight.new_empty(shape, dtype=dtype)
-        native().prepack(geometry_values(geometry), memory(weight), memory(prepacked))
+        native().prepack(geometry_values(geometry), native_memory(weight), native_memory(prepacked))
         return prepacked
 
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
@@ -336,9 +336,9 @@ class CpuBackend(Backend):
             n * h * w,
             c,
             typed_memory(x),
-            memory(threshold),
-            memory(sense),
-            memory(packed),
+            native_memory(threshold),
+            native_memory(sense),
+            native_memory(packed),
             thread_count(),
         )
         return packed
@@ -347,7 +347,8 @@ class CpuBackend(Backend):
         bits = bits.contiguous()
         n, h, w, _ = bits.shape
         x = _empty_map(n, channels, h, w, dtype)
-        native().unbinarize(n * h * w, channels, memory(bits), typed_memory(x), thread_count())
+        words_of_it = native_memory(bits)
+        native().unbinarize(n * h * w, channels, words_of_it, typed_memory(x), thread_count())
         return x
 
     def bmaxpool2d(
@@ -362,9 +363,9 @@ class CpuBackend(Backend):
             w,
             channels,
             pool_values(pool),
-            memory(bits),
-            memory(take_and),
-            memory(out),
+            native_memory(bits),
+            native_memory(take_and),
+            native_memory(out),
             thread_count(),
         )
         return out
@@ -376,8 +377,8 @@ class CpuBackend(Backend):
         prepacked = self._prepacked(weight, geometry, prepacked)
         n, h, w, _ = bits.shape
         dots = _empty_map(n, geometry.out_channels, *geometry.output_size(h, w), torch.int32)
-        conv = native().Conv(geometry_values(geometry), memory(prepacked))
-        conv.accumulate(n, h, w, memory(bits), memory(dots), thread_count())
+        conv = native().Conv(geometry_values(geometry), native_memory(prepacked))
+        conv.accumulate(n, h, w, native_memory(bits), native_memory(dots), thread_count())
         return dots
 
     def bconv2d_fused(

@@ -19,7 +19,7 @@ from biper_engine.bits import words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.cpu import native, native_conv, thread_count
 from biper_engine.ops.epilogue import Epilogue
-from biper_engine.ops.native_arguments import geometry_values, memory
+from biper_engine.ops.native_arguments import geometry_values, native_memory
 
 __all__ = ["Clamp", "CpuProgram", "Map"]
 
@@ -137,13 +137,13 @@ class CpuProgram:
         )
         conv = native().FloatConv(
             geometry_values(geometry),
-            memory(ordered),
-            memory(bias),
+            native_memory(ordered),
+            native_memory(bias),
             pool=_window(pool.kernel_size, pool.stride, pool.padding),
             clamp_min=clamp.low,
             clamp_max=clamp.high,
-            threshold=memory(threshold),
-            sense=memory(sense),
+            threshold=native_memory(threshold),
+            sense=native_memory(sense),
         )
         rows, columns = pool.output_size(*geometry.output_size(x.height, x.width))
         outs = self._outs(geometry.out_channels, rows, columns, want_float, want_bits)
@@ -156,7 +156,8 @@ class CpuProgram:
         threshold, sense = (
             None if value is None else value.contiguous() for value in (threshold, sense)
         )
-        self._program.add_binarize(x.index, memory(threshold), memory(sense), out.index)
+        limits = native_memory(threshold), native_memory(sense)
+        self._program.add_binarize(x.index, *limits, out.index)
         self._kept.append((threshold, sense))
         return out
 
@@ -165,7 +166,7 @@ class CpuProgram:
         out = self.add_map(bits.channels, *pool.output_size(bits.height, bits.width), packed=True)
         take_and = None if take_and is None else take_and.contiguous()
         window = _window(pool.kernel_size, pool.stride, pool.padding)
-        self._program.add_bit_pool(bits.index, window, memory(take_and), out.index)
+        self._program.add_bit_pool(bits.index, window, native_memory(take_and), out.index)
         return out
 
     def average(

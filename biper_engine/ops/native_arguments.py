@@ -13,6 +13,7 @@ __all__ = [
     "contiguous",
     "geometry_values",
     "memory",
+    "native_memory",
     "pool_values",
     "typed_memory",
 ]
@@ -20,10 +21,34 @@ __all__ = [
 STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 """Dtypes as the modules count them; bytes are images, for csrc/cuda alone."""
 
+_MEMORY_TYPES = {torch.float32: 1, torch.int32: 5, torch.bool: 6}
+"""Dtypes of parameters, packed maps and accumulators, as csrc/cpu counts them."""
+
 
 def memory(tensor: Tensor | None) -> tuple[int, int] | None:
     """Return address and elements."""
     return None if tensor is None else (tensor.data_ptr(), tensor.numel())
+
+
+def native_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    """Return address, elements and type of a tensor for csrc/cpu.
+
+    Raises:
+        ValueError: it is no float32, int32 or bool tensor on the CPU, or its memory has gaps.
+    """
+    if tensor is None:
+        return None
+    kind = _MEMORY_TYPES.get(tensor.dtype)
+    dense = tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+    if kind is None or not dense or tensor.device.type != "cpu":
+        raise ValueError(
+            f"A native step takes float32, int32 or bool tensors without gaps in memory of the "
+            f"CPU, but this one is {tensor.dtype} {list(tensor.shape)} with strides "
+            f"{list(tensor.stride())} on {tensor.device}."
+        )
+    return tensor.data_ptr(), tensor.numel(), kind
 
 
 def typed_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:

@@ -8,25 +8,19 @@ way in. The format is 0, and may change, until release 1.0.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 
-from biper_engine.engine import Engine, InputSpec
+from biper_engine.engine import Engine
 from biper_engine.errors import FileFormatError
 from biper_engine.runtime import output_values
 from biper_engine.serialization import container, graph_format
 from biper_engine.serialization.backend_check import check_backend
+from biper_engine.serialization.graph_decoding import decode
 from biper_engine.serialization.header import engine_arguments, engine_entries
-from biper_engine.serialization.proof import (
-    BATCH,
-    Proof,
-    example_inputs,
-    make_proof,
-    replay,
-)
+from biper_engine.serialization.json_text import canonical_json
+from biper_engine.serialization.proof import Proof, example_inputs, make_proof, replay
 from biper_engine.serialization.reports import BackendReport, NodeReport, ProofReport
-from biper_engine.serialization.shapes import check_shapes
 
 __all__ = [
     "BackendReport",
@@ -56,11 +50,10 @@ def save(engine: Engine, path: str | os.PathLike[str]) -> None:
     """
     nodes, constants = graph_format.encode(engine.graph_module)
     entries = {**engine_entries(engine), "graph": nodes}
-    container.canonical_json(entries)  # fails before the work
+    canonical_json(entries)  # fails before the work
     with torch.inference_mode(False):
         tensors = {name: tensor.detach().cpu() for name, tensor in constants.items()}
-        module = graph_format.decode(nodes, tensors)
-        _check_shapes(module, engine.signature.inputs)
+        module = decode(nodes, tensors, engine.signature.inputs)
         proof = make_proof(module, engine.signature.inputs, SEED)
     entries["proof"] = proof.to_dict()
     container.write(path, entries, {**tensors, **proof.tensors()})
@@ -89,24 +82,15 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
 
 def _engine(header: dict[str, object], tensors: dict[str, torch.Tensor]) -> Engine:
     arguments = engine_arguments(header)
-    proof = Proof.from_dict(header.get("proof"), tensors)
-    module = graph_format.decode(header.get("graph"), tensors)
     signature = arguments["signature"]
+    proof = Proof.from_dict(header.get("proof"), tensors)
+    module = decode(header.get("graph"), tensors, signature.inputs)
     outputs = len(output_values(module.graph))
     if outputs != signature.out_spec.num_leaves or outputs != len(proof.outputs):
         raise FileFormatError(
             f"The graph returns {outputs} values, its signature "
             f"{signature.out_spec.num_leaves}, its proof {len(proof.outputs)}; the file was edited."
         )
-    try:
-        engine = Engine(module, **arguments)
-    except ValueError as error:
-        raise FileFormatError(f"The file's graph and signature disagree: {error}") from error
-    _check_shapes(engine.graph_module, signature.inputs)
+    engine = Engine(module, **arguments)
     engine.proof = proof
     return engine
-
-
-def _check_shapes(module: torch.fx.GraphModule, inputs: Sequence[InputSpec]) -> None:
-    shapes = [(i.dtype, [BATCH if size is None else size for size in i.shape]) for i in inputs]
-    check_shapes(module, shapes)

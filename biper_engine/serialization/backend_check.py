@@ -12,7 +12,7 @@ from biper_engine.engine import Engine
 from biper_engine.ops.backends import by_name, forced_name, use_backend
 from biper_engine.runtime import biper_op, interpret, node_backend
 from biper_engine.serialization.execution import call_node, digest, exactly, forced
-from biper_engine.serialization.proof import example_inputs
+from biper_engine.serialization.proof import BYTES, Proof, example_inputs
 from biper_engine.serialization.reports import BackendReport, NodeReport
 
 __all__ = ["check_backend"]
@@ -43,7 +43,8 @@ def check_backend(
         by_name(backend)
     device = engine.device or torch.device("cpu")
     if inputs is None:
-        inputs = example_inputs(engine.signature.inputs, seed)
+        bound = engine.proof.bound if isinstance(engine.proof, Proof) else BYTES
+        inputs = example_inputs(engine.signature.inputs, seed, bound)
     module, rows = engine.graph_module, []
 
     def call(node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -4,25 +4,27 @@ A file is what safetensors defines: eight bytes of header length, a JSON header 
 and offsets, and the tensors' bytes. The key `biper` of its `__metadata__` holds our header,
 canonical JSON: keys sorted, no spaces, ASCII, no NaN. The entry `sha256` is the SHA-256 of the
 whole file with the sum's own 64 digits written as zeros, so that it covers every other byte.
+
+The header is read and checked first. What it promises is held against the size of the file before
+memory is taken for any tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, deserialize
 from safetensors.torch import save as _to_safetensors
 from torch import Tensor
 
 from biper_engine.errors import FileFormatError
 from biper_engine.files import write_atomically
+from biper_engine.serialization.json_text import canonical_json, parse
+from biper_engine.serialization.regular_file import RegularFile
+from biper_engine.serialization.tensor_table import DTYPES, tensor_table
 
 __all__ = ["FORMAT", "read", "write"]
 
@@ -34,19 +36,6 @@ _NO_SUM = "0" * 64
 _SUM = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-
 _FOREIGN = (
     (b"PK\x03\x04", "a torch checkpoint (a zip archive)", "run `biper convert` on it"),
     (b"\x80", "a pickle, probably an old torch checkpoint", "run `biper convert` on it"),
@@ -55,20 +44,6 @@ _FOREIGN = (
     (b"GGUF", "a GGUF file", "biper_engine cannot read those"),
     (b"\x08", "perhaps an ONNX model", "convert the PyTorch model instead"),
 )
-
-
-def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value.
-
-    Raises:
-        FileFormatError: it holds something that JSON has no form for.
-    """
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise FileFormatError(
-            f"The engine cannot be saved: its header is not JSON: {error}."
-        ) from error
 
 
 def write(
@@ -87,7 +62,8 @@ def write(
     """
     text = canonical_json({**header, "format": FORMAT, "sha256": _NO_SUM})
     blob = _to_safetensors(_plain(tensors), {"biper": text})
-    matches = list(_SUM.finditer(blob, 0, _header_end(blob)))
+    header_end = _LENGTH_BYTES + int.from_bytes(blob[:_LENGTH_BYTES], "little")
+    matches = list(_SUM.finditer(blob, 0, header_end))
     if len(matches) != 1:
         raise FileFormatError("The engine cannot be saved: `sha256` occurs twice in its header.")
     start, end = matches[0].span(1)
@@ -99,10 +75,10 @@ def write(
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to contiguous CPU memory of their own, as safetensors wants them."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES.values():
+        if tensor.dtype not in DTYPES.values():
             raise FileFormatError(
                 f"The engine cannot be saved: tensor {name!r} is {tensor.dtype}; files hold "
-                f"{', '.join(str(d).removeprefix('torch.') for d in _DTYPES.values())}."
+                f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES.values())}."
             )
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
@@ -119,52 +95,49 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         FileFormatError: the message says what came, what was wanted and what to do.
         OSError: there is no such file, or it cannot be read.
     """
-    blob = Path(path).read_bytes()
-    name = os.fspath(path)
-    outer = _outer_header(name, blob)
-    header = _our_header(name, outer)
-    _check_size(name, blob, outer)
-    _check_format(name, header)
-    _check_sum(name, blob, header)
-    return header, _tensors(name, blob)
+    with RegularFile(path) as file:
+        start = _start(file)
+        outer = _outer_header(file, start)
+        header = _our_header(file.name, outer)
+        _check_format(file.name, header)
+        table = tensor_table(file.name, outer, len(start), file.size)
+        digest = _digest_without_sum(file.name, start, header)
+        tensors = {entry.name: entry.read(file, digest) for entry in table}
+        if digest.hexdigest() != header["sha256"]:
+            raise _wrong_sum(file.name)
+    return header, tensors
 
 
-def _header_end(blob: bytes) -> int:
-    return _LENGTH_BYTES + int.from_bytes(blob[:_LENGTH_BYTES], "little")
-
-
-def _outer_header(name: str, blob: bytes) -> dict[str, Any]:
-    if len(blob) <= _LENGTH_BYTES:
+def _start(file: RegularFile) -> bytes:
+    """Return the file up to the end of its header."""
+    length = file.read(_LENGTH_BYTES + 1)
+    if len(length) <= _LENGTH_BYTES:
         raise FileFormatError(
-            f"{name} is {len(blob)} bytes, too short for any .biper file; copy or save it again."
+            f"{file.name} is {file.size} bytes, too short for any .biper file; copy or save it "
+            "again."
         )
-    end = _header_end(blob)
-    if blob[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{" or end > _MAX_HEADER_BYTES:
-        raise _foreign(name, blob)
-    if end > len(blob):
+    end = _LENGTH_BYTES + int.from_bytes(length[:_LENGTH_BYTES], "little")
+    if length[_LENGTH_BYTES:] != b"{" or not len(length) <= end <= _MAX_HEADER_BYTES:
+        raise _foreign(file.name, length)
+    if end > file.size:
         raise FileFormatError(
-            f"{name} is truncated: file is {len(blob):,} bytes, its header alone needs {end:,}; "
-            "copy or download it again."
+            f"{file.name} is truncated: file is {file.size:,} bytes, its header alone needs "
+            f"{end:,}; copy or download it again."
         )
-    outer = _parse(name, blob[_LENGTH_BYTES:end])
+    return length + file.read(end - len(length))
+
+
+def _outer_header(file: RegularFile, start: bytes) -> dict[str, Any]:
+    outer = parse(file.name, start[_LENGTH_BYTES:])
     if not isinstance(outer, dict):
-        raise _foreign(name, blob)
+        raise _foreign(file.name, start)
     return outer
 
 
-def _parse(name: str, text: bytes | str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(
-            f"{name} is damaged: its header is not JSON ({error}); copy or save it again."
-        ) from error
-
-
-def _foreign(name: str, blob: bytes) -> FileFormatError:
+def _foreign(name: str, start: bytes) -> FileFormatError:
     kind, advice = "of an unknown kind", "pass a file that `engine.save` wrote"
     for magic, looks_like, action in _FOREIGN:
-        if blob.startswith(magic):
+        if start.startswith(magic):
             kind, advice = looks_like, action
             break
     return FileFormatError(f"{name} is not a .biper file: this is {kind}; {advice}.")
@@ -178,85 +151,41 @@ def _our_header(name: str, outer: Mapping[str, Any]) -> dict[str, Any]:
             f"{name} is not a .biper file: this is a safetensors file without the header `biper`, "
             "probably plain weights; convert the model that they belong to."
         )
-    header = _parse(name, text)
+    header = parse(name, text)
     if not isinstance(header, dict):
         raise FileFormatError(f"{name} is damaged: its header `biper` is no JSON object.")
     return header
 
 
-def _check_size(name: str, blob: bytes, outer: Mapping[str, Any]) -> None:
-    try:
-        ends = [
-            int(entry["data_offsets"][1]) for key, entry in outer.items() if key != "__metadata__"
-        ]
-    except (TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
-        raise FileFormatError(
-            f"{name} is damaged: its table of tensors is unreadable; copy or save it again."
-        ) from error
-    promised = _header_end(blob) + max(ends, default=0)
-    if len(blob) < promised:
-        raise FileFormatError(
-            f"{name} is truncated: file is {len(blob):,} bytes, header promises {promised:,}; copy "
-            "or download it again."
-        )
-    if len(blob) > promised:
-        raise FileFormatError(
-            f"{name} has bytes after its end: file is {len(blob):,} bytes, header promises "
-            f"{promised:,}; copy or download it again."
-        )
-
-
 def _check_format(name: str, header: Mapping[str, Any]) -> None:
     version = header.get("format")
     if type(version) is not int:
-        raise FileFormatError(f"{name} is damaged: its format version is {version!r}, no integer.")
+        raise FileFormatError(
+            f"{name} is damaged: its format version is {version!r:.100}, no integer."
+        )
     if version > FORMAT:
         raise FileFormatError(
-            f"{name} has format {version}, but this version of biper_engine reads up to {FORMAT}; "
-            "upgrade with `pip install -U biper-engine`."
+            f"{name} has format {version!r:.100}, but this version of biper_engine reads up to "
+            f"{FORMAT}; upgrade with `pip install -U biper-engine`."
         )
     if version < 0:
-        raise FileFormatError(f"{name} has format {version}; there is none below 0.")
+        raise FileFormatError(f"{name} has format {version!r:.100}; there is none below 0.")
 
 
-def _check_sum(name: str, blob: bytes, header: Mapping[str, Any]) -> None:
-    matches = list(_SUM.finditer(blob, 0, _header_end(blob)))
-    if len(matches) == 1:
-        start, end = matches[0].span(1)
-        digest = hashlib.sha256(blob[:start])
-        digest.update(_NO_SUM.encode())
-        digest.update(memoryview(blob)[end:])
-        if digest.hexdigest() == header.get("sha256"):
-            return
-    raise FileFormatError(
+def _digest_without_sum(name: str, start: bytes, header: Mapping[str, Any]) -> Any:
+    """Return the SHA-256 of the file up to the end of its header, the sum's digits as zeros."""
+    matches = list(_SUM.finditer(start))
+    if len(matches) != 1 or matches[0].group(1).decode() != header.get("sha256"):
+        raise _wrong_sum(name)
+    first, end = matches[0].span(1)
+    digest = hashlib.sha256(start[:first])
+    digest.update(_NO_SUM.encode())
+    digest.update(start[end:])
+    return digest
+
+
+def _wrong_sum(name: str) -> FileFormatError:
+    return FileFormatError(
         f"{name} was edited or damaged: its SHA-256 is not the one in its header; copy it again, "
         "or save it again from the engine."
     )
-
-
-def _tensors(name: str, blob: bytes) -> dict[str, Tensor]:
-    try:
-        entries = deserialize(blob)  # type: ignore[no-untyped-call]
-    except SafetensorError as error:
-        raise FileFormatError(f"{name} is damaged: {error}; copy or save it again.") from error
-    return {key: _tensor(name, key, entry) for key, entry in entries}
-
-
-def _tensor(name: str, key: str, entry: Mapping[str, Any]) -> Tensor:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise FileFormatError(
-            f"{name} cannot be read: tensor {key!r} has dtype {entry['dtype']}; known are "
-            f"{', '.join(_DTYPES)}."
-        )
-    data, shape = bytearray(entry["data"]), entry["shape"]
-    try:
-        if not data:
-            return torch.empty(shape, dtype=dtype)
-        if dtype == torch.bool:  # any byte may stand in a file, only 0 and 1 in a bool tensor
-            return torch.frombuffer(data, dtype=torch.uint8).reshape(shape).ne(0)
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
-    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
-        raise FileFormatError(
-            f"{name} is damaged: tensor {key!r} cannot have shape {shape}; save it again."
-        ) from error

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import FileFormatError
+from biper_engine.graph import DTYPES
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport
-from biper_engine.runtime import CONSTANT_TYPES, Leaf, marked_structure, structure_of
-from biper_engine.serialization.graph_format import DTYPES
+from biper_engine.runtime import CONSTANT_TYPES, structure_of
+from biper_engine.serialization.forms import decode_form, encode_constant, encode_form
 
 __all__ = ["engine_arguments", "engine_entries"]
 
 T = TypeVar("T")
 
-_LEAF = "*"
-_SMALL = 1 << 40  # sizes beyond it are damage, not tensors
+_MOST_SIZE = 1 << 31
+_MOST = 1 << 62  # of counts; no network has as many operations
+_MAX_RANK = 8
+_MAX_INPUTS = 1024
+_MAX_DEPTH = 32  # of lists and objects in `options`
 
 
 def engine_entries(engine: Engine) -> dict[str, Any]:
     """Return the header entries of an engine, apart from graph and proof.
 
     Raises:
-        FileFormatError: inputs or outputs are no nested tuples, lists and dicts of tensors and
-            constants.
+        FileFormatError: inputs or outputs have a form that files cannot hold.
     """
     metadata, provenance = engine.metadata, engine.provenance
     return {
@@ -63,10 +62,10 @@ def _entry(header: Mapping[str, Any], name: str, decode: Callable[[Any], T]) -> 
         return decode(header[name])
     except FileFormatError:
         raise
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise FileFormatError(
-            f"The file's header has a wrong entry `{name}` ({type(error).__name__}: {error}); the "
-            "file was edited, or written by another program."
+            f"The file's header has a wrong entry `{name}` ({type(error).__name__}: "
+            f"{error!s:.300}); the file was edited, or written by another program."
         ) from error
 
 
@@ -79,8 +78,8 @@ def _optional(decode: Callable[[Any], T]) -> Callable[[Any], T | None]:
 
 def _encode_signature(signature: Signature) -> dict[str, Any]:
     return {
-        "in": _encode_form(signature.in_spec, "inputs"),
-        "out": _encode_form(signature.out_spec, "outputs"),
+        "in": encode_form(signature.in_spec, "inputs"),
+        "out": encode_form(signature.out_spec, "outputs"),
         "inputs": [
             {
                 "name": spec.name,
@@ -90,89 +89,27 @@ def _encode_signature(signature: Signature) -> dict[str, Any]:
             for spec in signature.inputs
         ],
         "names": list(signature.names),
-        "defaults": [[name, _encode_constant(value)] for name, value in signature.defaults],
+        "defaults": [[name, encode_constant(value)] for name, value in signature.defaults],
     }
 
 
-def _encode_form(spec: pytree.TreeSpec, what: str) -> Any:
-    """Encode a pytree: "*" is a tensor; dicts keep their order, so they are lists of pairs."""
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, Leaf):
-            return _LEAF
-        if type(value) in CONSTANT_TYPES:
-            return _encode_constant(value)
-        if type(value) in (tuple, list):
-            return {type(value).__name__: [encode(item) for item in value]}
-        if type(value) in (dict, OrderedDict) and all(type(key) is str for key in value):
-            kind = "dict" if type(value) is dict else "ordered_dict"
-            return {kind: [[key, encode(item)] for key, item in value.items()]}
-        if pytree.is_namedtuple_instance(value):
-            fields = [[key, encode(item)] for key, item in zip(value._fields, value, strict=True)]
-            return {"named_tuple": fields, "name": type(value).__name__}
-        raise FileFormatError(
-            f"The engine cannot be saved: its {what} contain a {type(value).__name__}; files hold "
-            "tuples, lists, named tuples, and dicts with string keys. Wrap the model to take and "
-            "return those."
-        )
-
-    return encode(marked_structure(spec))
-
-
-def _encode_constant(value: Any) -> dict[str, Any]:
-    text = isinstance(value, float) and not math.isfinite(value)
-    return {"float": str(value)} if text else {"value": value}
-
-
-def _decode_form(value: Any) -> Any:
-    """Return a tree like the encoded one, with a mark for every tensor."""
-    match value:
-        case "*":
-            return Leaf()
-        case {"value": constant, **rest} if not rest:
-            return _typed(constant, *CONSTANT_TYPES)
-        case {"float": "inf" | "-inf" | "nan" as number, **rest} if not rest:
-            return float(number)
-        case {"tuple": list(items), **rest} if not rest:
-            return tuple(_decode_form(item) for item in items)
-        case {"list": list(items), **rest} if not rest:
-            return [_decode_form(item) for item in items]
-        case {"dict": list(pairs), **rest} if not rest:
-            return _decode_pairs(pairs)
-        case {"ordered_dict": list(pairs), **rest} if not rest:
-            return OrderedDict(_decode_pairs(pairs))
-        case {"named_tuple": list(pairs), "name": str(name), **rest} if not rest:
-            fields = _decode_pairs(pairs)
-            return _named_tuple(name, tuple(fields))(*fields.values())
-    raise ValueError(f"{value!r:.100} is no form of inputs or outputs")
-
-
-def _decode_pairs(pairs: list[Any]) -> dict[str, Any]:
-    decoded = {_typed(key, str): _decode_form(item) for key, item in pairs}
-    if len(decoded) != len(pairs):
-        raise ValueError("a form of inputs or outputs has a key twice")
-    return decoded
-
-
-@lru_cache(maxsize=256)  # so that two engines with one form have one class
-def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
-    return namedtuple(name, fields)
-
-
 def _decode_signature(value: Any) -> Signature:
-    form = _decode_form(value["in"])
+    form = decode_form(value["in"])
     match form:
-        case (tuple(), dict()):
+        case (tuple(), dict()) if type(form) is tuple:
             pass
         case _:
             raise ValueError("the form of the inputs must be (args, kwargs)")
+    inputs = tuple(_decode_input(entry) for entry in _typed(value["inputs"], list))
+    if not 1 <= len(inputs) <= _MAX_INPUTS:
+        raise ValueError(f"a network takes 1 to {_MAX_INPUTS} tensors, not {len(inputs)}")
     return Signature(
         in_spec=structure_of(form),
-        out_spec=structure_of(_decode_form(value["out"])),
-        inputs=tuple(_decode_input(entry) for entry in value["inputs"]),
+        out_spec=structure_of(decode_form(value["out"])),
+        inputs=inputs,
         names=tuple(_typed(name, str) for name in _typed(value.get("names", []), list)),
         defaults=tuple(
-            (name, _constant(_decode_form(default)))
+            (name, _constant(decode_form(default)))
             for name, default in _decode_defaults(value.get("defaults", []))
         ),
     )
@@ -190,10 +127,12 @@ def _decode_input(entry: Mapping[str, Any]) -> InputSpec:
     sizes = entry["shape"]
     if not isinstance(sizes, list) or not sizes or sizes[0] is not None:
         raise ValueError(f"the shape {sizes!r:.100} must be a list that begins with null")
+    if len(sizes) > _MAX_RANK:
+        raise ValueError(f"the shape has {len(sizes)} sizes")
     for size in sizes[1:]:
-        if not 0 <= _typed(size, int) < _SMALL:
-            raise ValueError(f"the size {size} is out of range")
-    dtype: torch.dtype = DTYPES[entry["dtype"]]
+        if not 0 <= _typed(size, int) < _MOST_SIZE:
+            raise ValueError(f"the size {size!r:.100} is out of range")
+    dtype: torch.dtype = DTYPES[_typed(entry["dtype"], str)]
     return InputSpec(_typed(entry["name"], str), dtype, tuple(sizes))
 
 
@@ -207,6 +146,12 @@ def _typed(value: Any, *kinds: type) -> Any:
     return value
 
 
+def _count(value: Any) -> int:
+    if not 0 <= _typed(value, int) < _MOST:
+        raise ValueError(f"{value!r:.100} is no count")
+    return int(value)
+
+
 _LAYER_TYPES = {
     **{"name": str, "kind": str, "reason": str},
     **{"packed": bool, "binary": bool, "binary_weight": bool},
@@ -214,19 +159,21 @@ _LAYER_TYPES = {
 
 
 def _decode_report(value: Any) -> ConversionReport:
-    for layer in value["layers"]:
+    for layer in _typed(value["layers"], list):
         for key, entry in layer.items():
             if key == "shape":
-                _integers(entry)
+                _counts(entry)
+            elif key in _LAYER_TYPES:
+                _typed(entry, _LAYER_TYPES[key])
             else:
-                _typed(entry, _LAYER_TYPES.get(key, int))
-    _integers([value["bytes_before"], value["bytes_after"]])
+                _count(entry)
+    _counts([value["bytes_before"], value["bytes_after"]])
     return ConversionReport.from_dict(value)
 
 
-def _integers(values: Any) -> None:
+def _counts(values: Any) -> None:
     for value in _typed(values, list):
-        _typed(value, int)
+        _count(value)
 
 
 def _decode_metadata(value: Any) -> Metadata:
@@ -234,7 +181,8 @@ def _decode_metadata(value: Any) -> Metadata:
     for key, kinds in (("mean", (int, float)), ("std", (int, float)), ("class_names", (str,))):
         for item in _typed(value.get(key) or [], list):
             _typed(item, *kinds)
-    _integers(value.get("input_size") or [])
+    _typed(value.get("crop_pct", 1.0), int, float)
+    _counts(value.get("input_size") or [])
     if len(value.get("input_size") or [0, 0, 0]) != 3:
         raise ValueError("`input_size` must be three integers")
     return Metadata.from_dict(value)
@@ -248,10 +196,19 @@ def _decode_provenance(value: Any) -> Provenance:
         ("stage", (int, none)),
         ("licence", (str, none)),
     ):
-        _typed(value.get(key), *kinds)
+        _typed(_typed(value, dict).get(key), *kinds)
     return Provenance.from_dict(value)
 
 
 def _decode_options(value: Any) -> dict[str, Any]:
     options: dict[str, Any] = _typed(value, dict)
+    _require_shallow(options, 0)
     return options
+
+
+def _require_shallow(value: Any, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _require_shallow(item, depth + 1)

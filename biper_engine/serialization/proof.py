@@ -7,6 +7,7 @@ outputs, computed by the reference backend. `replay` repeats it on any backend.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +23,10 @@ from biper_engine.runtime import interpret, packed_map
 from biper_engine.serialization.execution import call_node, digest, exactly, forced
 from biper_engine.serialization.reports import ProofReport
 
-__all__ = ["BATCH", "Proof", "example_inputs", "make_proof", "replay"]
+__all__ = ["BATCH", "BYTES", "Proof", "example_inputs", "make_proof", "replay"]
 
 BATCH = 2
+BYTES = 256
 _MAX_STORED_VALUES = 65_536
 _TENSOR_PREFIX = "proof/output/"
 
@@ -42,12 +44,14 @@ class Proof:
         maps: SHA-256 of every packed map, int32 little endian, by node name, in order.
         outputs: SHA-256 of every output's bytes, None for one that is no tensor.
         values: the outputs that are small enough to be kept, by position.
+        bound: integers of the inputs are below it; see `example_inputs`.
     """
 
     seed: int
     maps: Mapping[str, str]
     outputs: tuple[str | None, ...]
     values: Mapping[int, Tensor]
+    bound: int = BYTES
 
     def to_dict(self) -> dict[str, Any]:
         """Return the header entry; `tensors` has the rest."""
@@ -56,6 +60,7 @@ class Proof:
             "maps": [[name, digest] for name, digest in self.maps.items()],
             "outputs": list(self.outputs),
             "values": sorted(self.values),
+            **({} if self.bound == BYTES else {"bound": self.bound}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -70,33 +75,59 @@ class Proof:
             FileFormatError: the entry is not what `to_dict` makes.
         """
         try:
-            values = {i: tensors.pop(f"{_TENSOR_PREFIX}{int(i)}") for i in entry["values"]}
-            proof = cls(
-                entry["seed"],
-                {name: digest for name, digest in entry["maps"]},  # noqa: C416  (checks the pairs)
-                tuple(entry["outputs"]),
-                values,
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            maps, outputs, positions = entry["maps"], entry["outputs"], entry["values"]
+            _require(type(entry["seed"]) is int and 0 <= entry["seed"] < 1 << 63, "a seed")
+            _require(all(type(part) is list for part in (maps, outputs, positions)), "lists")
+            _require(all(map(_is_record, maps)), "maps by name")
+            _require(all(o is None or _is_digest(o) for o in outputs), "hashes of outputs")
+            whole = all(type(i) is int and 0 <= i < len(outputs) for i in positions)
+            _require(whole and positions == sorted(set(positions)), "positions of outputs")
+            bound = entry.get("bound", BYTES)
+            _require(type(bound) is int and 1 <= bound <= BYTES, "a bound of integers")
+            values = {i: tensors.pop(f"{_TENSOR_PREFIX}{i}") for i in positions}
+            _require(all(outputs[i] is not None for i in positions), "hashes of what it holds")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FileFormatError(
                 f"The file's header has a wrong proof: {error!r:.200}."
             ) from error
-        strings = [*proof.maps, *proof.maps.values(), *(o for o in proof.outputs if o is not None)]
-        if type(proof.seed) is not int or any(type(text) is not str for text in strings):
-            raise FileFormatError("The file's header has a wrong proof: it is no seed and hashes.")
-        return proof
+        named = {name: digest for name, digest in maps}  # noqa: C416  (a dict of lists)
+        if len(named) != len(maps):
+            raise FileFormatError("The file's header has a wrong proof: a map occurs twice.")
+        return cls(entry["seed"], named, tuple(outputs), values, bound)
 
 
-def example_inputs(inputs: Sequence[InputSpec], seed: int) -> list[Tensor]:
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise ValueError(f"it lacks {what}")
+
+
+def _is_digest(value: Any) -> bool:
+    return type(value) is str and _DIGEST.fullmatch(value) is not None
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        type(value) is list
+        and len(value) == 2
+        and type(value[0]) is str
+        and len(value[0]) <= 1000
+        and _is_digest(value[1])
+    )
+
+
+def example_inputs(inputs: Sequence[InputSpec], seed: int, bound: int = BYTES) -> list[Tensor]:
     """Make a network's inputs from a seed, the same on every machine and in every version.
 
     The bytes are those of SHAKE-256 of "seed:name"; a float is `byte / 127.5 - 1`, computed in
-    float32, an integer the byte itself, a bool its lowest bit. The batch is 2.
+    float32, an integer the byte modulo `bound`, a bool its lowest bit. The batch is 2.
     """
-    return [_example_input(spec, seed) for spec in inputs]
+    return [_example_input(spec, seed, bound) for spec in inputs]
 
 
-def _example_input(spec: InputSpec, seed: int) -> Tensor:
+def _example_input(spec: InputSpec, seed: int, bound: int) -> Tensor:
     shape = tuple(BATCH if size is None else size for size in spec.shape)
     count = int(torch.Size(shape).numel())
     stream = bytearray(hashlib.shake_256(f"{seed}:{spec.name}".encode()).digest(count))
@@ -109,13 +140,25 @@ def _example_input(spec: InputSpec, seed: int) -> Tensor:
     return (
         (data.float() / 127.5 - 1).to(spec.dtype)
         if spec.dtype.is_floating_point
-        else data.to(spec.dtype)
+        else (data % bound if bound < BYTES else data).to(spec.dtype)
     )
 
 
 def make_proof(module: fx.GraphModule, inputs: Sequence[InputSpec], seed: int) -> Proof:
-    """Run a network on the reference backend and record what it computes."""
-    maps, outputs = _run(module, example_inputs(inputs, seed), "reference")
+    """Run a network on the reference backend and record what it computes.
+
+    Integers may be positions in a table, such as tokens of an embedding: they are bytes where the
+    network takes those, else smaller.
+    """
+    bound = BYTES
+    while True:
+        try:
+            maps, outputs = _run(module, example_inputs(inputs, seed, bound), "reference")
+            break
+        except (IndexError, RuntimeError):
+            if bound == 1 or not any(_is_integer(spec) for spec in inputs):
+                raise
+            bound //= 2
     stored = {
         position: value
         for position, value in enumerate(outputs)
@@ -126,7 +169,12 @@ def make_proof(module: fx.GraphModule, inputs: Sequence[InputSpec], seed: int) -
         {name: digest(value) for name, value in maps.items()},
         tuple(digest(value) if isinstance(value, Tensor) else None for value in outputs),
         stored,
+        bound,
     )
+
+
+def _is_integer(spec: InputSpec) -> bool:
+    return not spec.dtype.is_floating_point and spec.dtype != torch.bool
 
 
 def _run(
@@ -170,7 +218,8 @@ def replay(
             "This engine has no proof: it was not loaded from a file. Save and load it."
         )
     device = engine.device or torch.device("cpu")
-    inputs = [value.to(device) for value in example_inputs(engine.signature.inputs, proof.seed)]
+    made = example_inputs(engine.signature.inputs, proof.seed, proof.bound)
+    inputs = [value.to(device) for value in made]
     maps, outputs = _run(engine.graph_module, inputs, backend)
     got = {name: digest(value) for name, value in maps.items()}
     digests = tuple(digest(value) if isinstance(value, Tensor) else None for value in outputs)

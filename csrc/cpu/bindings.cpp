@@ -1,7 +1,8 @@
 // The module biper_engine._cpu. Private to the package: biper_engine/ops/cpu.py is its only caller.
 //
-// Memory comes as (address, elements); what a call needs is checked against it, so that arguments
-// that do not fit raise ValueError. The caller keeps the memory alive. Programs take tensors.
+// Memory comes as (address, elements, type); what a call needs is checked against it, so that
+// arguments that do not fit raise ValueError. The caller keeps the memory alive. Programs take
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +10,9 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "caller.h"
@@ -24,15 +28,31 @@ namespace py = pybind11;
 namespace biper {
 namespace {
 
-using Memory = std::pair<uintptr_t, int64_t>;
+using Memory = std::tuple<uintptr_t, int64_t, int32_t>;
 using OptionalMemory = std::optional<Memory>;
 using GeometryValues = std::array<int64_t, 13>;
 using WindowValues = std::array<int64_t, 6>;
 using FloatMemory = std::tuple<uintptr_t, int64_t, int32_t>;
 
+// Types of memory beside those of FloatType, as biper_engine/ops/native_arguments.py counts them.
+constexpr int32_t kWords = 5, kFlags = 6;
+
+template <class T>
+constexpr int32_t type_of() {
+  using Element = std::remove_const_t<T>;
+  if (std::is_same_v<Element, float>) return static_cast<int32_t>(FloatType::kFloat32);
+  return sizeof(Element) == 4 ? kWords : kFlags;
+}
+
+// Memory of another type may have fewer bytes than its elements would need.
 template <class T>
 Span<T> span(const Memory& memory) {
-  return {reinterpret_cast<T*>(memory.first), memory.second};
+  const auto [address, size, type] = memory;
+  if (type != type_of<T>()) {
+    fail("Memory of type " + std::to_string(type) + " came, of type " +
+         std::to_string(type_of<T>()) + " is wanted (1: float32, 5: int32, 6: bool).");
+  }
+  return {reinterpret_cast<T*>(address), size};
 }
 
 template <class T>

@@ -249,6 +249,25 @@ def emulated_library(folder: Path, sanitize: bool = False) -> Path:
     return target
 
 
+def sanitized_cpu_module(folder: Path) -> Path:
+    """Build biper_engine._cpu with sanitizers, and return its path.
+
+    A program that loads it needs `sanitizer_environment`.
+    """
+    if reason := setup_functions()["obstacle"]():
+        pytest.skip(reason)
+    toolchain = native(folder, *SANITIZE)
+    objects = toolchain.compile(
+        sorted((ROOT / "csrc/cpu").glob("*.cpp")),
+        folder,
+        *("-O1", "-fno-sanitize=vptr"),
+        *setup_functions()["include_flags"](),
+    )
+    target = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    succeed(*toolchain.compiler, "-shared", "-pthread", *toolchain.flags, *objects, "-o", target)
+    return target
+
+
 def sanitizer_environment() -> dict[str, str]:
     """Return the variables under which Python can load a module with the address sanitizer."""
     compiler = setup_functions()["compiler"]()

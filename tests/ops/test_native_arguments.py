@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from biper_engine.ops.backends import backends
+from biper_engine.ops.native_arguments import native_memory
 
 REASON = {info.name: info.reason for info in backends()}["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cpu: {REASON}")
@@ -61,8 +62,12 @@ def native_conv() -> tuple[Any, Tensor, Tensor]:
     return _cpu.Conv(GEOMETRY, memory(prepacked)), prepacked, torch.zeros(60, dtype=torch.int32)
 
 
-def memory(tensor: Tensor, *, elements: int | None = None, shift: int = 0) -> tuple[int, int]:
-    return tensor.data_ptr() + shift, tensor.numel() if elements is None else elements
+TYPES = {torch.float32: 1, torch.int32: 5, torch.bool: 6}
+
+
+def memory(tensor: Tensor, *, elements: int | None = None, shift: int = 0) -> tuple[int, int, int]:
+    count = tensor.numel() if elements is None else elements
+    return tensor.data_ptr() + shift, count, TYPES[tensor.dtype]
 
 
 def test_memory_of_another_size_is_an_error(native_conv: Any) -> None:
@@ -74,7 +79,7 @@ def test_memory_of_another_size_is_an_error(native_conv: Any) -> None:
         (lambda: conv.accumulate(2**31, 5, 6, memory(bits), memory(dots), 1), "`batch`"),
         (lambda: conv.accumulate(1, 0, 6, memory(bits), memory(dots), 1), "`height` .=0."),
         (lambda: conv.accumulate(1, 5, -6, memory(bits), memory(dots), 1), "`width` .=-6."),
-        (lambda: conv.accumulate(1, 5, 6, (0, 60), memory(dots), 1), "aligned memory"),
+        (lambda: conv.accumulate(1, 5, 6, (0, 60, 5), memory(dots), 1), "aligned memory"),
         (lambda: conv.accumulate(1, 5, 6, memory(bits, shift=1), memory(dots), 1), "aligned"),
         (
             lambda: conv.accumulate(1, 5, 6, memory(bits), memory(dots, elements=959), 1),
@@ -85,6 +90,31 @@ def test_memory_of_another_size_is_an_error(native_conv: Any) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+def test_memory_of_another_type_is_an_error(native_conv: Any) -> None:
+    conv, _, bits = native_conv
+    dots = torch.zeros(5 * 6 * 32, dtype=torch.int32)
+    with pytest.raises(ValueError, match="Memory of type 6 came, of type 5 is wanted"):
+        conv.accumulate(1, 5, 6, (*memory(bits)[:2], 6), memory(dots), 1)
+    with pytest.raises(ValueError, match="Memory of type 1 came"):
+        conv.accumulate(1, 5, 6, memory(bits), memory(dots.float()), 1)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.float16),
+        torch.zeros(4, dtype=torch.uint8),
+        torch.zeros(1).expand(4),
+        torch.zeros(4, 4)[:, :2],
+        torch.zeros(4, device="meta"),
+    ],
+)
+def test_a_native_step_takes_no_tensor_with_gaps_or_of_another_dtype(tensor: Tensor) -> None:
+    with pytest.raises(ValueError, match="A native step takes float32, int32 or bool tensors"):
+        native_memory(tensor)
 
 
 def test_sizes_that_overflow_are_errors(native_conv: Any) -> None:
@@ -126,18 +156,33 @@ def test_maps_and_pools_are_checked() -> None:
     floats = torch.zeros(4, 33)
     for call, said in (
         (
-            lambda: _cpu.binarize(4, 33, (*memory(floats), 7), None, None, memory(words), 1),
+            lambda: _cpu.binarize(4, 33, (*memory(floats)[:2], 7), None, None, memory(words), 1),
             "`type`",
         ),
-        (lambda: _cpu.binarize(4, 0, (*memory(floats), 1), None, None, memory(words), 1), "chann"),
-        (lambda: _cpu.binarize(5, 33, (*memory(floats), 1), None, None, memory(words), 1), "`x`"),
+        (
+            lambda: _cpu.binarize(4, 0, (*memory(floats)[:2], 1), None, None, memory(words), 1),
+            "chann",
+        ),
+        (
+            lambda: _cpu.binarize(5, 33, (*memory(floats)[:2], 1), None, None, memory(words), 1),
+            "`x`",
+        ),
         (
             lambda: _cpu.binarize(
-                4, 33, (*memory(floats), 1), memory(floats, elements=32), None, memory(words[:8]), 1
+                4,
+                33,
+                (*memory(floats)[:2], 1),
+                memory(floats, elements=32),
+                None,
+                memory(words[:8]),
+                1,
             ),
             "`threshold` has 32",
         ),
-        (lambda: _cpu.unbinarize(4, 33, memory(words), (*memory(floats), 1), 1), "`bits` has 12"),
+        (
+            lambda: _cpu.unbinarize(4, 33, memory(words), (*memory(floats)[:2], 1), 1),
+            "`bits` has 12",
+        ),
         (
             lambda: _cpu.maxpool(
                 1, 3, 4, 9, (2, 2, 1, 1, 2, 0), memory(words), None, memory(words), 1

@@ -12,13 +12,13 @@ from torch import Tensor
 from biper_engine import bits as contract
 from biper_engine.errors import BackendUnavailableError, GeometryError
 from biper_engine.geometry import Pool2dGeometry
+from biper_engine.graph import OPERATORS
 from biper_engine.ops import Stem
 from biper_engine.ops.backends import Backend, by_name, select
 from biper_engine.ops.functional import pooled_linear, stem, stem_bits
 from biper_engine.ops.plan_operators import PLAN_SCHEMAS
 from biper_engine.ops.reference import apply_stem
 from biper_engine.ops.stem import PLAN_OPERATORS
-from biper_engine.serialization.graph_format import _VOCABULARY
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POOL = Pool2dGeometry(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
@@ -240,10 +240,10 @@ def test_the_table_of_schemas_has_every_operator_of_a_plan() -> None:
 
 
 def test_files_do_not_know_the_operators_of_a_plan() -> None:
-    targets = {target for target, _ in _VOCABULARY.values()}
+    targets = {operator.target for operator in OPERATORS.values()}
     for op in PLAN_OPERATORS:
         assert getattr(torch.ops.biper, op).default not in targets
-        assert f"biper.{op}" not in _VOCABULARY
+        assert f"biper.{op}" not in OPERATORS
 
 
 @pytest.mark.parametrize("op", PLAN_OPERATORS)

@@ -192,7 +192,56 @@ def _rename_tensor(name: str) -> Edit:
     return rename
 
 
+def _dtype(tensor: str, dtype: torch.dtype) -> Edit:
+    return lambda h, t: t.update({tensor: t[tensor].to(dtype)})
+
+
+def _values(tensor: str, value: Any) -> Edit:
+    return lambda h, t: t.update({tensor: torch.full_like(t[tensor], value)})
+
+
+def _other_channels(h: dict[str, Any], t: dict[str, Tensor]) -> None:
+    """A packed map of 40 channels has as many words as one of 64."""
+    arguments(h, "layer2_0")["in_channels"] = 64
+
+
+def _float_operator_on_bits(h: dict[str, Any], t: dict[str, Tensor]) -> None:
+    node(h, "shortcut").update(op="abs", args={"self": {"node": "layer1_0_bits"}})
+
+
 BAD_EDITS: list[tuple[Edit, str]] = [
+    (_dtype("fc.weight", torch.bool), "'logits' .*does not fit.*`weight` must be"),
+    (_dtype("fc.weight", torch.uint8), "'logits' .*does not fit.*`weight` must be"),
+    (_dtype("fc.bias", torch.float64), "'logits' .*does not fit.*`bias` must be"),
+    (_dtype("conv1.weight", torch.int64), "'stem' .*does not fit.*`weight` must be"),
+    (_dtype("layer1.0.conv1.multiplier", torch.int32), "`multiplier` must be torch.float32"),
+    (_dtype("layer1.0.conv1.sense", torch.uint8), "`sense` must be torch.bool"),
+    (_values("layer1.0.conv1.multiplier", float("nan")), "`multiplier` .* not finite"),
+    (_values("layer1.0.conv1.threshold", float("nan")), "`threshold` .* not finite"),
+    (_values("layer1.0.conv1.weight", -1), "`weight` has bits behind its 33 channels"),
+    (_other_channels, "`bits` must be a packed map of 64 channels, but it is .* of 40 channels"),
+    (_float_operator_on_bits, "`self` is a packed map, which only operators on bits take"),
+    (_set("layer1_0", "in_channels", True), "`in_channels` must be an integer"),
+    (_set("layer1_0", "in_channels", 33.0), "`in_channels` must be an integer"),
+    (_set("layer1_0", "dtype", 6), "`dtype` must be float32, float16 or bfloat16"),
+    (_set("layer1_0", "dtype", {"dtype": "int8"}), "`dtype` must be float32, float16 or"),
+    (_set("layer1_0", "clamp_min", {"float": "nan"}), "`clamp_min` must be a number"),
+    (_set("layer1_0", "pool_stride", [1, 1 << 31]), "`pool_stride` must be 2 integers"),
+    (_set("layer1_0", "residual", {"node": "stem_bits"}), "`residual` is a packed map"),
+    (_set("stem", "groups", True), "`groups` must be an integer"),
+    (_set("stem", "stride", [1 << 40, 1]), "`stride` must be 1 or 2 or 3 integers"),
+    (_set("pool", "padding", [2, 2]), "'pool' .*`padding` .* half of `kernel_size`"),
+    (_set("total", "alpha", "1"), "`alpha` must be a number"),
+    (_set("flat", "shape", [{"node": "mean"}, 33]), "`shape` must be sizes"),
+    (_set("flat", "shape", [2, 33]), "'flat' .*does not fit"),
+    (_set("mean", "keepdim", 1), "`keepdim` must be true or false"),
+    (lambda h, t: h["proof"].update(seed=-1), "wrong proof"),
+    (lambda h, t: h["proof"].update(bound=0), "wrong proof"),
+    (lambda h, t: h["proof"].update(values=[True]), "wrong proof"),
+    (lambda h, t: h["proof"].update(outputs=["0"]), "wrong proof"),
+    (lambda h, t: h["report"].update(bytes_after=-1), "wrong entry `report`"),
+    (lambda h, t: h["report"].update(bytes_after=10**30), "wrong entry `report`"),
+    (lambda h, t: h["metadata"].update(crop_pct=True), "wrong entry `metadata`"),
     (_set("layer1_0", "in_channels", 64 + 1), "'layer1_0' .*does not fit"),
     (_set("layer1_0", "in_channels", -33), "'layer1_0' .*does not fit"),
     (_set("layer1_0", "in_channels", 1 << 62), "'layer1_0' .*does not fit"),
@@ -245,7 +294,7 @@ BAD_EDITS: list[tuple[Edit, str]] = [
     (_rename_tensor("fc.b'ias"), "forbidden name"),
     (_rename_tensor("a.class"), "forbidden name"),
     (_rename_tensor("fc..bias"), "forbidden name"),
-    (_rename_tensor("forward"), "cannot make a network"),
+    (_rename_tensor("forward"), "forbidden name"),
     (_rename_tensor("fc.weight.bias"), "cannot make a network"),
     (lambda h, t: h.pop("signature"), "wrong entry `signature`"),
     (lambda h, t: h["signature"].update({"in": "*"}), "wrong entry `signature`"),
@@ -257,7 +306,11 @@ BAD_EDITS: list[tuple[Edit, str]] = [
     (lambda h, t: h["signature"]["inputs"][0].update(shape=[2, 3, 8, 8]), "begins with null"),
     (lambda h, t: h["signature"]["inputs"][0].update(shape=[None, 3, 1, 8]), "does not fit"),
     (lambda h, t: h["signature"]["inputs"][0].update(shape=[None, 3, -8, 8]), "out of range"),
-    (lambda h, t: h["signature"]["inputs"][0].update(shape=[None, 1 << 39, 1 << 39]), "impossible"),
+    (
+        lambda h, t: h["signature"]["inputs"][0].update(shape=[None, 1 << 39, 1 << 39]),
+        "out of range",
+    ),
+    (lambda h, t: h["signature"]["inputs"][0].update(shape=[None, 1 << 19, 1 << 19]), "impossible"),
     (lambda h, t: h.update(report={}), "wrong entry `report`"),
     (lambda h, t: h["report"].update(bytes_after="9"), "wrong entry `report`"),
     (lambda h, t: h["report"]["layers"][0].update(packed=1), "wrong entry `report`"),
@@ -283,6 +336,12 @@ def test_a_sealed_but_senseless_file_is_refused(
 
 
 def test_a_deeply_nested_header_is_refused(scratch: Path, path: Path) -> None:
+    def nest_options(h: dict[str, Any], t: dict[str, Tensor]) -> None:
+        value: Any = 0
+        for _ in range(40):
+            value = {"a": value}
+        h["options"] = value
+
     def nest(h: dict[str, Any], t: dict[str, Tensor]) -> None:
         value: Any = 0
         for _ in range(400):
@@ -290,6 +349,7 @@ def test_a_deeply_nested_header_is_refused(scratch: Path, path: Path) -> None:
         arguments(h, "flat")["shape"] = value
 
     refuse(scratch, edited(path, nest), "'flat' has an unknown value")
+    refuse(scratch, edited(path, nest_options), "nested more than 32 deep")
     refuse(scratch, (100_000).to_bytes(8, "little") + b'{"a":' + b"[" * 99_995, "not JSON")
 
 

@@ -122,9 +122,9 @@ def test_a_loaded_engine_works_after_loading_in_inference_mode(tmp_path: Path) -
 
 
 def test_an_operator_outside_the_closed_list_is_named_and_no_file_is_left(tmp_path: Path) -> None:
-    engine = one_call(_aten.erf.default)
-    assert engine(torch.zeros(1, 4)).tolist() == [[0.0] * 4]
-    with pytest.raises(FileFormatError, match=r"node 'y' calls aten.erf.default"):
+    engine = one_call(_aten.i0.default)
+    assert engine(torch.zeros(1, 4)).shape == (1, 4)
+    with pytest.raises(FileFormatError, match=r"node 'y' calls aten.i0.default"):
         engine.save(tmp_path / "net.biper")
     assert list(tmp_path.iterdir()) == []
 
@@ -183,7 +183,7 @@ def test_a_failed_write_leaves_the_old_file(
         monkeypatch.setattr(container.os, "fsync", fail)
     else:
         monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is full"):
         classifier(1).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,28 @@
+"""The converted network as a graph: every operator that it may call, declared once.
+
+Each declaration stands in the file of its kind and says the operator's name in files, what runs it,
+its arguments with type and range, the shape, dtype and channels of its result, and whether the rows
+of a batch meet in it. To add an operator is to add a declaration.
+"""
+
+from biper_engine.graph.inference import input_value, network_values
+from biper_engine.graph.operator import Operator, Result
+from biper_engine.graph.operators import OPERATORS, operator_for, operator_of
+from biper_engine.graph.sizes import BATCH, ImagesSize, MisfitError, Size
+from biper_engine.graph.values import DTYPES, Value
+
+__all__ = [
+    "BATCH",
+    "DTYPES",
+    "OPERATORS",
+    "ImagesSize",
+    "MisfitError",
+    "Operator",
+    "Result",
+    "Size",
+    "Value",
+    "input_value",
+    "network_values",
+    "operator_for",
+    "operator_of",
+]

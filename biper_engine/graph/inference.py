@@ -1,0 +1,82 @@
+"""What is known of every value of a network, from its inputs on, before anything is computed."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from biper_engine.graph.operator import Result
+from biper_engine.graph.operators import operator_of
+from biper_engine.graph.sizes import BATCH, MisfitError
+from biper_engine.graph.values import Value
+
+__all__ = ["TakenTensor", "input_value", "network_values"]
+
+
+class TakenTensor(Protocol):
+    """A tensor that a network takes; None is the size that is the batch."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int | None, ...]: ...
+
+
+def input_value(taken: TakenTensor) -> Value:
+    """Return the value of an input.
+
+    Raises:
+        MisfitError: it is too large.
+    """
+    return Value(taken.dtype, tuple(BATCH if size is None else size for size in taken.shape))
+
+
+def network_values(
+    module: fx.GraphModule, inputs: Iterable[TakenTensor]
+) -> dict[fx.Node, Result | None]:
+    """Return the value of every node; None for what no declaration tells.
+
+    Args:
+        module: a converted network. What is in its constants is not looked at.
+        inputs: what it takes, in the order of its placeholders.
+    """
+    values: dict[fx.Node, Result | None] = {}
+    taken = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = input_value(next(taken))
+        elif node.op == "get_attr":
+            constant = functools.reduce(getattr, str(node.target).split("."), module)
+            is_tensor = isinstance(constant, torch.Tensor)
+            values[node] = Value.of_constant(constant, open=False) if is_tensor else None  # type: ignore[arg-type]
+        elif node.op == "call_function":
+            values[node] = _result(node, values)
+    return values
+
+
+def _result(node: fx.Node, values: Mapping[fx.Node, Result | None]) -> Result | None:
+    if any(values[source] is None for source in node.all_input_nodes):
+        return None
+    if node.target is operator.getitem:
+        source, index = node.args
+        several = values[source]  # type: ignore[index]
+        return several[index] if isinstance(several, tuple) else None  # type: ignore[index]
+    declared = operator_of(node)
+    if declared is None:
+        return None
+    known: Any = values.__getitem__
+    given: dict[str, Any] = {
+        name: fx.node.map_arg(value, known)
+        for name, value in declared.named(node).items()
+        if not declared.is_elsewhere(name, value)
+    }
+    try:
+        return declared.infer(given)
+    except MisfitError:
+        return None

@@ -1,0 +1,147 @@
+"""What a declaration of an operator says, and the table of all operators.
+
+An operator of converted networks is declared once, in the file of its kind. Files, shapes and
+batching read the declaration.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from biper_engine.graph.arguments import Kind
+from biper_engine.graph.rows import RowsRule, mixes
+from biper_engine.graph.sizes import MisfitError, Size
+from biper_engine.graph.values import Value
+
+__all__ = ["Operator", "Result", "Rule", "table"]
+
+Result = Value | Size | tuple[Value, ...]
+Rule = Callable[..., Result]
+
+# Arguments that say where a result is made, and nothing of its values: files hold none of them.
+_ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "device": (None, torch.device("cpu")),
+    "layout": (None, torch.strided),
+    "pin_memory": (None, False),
+    "non_blocking": (None, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """An operator that a converted network may call.
+
+    Attributes:
+        name: in files; it does not change with PyTorch.
+        target: what runs it: an overload, or a function of Python on sizes.
+        arguments: those that files may hold, by the names that the target has for them.
+        result: from the arguments, all of them and by name, to the result: values of the right
+            dtype, shape and channels. It raises MisfitError where they do not fit.
+        rows: whether row i of the result depends on row i of each operand alone.
+        also: other targets with the same arguments, which files write as this one: whatever they
+            may give, this one gives.
+    """
+
+    name: str
+    target: Any
+    arguments: Mapping[str, Kind]
+    result: Rule
+    rows: RowsRule = mixes
+    also: tuple[Any, ...] = ()
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Values of the arguments that may be left out."""
+        return _defaults(self.target)
+
+    def named(self, node: fx.Node) -> dict[str, Any]:
+        """Return a node's arguments by name, defaults left out.
+
+        Raises:
+            MisfitError: there are more than the target takes.
+        """
+        names = _argument_names(self)
+        if len(node.args) > len(names):
+            raise MisfitError(f"{len(node.args)} arguments, but {self.name} takes {len(names)}")
+        return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+    def is_elsewhere(self, argument: str, value: Any) -> bool:
+        """Whether an argument only says where the result is, as the CPU, which files leave out."""
+        return value in _ELSEWHERE.get(argument, ())
+
+    def infer(self, given: Mapping[str, Any]) -> Result:
+        """Return what a call gives, after every argument has been checked.
+
+        Args:
+            given: arguments by name, tensors as `Value`; those left out have their defaults.
+
+        Raises:
+            MisfitError: an argument is missing, unknown, of another kind, or does not fit.
+        """
+        for name in given:
+            if name not in self.arguments:
+                raise MisfitError(
+                    f"`{name}` is no argument of {self.name}, which has {', '.join(self.arguments)}"
+                )
+        complete = self.complete(given)
+        for name in given:
+            self.arguments[name].check(name, given[name])
+        return self.result(**complete)
+
+    def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return every argument by name, in order; those left out have their defaults.
+
+        Raises:
+            MisfitError: one without a default is missing.
+        """
+        defaults = self.defaults
+        complete = {}
+        for name in self.arguments:
+            if name not in given and name not in defaults:
+                raise MisfitError(f"`{name}` is missing")
+            complete[name] = given[name] if name in given else defaults[name]
+        return complete
+
+
+# A schema counts dtypes where they are defaults.
+_COUNTED_DTYPES = {6: torch.float32}
+
+
+@functools.cache
+def _defaults(target: Any) -> Mapping[str, Any]:
+    if not isinstance(target, OpOverload):
+        return {}
+    found: dict[str, Any] = {
+        a.name: a.default_value for a in target._schema.arguments if a.has_default_value()
+    }
+    if isinstance(dtype := found.get("dtype"), int):
+        found["dtype"] = _COUNTED_DTYPES[dtype]
+    return found
+
+
+def _argument_names(operator: Operator) -> Sequence[str]:
+    if not isinstance(operator.target, OpOverload):
+        return tuple(operator.arguments)
+    return [argument.name for argument in operator.target._schema.arguments]
+
+
+def table(*groups: Iterable[Operator]) -> dict[str, Operator]:
+    """Return operators by name.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    found: dict[str, Operator] = {}
+    for group in groups:
+        for operator in group:
+            if operator.name in found:
+                raise ValueError(f"Two operators are called {operator.name!r}.")
+            found[operator.name] = operator
+    return found

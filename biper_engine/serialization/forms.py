@@ -1,0 +1,149 @@
+"""The forms of what a network takes and returns: containers with tensors and constants as leaves.
+
+"*" is a tensor, {"value": ...} a constant, {"float": "inf"} one that JSON cannot write. A container
+is an object with one key, which says what it is:
+
+    {"tuple": [...]}  {"list": [...]}  {"dict": [[key, form], ...]}  {"ordered": [[key, form], ...]}
+    {"namedtuple": {"name": name, "fields": [[field, form], ...]}}
+
+Dicts keep their order, so they are lists of pairs. A named tuple is saved by the names of its
+fields; what is loaded has the same ones, and is of a class of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import keyword
+import math
+from collections import OrderedDict, namedtuple
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from biper_engine.errors import FileFormatError
+from biper_engine.runtime import CONSTANT_TYPES, Leaf, marked_structure
+
+__all__ = ["decode_form", "encode_constant", "encode_form"]
+
+_TENSOR = "*"
+_MAX_DEPTH = 32
+_MAX_NAME = 200
+_MAX_FIELDS = 1024
+
+
+def encode_form(spec: pytree.TreeSpec, what: str) -> Any:
+    """Return the JSON form of a pytree.
+
+    Args:
+        spec: of inputs or outputs.
+        what: which of them, for messages.
+
+    Raises:
+        FileFormatError: there is a container in it that files cannot hold.
+    """
+    return _encode(marked_structure(spec), what, 0)
+
+
+def encode_constant(value: Any) -> dict[str, Any]:
+    """Return the JSON form of a constant among inputs or outputs."""
+    plain = not isinstance(value, float) or math.isfinite(value)
+    return {"value": value} if plain else {"float": str(value)}
+
+
+def _encode(value: Any, what: str, depth: int) -> Any:
+    if isinstance(value, Leaf):
+        return _TENSOR
+    if type(value) in CONSTANT_TYPES:
+        return encode_constant(value)
+    if depth > _MAX_DEPTH:
+        raise FileFormatError(
+            f"The engine cannot be saved: its {what} are nested more than {_MAX_DEPTH} deep."
+        )
+
+    def pairs(items: Iterable[tuple[str, Any]]) -> list[Any]:
+        return [[key, _encode(item, what, depth + 1)] for key, item in items]
+
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_encode(item, what, depth + 1) for item in value]}
+    if type(value) in (dict, OrderedDict) and all(type(key) is str for key in value):
+        return {"ordered" if type(value) is OrderedDict else "dict": pairs(value.items())}
+    fields = getattr(type(value), "_fields", None)
+    if type(value).__bases__ == (tuple,) and isinstance(fields, tuple):
+        name = type(value).__name__
+        return {"namedtuple": {"name": name, "fields": pairs(zip(fields, value, strict=True))}}
+    raise FileFormatError(
+        f"The engine cannot be saved: its {what} contain a {type(value).__name__}; files hold "
+        "tuples, lists, named tuples, and dicts with string keys. Wrap the model to take and "
+        "return those."
+    )
+
+
+def decode_form(value: Any, depth: int = 0) -> Any:
+    """Return a tree like the encoded one, with a `Leaf` for every tensor.
+
+    Raises:
+        ValueError: it is no form.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"a form is nested more than {_MAX_DEPTH} deep")
+    match value:
+        case "*":
+            return Leaf()
+        case {"value": constant, **rest} if not rest and type(constant) in CONSTANT_TYPES:
+            return constant
+        case {"float": "inf" | "-inf" | "nan" as number, **rest} if not rest:
+            return float(number)
+        case {"tuple": list(items), **rest} if not rest:
+            return tuple(decode_form(item, depth + 1) for item in items)
+        case {"list": list(items), **rest} if not rest:
+            return [decode_form(item, depth + 1) for item in items]
+        case {"dict": list(items), **rest} if not rest:
+            return dict(_pairs(items, depth))
+        case {"ordered": list(items), **rest} if not rest:
+            return OrderedDict(_pairs(items, depth))
+        case {"namedtuple": {"name": str(name), "fields": list(items), **more}, **rest} if not (
+            rest or more
+        ):
+            fields = _pairs(items, depth)
+            made = _named_tuple(name, tuple(field for field, _ in fields))
+            return made(*(form for _, form in fields))
+    raise ValueError(f"{value!r:.100} is no form of inputs or outputs")
+
+
+def _pairs(items: list[Any], depth: int) -> list[tuple[str, Any]]:
+    found = []
+    for item in items:
+        match item:
+            case [str(key), form]:
+                found.append((key, decode_form(form, depth + 1)))
+            case _:
+                raise ValueError(f"{item!r:.100} is no key with a form")
+    if len(dict(found)) != len(found):
+        raise ValueError("a form has a key twice")
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    """Return the class of named tuples with some fields, one and the same for equal names."""
+    if len(fields) > _MAX_FIELDS or not all(map(_is_name, (name, *fields))):
+        raise ValueError(f"{name!r:.100} with the fields {fields!r:.200} is no named tuple")
+    make: Any = namedtuple
+    made = make(name, fields)
+    made.__module__ = __name__
+    made.__reduce__ = _reduce  # the class is in no module, from which pickle could take it
+    return made
+
+
+def _is_name(text: str) -> bool:
+    plain = text.isidentifier() and text.isascii() and len(text) <= _MAX_NAME
+    return plain and not keyword.iskeyword(text) and not text.startswith("_")
+
+
+def _reduce(value: Any) -> tuple[Any, ...]:
+    return _rebuilt, (type(value).__name__, value._fields, tuple(value))
+
+
+def _rebuilt(name: str, fields: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    return _named_tuple(name, fields)(*values)

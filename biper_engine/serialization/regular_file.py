@@ -1,0 +1,104 @@
+"""Regular files, read from their start to their end."""
+
+from __future__ import annotations
+
+import os
+import stat
+from types import TracebackType
+from typing import Self
+
+from biper_engine.errors import FileFormatError
+
+__all__ = ["RegularFile"]
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+class RegularFile:
+    """A file that is open for reading; a context manager.
+
+    Attributes:
+        name: its path, for messages.
+        size: its bytes when it was opened.
+
+    Raises:
+        FileFormatError: it is a directory, a pipe, a device or a socket.
+        OSError: there is no such file, or it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = os.fsdecode(os.fspath(path))
+        # Without O_NONBLOCK, to open a pipe would wait until somebody writes to it.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = _open(path, flags, self.name)
+        try:
+            self.size = _checked_size(self.name, os.fstat(descriptor))
+            self._file = os.fdopen(descriptor, "rb", buffering=0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def read(self, count: int) -> bytes:
+        """Return the next bytes, fewer at the end of the file."""
+        memory = bytearray(min(count, self.size))
+        return bytes(memory[: self._fill(memoryview(memory))])
+
+    def fill(self, memory: memoryview) -> None:
+        """Read the next bytes into memory.
+
+        Raises:
+            FileFormatError: the file has ended, since it became shorter.
+        """
+        if self._fill(memory) != len(memory):
+            raise FileFormatError(
+                f"{self.name} is truncated: it was {self.size:,} bytes, and became shorter while "
+                "it was read; copy or download it again."
+            )
+
+    def _fill(self, memory: memoryview) -> int:
+        filled = 0
+        while filled < len(memory):
+            count = self._file.readinto(memory[filled:])
+            if not count:
+                break
+            filled += count
+        return filled
+
+
+def _open(path: str | os.PathLike[str], flags: int, name: str) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError:
+        if os.path.exists(path) and not os.path.isfile(path):  # such as a socket
+            raise _irregular(name, os.stat(path).st_mode) from None
+        raise
+
+
+def _checked_size(name: str, status: os.stat_result) -> int:
+    if not stat.S_ISREG(status.st_mode):
+        raise _irregular(name, status.st_mode)
+    return status.st_size
+
+
+def _irregular(name: str, mode: int) -> FileFormatError:
+    kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "something else")
+    return FileFormatError(
+        f"{name} is {kind}, no regular file; pass a file that `engine.save` wrote."
+    )

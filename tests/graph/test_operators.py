@@ -1,0 +1,106 @@
+"""Declared operators: what they say of a call is what PyTorch gives, or the call is refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from biper_engine.graph import OPERATORS, MisfitError, Operator, Value
+from biper_engine.graph.values import ANY
+from tests.graph.calls import CALLS, Flowing, concrete
+
+OVERLOADS = {
+    name: operator
+    for name, operator in OPERATORS.items()
+    if isinstance(operator.target, torch._ops.OpOverload)
+}
+
+
+def described(argument: Any) -> Any:
+    if isinstance(argument, Flowing):
+        return argument.value()
+    if isinstance(argument, Tensor):
+        return Value.of_constant(argument)
+    return [described(item) for item in argument] if isinstance(argument, list) else argument
+
+
+def passed(argument: Any, images: int) -> Any:
+    if isinstance(argument, Flowing):
+        return argument.tensor(images)
+    if isinstance(argument, list):
+        return [passed(item, images) for item in argument]
+    return concrete(argument, images)
+
+
+def run(operator: Operator, arguments: Mapping[str, Any], images: int) -> Any:
+    named = {name: passed(value, images) for name, value in arguments.items()}
+    if operator.name not in OVERLOADS:
+        return operator.target(*named.values())
+    return operator.target(**named)
+
+
+def facts(result: Any, images: int) -> Any:
+    """Return dtype and shape of a result, for so many images."""
+    if isinstance(result, tuple | list):
+        return [facts(item, images) for item in result]
+    if isinstance(result, Tensor | Value):
+        return result.dtype, [concrete(size, images) for size in result.shape]
+    return concrete(result, images)
+
+
+def require_equal(got: Any, said: Any, images: int) -> None:
+    """Require a result as declared; the last of several may be left out of a declaration."""
+    if isinstance(said, tuple):
+        got = list(got)[: len(said)]
+    assert facts(got, images) == facts(said, images)
+
+
+def test_every_operator_is_called() -> None:
+    assert set(OPERATORS) - {name for name, _ in CALLS} == set()
+
+
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=lambda x: x if type(x) is str else "")
+def test_a_result_is_what_pytorch_gives(name: str, arguments: Mapping[str, Any]) -> None:
+    operator = OPERATORS[name]
+    said = operator.infer({key: described(value) for key, value in arguments.items()})
+    for images in (1, 2, 5):
+        require_equal(run(operator, arguments, images), said, images)
+
+
+def _with_dtype(argument: Any, dtype: torch.dtype) -> Any:
+    """Return an argument with another dtype in the place of float32."""
+    if isinstance(argument, list):
+        return [_with_dtype(item, dtype) for item in argument]
+    if isinstance(argument, Flowing) and argument.dtype == torch.float32:
+        return Flowing(argument.shape, dtype)
+    if isinstance(argument, Tensor) and argument.dtype == torch.float32:
+        return argument.to(dtype)
+    return argument
+
+
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=lambda x: x if type(x) is str else "")
+def test_every_dtype_runs_or_is_refused(name: str, arguments: Mapping[str, Any]) -> None:
+    for dtype in ANY:
+        changed = {key: _with_dtype(value, dtype) for key, value in arguments.items()}
+        try:
+            said = OPERATORS[name].infer({key: described(value) for key, value in changed.items()})
+        except MisfitError:
+            continue
+        require_equal(run(OPERATORS[name], changed, 2), said, 2)
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_arguments_are_those_of_the_overload(name: str) -> None:
+    operator = OVERLOADS[name]
+    known = [argument.name for argument in operator.target._schema.arguments]
+    assert [argument for argument in operator.arguments if argument not in known] == []
+    needed = {a.name for a in operator.target._schema.arguments if not a.has_default_value()}
+    assert needed <= set(operator.arguments)
+    assert not operator.target._schema.is_mutable
+
+
+def test_every_overload_has_one_name() -> None:
+    targets = [operator.target for operator in OPERATORS.values()]
+    assert len(set(targets)) == len(targets)
