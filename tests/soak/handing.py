@@ -23,9 +23,16 @@ _BATCH = Batch((0, 1), "contiguous")
 
 
 def hand_over(
-    subjects: Sequence[Subject], rng: random.Random, seconds: float, child_seconds: float
+    subjects: Sequence[Subject],
+    rng: random.Random,
+    seconds: float,
+    child_seconds: float,
+    *,
+    trace: bool,
 ) -> int:
     """Hand engines on until the time is over, at least one to a process; return how many were.
+
+    PyTorch keeps some of the memory of every trace, so that `torch.jit.trace` has a switch.
 
     Raises:
         DifferenceError: an answer differed, in this process or in the other.
@@ -33,6 +40,9 @@ def hand_over(
     end = time.monotonic() + seconds
     sent = 0
     with torch.no_grad():
+        if trace:
+            for subject in subjects:
+                _trace(subject, subject.input(_BATCH))
         while sent == 0 or time.monotonic() < end:
             subject = rng.choice(subjects)
             images = subject.input(_BATCH)
@@ -85,15 +95,17 @@ def _take_back(subject: Subject) -> None:
         tensor.data = tensor.data.clone()
 
 
-def _record(subject: Subject, images: Tensor) -> None:
-    engine = subject.engine
-    wanted = engine.graph_module(images)[0]  # float layers are PyTorch's in what is recorded
+def _trace(subject: Subject, images: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Of a module, PyTorch would keep the trace for ever.
-        traced = torch.jit.trace(lambda x: engine(x), images, check_trace=False)
-    assert_close(traced(images), wanted)
-    assert_close(release_source(make_fx(engine)(images))(images), wanted)
+        traced = torch.jit.trace(subject.engine, images, check_trace=False)
+    assert_close(traced(images), subject.engine.graph_module(images)[0])
+
+
+def _record(subject: Subject, images: Tensor) -> None:
+    recorded = release_source(make_fx(subject.engine)(images))
+    # Float layers are PyTorch's in what is recorded.
+    assert_close(recorded(images), subject.engine.graph_module(images)[0])
 
 
 def _load(subject: Subject, images: Tensor) -> None:

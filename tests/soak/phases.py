@@ -293,7 +293,11 @@ def run_phase(phase: Phase, callers: Sequence[Caller], subjects: Sequence[Subjec
             total.children = _fork(phase, subjects)
         if kind.hands_over:
             total.children = handing.hand_over(
-                subjects, phase.random("handing over"), phase.seconds, CHILD_SECONDS
+                subjects,
+                phase.random("handing over"),
+                phase.seconds,
+                CHILD_SECONDS,
+                trace=phase.first_round,
             )
         for future in working:
             total.add(future.result())
