@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from biper_engine import ops as _ops  # noqa: F401  (registers the operators that graphs call)
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.ops.cpu import thread_count
+from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
 from biper_engine.report import ConversionReport
 from biper_engine.runtime import (
     InputSpec,
@@ -42,6 +43,12 @@ class Engine(nn.Module):
 
     Calls are safe from several threads. A returned tensor is never written to again and shares no
     memory with an input.
+
+    Calls take the engine's tensors as they are then: also after the engine was sent to another
+    process, its tensors were written to, or others were put in their places, for which the next
+    call prepares itself anew. Writes that PyTorch does not count, as by way of `tensor.data` or
+    NumPy, are seen in tensors of up to 4 kB, and in larger ones on a CPU where they change one of
+    32 samples of 64 bytes; call `engine.to(engine.device)` after others.
 
     On a CUDA GPU calls run as CUDA graphs, one for each shape, dtype and layout of the inputs. A
     shape's first call runs operator by operator, its second captures the graph; `warmup` does both
@@ -150,8 +157,10 @@ class Engine(nn.Module):
             TypeError: other arguments, or another dtype, than the engine was converted for.
             GeometryError: another image size, number of channels or rank.
             ValueError: an input is on another device than the engine (and not in pinned memory for
-                one on a CUDA GPU), or `BIPER_NUM_THREADS` is no integer from 1 to 1024.
-            RuntimeError: an input requires grad while grad is enabled.
+                one on a CUDA GPU), its memory was freed, or `BIPER_NUM_THREADS` is no
+                integer from 1 to 1024.
+            RuntimeError: an input requires grad while grad is enabled, or has a tangent of
+                forward-mode AD.
             BackendUnavailableError: a backend is forced that cannot run the network.
         """
         # Between calls a network's maps push Python out of the caches. There, the general way takes
@@ -220,7 +229,7 @@ class Engine(nn.Module):
         if self._device is not None:
             inputs = [x.to(self._device) for x in inputs]  # from pinned memory
         with torch.no_grad(), self._without_autocast(inputs):
-            plan = self._get_plan()
+            inputs, plan = self._readable(inputs), self._get_plan()
             return profile(
                 *(plan.module, inputs, self._device, rounds, plan.native),
                 call=partial(self, *args, **kwargs),
@@ -256,11 +265,20 @@ class Engine(nn.Module):
     # -- a call -----------------------------------------------------------------------------------
 
     def _run(self, inputs: list[Tensor], *, warm_up: bool = False) -> Any:
+        refuse_tangents(
+            (spec.name, x) for spec, x in zip(self.signature.inputs, inputs, strict=True)
+        )
         with self._without_autocast(inputs):
             if torch.compiler.is_compiling() or _is_traced(inputs):
                 return self.graph_module.forward(*inputs)
+            inputs = self._readable(inputs)
             plan = self._get_plan()
             return plan.warm_up(*inputs) if warm_up else plan.run(*inputs)
+
+    def _readable(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [
+            readable(spec.name, x) for spec, x in zip(self.signature.inputs, inputs, strict=True)
+        ]
 
     def _without_autocast(self, inputs: list[Tensor]) -> AbstractContextManager[Any]:
         device = self._device or (inputs[0].device if inputs else torch.device("cpu"))
@@ -275,6 +293,11 @@ class Engine(nn.Module):
         )
 
     # -- state ------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "graph_module" and "_plan" in self.__dict__:
+            self._refresh()
 
     def _refresh(self) -> None:
         """Recompute what depends on the tensors, and drop the plan made from them."""
@@ -321,9 +344,8 @@ def _after_load(engine: Engine, _incompatible_keys: Any) -> None:
 
 
 def _is_traced(inputs: list[Tensor]) -> bool:
-    """Whether a call is only recorded (FakeTensor, make_fx, torch.jit), not run for good."""
-    plain = all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ for x in inputs)
-    return not plain or is_watched()
+    """Whether a call is recorded or transformed: FakeTensor, make_fx, torch.jit, torch.func."""
+    return is_watched() or any(not has_plain_dispatch(x) or is_wrapped(x) for x in inputs)
 
 
 def _require_fit(module: fx.GraphModule, signature: Signature) -> None:

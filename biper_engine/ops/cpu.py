@@ -229,13 +229,11 @@ def _empty_words(n: int, h: int, w: int, count: int) -> Tensor:
     return torch.empty((n, h, w, count), dtype=torch.int32, device="cpu")
 
 
-def native_conv(
-    geometry: Conv2dGeometry, epilogue: Epilogue, prepacked: Tensor
-) -> tuple[Any, tuple[Any, ...]]:
-    """Return a native convolution, and what must live as long as it does."""
+def native_conv(geometry: Conv2dGeometry, epilogue: Epilogue, prepacked: Tensor) -> Any:
+    """Return a native convolution; `prepacked` must live as long as it does."""
     tensors = {name: value.contiguous() for name, value in epilogue.tensors().items()}
     names = ("multiplier", "bias", "slope", "shift", "threshold", "sense", "pool_min")
-    conv = native().Conv(
+    return native().Conv(
         geometry_values(geometry),
         native_memory(prepacked),
         pool=pool_values(epilogue.pool),
@@ -243,7 +241,6 @@ def native_conv(
         clamp_max=epilogue.clamp_max,
         **{name: native_memory(tensors.get(name)) for name in names},
     )
-    return conv, (prepacked, tensors)
 
 
 class _Fused:
@@ -257,7 +254,7 @@ class _Fused:
         float_dtype: torch.dtype | None,
         want_bits: bool,
     ) -> None:
-        self._conv, self._kept = native_conv(geometry, epilogue, prepacked)
+        self._conv, self._kept = native_conv(geometry, epilogue, prepacked), prepacked
         self._geometry = geometry
         self._pool = None if epilogue.pool.is_identity else epilogue.pool
         self._float_dtype = float_dtype

@@ -20,6 +20,7 @@ from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.cpu import native, native_conv, thread_count
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.native_arguments import geometry_values, native_memory
+from biper_engine.ops.readable import readable
 
 __all__ = ["Clamp", "CpuProgram", "Map"]
 
@@ -55,15 +56,17 @@ class Clamp:
 class CpuProgram:
     """A program for the instruction set that is in use when it is made.
 
-    Methods that add a step return its maps. What they are given stays alive with the program.
+    Methods that add a step return its maps. The program copies what they are given, but for
+    prepacked weights, which live as long as it does: nobody else may write to those.
 
     Raises:
+        TypeError: a tensor has another dtype; nothing was added.
         ValueError: shapes do not fit; nothing was added.
     """
 
     def __init__(self) -> None:
         self._program = native().Program()
-        self._kept: list[Any] = []
+        self._kept: list[Tensor] = []
 
     # -- maps -------------------------------------------------------------------------------------
 
@@ -91,8 +94,9 @@ class CpuProgram:
         want_bits: bool,
     ) -> tuple[Map | None, Map | None]:
         """Add a binary convolution with its epilogue."""
-        conv, kept = native_conv(geometry, epilogue, prepacked.contiguous())
-        self._kept.append(kept)
+        prepacked = prepacked.contiguous()
+        self._kept.append(prepacked)
+        conv = native_conv(geometry, epilogue, prepacked)
         rows, columns = epilogue.pool.output_size(*geometry.output_size(bits.height, bits.width))
         outs = self._outs(geometry.out_channels, rows, columns, want_float, want_bits)
         self._program.add_conv(
@@ -131,6 +135,7 @@ class CpuProgram:
             threshold: of the bits, as in `biper::binarize`.
             sense: of the bits, as in `biper::binarize`.
         """
+        _require_dtypes(weight=weight, bias=bias, threshold=threshold, sense=sense)
         ordered = weight.permute(0, 2, 3, 1).contiguous()
         bias, threshold, sense = (
             None if value is None else value.contiguous() for value in (bias, threshold, sense)
@@ -152,17 +157,18 @@ class CpuProgram:
 
     def binarize(self, x: Map, threshold: Tensor | None, sense: Tensor | None) -> Map:
         """Add `biper::binarize`."""
+        _require_dtypes(threshold=threshold, sense=sense)
         out = self.add_map(x.channels, x.height, x.width, packed=True)
         threshold, sense = (
             None if value is None else value.contiguous() for value in (threshold, sense)
         )
         limits = native_memory(threshold), native_memory(sense)
         self._program.add_binarize(x.index, *limits, out.index)
-        self._kept.append((threshold, sense))
         return out
 
     def bit_pool(self, bits: Map, pool: Pool2dGeometry, take_and: Tensor | None) -> Map:
         """Add `biper::bmaxpool2d`."""
+        _require_dtypes(take_and=take_and)
         out = self.add_map(bits.channels, *pool.output_size(bits.height, bits.width), packed=True)
         take_and = None if take_and is None else take_and.contiguous()
         window = _window(pool.kernel_size, pool.stride, pool.padding)
@@ -286,18 +292,25 @@ class CpuProgram:
             self._refuse(inputs)
         return outputs
 
-    def call_as_is(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def call_as_is(
+        self, inputs: tuple[Tensor, ...], watch: Any = None
+    ) -> tuple[Tensor, ...] | None:
         """Run the program, unless a tensor would have to be checked, copied or detached first.
 
+        Args:
+            inputs: as for a call.
+            watch: of the compiled module, or None: the program runs only where that holds.
+
         Returns:
-            None, with nothing done, where an input is a subclass of Tensor or requires grad, or has
-            another shape, dtype, device or memory layout than its map, and where their number or
-            batches do not fit.
+            None, with nothing done, where an input is a subclass of Tensor or requires grad, has
+            another shape, dtype, device or memory layout than its map, the negative bit or memory
+            that is not aligned, where their number or batches do not fit, and where `watch` does
+            not hold.
 
         Raises:
             ValueError: `BIPER_NUM_THREADS` is no integer from 1 to 1024.
         """
-        outputs: tuple[Tensor, ...] | None = self._call(inputs, thread_count())
+        outputs: tuple[Tensor, ...] | None = self._call(inputs, thread_count(), watch)
         return outputs
 
     def timed(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], list[float]]:
@@ -316,16 +329,15 @@ class CpuProgram:
         if len(inputs) != len(self._sources):
             self._refuse(inputs)
         return tuple(
-            _lay_out(x.detach().as_subclass(Tensor), planar, layout)
-            for x, (planar, layout) in zip(inputs, self._sources, strict=True)
+            _lay_out(readable(f"inputs[{i}]", x), planar, layout)
+            for i, (x, (planar, layout)) in enumerate(zip(inputs, self._sources, strict=True))
         )
 
     def _refuse(self, inputs: tuple[Tensor, ...]) -> NoReturn:
         came = [f"{list(x.shape)} {x.dtype} on {x.device}" for x in inputs]
         raise ValueError(
             f"This program takes {', '.join(self._takes)}, one N for all, in memory of the CPU; "
-            f"got {', '.join(came)}. Transforms of torch.func, such as vmap, pass tensors without "
-            "memory of their own, which it cannot take."
+            f"got {', '.join(came)}."
         )
 
 
@@ -366,6 +378,13 @@ def _result(x: Map, flat: bool) -> tuple[tuple[Any, ...], Callable[[int], Tensor
         return torch.empty((batch, *shape), dtype=_dtype(x), memory_format=layout, device="cpu")
 
     return _form(x, flat, layout == torch.contiguous_format, layout), empty
+
+
+def _require_dtypes(**tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        wanted = torch.bool if name in ("sense", "take_and") else torch.float32
+        if value is not None and value.dtype != wanted:
+            raise TypeError(f"`{name}` must be {wanted}, but its dtype is {value.dtype}.")
 
 
 def _index(x: Map | None) -> int:

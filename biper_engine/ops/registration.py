@@ -20,6 +20,7 @@ from biper_engine.ops import backends, checks
 from biper_engine.ops.cpu import CpuBackend
 from biper_engine.ops.cuda import CudaBackend
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.readable import in_memory, refuse_tangents
 from biper_engine.ops.reference import ReferenceBackend
 from biper_engine.ops.triton import TritonBackend
 
@@ -381,6 +382,20 @@ def _bconv2d_float_bits_fake(
     return empty_map(bits, shape, dtype), empty_packed(bits, shape)
 
 
+def _checked(run: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
+    """Return `run` for any tensors that the dispatcher passes on."""
+
+    def call(*operands: Any, **options: Any) -> Any:
+        refuse_tangents(enumerate(operands))
+        refuse_tangents(options.items())
+        if on_cpu:
+            operands = tuple(map(in_memory, operands))
+            options = {key: in_memory(value) for key, value in options.items()}
+        return run(*operands, **options)
+
+    return call
+
+
 def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Make an operator of `torch.ops.biper` known, once."""
     LIBRARY.define(  # type: ignore[no-untyped-call, unused-ignore]
@@ -389,7 +404,8 @@ def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[...
     # No operator has a gradient: results never require one, whatever the operands say.
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call, unused-ignore]
     for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, torch.no_grad()(run), key)  # type: ignore[no-untyped-call, unused-ignore]
+        call = _checked(run, on_cpu=key == "CPU")
+        LIBRARY.impl(name, torch.no_grad()(call), key)  # type: ignore[no-untyped-call, unused-ignore]
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)
 
 

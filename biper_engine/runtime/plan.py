@@ -2,8 +2,8 @@
 
 On a CPU it is programs where that can be, on a CUDA GPU graphs of all operators. Operators that run
 one by one, or are captured so, are bound once to the backend that runs them. A plan belongs to one
-device and one forced backend. It is made at the first call, outside the state dict, and dropped
-when the tensors it was made from move or change.
+device and one forced backend. It is made at the first call, outside the state dict, from copies of
+the network's tensors (see `tensors`), and another is made where these have changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
+from torch.autograd import forward_ad
 
 from biper_engine.ops.backends import forced_name
 from biper_engine.ops.cpu_program import CpuProgram
@@ -30,13 +36,21 @@ from biper_engine.runtime.graph import get_constant, output_values, release_sour
 from biper_engine.runtime.native import NativePlan, native_plan
 from biper_engine.runtime.runs import NativeRun
 from biper_engine.runtime.signature import InputSpec
+from biper_engine.runtime.tensors import Watch, own_tensors, refuse_gradients
 
 __all__ = ["Plan", "PlanSlot", "bound_graph", "is_watched"]
 
 
+_PRE_DISPATCH = DispatchKey.PreDispatch  # where make_fx(..., pre_dispatch=True) records
+
+
 def is_watched() -> bool:
     """Whether calls are only recorded now, by a dispatch mode or by `torch.jit.trace`."""
-    return _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None
+    return (
+        _len_torch_dispatch_stack() > 0
+        or _get_tracing_state() is not None
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Plan:
         forced: the backend that was forced when it was made, or None.
         run: takes and returns what the graph does.
         native: the programs and what runs between them, or why there is no program.
+        watch: holds while the network has the tensors that it was made from.
         graphs: what `run` is on a CUDA GPU, else None.
         program: the only one, where it is the whole network and takes a call's arguments as they
             are.
@@ -59,6 +74,7 @@ class Plan:
     forced: str | None
     run: Callable[..., Any]
     native: NativePlan | str
+    watch: Watch
     program: CpuProgram | None = None
     graphs: CudaGraphs | None = None
 
@@ -70,6 +86,10 @@ class Plan:
         if isinstance(self.native, str):
             return f"operator by operator, since {self.native}"
         return str(self.native)
+
+    def serves(self, device: torch.device | None, forced: str | None) -> bool:
+        """Whether it is a plan for this device and backend, of the network as it is now."""
+        return self.device == device and self.forced == forced and self.watch.holds()
 
     def warm_up(self, *inputs: Tensor) -> None:
         """Prepare all that calls with such inputs need."""
@@ -105,16 +125,19 @@ class PlanSlot:
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
-            RuntimeError: a plan is to be made while the caller captures a CUDA graph.
+            RuntimeError: a plan is to be made while the caller captures a CUDA graph, or of tensors
+                with gradients.
+            TypeError, ValueError: it is to be made of tensors that no kernel can read.
         """
         forced = forced_name()
         plan = self._plan
-        if plan is not None and plan.device == device and plan.forced == forced:
+        if plan is not None and plan.serves(device, forced):
             return plan
         # One lock per process: a lock that another thread held at a fork is never released here.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             plan = self._plan
-            if plan is None or plan.device != device or plan.forced != forced:
+            if plan is None or not plan.serves(device, forced):
+                self._plan = None  # what it holds goes before more is made
                 generation = self._generation
                 plan = _plan(module, device, forced, inputs, positional)
                 # Weights that changed meanwhile made this plan stale: it serves this call alone.
@@ -127,12 +150,14 @@ class PlanSlot:
 
         Returns:
             None, with nothing done, for any other network, arguments or modes of torch, and where
-            there is no plan yet for the backend that is forced now.
+            there is no plan yet for the backend that is forced now and the tensors of now.
         """
         plan = self._plan
         if plan is None or plan.program is None or plan.forced != forced_name() or is_watched():
             return None
-        return plan.program.call_as_is(inputs)
+        if forward_ad._current_level >= 0:
+            return None
+        return plan.program.call_as_is(inputs, plan.watch)
 
     def drop(self) -> None:
         """Forget the plan; the next call makes a new one."""
@@ -158,16 +183,24 @@ def _plan(
     inputs: Sequence[InputSpec] | None,
     positional: bool,
 ) -> Plan:
+    refuse_gradients(module)
     driver = graph_driver(device)
     if driver is not None:
         return _graph_plan(module, device, forced, inputs, driver)
-    native = native_plan(module, device, inputs)
-    if isinstance(native, NativePlan) and native.is_whole:
-        program = native.runs[0].program
-        return Plan(module, device, forced, program, native, program if positional else None)
-    if isinstance(native, str):
-        module = fuse_ends(module, device, inputs)
-    return Plan(module, device, forced, bound_graph(module, device, native).forward, native)
+    # Plans outlive the mode of the call that makes them; an inference tensor would not.
+    with torch.inference_mode(False), torch.no_grad():
+        watch, owned = own_tensors(module, device)
+        native = native_plan(owned, device, inputs)
+        if isinstance(native, NativePlan) and native.is_whole:
+            program = native.runs[0].program
+            whole = program if positional else None
+            return Plan(module, device, forced, program, native, watch, whole)
+        if isinstance(native, str):
+            fused = fuse_ends(owned, device, inputs)
+            module, owned = (module if fused is owned else fused), fused
+        return Plan(
+            module, device, forced, bound_graph(owned, device, native).forward, native, watch
+        )
 
 
 def _graph_plan(
@@ -184,7 +217,8 @@ def _graph_plan(
                 "being captured would not run: call it, or its `warmup`, before the capture."
             )
         native = f"the network is on {device}"
-        module = fuse_ends(module, device, inputs)
+        watch, owned = own_tensors(module, device)
+        module = fuse_ends(owned, device, inputs)
         bound = bound_graph(module, device, native)
         driver.synchronize()  # whatever stream the first caller is on, later ones are on others
     graphs = CudaGraphs(
@@ -197,7 +231,7 @@ def _graph_plan(
         independent=images_are_independent(module, inputs),
         reason=uncapturable_reason(module),
     )
-    return Plan(module, device, forced, graphs, native, graphs=graphs)
+    return Plan(module, device, forced, graphs, native, watch, graphs=graphs)
 
 
 def bound_graph(

@@ -152,6 +152,11 @@ class Signature:
         for value, spec in zip(inputs, self.inputs, strict=True):
             if not isinstance(value, Tensor):
                 raise TypeError(f"`{spec.name}` must be a tensor, but it is {type(value)}.")
+            if value.is_nested:
+                raise TypeError(
+                    f"`{spec.name}` must be a dense tensor, but it is nested; pass its images one "
+                    "by one, or stacked by `torch.stack`."
+                )
             if value.dtype != spec.dtype:
                 _refuse_dtype(value, spec)
             if value.dim() != len(spec.shape) or any(

@@ -2,14 +2,12 @@
 //
 // Small networks run for some tens of microseconds, in which their maps and weights push Python out
 // of the caches: then every question about a tensor costs some tenths of a microsecond, and making
-// one three. So a call asks once for all that a tensor is: by DLPack's exchange API for C, which
-// torch.Tensor has from 2.10 on and which needs no header of torch.
+// one three. So a call asks once for all that a tensor is.
 #include "caller.h"
 
 #include <pybind11/stl.h>
 
-#include <array>
-#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <tuple>
 #include <utility>
@@ -17,86 +15,13 @@
 
 #include "conv.h"
 #include "program.h"
+#include "tensors.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
 namespace biper {
 namespace {
-
-// The parts of dlpack.h, version 1.3, that are used here: DLTensor and DLPackExchangeAPI.
-struct Tensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t dimensions;
-  uint8_t type, bits;
-  uint16_t lanes;
-  const int64_t* shape;
-  const int64_t* strides;  // in values
-  uint64_t byte_offset;
-};
-
-struct ExchangeApi {
-  uint32_t major, minor;
-  const ExchangeApi* older;
-  void* allocate;
-  void* to_managed;
-  void* from_managed;
-  int (*read)(void* object, Tensor* tensor);  // no reference is kept
-  void* stream;
-};
-
-constexpr uint32_t kMajor = 1;
-constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2;
-
-// What is used of PyTorch.
-struct Torch {
-  PyTypeObject* tensor;
-  const ExchangeApi* api;
-  py::object empty_like, requires_grad;
-};
-
-const Torch* torch = nullptr;  // never freed: tensors may outlive the interpreter's modules
-
-void use_torch(const py::module_& module) {
-  const py::object type = module.attr("Tensor");
-  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
-  const void* found = nullptr;
-  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api") != 0) {
-    found = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-  }
-  const ExchangeApi* api = static_cast<const ExchangeApi*>(found);
-  while (api != nullptr && api->major != kMajor) api = api->older;
-  if (api == nullptr) {
-    fail("PyTorch's tensors have no exchange API of DLPack 1.x: install torch 2.11 or later.");
-  }
-  torch = new Torch{reinterpret_cast<PyTypeObject*>(py::object(type).release().ptr()), api,
-                    module.attr("empty_like"),
-                    py::reinterpret_steal<py::object>(PyUnicode_InternFromString("requires_grad"))};
-}
-
-// Reads a tensor of PyTorch; not one of a subclass, nor one that has no memory.
-bool read(PyObject* object, Tensor* tensor) {
-  if (Py_TYPE(object) != torch->tensor) return false;
-  if (torch->api->read(object, tensor) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
-// Whether the values lie without gaps, the dimensions in `order` from the outermost to the
-// innermost.
-template <size_t kDimensions>
-bool lies_in_order(const Tensor& x, const std::array<int, kDimensions>& order) {
-  int64_t stride = 1;
-  bool in_order = true;
-  for (size_t i = kDimensions; i-- > 0;) {
-    const int64_t size = x.shape[order[i]];
-    if (size == 0) return true;  // whatever the strides are, there is nothing
-    in_order = in_order && (size == 1 || x.strides[order[i]] == stride);
-    stride *= size;
-  }
-  return in_order;
-}
 
 bool is_contiguous(const Tensor& x) {
   return x.dimensions == 2 ? lies_in_order<2>(x, {0, 1}) : lies_in_order<4>(x, {0, 1, 2, 3});
@@ -115,7 +40,7 @@ struct Form {
 
   // Returns whether `x` is that, with a batch of any size.
   bool fits(const Tensor& x) const {
-    if (x.device_type != kCpu || x.type != (packed ? kInt : kFloat) || x.bits != 32 ||
+    if (x.device_type != kCpuDevice || x.type != (packed ? kIntType : kFloatType) || x.bits != 32 ||
         x.lanes != 1 || x.dimensions != static_cast<int32_t>(image.size()) + 1) {
       return false;
     }
@@ -129,7 +54,18 @@ struct Form {
 MapMemory map_memory(const Tensor& x, bool planar) {
   int64_t values = 1;
   for (int32_t d = 0; d < x.dimensions; ++d) values *= x.shape[d];
-  return {static_cast<char*>(x.data) + x.byte_offset, values, planar};
+  return {x.start(), values, planar};
+}
+
+// Whether the values are in memory that kernels can read. Those of tensors with a negative bit are
+// not: what lies there has the other sign.
+bool has_plain_memory(PyObject* tensor, const Tensor& x) {
+  const auto address = reinterpret_cast<uintptr_t>(x.start());
+  if ((address == 0 && x.shape[0] != 0) || address % (x.bits / 8) != 0) return false;
+  const auto negative =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, torch->is_neg.ptr()));
+  if (!negative) throw py::error_already_set();
+  return negative.ptr() == Py_False;
 }
 
 bool requires_grad(PyObject* tensor) {
@@ -198,10 +134,12 @@ class Caller {
   }
 
   // Returns the outputs as a tuple of new tensors; None, with nothing done, where an input is not
-  // as its map wants it, or requires grad. Also appends to `seconds`, unless that is null, when
-  // each step was done.
-  py::object call(const py::tuple& inputs, int64_t threads, std::vector<double>* seconds) {
+  // as its map wants it, or requires grad, or where `watch`, unless null, does not hold. Also
+  // appends to `seconds`, unless that is null, when each step was done.
+  py::object call(const py::tuple& inputs, int64_t threads, const Watch* watch,
+                  std::vector<double>* seconds) {
     if (inputs.size() != sources_.size() || inputs.empty()) return py::none();
+    if (watch != nullptr && !watch->holds()) return py::none();
     std::vector<MapMemory> from, to;
     from.reserve(sources_.size());
     to.reserve(results_.size());
@@ -211,7 +149,7 @@ class Caller {
       PyObject* object = PyTuple_GET_ITEM(inputs.ptr(), static_cast<Py_ssize_t>(i));
       if (!read(object, &x) || !sources_[i].fits(x)) return py::none();
       if (i > 0 && x.shape[0] != batch) return py::none();
-      if (requires_grad(object)) return py::none();
+      if (requires_grad(object) || !has_plain_memory(object, x)) return py::none();
       batch = x.shape[0];
       const bool planar = sources_[i].channels_last && sources_[i].contiguous && is_contiguous(x);
       from.push_back(map_memory(x, planar));
@@ -239,16 +177,17 @@ class Caller {
 }  // namespace
 
 void define_caller(py::module_& m) {
+  define_watch(m);
   m.def("use_torch", &use_torch);
   py::class_<Caller>(m, "Caller")
       .def(py::init<std::shared_ptr<const Program>, const std::vector<FormValues>&,
                     const std::vector<std::pair<FormValues, py::function>>&>(),
            py::arg("program"), py::kw_only(), py::arg("sources"), py::arg("results"))
-      .def("call", [](Caller& caller, const py::tuple& inputs,
-                      int64_t threads) { return caller.call(inputs, threads, nullptr); })
+      .def("call", [](Caller& caller, const py::tuple& inputs, int64_t threads,
+                      const Watch* watch) { return caller.call(inputs, threads, watch, nullptr); })
       .def("timed", [](Caller& caller, const py::tuple& inputs, int64_t threads) {
         std::vector<double> seconds;
-        const py::object outputs = caller.call(inputs, threads, &seconds);
+        const py::object outputs = caller.call(inputs, threads, nullptr, &seconds);
         return std::pair<py::object, std::vector<double>>(outputs, seconds);
       });
 }

@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <utility>
 
 #include "cut.h"
 #include "dispatch.h"
@@ -261,11 +263,18 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   if (e.pool_min.data != nullptr) {
     for (int64_t o = 0; o < outputs; ++o) pool_sign_.push_back(e.pool_min.data[o] ? -1 : 1);
   }
-  epilogue_.multiplier = e.multiplier.data;
-  epilogue_.bias = e.bias.data;
-  epilogue_.slope = e.slope.data;
-  epilogue_.shift = e.shift.data;
-  epilogue_.threshold = e.threshold.data;
+  const std::pair<const float**, Span<const float>> vectors[] = {
+      {&epilogue_.multiplier, e.multiplier},
+      {&epilogue_.bias, e.bias},
+      {&epilogue_.slope, e.slope},
+      {&epilogue_.shift, e.shift},
+      {&epilogue_.threshold, e.threshold}};
+  vectors_.reserve(std::size(vectors) * static_cast<size_t>(outputs));  // addresses stay
+  for (const auto& [address, vector] : vectors) {
+    if (vector.data == nullptr) continue;
+    *address = vectors_.data() + vectors_.size();
+    vectors_.insert(vectors_.end(), vector.data, vector.data + outputs);
+  }
   epilogue_.clamp_min = e.clamp_min;
   epilogue_.clamp_max = e.clamp_max;
   has_epilogue_ = true;

@@ -47,14 +47,17 @@ struct Images {
   Span<uint32_t> out_bits;    // [N, OH, OW, words]
 };
 
-// A convolution with fixed weights and epilogue, for images of any size. It keeps the addresses
-// that it is given; calls from several threads are safe.
+// A convolution with fixed weights and epilogue, for images of any size. Of what it is given it
+// keeps the address of the prepacked weights; the rest it copies. Calls from several threads are
+// safe.
 class Conv {
  public:
   // Without an epilogue, for accumulate() alone.
   Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked);
   Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const Window& pool,
        const EpilogueSpans& epilogue);
+  Conv(const Conv&) = delete;
+  Conv& operator=(const Conv&) = delete;
 
   // Writes accumulators [N, OH, OW, O].
   void accumulate(int64_t batch, int64_t height, int64_t width, Span<const uint32_t> bits,
@@ -85,6 +88,7 @@ class Conv {
   Epilogue epilogue_{};
   bool has_epilogue_ = false;
   const uint32_t* prepacked_;
+  std::vector<float> vectors_;      // of the epilogue
   std::vector<uint32_t> sense_;     // a bit per channel, one spare word
   std::vector<int32_t> pool_sign_;  // [O]
 };

@@ -206,9 +206,9 @@ def test_a_program_refuses_what_is_no_map_of_its_own(x: Tensor) -> None:
     program, fits = total(), torch.zeros(2, 5, 4, 4)
     for inputs in ((x, fits), (fits, x)):
         assert program.call_as_is(inputs) is None
-        with pytest.raises((ValueError, RuntimeError)):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
             program(*inputs)
-        with pytest.raises((ValueError, RuntimeError)):
+        with pytest.raises((ValueError, TypeError, RuntimeError)):
             program.timed(*inputs)
 
 
@@ -217,8 +217,6 @@ def test_a_refusal_says_what_the_program_takes() -> None:
         total()(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4, 4))
     with pytest.raises(ValueError, match="takes"):
         total()(torch.zeros(2, 5, 4, 4))
-    with pytest.raises(ValueError, match=r"torch\.func, such as vmap"):
-        torch.func.vmap(classifier())(torch.zeros(2, 1, 3, 8, 8))
 
 
 def test_maps_are_taken_as_they_are_in_the_layout_that_the_program_reads() -> None:

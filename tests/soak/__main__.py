@@ -5,9 +5,10 @@
 
 Engines are called with random batches of known images: by one thread and by too many, with more
 threads than cores, while other processes take the cores, on OpenMP's threads and on our own, while
-engines are loaded, saved, changed and dropped, and in children that are forked meanwhile. After
-each phase, at rest, the memory, the threads and the open files of the process are counted. The
-first round of phases warms up.
+engines are loaded, saved, changed and dropped, in children that are forked meanwhile, and while
+engines are sent to a spawned process, moved to shared memory, traced and loaded. After each phase,
+at rest, the memory, the threads and the open files of the process are counted. The first round of
+phases warms up.
 
 Exits with 1 at the first result with other bytes than at the start, at a call that raises or never
 returns, and where memory, threads or files have grown in the end. Times are printed, never judged.
@@ -121,7 +122,7 @@ def line(phase: Phase, tally: Tally, held: watch.Holding) -> str:
     kind = phase.kind
     threads = f"{phase.threads}" if kind.forced is None else f"{kind.forced}"
     return (
-        f"{phase.index:4d}  {kind.name:16s} {kind.callers} x {threads:2s} {len(tally.seconds):7,d} "
+        f"{phase.index:4d}  {kind.name:17s} {kind.callers} x {threads:2s} {len(tally.seconds):7,d} "
         f"calls, {tally.latency()};  {held.resident_mb:6.1f} MB ({held.allocated_mb:.1f}), "
         f"{held.threads:2d} threads, {held.files:2d} files"
     )

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import biper_engine
 from biper_engine import _cpu  # type: ignore[attr-defined]
 from biper_engine.ops.cpu import _torch_parallel_region
+from tests.soak import handing
 from tests.soak.subjects import WEIGHTS, DifferenceError, Subject
 
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 4)
@@ -44,6 +45,8 @@ class Kind:
         own: calls run on our own pool of threads, not on those of torch's OpenMP.
         renews: callers also copy, save, load and drop engines, and load other weights.
         forks: child processes run engines, forked while callers run native programs.
+        hands_over: engines go to a spawned process and back to memory of their own, are traced and
+            recorded, and their files are loaded, while callers run them.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Kind:
     own: bool = False
     renews: bool = False
     forks: bool = False
+    hands_over: bool = False
 
 
 # A round of phases. CORES are the processors at hand, four at most.
@@ -66,6 +70,7 @@ KINDS = (
     Kind(name="our own pool", callers=CORES + 1, own=True),
     Kind(name="engines renewed", renews=True),
     Kind(name="forks", forks=True),
+    Kind(name="engines handed on", hands_over=True),
 )
 THREADS = tuple(sorted({count for kind in KINDS for count in kind.threads} | {1}))
 
@@ -286,6 +291,14 @@ def run_phase(phase: Phase, callers: Sequence[Caller], subjects: Sequence[Subjec
         working = [caller.work(phase) for caller in callers[: kind.callers]]
         if kind.forks:
             total.children = _fork(phase, subjects)
+        if kind.hands_over:
+            total.children = handing.hand_over(
+                subjects,
+                phase.random("handing over"),
+                phase.seconds,
+                CHILD_SECONDS,
+                trace=phase.first_round,
+            )
         for future in working:
             total.add(future.result())
     return total

@@ -132,8 +132,10 @@ class Subject:
             return torch.stack((images, images), dim=-1)[..., 0]
         return images
 
-    def check(self, batch: Batch, logits: Tensor, weights: str = WEIGHTS[0]) -> None:
-        """Compare the logits of a call made with this thread's number of torch's threads.
+    def check(
+        self, batch: Batch, logits: Tensor, weights: str = WEIGHTS[0], threads: int | None = None
+    ) -> None:
+        """Compare the logits of a call made with so many of torch's threads, else as many as here.
 
         Raises:
             DifferenceError: they have other bytes than at the start.
@@ -142,7 +144,8 @@ class Subject:
             wanted = self._wanted[weights][()][list(batch.images)]
         else:
             size = len(batch.images)
-            wanted = self._wanted[weights][torch.get_num_threads(), size, batch.layout]
+            count = threads or torch.get_num_threads()
+            wanted = self._wanted[weights][count, size, batch.layout]
         found = difference(logits, wanted)
         if found is not None:
             raise DifferenceError(f"{self.name}, {weights} weights, {batch}: {found}")

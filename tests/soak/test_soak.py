@@ -75,4 +75,4 @@ def test_a_short_soak_finds_nothing() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "32 phases" in done.stdout
+    assert "36 phases" in done.stdout
