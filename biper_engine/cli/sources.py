@@ -206,7 +206,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"'{path}' has no state dict: there is no tensor in it. Wanted a dict of tensors, or "
             "one in a dict, under any key."
         )
-    covering = [one for one in held if all(one.state.get(k) is not None for k in wanted)]
+    covering = [one for one in held if _covers(one.state, wanted)]
     one = state_dicts.the_one(str(path), covering, wanted) if covering else held[0]
     state_dicts.check_dense(str(path), one.state)
     wrong = _weight_differences(one.state, wanted)
@@ -222,6 +222,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"'{path}' does not fit {type(model).__name__}: {error}") from error
 
 
+def _covers(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a state dict has all that a model needs; PyTorch adds counters of BatchNorm."""
+    return all(
+        state[key].shape == shape if key in state else key.endswith("num_batches_tracked")
+        for key, shape in wanted.items()
+    )
+
+
 def _weight_differences(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> str:
     """Describe the entries that a model would not accept, in its own order; empty if it would."""
     from biper_engine.models.state_dicts import is_foreign_spare
@@ -232,7 +240,7 @@ def _weight_differences(state: Mapping[str, Tensor], wanted: Mapping[str, Sequen
             for key, shape in wanted.items()
             if key in state and state[key].shape != shape
         ],
-        "missing": [  # PyTorch itself adds the counters that old files lack
+        "missing": [
             key for key in wanted if key not in state and not key.endswith("num_batches_tracked")
         ],
         "unknown": [key for key in state if key not in wanted and not is_foreign_spare(key)],

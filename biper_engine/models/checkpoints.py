@@ -285,8 +285,8 @@ def _choose_architecture(contents: _Contents, arch: str | None) -> tuple[str, di
         matching = with_beta or matching
     if len(matching) > 1:
         raise CheckpointError(
-            f"'{contents.path}' fits {' and '.join(matching)}, whose tensors have the same names "
-            f"and shapes, and does not say which it is. Pass arch='{matching[0]}' or the other."
+            f"'{contents.path}' fits {' and '.join(matching)}, and does not say which it is. "
+            f"Pass arch='{matching[0]}' or the other."
         )
     if not matching:
         raise _no_match(contents, held)

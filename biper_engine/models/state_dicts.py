@@ -55,8 +55,10 @@ def candidates(contents: Mapping[Any, Any], names: Collection[str]) -> list[Cand
         ways.append({plain.removeprefix(shared): name for plain, name in wanted.items()})
     found: list[Candidate] = []
     for place, tensors in _dicts_of_tensors(contents):
+        own, plain = {name: name for name in tensors}, _by_plain_name(tensors)
         for way in ways:
-            found.extend(_with_prefixes(place, tensors, way))
+            for keys in (own,) if plain == own else (own, plain):
+                found.extend(_with_prefixes(place, tensors, keys, way))
     return sorted(found, key=lambda candidate: -candidate.found)
 
 
@@ -158,12 +160,21 @@ def _common_prefix(names: Collection[str]) -> str:
 
 
 def _with_prefixes(
-    place: tuple[str, ...], tensors: Mapping[str, Tensor], wanted: Mapping[str, str]
+    place: tuple[str, ...],
+    tensors: Mapping[str, Tensor],
+    keys: Mapping[str, str],
+    wanted: Mapping[str, str],
 ) -> Iterator[Candidate]:
-    """Yield what the tensors are without each prefix that leaves names of the network."""
-    plain = _by_plain_name(tensors)
+    """Yield what the tensors are without each prefix that leaves names of the network.
+
+    Args:
+        place: keys that lead to the tensors.
+        tensors: by the file's names.
+        keys: those names, by what is compared.
+        wanted: the network's names, by what is compared.
+    """
     counts: Counter[str] = Counter({"": 0})
-    for name in plain:
+    for name in keys:
         parts = name.split(".")
         for cut in range(len(parts)):
             if ".".join(parts[cut:]) in wanted:
@@ -172,7 +183,7 @@ def _with_prefixes(
     for prefix in likely:
         inside = {
             name.removeprefix(prefix): tensors[key]
-            for name, key in plain.items()
+            for name, key in keys.items()
             if name.startswith(prefix)
         }
         yield Candidate(

@@ -130,12 +130,22 @@ def test_two_networks_that_fit_are_refused_unless_they_are_equal(
         return contents
 
     torch.save(merged(state, other(state)), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="holds two networks that fit: .*Save the one that"):
+    with pytest.raises(CheckpointError, match=r"holds two networks that fit: .*Save the one"):
         load_checkpoint(tmp_path / "a.pt", frequency=20.0, stage=2)
-    with pytest.raises(CheckpointError, match="holds two networks that fit: .*Save the one that"):
+    with pytest.raises(CheckpointError, match=r"holds two networks that fit: .*Save the one"):
         load_weights(build(NAME), tmp_path / "a.pt")
     if first != {"": ""}:
         check(tmp_path, merged(state, state), state)
+
+
+def test_a_teacher_of_another_size_is_no_second_network(tmp_path: Path, state: State) -> None:
+    teacher = prefixed(build("cifar10/resnet18B_1w1a").state_dict(), "teacher.")
+    torch.save({"model": {**prefixed(state, "student."), **teacher}}, tmp_path / "a.pt")
+    model = build(NAME)
+    load_weights(model, tmp_path / "a.pt")
+    assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"])
+    loaded = load_checkpoint(tmp_path / "a.pt", arch=NAME, frequency=20.0, stage=2)
+    assert torch.equal(loaded.state_dict()["conv1.weight"], state["conv1.weight"])
 
 
 def test_the_names_that_do_not_fit_are_told_apart(tmp_path: Path, state: State) -> None:
@@ -147,11 +157,13 @@ def test_the_names_that_do_not_fit_are_told_apart(tmp_path: Path, state: State) 
     with pytest.raises(CheckpointError) as caught:
         load_weights(build(NAME), tmp_path / "a.pt")
     assert str(caught.value) == (
-        f"'{tmp_path / 'a.pt'}' does not fit ResNet18, by what is under 'net': of another shape is "
-        "linear.bias ([3], wanted [10]); missing is bn1.weight; unknown is extra. Pass the weights "
-        "of this very network."
+        f"'{tmp_path / 'a.pt'}' does not fit ResNet18, by what is under 'net' / 'module.*': of "
+        "another shape is linear.bias ([3], wanted [10]); missing is bn1.weight; unknown is extra. "
+        "Pass the weights of this very network."
     )
-    with pytest.raises(CheckpointError, match=r"by what is under 'net': bn1\.weight is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"under 'net' / 'module\.\*': bn1\.weight is missing"
+    ):
         load_checkpoint(tmp_path / "a.pt", arch=NAME, frequency=20.0, stage=2)
 
 
