@@ -180,6 +180,10 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if name.endswith(".py") and Path(name).is_file():
+            raise ValueError(
+                f"'{name}' is a file, wanted the name of a module: {name.removesuffix('.py')}."
+            ) from error
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ValueError(
                 f"No module '{name}' in '{here}' or among the installed packages. "
@@ -198,20 +202,60 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     from torch import Tensor
 
-    entries = _read_weights(path)
-    state = entries.get("state_dict", entries)
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    from biper_engine.models import state_dicts
+
+    wanted = {k: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    held = state_dicts.candidates(_read_weights(path), wanted)
+    if not held:
         raise CheckpointError(
-            f"'{path}' has no state dict. Wanted a dict of tensors, or a dict with one under "
-            "'state_dict'."
+            f"'{path}' has no state dict: there is no tensor in it. Wanted a dict of tensors, or "
+            "one in a dict, under any key."
         )
-    state = dict(state)
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    covering = [one for one in held if _covers(one.state, wanted)]
+    one = state_dicts.the_one(str(path), covering, wanted) if covering else held[0]
+    state_dicts.check_dense(str(path), one.state)
+    wrong = _weight_differences(one.state, wanted)
+    if wrong:
+        place = f", by {one.where}" if one.where else ""
+        raise CheckpointError(
+            f"'{path}' does not fit {type(model).__name__}{place}: {wrong}. "
+            "Pass the weights of this very network."
+        )
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict({k: v for k, v in one.state.items() if k in wanted}, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"'{path}' does not fit {type(model).__name__}: {error}") from error
+
+
+def _covers(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a state dict has all that a model needs; PyTorch adds counters of BatchNorm."""
+    return all(
+        state[key].shape == shape if key in state else key.endswith("num_batches_tracked")
+        for key, shape in wanted.items()
+    )
+
+
+def _weight_differences(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> str:
+    """Describe the entries that a model would not accept, in its own order; empty if it would."""
+    from biper_engine.models.state_dicts import is_foreign_spare
+
+    kinds = {
+        "of another shape": [
+            f"{key} ({list(state[key].shape)}, wanted {list(shape)})"
+            for key, shape in wanted.items()
+            if key in state and state[key].shape != shape
+        ],
+        "missing": [
+            key for key in wanted if key not in state and not key.endswith("num_batches_tracked")
+        ],
+        "unknown": [key for key in state if key not in wanted and not is_foreign_spare(key)],
+    }
+    parts = []
+    for kind, keys in kinds.items():
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        if keys:
+            parts.append(f"{kind} {'is' if len(keys) == 1 else 'are'} {', '.join(keys[:3])}{more}")
+    return "; ".join(parts)
 
 
 def _read_weights(path: Path) -> dict[Any, Any]:
@@ -222,6 +266,9 @@ def _read_weights(path: Path) -> dict[Any, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from biper_engine.models.torch_file import require_file
+
+    require_file(str(path))
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,14 @@ from biper_engine.files import write_atomically
 from biper_engine.metadata import Metadata
 from biper_engine.models.network import Network
 from biper_engine.models.registry import architecture, available, build, state_dict_shapes
+from biper_engine.models.state_dicts import (
+    Candidate,
+    candidates,
+    check_dense,
+    is_foreign_spare,
+    listing,
+    the_one,
+)
 from biper_engine.models.torch_file import CONFIG_NAME, read_config_txt, read_torch_file
 from biper_engine.nn import binary_layers
 
@@ -49,6 +58,7 @@ _T = TypeVar("_T", float, int)
 
 _FORMAT = "biper_engine.checkpoint"
 _VERSION = 0
+_short = reprlib.repr  # a file's values may be long, or nested without end
 # Entries that change nothing of what is computed: a file may lack them, or have more of them.
 _OPTIONAL = ("beta", "tau", "num_batches_tracked")
 
@@ -57,12 +67,12 @@ _OPTIONAL = ("beta", "tau", "num_batches_tracked")
 class _Contents:
     """What a file says, before it is compared with what the caller says.
 
-    `model`, `frequency` and `stage` are None where the file is silent; `source` names who spoke of
-    the latter two.
+    `raw` has the network's tensors somewhere. `model`, `frequency` and `stage` are None where the
+    file is silent; `source` names who spoke of the latter two.
     """
 
     path: str
-    state: dict[str, Tensor]
+    raw: Mapping[Any, Any]
     model: str | None = None
     frequency: float | None = None
     stage: int | None = None
@@ -80,9 +90,12 @@ def load_checkpoint(
 ) -> Network:
     """Build the network that a training checkpoint holds, with its weights, in eval mode.
 
-    Reads our own files and the official repository's: nested or bare state dicts, with or without
-    a `module.` prefix; `tau` of shape [] or [1]; `beta` there or not; optimizer and scheduler
-    entries are ignored. Nothing but tensors and plain values is ever unpickled.
+    Reads our own files and the official repository's: bare state dicts, or nested in dicts under
+    any keys, with or without a prefix such as `module.`; `tau` of shape [] or [1]; `beta` there or
+    not. What is beside the network's tensors, such as an optimizer's, is ignored. A file with two
+    different networks that fit, such as a second one of averaged weights, is refused. Nothing but
+    tensors and plain values is ever unpickled, and nothing is read of a file that declares more
+    than it has.
 
     Args:
         path: the checkpoint file.
@@ -104,9 +117,10 @@ def load_checkpoint(
         ValueError: `arch` is unknown.
     """
     contents = _read(os.fspath(path))
-    name = _choose_architecture(contents, arch)
+    name, held = _choose_architecture(contents, arch)
+    check_dense(contents.path, held)
     settings: dict[str, Any] = {
-        "num_classes": _num_classes(contents.state, name),
+        "num_classes": _num_classes(held, name),
         "frequency": _agree("frequency", contents.frequency, frequency, contents),
         "stage": _agree("stage", contents.stage, stage, contents),
     }
@@ -118,7 +132,7 @@ def load_checkpoint(
     state = {}
     for key, value in network.state_dict().items():
         optional = key.rpartition(".")[2] in _OPTIONAL
-        stored = contents.state.get(key, value) if optional else contents.state[key]
+        stored = held.get(key, value) if optional else held[key]
         state[key] = stored.reshape(value.shape) if optional else stored
     network.load_state_dict(state)
     network.metadata = contents.metadata
@@ -169,20 +183,15 @@ def save_checkpoint(
 
 def _read(path: str) -> _Contents:
     raw = read_torch_file(path)
-    if "pytorch-lightning_version" in raw:
+    if "pytorch-lightning_version" in raw and "biper_config" in raw:
         raise CheckpointError(
-            f"'{path}' is Lightning's resume state, not a network. Pass the stage1.pt or stage2.pt "
-            "that training wrote when the stage was finished."
+            f"'{path}' is the state of a training run, for it to resume from. Pass the stage1.pt "
+            "or stage2.pt that training wrote when the stage was finished."
         )
     if raw.get("format") == _FORMAT:
         return _read_own(path, raw)
-    nested = raw.get("state_dict", raw)
     model = raw.get("model")
-    contents = _Contents(
-        path=path,
-        state=_state_dict(path, nested),
-        model=model if isinstance(model, str) and nested is not raw else None,
-    )
+    contents = _Contents(path=path, raw=raw, model=model if isinstance(model, str) else None)
     config = read_config_txt(Path(path).with_name(CONFIG_NAME))
     if config is None:
         return contents
@@ -204,23 +213,23 @@ def _read_own(path: str, raw: Mapping[str, Any]) -> _Contents:
     version = raw.get("version")
     if version != _VERSION:
         raise CheckpointError(
-            f"'{path}' has checkpoint version {version!r}; this biper_engine reads {_VERSION}. "
-            "Load it with the version that wrote it, or train again."
+            f"'{path}' has checkpoint version {_short(version)}; this biper_engine reads "
+            f"{_VERSION}. Load it with the version that wrote it, or train again."
         )
     for key, kind in (("model", str), ("frequency", float), ("stage", int)):
         if not isinstance(raw.get(key), kind):
             raise CheckpointError(
-                f"'{path}': entry '{key}' is {raw.get(key)!r}, wanted {kind.__name__}. "
+                f"'{path}': entry '{key}' is {_short(raw.get(key))}, wanted {kind.__name__}. "
                 "The file was edited or written by something else."
             )
     if raw["model"] not in available():
         raise CheckpointError(
-            f"'{path}' holds a network that this biper_engine does not know, {raw['model']!r}. "
-            f"Known: {', '.join(available())}."
+            f"'{path}' holds a network that this biper_engine does not know: "
+            f"{_short(raw['model'])}. Known: {', '.join(available())}."
         )
     return _Contents(
         path=path,
-        state=_state_dict(path, raw.get("state_dict")),
+        raw=_state_dict(path, raw.get("state_dict")),
         model=raw["model"],
         frequency=raw["frequency"],
         stage=raw["stage"],
@@ -239,60 +248,75 @@ def _metadata(path: str, value: Any) -> Metadata | None:
 
 
 def _state_dict(path: str, value: Any) -> dict[str, Tensor]:
-    """Check that `value` is a state dict and strip the prefix of nn.DataParallel."""
+    """Check that an entry of our own format is a state dict."""
     if not isinstance(value, Mapping) or not value:
         raise CheckpointError(f"'{path}' has no state dict: found {type(value).__name__}.")
     for key, entry in value.items():
         if not isinstance(key, str) or not isinstance(entry, Tensor):
             raise CheckpointError(
-                f"'{path}' has no state dict: entry {key!r} is {type(entry).__name__}, wanted a "
-                "tensor. Wanted a dict of tensors, or a dict with one under 'state_dict'."
+                f"'{path}' has no state dict: entry {_short(key)} is {type(entry).__name__}, "
+                "wanted a tensor. The file was edited or written by something else."
             )
-        if entry.layout != torch.strided or entry.is_quantized or entry.is_complex():
-            raise CheckpointError(
-                f"'{path}': entry '{key}' is {entry.dtype}, {entry.layout}; wanted a dense tensor "
-                "of real numbers. Only latent weights as training keeps them can be read."
-            )
-    if all(key.startswith("module.") for key in value):
-        return {key.removeprefix("module."): entry for key, entry in value.items()}
+    check_dense(path, value)
     return dict(value)
 
 
-def _choose_architecture(contents: _Contents, arch: str | None) -> str:
+def _choose_architecture(contents: _Contents, arch: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Return the network that a file holds, and its tensors by the network's names."""
     if arch is not None:
         architecture(arch)
-        candidates = [arch]
+        names = [arch]
     else:
         named = [name for name in available() if contents.model in (name, name.split("/")[1])]
-        candidates = named or list(available())
-    differences = {name: _differences(contents.state, name) for name in candidates}
-    matching = [name for name in candidates if not differences[name]]
+        names = named or list(available())
+    held = {name: candidates(contents.raw, state_dict_shapes(name, 1)) for name in names}
+    if not any(held.values()):
+        keys = ", ".join(_short(key) for key in list(contents.raw)[:5])
+        raise CheckpointError(
+            f"'{contents.path}' has no state dict: there is no tensor in it, only "
+            f"{keys or 'an empty dict'}. Save model.state_dict() with torch.save."
+        )
+    fitting = {
+        name: [one for one in held[name] if not _differences(one.state, name)] for name in names
+    }
+    matching = [name for name in names if fitting[name]]
     if len(matching) > 1:  # networks that differ in what a file may lack, or in no shape at all
-        matching = [name for name in matching if _has_beta(contents.state, name)] or matching
-    if len(matching) == 1:
-        return matching[0]
-    if matching:
+        with_beta = [name for name in matching if _has_beta(fitting[name][0].state, name)]
+        matching = with_beta or matching
+    if len(matching) > 1:
         raise CheckpointError(
-            f"'{contents.path}' fits {' and '.join(matching)}, whose tensors have the same names "
-            f"and shapes, and does not say which it is. Pass arch='{matching[0]}' or the other."
+            f"'{contents.path}' fits {' and '.join(matching)}, and does not say which it is. "
+            f"Pass arch='{matching[0]}' or the other."
         )
+    if not matching:
+        raise _no_match(contents, held)
+    (name,) = matching
+    covering = [one for one in held[name] if _covers(one.state, name)]
+    one = the_one(contents.path, covering, state_dict_shapes(name, 1))
+    return name, one.state if one in fitting[name] else fitting[name][0].state
 
+
+def _no_match(contents: _Contents, held: Mapping[str, list[Candidate]]) -> CheckpointError:
+    """Describe what is nearest to a network."""
+    name = max(held, key=lambda name: held[name][0].found)
+    nearest = held[name][0]
+    differences = listing(_differences(nearest.state, name))
     said = f" (the file itself says '{contents.model}')" if contents.model else ""
-    if len(candidates) > 1:
-        raise CheckpointError(
-            f"'{contents.path}' fits no known network{said}: {', '.join(candidates)}. "
-            f"Against {candidates[0]}: {_listing(differences[candidates[0]])}"
+    place = f", by {nearest.where}" if nearest.where else ""
+    if len(held) > 1:
+        return CheckpointError(
+            f"'{contents.path}' fits no known network{said}: {', '.join(held)}. Against "
+            f"{name}{place}: {differences} For a network of your own, pass its code and this file: "
+            f"biper convert module:callable --weights {contents.path}"
         )
-    raise CheckpointError(
-        f"'{contents.path}' is not a checkpoint of {candidates[0]}{said}: "
-        f"{_listing(differences[candidates[0]])}"
+    return CheckpointError(
+        f"'{contents.path}' is not a checkpoint of {name}{said}{place}: {differences}"
     )
 
 
-def _listing(differences: list[str]) -> str:
-    shown = "; ".join(differences[:3])
-    rest = len(differences) - 3
-    return f"{shown}; and {rest} more." if rest > 0 else f"{shown}."
+def _covers(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a network could be made of `state`, whatever else is in it."""
+    return all(found.endswith(" is unknown") for found in _differences(state, name))
 
 
 def _num_classes(state: Mapping[str, Tensor], name: str) -> int:
@@ -318,9 +342,9 @@ def _differences(state: Mapping[str, Tensor], name: str) -> list[str]:
 
 
 def _is_spare(key: str, wanted: Mapping[str, torch.Size]) -> bool:
-    """Whether `key` is an optional entry of a binary layer that the network has without it."""
+    """Whether the network is complete without `key`: an optional entry of a binary layer."""
     owner, _, last = key.rpartition(".")
-    return last in _OPTIONAL and f"{owner}.alpha" in wanted
+    return is_foreign_spare(key) or (last in _OPTIONAL and f"{owner}.alpha" in wanted)
 
 
 def _has_beta(state: Mapping[str, Tensor], name: str) -> bool:

@@ -294,8 +294,9 @@ class TestOfficialFormat:
         with pytest.raises(ValueError, match="Did you mean 'cifar10/resnet20_1w1a'"):
             load_checkpoint(path, arch="resnet20_1w1a", frequency=20.0, stage=2)
 
-    def test_lightning_state_is_refused_with_advice(self, tmp_path):
-        path = saved(tmp_path / "a.ckpt", {"pytorch-lightning_version": "2.6", "state_dict": {}})
+    def test_the_state_of_our_own_training_is_refused_with_advice(self, tmp_path):
+        contents = {"pytorch-lightning_version": "2.6", "state_dict": {}, "biper_config": {}}
+        path = saved(tmp_path / "a.ckpt", contents)
         with pytest.raises(CheckpointError, match=r"stage1\.pt or stage2\.pt"):
             load_checkpoint(path)
 

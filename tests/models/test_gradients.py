@@ -78,21 +78,27 @@ def check(name: str, stage: int, steps: int) -> None:
         total.backward()
         assert total.item() == pytest.approx(value, rel=1e-12)
         compare(network, gradients)
+        # The deep networks' first gradients are large, and would lead nowhere.
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
 
 def compare(network: Network, gradients: dict[str, Tensor]) -> None:
     """Hold every gradient against the wanted one, by norms.
 
-    Roundings differ by 3e-14 at most in what was measured. BatchNorm takes the scale of its input
-    away, so that alpha's gradient is the small rest of a sum that cancels: 1e-9 there at most.
+    Roundings differ by 3e-14 in most, and add up to 1e-12 in the deepest network. BatchNorm takes
+    the scale of its input away, so that alpha's gradient is the small rest of a sum that cancels:
+    its terms are of the size of the weight's.
     """
     parameters = dict(network.named_parameters())
     for key, wanted in gradients.items():
         got = parameters[key].grad
         assert got is not None, key
-        relative = (1e-8 if key.endswith(".alpha") else 1e-12) * wanted.norm()
-        assert (got - wanted).norm() <= relative, key
+        bound = 1e-10 * wanted.norm()
+        if key.endswith(".alpha"):
+            terms = gradients[key.replace(".alpha", ".weight")].norm()
+            bound = 1e-8 * wanted.norm() + 1e-12 * terms
+        assert (got - wanted).norm() <= bound, key
 
 
 @pytest.mark.parametrize("stage", [1, 2])
