@@ -425,6 +425,38 @@ def test_writing_the_input_into_what_stays(run: Callable[[Net, Tensor], Any], na
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
+def asks_in_a_try(self: Net, x: Tensor) -> Tensor:
+    try:
+        return x * 2 if x.shape[0] != 1 else x
+    except ConversionError:
+        return x * 3
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda self, x: x * 2 if x.shape[0] > 1 else x,
+        lambda self, x: x * 2 if x.shape[0] > 8 else x,
+        lambda self, x: x * min(x.shape[0], 2),
+        lambda self, x: x * int(x.shape[0] == 1),
+        asks_in_a_try,
+    ],
+)
+def test_a_branch_on_the_batch_size(run: Callable[[Net, Tensor], Any]) -> None:
+    words = r"^The model branches on the batch size in .*test_tracing.py, line \d+; a converted"
+    with pytest.raises(ConversionError, match=words):
+        capture(Net(run), (torch.randn(2, 3, 4, 6),))
+
+
+def test_a_check_that_holds_for_every_batch_size_is_no_obstacle() -> None:
+    def run(self: Net, x: Tensor) -> Tensor:
+        assert x.shape[0] > 0
+        assert x.shape[0]
+        return self.conv(x) * x.shape[0]
+
+    assert_captured(run)
+
+
 def test_control_flow_operators_are_named() -> None:
     model = Net(lambda self, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
     with pytest.raises(ConversionError, match=r"^The model has control flow: `cond` in .*test_tr"):
