@@ -9,9 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import sympy
 import torch
-from sympy.core.relational import Relational
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
 
 from biper_engine.conversion.trace_log import TraceLog, is_of_torch, is_own
@@ -44,8 +42,9 @@ class BatchSizes(ShapeEnv):
         line = ""
         if len(self.guards) > known:
             line = _line_in_front()
-        elif isinstance(orig_expr, Relational) and _differs(orig_expr, result):
+        elif getattr(orig_expr, "is_Relational", False):
             line = _asking_line()
+            line = line if line and _differs(orig_expr, result) else ""
         if line:
             self._log.refuse(f"The model branches on the batch size in {line}; {_ADVICE}")
         return result
@@ -66,7 +65,7 @@ def _differs(condition: Any, result: Any) -> bool:
     if len(symbols) != 1:
         return False
     at_one = condition.subs(symbols.pop(), 1)
-    return at_one in (sympy.true, sympy.false) and bool(at_one) != bool(result)
+    return not at_one.free_symbols and bool(at_one) != bool(result)
 
 
 def _line_in_front() -> str:
