@@ -1,5 +1,7 @@
 """Tracing: aliases, memory and swapped weights stay right; what no graph can hold is refused."""
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +105,12 @@ def data_of_a_constant(self: Net, x: Tensor) -> Tensor:
     return x * y
 
 
+def deep_copy(self: Net, x: Tensor) -> Tensor:
+    y = copy.deepcopy(x)
+    y += 1
+    return y * x
+
+
 def views_in_place(self: Net, x: Tensor) -> Tensor:
     y = x + 0
     y.unsqueeze_(1).transpose_(2, 3)
@@ -116,7 +124,7 @@ def views_in_place(self: Net, x: Tensor) -> Tensor:
     [
         *(alias, view_of_a_view, writes, out_argument),
         *(data_with_an_older_view, data_of_another_shape, data_that_is_shared),
-        *(data_of_a_constant, views_in_place),
+        *(data_of_a_constant, deep_copy, views_in_place),
     ],
 )
 def test_aliases_and_writes(run: Callable[[Net, Tensor], Tensor]) -> None:
@@ -355,6 +363,13 @@ def swallowed_without_a_name(self: Net, x: Tensor) -> Tensor:
         return x * 3
 
 
+def pickled(self: Net, x: Tensor) -> Tensor:
+    try:
+        return pickle.loads(pickle.dumps(x))  # type: ignore[no-any-return]
+    except Exception:
+        return x * 3
+
+
 LEAVING: dict[str, Callable[[Net, Tensor], Any]] = {
     r"`\.item\(\)`": lambda self, x: x * x.max().item(),
     r"`\.(tolist|item)\(\)`": lambda self, x: x * x.mean((1, 2, 3)).tolist()[0],
@@ -362,6 +377,7 @@ LEAVING: dict[str, Callable[[Net, Tensor], Any]] = {
     r"`float\(\)`": swallowed,
     r"`int\(\)`": lambda self, x: x * int(x.max()),
     r"`bool\(\)`": lambda self, x: x if (x > 0).all() else -x,
+    "`pickle`": pickled,
     r"`\.data_ptr\(\)`": lambda self, x: x * (x.data_ptr() % 2),
     r"`torch\.equal\(\)`": lambda self, x: x * torch.equal(x, x + 1),
     r"`torch\.tensor\(\)`": lambda self, x: x + torch.tensor([x.max(), x.min()])[0],
