@@ -28,14 +28,14 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
-    ShapeEnv,
     StatelessSymbolicContext,
 )
 from torch.utils import _pytree as pytree
 
+from biper_engine.conversion.batch_size import BatchSizes
 from biper_engine.conversion.copying import private_copy, unwrapped
 from biper_engine.conversion.modes import callers_defaults, plain_modes
-from biper_engine.conversion.trace_log import TraceLog, failing_line, is_of_torch
+from biper_engine.conversion.trace_log import TraceLog, failing_line
 from biper_engine.conversion.tracing import (
     WEIGHTED_OPS,
     FoldConstants,
@@ -159,7 +159,7 @@ def _output_leaf(leaf: Any) -> Tensor:
 def _trace(
     call: Callable[..., Any], examples: tuple[Tensor, ...], private: nn.Module, log: TraceLog
 ) -> fx.GraphModule:
-    shapes = ShapeEnv()
+    shapes = BatchSizes(log)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
     inputs = [_fake(fake_mode, example, index) for index, example in enumerate(examples)]
     try:
@@ -176,16 +176,16 @@ def _trace(
             with _module_paths(private, log):
                 recorded = make_fx(call)(*inputs)
             log.require_nothing_refused()
-            _require_free_batch(shapes, inputs)
+            shapes.require_free([x.shape[0] for x in inputs])
             functional = dispatch_functionalize(recorded, FunctionalTensorMode())
             graph_module: fx.GraphModule = make_fx(functional)(*inputs)
     except Exception as cause:  # a traced model may raise anything; it is re-raised with advice
         log.require_nothing_refused(cause)
         if isinstance(cause, ConversionError):
             raise
-        _require_free_batch(shapes, inputs)
+        shapes.require_free([x.shape[0] for x in inputs])
         raise ConversionError(_failure(cause)) from cause
-    _require_free_batch(shapes, inputs)
+    shapes.require_free([x.shape[0] for x in inputs])
     return graph_module
 
 
@@ -223,23 +223,6 @@ def _fake(fake_mode: FakeTensorMode, example: Tensor, index: int) -> FakeTensor:
     context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
     source = ConstantSource(f"input_{index}")
     return fake_mode.from_tensor(example, symbolic_context=context, source=source)
-
-
-def _require_free_batch(shapes: ShapeEnv, inputs: list[FakeTensor]) -> None:
-    advice = (
-        "a converted network must work for every batch size. Use x.shape[0] or -1 in its reshapes, "
-        "and do not branch on the batch size."
-    )
-    batches: list[Any] = [x.shape[0] for x in inputs]
-    if any(shapes.simplify(batch.node.expr).is_number for batch in batches):
-        raise ConversionError(f"The model works for one batch size only; {advice}")
-    for guard in shapes.guards:
-        location: Any = guard.sloc.framework_loc
-        if location is not None and not is_of_torch(location.filename):
-            raise ConversionError(
-                f"The model branches on the batch size in {location.filename}, line "
-                f"{location.lineno}; {advice}"
-            )
 
 
 @contextmanager

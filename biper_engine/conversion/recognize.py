@@ -101,6 +101,9 @@ def _layer(
     )
     if weight is None:
         return replace(row, reason="its weight depends on the input")
+    if weight.dtype != torch.float32:
+        name = str(weight.dtype).removeprefix("torch.")
+        return replace(row, reason=f"it computes in {name}, under an autocast of the model's own")
     split = analyse_weight(weight, zero_weights)
     operand = _operand(graph_module, node, kind)
     binary_weight = isinstance(split, BinaryWeight)

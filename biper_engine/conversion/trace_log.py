@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from biper_engine.errors import ConversionError
 
-__all__ = ["TraceLog", "failing_line", "is_of_torch", "random_reason"]
+__all__ = ["TraceLog", "failing_line", "is_of_torch", "is_own", "random_reason"]
 
 _TORCH = Path(torch.__file__).resolve().parent
 _OWN = Path(__file__).resolve().parent
@@ -108,7 +108,7 @@ _CAPTURE = str(_OWN / "capture.py")
 
 def _is_of_the_model(filename: str) -> bool:
     generated = filename.startswith("<")
-    return not generated and not is_of_torch(filename) and not _is_own(filename)
+    return not generated and not is_of_torch(filename) and not is_own(filename)
 
 
 @lru_cache(maxsize=1024)
@@ -118,7 +118,8 @@ def is_of_torch(filename: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _is_own(filename: str) -> bool:
+def is_own(filename: str) -> bool:
+    """Whether a source file is one of the conversion's."""
     return _OWN in Path(filename).resolve().parents
 
 

@@ -74,6 +74,7 @@ _LEAVING = {
     Tensor.__array__: "numpy",
     Tensor.__contains__: "in",
     Tensor.__dlpack__: "dlpack",
+    Tensor.__reduce_ex__: "pickle",
     Tensor.item: ".item()",
     Tensor.tolist: ".tolist()",
     Tensor.numpy: ".numpy()",
@@ -224,6 +225,8 @@ class WatchPython(TorchFunctionMode):
             self._log.refuse(leaving(_LEAVING[func], self._log.place))
         if func in _COPYING and any(isinstance(x, FakeTensor) for x in _inside(args)):
             self._log.refuse(leaving(f"torch.{func.__name__}()", self._log.place))
+        if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
+            return args[0].clone()
         if func is F.pad:
             padded = _circular(*args, **kwargs)
             if padded is not None:

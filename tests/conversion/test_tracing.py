@@ -1,5 +1,7 @@
 """Tracing: aliases, memory and swapped weights stay right; what no graph can hold is refused."""
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +105,12 @@ def data_of_a_constant(self: Net, x: Tensor) -> Tensor:
     return x * y
 
 
+def deep_copy(self: Net, x: Tensor) -> Tensor:
+    y = copy.deepcopy(x)
+    y += 1
+    return y * x
+
+
 def views_in_place(self: Net, x: Tensor) -> Tensor:
     y = x + 0
     y.unsqueeze_(1).transpose_(2, 3)
@@ -116,7 +124,7 @@ def views_in_place(self: Net, x: Tensor) -> Tensor:
     [
         *(alias, view_of_a_view, writes, out_argument),
         *(data_with_an_older_view, data_of_another_shape, data_that_is_shared),
-        *(data_of_a_constant, views_in_place),
+        *(data_of_a_constant, deep_copy, views_in_place),
     ],
 )
 def test_aliases_and_writes(run: Callable[[Net, Tensor], Tensor]) -> None:
@@ -190,19 +198,19 @@ def test_other_memory_is_refused(run: Callable[[Net, Tensor], Any], name: str) -
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.LSTM(6, 4, batch_first=True),
-        nn.LSTM(6, 4, 2, batch_first=True, bidirectional=True, proj_size=3, dropout=0.5),
-        nn.GRU(6, 4, 2, batch_first=True, bidirectional=True),
+        nn.LSTM(6, 4, batch_first=True, bidirectional=True),
+        nn.LSTM(6, 4, 2, batch_first=True, proj_size=3, dropout=0.5),
+        nn.GRU(6, 4, batch_first=True, bidirectional=True),
         nn.RNN(6, 4, batch_first=True, nonlinearity="relu"),
     ],
     ids=str,
 )
 def test_recurrent_modules(layer: nn.Module) -> None:
     model = Functional(lambda self, x: self.layer(x.sign())[0], layer=layer).eval()
-    graph_module = capture(model, (torch.randn(1, 3, 6),)).graph_module
+    graph_module = capture(model, (torch.randn(1, 2, 6),)).graph_module
     simplify(graph_module)
     for batch in (1, 2, 5):
-        x = torch.randn(batch, 3, 6)
+        x = torch.randn(batch, 2, 6)
         with torch.no_grad():
             torch.testing.assert_close(graph_module(x)[0], model(x), rtol=1e-5, atol=1e-6)
 
@@ -355,6 +363,13 @@ def swallowed_without_a_name(self: Net, x: Tensor) -> Tensor:
         return x * 3
 
 
+def pickled(self: Net, x: Tensor) -> Tensor:
+    try:
+        return pickle.loads(pickle.dumps(x))  # type: ignore[no-any-return]
+    except Exception:
+        return x * 3
+
+
 LEAVING: dict[str, Callable[[Net, Tensor], Any]] = {
     r"`\.item\(\)`": lambda self, x: x * x.max().item(),
     r"`\.(tolist|item)\(\)`": lambda self, x: x * x.mean((1, 2, 3)).tolist()[0],
@@ -362,6 +377,7 @@ LEAVING: dict[str, Callable[[Net, Tensor], Any]] = {
     r"`float\(\)`": swallowed,
     r"`int\(\)`": lambda self, x: x * int(x.max()),
     r"`bool\(\)`": lambda self, x: x if (x > 0).all() else -x,
+    "`pickle`": pickled,
     r"`\.data_ptr\(\)`": lambda self, x: x * (x.data_ptr() % 2),
     r"`torch\.equal\(\)`": lambda self, x: x * torch.equal(x, x + 1),
     r"`torch\.tensor\(\)`": lambda self, x: x + torch.tensor([x.max(), x.min()])[0],
@@ -423,6 +439,38 @@ def test_writing_the_input_into_what_stays(run: Callable[[Net, Tensor], Any], na
     words = f"^The model writes values computed from the input into {name}.* in .*test_tracing.py"
     with pytest.raises(ConversionError, match=words):
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
+
+
+def asks_in_a_try(self: Net, x: Tensor) -> Tensor:
+    try:
+        return x * 2 if x.shape[0] != 1 else x
+    except ConversionError:
+        return x * 3
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda self, x: x * 2 if x.shape[0] > 1 else x,
+        lambda self, x: x * 2 if x.shape[0] > 8 else x,
+        lambda self, x: x * min(x.shape[0], 2),
+        lambda self, x: x * int(x.shape[0] == 1),
+        asks_in_a_try,
+    ],
+)
+def test_a_branch_on_the_batch_size(run: Callable[[Net, Tensor], Any]) -> None:
+    words = r"^The model branches on the batch size in .*test_tracing.py, line \d+; a converted"
+    with pytest.raises(ConversionError, match=words):
+        capture(Net(run), (torch.randn(2, 3, 4, 6),))
+
+
+def test_a_check_that_holds_for_every_batch_size_is_no_obstacle() -> None:
+    def run(self: Net, x: Tensor) -> Tensor:
+        assert x.shape[0] > 0
+        assert x.shape[0]
+        return self.conv(x) * x.shape[0]
+
+    assert_captured(run)
 
 
 def test_control_flow_operators_are_named() -> None:

@@ -1,0 +1,95 @@
+"""The batch size as a symbol, and what a model must not ask of it.
+
+A trace takes the symbol for 2 or more. So `if x.shape[0] > 1` has an answer there, without a guard,
+which is another one for a batch of 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, uninteresting_files
+
+from biper_engine.conversion.trace_log import TraceLog, is_of_torch, is_own
+from biper_engine.errors import ConversionError
+
+__all__ = ["BatchSizes"]
+
+_ADVICE = (
+    "a converted network must work for every batch size. Use x.shape[0] or -1 in its reshapes, "
+    "and do not branch on the batch size."
+)
+_SYMBOLS = uninteresting_files()
+"""Files of PyTorch that only pass a question on."""
+
+_CONDITIONS = (torch.SymBool.__bool__.__code__, torch.SymBool.__int__.__code__)
+_FRAMES = 10
+"""Python frames of PyTorch between a condition and its evaluation, and a few more."""
+
+
+class BatchSizes(ShapeEnv):
+    """Symbolic sizes that refuse a branch on the batch, whichever way a trace decides it."""
+
+    def __init__(self, log: TraceLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def evaluate_expr(self, orig_expr: Any, *args: Any, **kwargs: Any) -> Any:
+        known = len(self.guards)
+        result = super().evaluate_expr(orig_expr, *args, **kwargs)
+        line = ""
+        if len(self.guards) > known:
+            line = _line_in_front()
+        elif getattr(orig_expr, "is_Relational", False):
+            line = _asking_line()
+            line = line if line and _differs(orig_expr, result) else ""
+        if line:
+            self._log.refuse(f"The model branches on the batch size in {line}; {_ADVICE}")
+        return result
+
+    def require_free(self, batches: list[Any]) -> None:
+        """Require that the trace is valid for more than one batch size.
+
+        Raises:
+            ConversionError: it is not.
+        """
+        if any(self.simplify(batch.node.expr).is_number for batch in batches):
+            raise ConversionError(f"The model works for one batch size only; {_ADVICE}")
+
+
+def _differs(condition: Any, result: Any) -> bool:
+    """Whether a condition on one symbol has another answer where that is 1."""
+    symbols = condition.free_symbols
+    if len(symbols) != 1:
+        return False
+    at_one = condition.subs(symbols.pop(), 1)
+    return not at_one.free_symbols and bool(at_one) != bool(result)
+
+
+def _line_in_front() -> str:
+    """Return the line of the model that a new guard comes from, or nothing for PyTorch's own."""
+    frame = sys._getframe(2)
+    while frame is not None and _passes_on(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    name = frame.f_code.co_filename if frame is not None else "<"
+    return "" if name.startswith("<") or is_of_torch(name) else f"{name}, line {frame.f_lineno}"
+
+
+def _passes_on(filename: str) -> bool:
+    return filename in _SYMBOLS or is_own(filename)
+
+
+def _asking_line() -> str:
+    """Return the line of the model's code that asks now, or nothing where PyTorch itself does."""
+    frame = sys._getframe(2)
+    for _ in range(_FRAMES):
+        if frame is None or frame.f_back is None:
+            break
+        caller = frame.f_back
+        if frame.f_code in _CONDITIONS:
+            name = caller.f_code.co_filename
+            return "" if is_of_torch(name) else f"{name}, line {caller.f_lineno}"
+        frame = caller
+    return ""
