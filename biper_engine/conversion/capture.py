@@ -43,8 +43,14 @@ aten = torch.ops.aten
 
 _TORCH = Path(torch.__file__).resolve().parent
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-WEIGHTED_OPS = (aten.convolution, aten.conv2d, aten.linear, aten.addmm, aten.mm)
-"""Operators that may be a layer; the n-th of the trace is the n-th of the captured graph."""
+WEIGHTED_OPS = (
+    *(aten.convolution, aten.conv2d, aten.linear, aten._trilinear, aten.mkldnn_rnn_layer),
+    *(aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten.mv, aten.addmv, aten.dot),
+    *(aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention),
+    *(aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention),
+    *(aten._scaled_dot_product_attention_math, aten._cudnn_rnn, aten.miopen_rnn),
+)
+"""Operators that multiply; the n-th of the trace is the n-th of the captured graph."""
 
 
 @dataclass

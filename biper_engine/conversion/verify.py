@@ -8,8 +8,7 @@ rounding of its threshold,
 
 and each one is counted. A float map must agree within the rounding of its dtype. Where the model's
 own sign met an exact 0, which no bit can hold, the contract says +1: such inputs are counted, and
-the outputs they reach are left out of the comparison of bits and floats, as are output channels
-whose zero weights the caller chose to count as positive. Logit error and top-1
+the outputs they reach are left out of the comparison of bits and floats. Logit error and top-1
 agreement of the whole network are reported, not judged: one legitimate flip moves logits.
 """
 
@@ -97,7 +96,6 @@ def _rebuild(engine: Engine, model: nn.Module, batch: tuple[Tensor, ...]) -> Bui
         model,
         tuple(args),
         keep_float=tuple(options.get("keep_float", ())),
-        zero_weights=options.get("zero_weights", "float"),
         compute_dtype=getattr(torch, options.get("compute_dtype", "float32")),
     )
 

@@ -158,7 +158,7 @@ def _typed(value: Any, *kinds: type) -> Any:
 
 _LAYER_TYPES = {
     **{"name": str, "kind": str, "reason": str},
-    **{"packed": bool, "binary": bool, "binary_weight": bool},
+    **{"packed": bool, "binary": bool, "binary_weight": bool, "by_choice": bool},
 }
 
 
