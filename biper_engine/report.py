@@ -1,4 +1,4 @@
-"""What conversion did to every convolution and linear layer: plain data, printed as a table."""
+"""What conversion did to every operator that multiplies: plain data, printed as a table."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ __all__ = ["ConversionReport", "LayerReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One convolution or linear layer.
+    """One operator that multiplies: a convolution, a linear layer, a product of two activations.
 
     Attributes:
         name: module path in the model; numbered when one module is called more than once.
-        kind: "conv2d" or "linear".
+        kind: "conv2d", "linear", "conv1d", "conv3d", "conv_transpose2d" and the like, "matmul",
+            "attention", "bilinear" or "recurrent".
         packed: whether it runs on bits.
         reason: why it stays in floating point; empty where packed.
-        shape: weight shape, as in the model.
-        macs: multiply-accumulates for one image, padded taps counted.
-        weight_bits_before: bits of the float weight.
+        shape: weight shape, as in the model; of a product of two activations, the right one's.
+        macs: multiply-accumulates for one image, at every position, padded taps counted.
+        weight_bits_before: bits of the float weight; 0 for a product of two activations.
         weight_bits_after: bits of the weight as stored now.
-        zero_weights: weights that are exactly 0.
-        binary: whether its weight or its input is binary, so that staying float has a cost.
-        binary_weight: whether its weight takes two values in every output channel.
+        zero_weights: weights that are exactly 0; output channels of three values, -s, 0 and s, are
+            packed twice, with 0 as s and as -s, and averaged.
+        binary: whether its weight or its input is binary.
+        binary_weight: whether its weight takes two values in every output channel, or -s, 0 and s.
+        ties: output channels in which a sum can meet the threshold of the next sign exactly, where
+            float32 rounding decides the model's own bit; a BatchNorm in between avoids it.
+        by_choice: whether it stays in floating point on purpose: `keep_float` names it, or bits are
+            slower. What is binary and stays there for another reason is warned of.
     """
 
     name: str
@@ -38,14 +44,30 @@ class LayerReport:
     zero_weights: int = 0
     binary: bool = False
     binary_weight: bool = False
+    ties: int = 0
+    by_choice: bool = False
+
+    @property
+    def note(self) -> str:
+        """Why it stays in floating point, or what to know of a packed one: weights of 0, ties."""
+        notes = [self.reason] if self.reason else []
+        if self.packed and self.zero_weights:
+            plural = "s are" if self.zero_weights > 1 else " is"
+            notes.append(f"{self.zero_weights:,} weight{plural} 0")
+        if self.ties:
+            notes.append(
+                f"sums of {self.ties} output channel{'s' * (self.ties > 1)} can meet the next "
+                "sign's threshold exactly, where the model's float32 rounding decides"
+            )
+        return "; ".join(notes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """Every convolution and linear layer of a converted network, in order of execution.
+    """Every operator of a converted network that multiplies, in order of execution.
 
     Attributes:
-        layers: one row per layer.
+        layers: one row per operator.
         bytes_before: bytes of the model's parameters and buffers.
         bytes_after: bytes of the engine's tensors.
     """
@@ -78,7 +100,7 @@ class ConversionReport:
             runs = "bits" if layer.packed else "float"
             lines.append(
                 f"{layer.name:{width}}  {runs:7}  {shape:>15}  {layer.macs / 1e6:8.2f}  "
-                f"{layer.reason}".rstrip()
+                f"{layer.note}".rstrip()
             )
         lines.append(
             f"{self.packed} of {len(self.layers)} layers packed; MACs on bits "

@@ -134,7 +134,7 @@ def classifier(seed: int = 0, *, graph: fx.GraphModule | None = None, **changes:
             input_size=(3, 8, 8), mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), class_names=("a", "b")
         ),
         "provenance": Provenance(architecture="hand", frequency=20.0, stage=2, licence="MIT"),
-        "options": {"keep_float": ["fc"], "zero_weights": "float"},
+        "options": {"keep_float": ["fc"]},
     }
     return Engine(classifier_graph(seed) if graph is None else graph, **{**arguments, **changes})
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,16 @@ def test_the_table_has_a_line_per_layer_and_a_total() -> None:
     assert "1 of 2 layers packed" in lines[3]
     assert "1,234,567 -> 54,321 bytes" in lines[3]
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_weights_of_0_and_ties_of_a_packed_layer_are_said() -> None:
+    assert replace(PACKED, zero_weights=1).note == "1 weight is 0"
+    assert "1,234 weights are 0; sums of 2 output channels can meet" in str(
+        ConversionReport(
+            layers=(replace(PACKED, zero_weights=1234, ties=2),), bytes_before=1, bytes_after=1
+        )
+    )
+    assert FLOAT.note == FLOAT.reason
 
 
 def test_columns_are_aligned_under_their_headings() -> None:

@@ -37,13 +37,6 @@ class UnconvertedChoice(StrEnum):
     IGNORE = "ignore"
 
 
-class ZeroWeights(StrEnum):
-    """What to do about a layer with exact zeros among its weights."""
-
-    FLOAT = "float"
-    POSITIVE = "positive"
-
-
 class ComputeType(StrEnum):
     """Type of the float maps between layers."""
 
@@ -79,9 +72,6 @@ def convert(
     unconverted: Annotated[
         UnconvertedChoice, typer.Option(help="Binary layers that stay float.")
     ] = UnconvertedChoice.WARN,
-    zero_weights: Annotated[
-        ZeroWeights, typer.Option(help="Layers with exact zero weights.")
-    ] = ZeroWeights.FLOAT,
     dtype: Annotated[
         ComputeType,
         typer.Option(metavar="TYPE", help="Of float maps: float32 (exact), float16, bfloat16."),
@@ -116,7 +106,6 @@ def convert(
             example,
             keep_float=keep_float or (),
             unconverted=unconverted.value,
-            zero_weights=zero_weights.value,
             compute_dtype=getattr(torch, dtype.value),
             check=check,
         )

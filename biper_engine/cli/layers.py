@@ -37,7 +37,7 @@ def layer_table(report: ConversionReport, *, sizes: bool = False) -> Table:
             "bits" if row.packed else "float",
             "x".join(map(str, row.shape)),
             f"{row.macs / 1e6:,.2f}",
-            _bytes(row) if sizes else escape(row.reason),
+            _bytes(row) if sizes else escape(row.note),
         )
     return table
 

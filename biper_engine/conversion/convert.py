@@ -33,7 +33,6 @@ def convert(
     *,
     keep_float: Sequence[str] = (),
     unconverted: Literal["warn", "raise", "ignore"] = "warn",
-    zero_weights: Literal["float", "positive"] = "float",
     compute_dtype: torch.dtype = torch.float32,
     check: bool = True,
     metadata: Metadata | None = None,
@@ -54,8 +53,6 @@ def convert(
         keep_float: module paths to leave in floating point, as `fnmatch` patterns.
         unconverted: what to do when a layer with binary weights or inputs stays float: warn with
             its name and cost, raise, or ignore.
-        zero_weights: "float" leaves a layer whose weights include exact zeros in floating point;
-            "positive" counts them as positive, which changes its results.
         compute_dtype: dtype of float maps between layers and of float layers. float32 is the exact
             mode; float16 and bfloat16 are faster where hardware supports them, and approximate.
         check: verify the result segment by segment on the example and two seeded random inputs.
@@ -74,7 +71,7 @@ def convert(
         >>> engine = biper_engine.convert(model, torch.randn(1, 3, 32, 32))
         >>> logits = engine(images)
     """
-    _check_options(unconverted, zero_weights, compute_dtype)
+    _check_options(unconverted, compute_dtype)
     model = unwrapped(model)
     stage = _provenance(model).stage
     if stage == 1:
@@ -89,11 +86,10 @@ def convert(
         args,
         example_kwargs=kwargs,
         keep_float=tuple(keep_float),
-        zero_weights=zero_weights,
         compute_dtype=compute_dtype,
     )
     if not any(row.packed or row.binary_weight for row in built.rows):
-        raise ConversionError(nothing_packed(built.rows, stage))
+        raise ConversionError(nothing_packed(built, _provenance(model)))
     _announce(built.rows, unconverted, tuple(keep_float))
     engine = _engine(
         model,
@@ -102,7 +98,6 @@ def convert(
         metadata,
         {
             "keep_float": list(keep_float),
-            "zero_weights": zero_weights,
             "compute_dtype": str(compute_dtype).removeprefix("torch."),
         },
     )
@@ -111,11 +106,9 @@ def convert(
     return engine
 
 
-def _check_options(unconverted: str, zero_weights: str, compute_dtype: torch.dtype) -> None:
+def _check_options(unconverted: str, compute_dtype: torch.dtype) -> None:
     if unconverted not in ("warn", "raise", "ignore"):
         raise ValueError(f"`unconverted` (={unconverted!r}) must be 'warn', 'raise' or 'ignore'.")
-    if zero_weights not in ("float", "positive"):
-        raise ValueError(f"`zero_weights` (={zero_weights!r}) must be 'float' or 'positive'.")
     if compute_dtype not in _DTYPES:
         raise ValueError(f"`compute_dtype` (={compute_dtype}) must be one of {_DTYPES}.")
 
@@ -179,7 +172,7 @@ def _names(
 
 
 def _announce(rows: Sequence[LayerReport], unconverted: str, keep_float: tuple[str, ...]) -> None:
-    left = [row for row in rows if row.binary and not row.packed and "keep_float" not in row.reason]
+    left = [row for row in rows if row.binary and not row.packed and not row.by_choice]
     if not left or unconverted == "ignore":
         return
     total = sum(row.macs for row in rows) or 1

@@ -4,7 +4,9 @@ Parameters are folded in float64 here and rounded once, in `lower`. An operator 
 convolution's value has no other user and the epilogue's order (see `biper_engine.ops.epilogue`)
 allows it: scale and bias, then one residual, then one activation, then a shift. A max pool moves in
 front of all of it, onto the accumulators, because the epilogue is monotone in them: it takes the
-maximum where the multiplier is >= 0 and the minimum where it is negative.
+maximum where the multiplier is >= 0 and the minimum where it is negative. Where the residual is
+another binary convolution that nothing else reads, as for a weight of two terms, a scale of the sum
+scales both, and a second residual becomes that one's own.
 
 Among float layers, BatchNorm and scales are folded into the convolution or linear layer beside
 them, and a clamp moves behind a max pool, which leaves it a quarter of the values or less.
@@ -33,7 +35,7 @@ from biper_engine.conversion.graphs import (
     substitute,
 )
 from biper_engine.conversion.ir import BinaryConv
-from biper_engine.conversion.recognize import pool_geometry
+from biper_engine.conversion.operands import pool_geometry
 
 __all__ = ["fuse"]
 
@@ -83,14 +85,45 @@ def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     value = flattened or node
     conv: BinaryConv = node.meta["conv"]
     residual = node.args[1] if len(node.args) > 1 else None
-    fused = _affine(graph_module, user, value, conv, residual is None)
+    fused = _affine(graph_module, user, value, node)
     fused = fused or _activation(graph_module, user, value, conv)
-    if fused is None and residual is None and flattened is None:
-        fused = _pool(user, conv)
-        if fused is None:
-            residual = _residual(graph_module, user, node, conv)
-            fused = conv if residual is not None else None
+    if fused is None and flattened is None:
+        fused = _pool(user, conv) if residual is None else None
+        other = None if fused else _residual(graph_module, user, node, conv)
+        if other is not None and _takes_residual(node, user, other):
+            residual = residual or other
+            fused = conv
     return None if fused is None else _replace(graph_module, node, flattened, user, fused, residual)
+
+
+def _partners(node: fx.Node) -> list[fx.Node] | None:
+    """Return the convolutions that are added to one and read by nothing else, the next one first.
+
+    None where the last of them has a residual that is no such convolution.
+    """
+    partners = []
+    while len(node.args) > 1:
+        node = parent(node, 1)
+        if not ir.is_marker(node, ir.binary_conv) or len(node.users) > 1:
+            return None
+        if node.meta["conv"].activated:
+            return None
+        partners.append(node)
+    return partners
+
+
+def _takes_residual(node: fx.Node, user: fx.Node, other: fx.Node) -> bool:
+    """Whether `node` or the last of its partners can add `other`; the partner then does."""
+    partners = _partners(node)
+    if partners is None or other in partners:
+        return False
+    for partner in reversed(partners):  # behind `other`, in front of each other
+        user.prepend(partner)
+    if partners:
+        partners[-1].args = (partners[-1].args[0], other)
+    for partner in partners:
+        partner.meta.pop("source", None)  # no value of the float graph any more
+    return True
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -147,41 +180,51 @@ def _per_channel(
 
 
 def _affine(
-    graph_module: fx.GraphModule,
-    user: fx.Node,
-    value: fx.Node,
-    conv: BinaryConv,
-    before_residual: bool,
+    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, node: fx.Node
 ) -> BinaryConv | None:
-    channels = conv.geometry.out_channels
-    if is_call(user, aten.batch_norm.default) and user.args[0] is value:
-        if conv.activated or not before_residual:
-            return None
-        scale, offset = batch_norm_affine(graph_module, user)
-        return replace(conv, multiplier=conv.multiplier * scale, bias=conv.bias * scale + offset)
-    if not is_call(
-        user, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default
-    ):
+    """Absorb a scale and an offset per channel; partners of the convolution are scaled as well."""
+    conv: BinaryConv = node.meta["conv"]
+    affine = _scale_and_offset(graph_module, user, value, conv.geometry.out_channels)
+    if affine is None:
         return None
+    scale, offset = affine
+    if scale is None:
+        return _add(conv, offset)
+    partners = _partners(node)
+    if conv.activated or partners is None:
+        return None
+    for partner in partners:
+        part: BinaryConv = partner.meta["conv"]
+        scaled = replace(part, multiplier=part.multiplier * scale, bias=part.bias * scale)
+        partner.meta["conv"] = scaled
+        partner.meta.pop("source", None)  # no value of the float graph any more
+    return replace(conv, multiplier=conv.multiplier * scale, bias=conv.bias * scale + offset)
+
+
+def _scale_and_offset(
+    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, channels: int
+) -> tuple[Tensor | None, Tensor] | None:
+    """Return what `user` multiplies and adds to `value`, a scale of None for 1, else None."""
+    nothing = ir.float64(0.0, channels)
+    if is_call(user, aten.batch_norm.default):
+        return batch_norm_affine(graph_module, user) if user.args[0] is value else None
     if is_call(user, aten.neg.default):
-        factor: Tensor | None = ir.float64(-1.0, channels)
-    else:
-        named = arguments(user)
-        if named.get("alpha", 1) != 1:
-            return None
-        left, right = named["self"], named["other"]
-        commutes = is_call(user, aten.mul.Tensor, aten.add.Tensor)
-        if left is not value and not commutes:
-            return None
-        factor = _per_channel(right if left is value else left, graph_module, user, channels)
-    if factor is None:
+        return ir.float64(-1.0, channels), nothing
+    if not is_call(user, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor):
         return None
-    if is_call(user, aten.add.Tensor, aten.sub.Tensor):
-        return _add(conv, factor if is_call(user, aten.add.Tensor) else -factor)
-    if conv.activated or not before_residual:
+    named = arguments(user)
+    left, right = named["self"], named["other"]
+    commutes = is_call(user, aten.mul.Tensor, aten.add.Tensor)
+    if named.get("alpha", 1) != 1 or (left is not value and not commutes):
         return None
-    factor = 1 / factor if is_call(user, aten.div.Tensor) else factor
-    return replace(conv, multiplier=conv.multiplier * factor, bias=conv.bias * factor)
+    number = _per_channel(right if left is value else left, graph_module, user, channels)
+    if number is None:
+        return None
+    if is_call(user, aten.add.Tensor):
+        return None, number
+    if is_call(user, aten.sub.Tensor):
+        return None, -number
+    return (1 / number if is_call(user, aten.div.Tensor) else number), nothing
 
 
 def _add(conv: BinaryConv, term: Tensor) -> BinaryConv:

@@ -1,6 +1,6 @@
 """What the passes between capture and lowering write into the graph.
 
-Three marker functions stand for binary work; nothing ever calls them, `lower` replaces them by
+Four marker functions stand for binary work; nothing ever calls them, `lower` replaces them by
 `torch.ops.biper`. Their parameters are in `meta`: a `StepRule` in `meta["rule"]`, a `BinaryConv` in
 `meta["conv"]`. Every node keeps in `meta["source"]` the name of the node of the simplified float
 graph whose value it reproduces, which is how `verify` compares segment by segment.
@@ -15,11 +15,16 @@ from torch import Tensor, fx
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 
-__all__ = ["BinaryConv", "StepRule", "binarize", "binary_conv", "binary_max_pool"]
+__all__ = ["BinaryConv", "StepRule", "binarize", "binary_conv", "binary_max_pool", "unbinarize"]
 
 
 def binarize(x: Tensor) -> Tensor:
     """Stand for the bits of a float map; the rule is in `meta["rule"]`."""
+    raise NotImplementedError
+
+
+def unbinarize(bits: Tensor) -> Tensor:
+    """Stand for the map of +-1 that bits are, with `meta["channels"]` channels."""
     raise NotImplementedError
 
 
@@ -78,7 +83,6 @@ class BinaryConv:
         positive: weight bits, bool [O, C / groups, KH, KW].
         multiplier: float64 [O].
         bias: float64 [O].
-        filled: bool [O], channels with exact zeros that count as positive weights.
         pool: max pool of accumulators.
         pool_min: bool [O], or None without a pool.
         clamp: (lo, hi), either may be infinite, or None.
@@ -95,7 +99,6 @@ class BinaryConv:
     positive: Tensor
     multiplier: Tensor
     bias: Tensor
-    filled: Tensor
     pool: Pool2dGeometry = field(default_factory=Pool2dGeometry)
     pool_min: Tensor | None = None
     clamp: tuple[float, float] | None = None

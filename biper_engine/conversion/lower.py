@@ -53,6 +53,8 @@ class _Lowering:
                 self._conv(node)
             elif ir.is_marker(node, ir.binarize):
                 self._new[node] = self._binarize(node)
+            elif ir.is_marker(node, ir.unbinarize):
+                self._new[node] = self._signs(node)
             elif ir.is_marker(node, ir.binary_max_pool):
                 self._new[node] = self._max_pool(node)
             elif node.op == "call_function":
@@ -95,7 +97,8 @@ class _Lowering:
                 )
             if isinstance(value, (list, tuple)):
                 return [convert(item, f"{name}{index}") for index, item in enumerate(value)]
-            return self._dtype if value is torch.float32 else value
+            exact = node.meta.get("exact", False)  # integers, which a half may not hold
+            return self._dtype if value is torch.float32 and not exact else value
 
         args = tuple(convert(value, name) for value, name in zip(node.args, names, strict=False))
         kwargs = {name: convert(value, name) for name, value in node.kwargs.items()}
@@ -128,6 +131,11 @@ class _Lowering:
         plain = sense is None and bool((rule.threshold == 0).all())
         return None if plain else self._hold(f"{owner}.threshold", rule.threshold), sense
 
+    def _signs(self, node: fx.Node) -> fx.Node:
+        args = (self._operand(node.args[0], ""), node.meta["channels"])
+        name = f"{node.meta['layer']}_signs"
+        return self._named(name, biper.unbinarize.default, args, {"dtype": self._dtype})
+
     def _max_pool(self, node: fx.Node) -> fx.Node:
         pool = node.meta["pool"]
         options = {"stride": list(pool.stride), "padding": list(pool.padding)}
@@ -156,8 +164,10 @@ class _Lowering:
         options = {**epilogue_options(epilogue), **held, **geometry_options(conv.geometry)}
         if len(node.args) > 1:
             options["residual"] = self._operand(node.args[1], f"{layer}.residual")
-        if floats_leave:
-            options["dtype"] = self._dtype
+        if (
+            floats_leave
+        ):  # a part of a sum, which is no value of the model, is not rounded to halves
+            options["dtype"] = self._dtype if "source" in node.meta else torch.float32
         options = {name: value for name, value in options.items() if value is not None}
         target = _TARGETS[floats_leave, bool(steps)]
         new = self._keep(self._named(layer, target, tuple(args), options), node)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from biper_engine.conversion import ir
 from biper_engine.conversion.capture import capture
 from biper_engine.conversion.fuse import fuse
+from biper_engine.conversion.graphs import constant
 from biper_engine.conversion.lower import lower
 from biper_engine.conversion.modes import plain_modes
+from biper_engine.conversion.products import find_product
 from biper_engine.conversion.recognize import recognize
 from biper_engine.conversion.simplify import simplify
+from biper_engine.conversion.ties import tied_channels
+from biper_engine.metadata import Provenance
 from biper_engine.report import LayerReport
 
 __all__ = ["Built", "build"]
@@ -32,7 +37,7 @@ class Built:
         float_graph: the same, simplified. `meta["source"]` of its nodes names the captured node
             with the same value, or the node itself where there is none.
         lowered: the converted graph; `meta["source"]` of its nodes is that of `float_graph`.
-        rows: one report row per convolution and linear layer.
+        rows: one report row per operator that multiplies.
         examples: the flat inputs of the trace.
         in_spec: pytree structure of `(args, kwargs)`.
         out_spec: pytree structure of the result.
@@ -54,7 +59,6 @@ def build(
     *,
     example_kwargs: dict[str, Any] | None = None,
     keep_float: Sequence[str],
-    zero_weights: str,
     compute_dtype: torch.dtype,
 ) -> Built:
     """Run capture, simplify, recognize, fuse and lower on a copy of `model`."""
@@ -68,8 +72,9 @@ def build(
     simplify(graph_module)
     _name_sources(graph_module)
     float_graph = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    rows = recognize(graph_module, keep_float=keep_float, zero_weights=zero_weights)
+    rows = recognize(graph_module, keep_float=keep_float)
     fuse(graph_module)
+    rows = _with_ties(rows, graph_module)
     lowered = lower(graph_module, compute_dtype)
     return Built(
         before,
@@ -92,19 +97,66 @@ def _name_sources(graph_module: fx.GraphModule) -> None:
         taken.add(node.meta["source"])
 
 
-def nothing_packed(rows: Sequence[LayerReport], stage: int | None) -> str:
+def _with_ties(rows: list[LayerReport], graph_module: fx.GraphModule) -> list[LayerReport]:
+    """Return the rows with the ties of layers whose sums go straight into a sign."""
+    ties: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if not ir.is_marker(node, ir.binary_conv) or len(node.args) > 1:
+            continue
+        for user in node.users:
+            if ir.is_marker(user, ir.binarize):
+                ties[node.meta["layer"]] = tied_channels(node.meta["conv"], user.meta["rule"])
+    return [replace(row, ties=ties.get(row.name, 0)) for row in rows]
+
+
+def nothing_packed(built: Built, provenance: Provenance) -> str:
     """Return the message for a model without a single binary layer."""
+    rows = built.rows
     if not rows:
-        return "The model has no convolution and no linear layer, so there is nothing to pack."
-    convolutions = sum(row.kind == "conv2d" for row in rows)
-    linears = len(rows) - convolutions
-    counts = [f"{convolutions} convolution{'s' * (convolutions != 1)}"] if convolutions else []
-    counts += [f"{linears} linear layer{'s' * (linears != 1)}"] if linears else []
+        return (
+            "The model has no convolution, no linear layer and no other product, so there is "
+            "nothing to pack."
+        )
+    counts = _counted(rows)
+    forgotten = [row for row in rows if row.binary and row.kind in ("conv2d", "linear")]
+    if forgotten and not _holds_sines(built.float_graph):
+        names = ", ".join(row.name for row in forgotten[:3])
+        names += f" and {len(forgotten) - 3} more" * (len(forgotten) > 3)
+        return (
+            f"No binary layer found in {counts}: of {names}, the input is a sign, but weights are "
+            f"real ({forgotten[0].reason.partition('has ')[2]}). Binarise them before `convert`, "
+            "as the training code does before each step."
+        )
     inner = [row for row in rows if row.binary] or rows[1:] or rows
     example = max(inner, key=lambda row: (row.binary, math.prod(row.shape)))
-    question = "" if stage == 2 else " Is this a stage-1 checkpoint?"
+    is_biper = provenance.architecture is not None or _holds_sines(built.float_graph)
+    question = " Is this a stage-1 checkpoint?" if is_biper and provenance.stage != 2 else ""
     return (
-        f"No binary layer found in {' and '.join(counts)}; {example.name}: {example.reason}."
+        f"No binary layer found in {counts}; {example.name}: {example.reason}."
         f"{question} A layer is packed when its weight takes two values in every output "
         "channel and its input is a sign."
     )
+
+
+def _counted(rows: Sequence[LayerReport]) -> str:
+    convolutions = sum(row.kind.startswith("conv") for row in rows)
+    linears = sum(row.kind == "linear" for row in rows)
+    counted = {
+        "convolution": convolutions,
+        "linear layer": linears,
+        "other product": len(rows) - convolutions - linears,
+    }
+    return " and ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counted.items() if n)
+
+
+def _holds_sines(graph_module: fx.GraphModule) -> bool:
+    """Whether a weight is spread as sines are: half of it beyond 1/sqrt(2), nothing beyond 1."""
+    for node in graph_module.graph.nodes:
+        product = find_product(graph_module, node)
+        for factor in () if product is None else product.factors:
+            held = constant(graph_module, factor.node)
+            if held is None or held.numel() < 64 or float(held.abs().max()) > 1:
+                continue
+            if 0.4 < float((held.abs() > 0.5**0.5).float().mean()) < 0.6:
+                return True
+    return False

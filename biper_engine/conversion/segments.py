@@ -225,10 +225,10 @@ class Segments(fx.Interpreter):
         weight = torch.where(conv.positive, 1.0, -1.0).to(value.device)
         padded = F.pad(unit, (left, right, top, bottom)).float()
         wanted = F.conv2d(padded, weight, *shared).round().to(torch.int32)
-        if not bool(zero.any()) and not bool(conv.filled.any()):
+        if not bool(zero.any()):
             return wanted, None
         reached = F.conv2d(F.pad(zero.float(), (left, right, top, bottom)), weight.abs(), *shared)
-        return wanted, (reached > 0) | conv.filled.view(1, -1, 1, 1).to(value.device)
+        return wanted, reached > 0
 
 
 def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:

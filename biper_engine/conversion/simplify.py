@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from biper_engine.conversion.gathers import index_written_maps
 from biper_engine.conversion.graphs import (
     arguments,
     call,
@@ -63,6 +64,7 @@ def simplify(graph_module: fx.GraphModule) -> None:
         _drop_aliases,
         _single_results,
         _masked_writes,
+        index_written_maps,
         _layers,
         _reshapes,
         _share_equal_calls,

@@ -35,8 +35,14 @@ __all__ = ["WEIGHTED_OPS", "FoldConstants", "WatchPython", "watch_generators"]
 
 aten = torch.ops.aten
 
-WEIGHTED_OPS = (aten.convolution, aten.conv2d, aten.linear, aten.addmm, aten.mm)
-"""Operators that may be a layer; the n-th of the trace is the n-th of the captured graph."""
+WEIGHTED_OPS = (
+    *(aten.convolution, aten.conv2d, aten.linear, aten._trilinear, aten.mkldnn_rnn_layer),
+    *(aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addbmm, aten.mv, aten.addmv, aten.dot),
+    *(aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention),
+    *(aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention),
+    *(aten._scaled_dot_product_attention_math, aten._cudnn_rnn, aten.miopen_rnn),
+)
+"""Operators that multiply; the n-th of the trace is the n-th of the captured graph."""
 
 _SYMBOLIC = (FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NUMBERS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")

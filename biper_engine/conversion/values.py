@@ -3,7 +3,8 @@
 A value is binary by the values that it can take, not by the operator that made it. The cone of
 elementwise operators above it is grown, one operator at a time, until it has a single float source;
 then it is evaluated, per channel, from -1e30 to 1e30. Two levels with one step make it binary. The
-step is located exactly, by bisection over the float32 numbers.
+step is located exactly, by bisection over the float32 numbers. Where the source is an integer or a
+bool, it is evaluated on values of that type, since they wrap around where floats do not.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from biper_engine.conversion.graphs import (
     shape,
 )
 from biper_engine.conversion.ir import StepRule
+from biper_engine.conversion.ranges import nonnegative
 
-__all__ = ["Step", "find_step"]
+__all__ = ["ELEMENTWISE", "Step", "describe", "find_step", "is_float"]
 
 aten = torch.ops.aten
 
 MAX_CONE = 64
 EXTREME = 1e30
 NEGLIGIBLE = 2.0**-60
+_RESTS = "is a sign whose argument rests at 0, so it takes three values, -1, 0 and +1"
 
 _ELEMENTWISE_NAMES = """
     abs add bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min
@@ -42,7 +45,7 @@ _ELEMENTWISE_NAMES = """
     _to_copy batch_norm sin cos bitwise_left_shift fill hardshrink softshrink signbit isnan
     remainder
 """
-_ELEMENTWISE = frozenset(getattr(aten, name) for name in _ELEMENTWISE_NAMES.split())
+ELEMENTWISE = frozenset(getattr(aten, name) for name in _ELEMENTWISE_NAMES.split())
 _CREATED = (aten.full.default, aten.scalar_tensor.default, aten.ones.default, aten.zeros.default)
 _PASS_THROUGH = (
     aten.max_pool2d.default,
@@ -80,24 +83,54 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
     Returns:
         The step, or the reason why the value is not binary, as a clause after "its input".
     """
+    reason, fallback = f"is {describe(node)}", None
+    if not isinstance(shape(node)[axis], int):
+        return reason  # the batch; asking for its size would fix it
     cone = _Cone(graph_module, node, axis)
-    reason = f"is {describe(node)}"
     while cone.grow():
         if cone.source is None:
             continue
-        found = _analyse(cone)
-        if isinstance(found, StepRule):
-            if not same_shape(cone.source, node):  # a threshold that widens its input
-                continue
-            if found.tie and _rests_on_step(cone, found):
-                return (
-                    "is a sign whose argument rests at 0 (a ReLU before it?), so it takes three "
-                    "values, -1, 0 and +1"
-                )
-            return Step(cone.source, found)
-        if found is not None:
+        found = _rule(cone)
+        if isinstance(found, str) and reason != _RESTS:
             reason = found
-    return reason
+        if not isinstance(found, StepRule) or not same_shape(cone.source, node):
+            continue  # a threshold may widen its input
+        if not is_float(cone.source):
+            fallback = Step(cone.source, found)
+        elif found.tie and _takes_third_value(cone, found):
+            reason = _RESTS
+        else:
+            return Step(cone.source, found)
+    return fallback or reason
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether a node's value is a float tensor."""
+    return bool(node.meta["val"].dtype.is_floating_point)
+
+
+def _rule(cone: _Cone) -> StepRule | str | None:
+    """Return the rule of a cone with a single source; see `_analyse`."""
+    assert cone.source is not None
+    if not is_float(cone.source):
+        return _analyse_integers(cone)
+    found = _analyse(cone)
+    if isinstance(found, StepRule) and found.tie and nonnegative(cone.source):
+        cone.floor = 0.0  # a sign of what is never negative takes two values, 0 and 1
+        found = _analyse(cone)
+        cone.floor = None
+    return found
+
+
+def _takes_third_value(cone: _Cone, rule: StepRule) -> bool:
+    """Whether the value at the step is no accident: the argument rests there, or is an integer."""
+    larger: _Cone | None = cone
+    while larger is not None:
+        assert larger.source is not None
+        if not is_float(larger.source):
+            return not isinstance(_analyse_integers(larger), StepRule)
+        larger = larger.extended()
+    return _rests_on_step(cone, rule)
 
 
 def describe(node: fx.Node) -> str:
@@ -133,6 +166,7 @@ class _Cone:
         self.axis = axis
         self.rank = len(shape(top))
         self.channels = int(shape(top)[axis])
+        self.floor: float | None = None  # the least value of the source, where that is known
         self.members: list[fx.Node] = []
         self._frontier: list[fx.Node] = [top]
 
@@ -166,7 +200,9 @@ class _Cone:
         assert self.source is not None
         layout = [x.shape[0]] + [1] * (self.rank - 1)
         layout[self.axis] = self.channels
-        values = {self.source: x.reshape(layout)}
+        if self.floor is not None:
+            x = x.clamp(min=self.floor)
+        values = {self.source: x.to(self.source.meta["val"].dtype).reshape(layout)}
         for node in sorted(self.members, key=self._order.__getitem__):
             for operand in node.all_input_nodes:
                 if operand not in values:
@@ -210,7 +246,7 @@ def _is_size(node: fx.Node) -> bool:
 
 def _elementwise(node: fx.Node) -> bool:
     return (
-        node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _ELEMENTWISE
+        node.op == "call_function" and getattr(node.target, "overloadpacket", None) in ELEMENTWISE
     )
 
 
@@ -247,7 +283,70 @@ def _analyse(cone: _Cone) -> StepRule | str | None:
     threshold = torch.where(sense, last_start, first_end) if at_tie is None else at_tie
     threshold = torch.where(steady, always, threshold) + 0.0
     rule = StepRule(threshold, sense, low, high, tie=middle or _tells_zeros_apart(cone))
-    return rule if _holds(cone, rule, probes, values) else _reason_against(levels)
+    if _holds(cone, rule, probes, values):
+        return rule
+    steps = int((values[1:] != values[:-1]).sum(0).max())
+    listed = ", ".join(f"{value:g}" for value in levels.tolist())
+    near = f"takes other values than {listed} near its step"
+    return near if len(levels) == 2 and steps == 1 else _reason_against(levels)
+
+
+def _analyse_integers(cone: _Cone) -> StepRule | str | None:
+    """Return the rule of a cone whose source holds integers or bools; as `_analyse`."""
+    assert cone.source is not None
+    dtype = cone.source.meta["val"].dtype
+    if dtype.is_complex:
+        return None
+    probes = _integer_probes(dtype)[:, None].expand(-1, cone.channels)
+    try:
+        values = cone(probes)
+        levels = torch.unique(values)  # type: ignore[no-untyped-call, unused-ignore]
+        if levels.isnan().any() or len(levels) > 3:
+            return None
+        if len(levels) != 2:
+            listed = ", ".join(f"{value:g}" for value in levels.tolist())
+            return "is constant" if len(levels) == 1 else f"takes the values {listed}"
+        high = values == levels[1]
+        changes = high[1:] != high[:-1]
+        if int(changes.sum(0).max()) > 1:
+            return _reason_against(levels)
+        last, first = _integer_bracket(cone, probes, changes)
+    except _NotElementwise:
+        return None
+    if int(torch.maximum(last.abs(), first.abs()).max()) > 1 << 24:
+        return "steps at an integer that float32 does not hold"
+    steady = ~changes.any(0)
+    sense = ~steady & high[0]
+    threshold = torch.where(sense, last, first).float()
+    always = torch.where(high[0], -torch.inf, torch.inf).float()
+    threshold = torch.where(steady, always, threshold)
+    return StepRule(threshold, sense, float(levels[0]), float(levels[1]), tie=False)
+
+
+def _integer_probes(dtype: torch.dtype) -> Tensor:
+    """Return int64 values in order: all of a type of up to 16 bits, else what may wrap or step."""
+    if dtype == torch.bool:
+        return torch.tensor([0, 1])
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    if most < 1 << 16:
+        return torch.arange(least, most + 1)
+    powers = [1 << exponent for exponent in range(10, most.bit_length())]
+    far = [sign * power + offset for power in powers for sign in (1, -1) for offset in (-1, 0, 1)]
+    return torch.tensor(sorted({least, most, *far, *range(-1030, 1031)}))
+
+
+def _integer_bracket(cone: _Cone, probes: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, per channel, the last integer of the first level and the first one of the other."""
+    index = changes.int().argmax(0)
+    where = torch.where(changes.any(0), index, 0)
+    last, first = (probes[:, 0][where + offset].clone() for offset in (0, 1))
+    start = cone(last[None])[0]
+    while bool((first - last > 1).any()):
+        middle = last + (first - last) // 2
+        before = cone(middle[None])[0] == start
+        last = torch.where(before, middle, last)
+        first = torch.where(before, first, middle)
+    return last, first
 
 
 def _tells_zeros_apart(cone: _Cone) -> bool:
@@ -346,7 +445,7 @@ def _third_values(cone: _Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
 
 def _rests_at_zero(node: fx.Node) -> bool:
     """Whether a map is exactly 0 in many places, whatever the input is like."""
-    if is_call(node, aten.relu.default):
+    if is_call(node, aten.relu.default, aten.round.default, aten.trunc.default):
         return True
     if is_call(node, aten.constant_pad_nd.default) and arguments(node)["value"] == 0:
         return True

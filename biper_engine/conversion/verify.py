@@ -17,8 +17,7 @@ The proof has three parts, and `VerifyReport.ok` needs the first two.
    to which a float16 or bfloat16 residual adds 2^-10 or 2^-7 of its magnitude, and each one is
    counted. A float map must agree within the rounding of its dtype. Where the model's own sign met
    an exact 0, which no bit can hold, the contract says +1: such inputs are counted, and the outputs
-   they reach are counted and left out of the comparison of bits and floats, as are output channels
-   whose zero weights the caller chose to count as positive.
+   they reach are counted and left out of the comparison of bits and floats.
 3. End to end, from the input on: bits that differ in each binary layer, error of the outputs, top-1
    agreement. Reported, not judged: one bit that rounding flips moves the outputs.
 """
@@ -132,7 +131,6 @@ def _rebuild(engine: Engine, model: nn.Module, batch: tuple[Tensor, ...]) -> Bui
         tuple(args),
         example_kwargs=kwargs,
         keep_float=tuple(options.get("keep_float", ())),
-        zero_weights=options.get("zero_weights", "float"),
         compute_dtype=getattr(torch, options.get("compute_dtype", "float32")),
     )
 

@@ -1,102 +1,136 @@
-"""Binary weights: two values in every output channel."""
+"""Binary weights: a few values in every output channel, as a sum of one or two terms of +-1."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["BinaryWeight", "analyse_weight"]
+__all__ = ["BinaryWeight", "WeightTerm", "analyse_weight"]
 
 
 @dataclass(frozen=True)
-class BinaryWeight:
-    """A weight whose output channels take two values each: `scale[o] * (+-1) + offset[o]`.
+class WeightTerm:
+    """A part `scale[o] * (+-1)` of a weight.
 
     Attributes:
         positive: bool, the weight's shape.
-        scale: float64 [O], at least 0.
-        offset: float64 [O]; 0 for the usual +-s.
-        zeros: weights that are exactly 0 and were counted as +s.
-        filled: bool [O], the output channels that have such weights.
+        scale: float64 [O].
     """
 
     positive: Tensor
     scale: Tensor
-    offset: Tensor
-    filled: Tensor
+
+    def weight(self) -> Tensor:
+        """Return the part in float64."""
+        signs = torch.where(self.positive, 1.0, -1.0).double()
+        return signs * self.scale.view([-1] + [1] * (signs.dim() - 1))
+
+
+@dataclass(frozen=True)
+class BinaryWeight:
+    """A weight whose output channels take two values each, or three of which one is 0.
+
+    Values -s and s are one term. Values -s, 0 and s are the mean of two: the weight with 0 counted
+    as s, and as -s. Values u and v are (v - u) / 2 times a sign and (u + v) / 2 times 1.
+
+    Attributes:
+        positive: bool, the weight's shape; where the first term is positive.
+        scale: float64 [O], of the first term, at least 0.
+        second: the second term, or None where no channel has one; its scale is 0 for channels
+            without one.
+        zeros: weights that are exactly 0 in channels of three values.
+    """
+
+    positive: Tensor
+    scale: Tensor
+    second: WeightTerm | None = None
     zeros: int = 0
 
+    @property
+    def terms(self) -> int:
+        """Number of terms, each a binary convolution."""
+        return 1 if self.second is None else 2
 
-def analyse_weight(weight: Tensor, zero_weights: str) -> BinaryWeight | str:
-    """Split a weight `[O, ...]` into bits, scale and offset.
+    def weight(self) -> Tensor:
+        """Return the weight in float64."""
+        first = WeightTerm(self.positive, self.scale).weight()
+        return first if self.second is None else first + self.second.weight()
+
+    def reshaped(self, shape: Sequence[int]) -> BinaryWeight:
+        """Return the same weight in another shape, output channels first."""
+        second = self.second
+        if second is not None:
+            second = replace(second, positive=second.positive.reshape(*shape))
+        return replace(self, positive=self.positive.reshape(*shape), second=second)
+
+
+def analyse_weight(weight: Tensor) -> BinaryWeight | str:
+    """Split a weight `[O, ...]` into terms; each channel for itself.
 
     Two numbers count as one when they differ by what the straight-through form `(sign - c) + c`
     rounds away: at most 2^-22 * max(1, |w|), and never more than a thousandth of the channel's
-    largest magnitude.
+    largest magnitude. 0 is 0 only where it is exact.
 
     Args:
         weight: float tensor, output channels first.
-        zero_weights: "float" refuses a channel with values -s, 0, s; "positive" counts 0 as +s.
 
     Returns:
         The split, or the reason why the weight is not binary, as a clause after "its weight".
     """
     flat = weight.detach().double().flatten(1)
-    zeros = int((flat == 0).sum())
-    largest = flat.abs().amax(1, keepdim=True)
-    split = _symmetric(flat, largest)
-    if split is None:
-        split = _asymmetric(flat, largest) if _few_values(flat) else None
-    if split is None and zeros and zero_weights == "positive":
-        split = _symmetric(torch.where(flat == 0, largest, flat), largest)
-        return _shaped(split, weight, zeros) if split is not None else _reason(flat, zeros)
-    return _reason(flat, zeros) if split is None else _shaped(split, weight, 0)
-
-
-def _tolerance(largest: Tensor) -> Tensor:
-    return torch.minimum(2.0**-22 * largest.clamp(min=1), 1e-3 * largest)
-
-
-def _symmetric(flat: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    if not flat.numel():
+        return "is empty"
     magnitude = flat.abs()
-    if bool((magnitude.amin(1, keepdim=True) < largest - _tolerance(largest)).any()):
-        return None
-    if bool((flat == 0).any()):
-        return None
-    return flat > 0, magnitude.mean(1), torch.zeros(len(flat), dtype=torch.float64)
+    counts = magnitude.count_nonzero(1)
+    if _is_accident(counts, flat.shape[1]):
+        return _refusal(flat)
+    largest = magnitude.amax(1, keepdim=True)
+    tolerance = torch.minimum(2.0**-22 * largest.clamp(min=1), 1e-3 * largest)
+    ternary = (counts > 0) & (counts < flat.shape[1])
+    nonzero = magnitude.masked_fill(flat == 0, torch.inf) if bool(ternary.any()) else magnitude
+    # A channel of zeros is symmetric as well.
+    symmetric = (nonzero.amin(1, keepdim=True) >= largest - tolerance).squeeze(1)
+    ternary = symmetric & ternary
+    scale = magnitude.sum(1) / counts.clamp(min=1)
+    positive = flat >= 0
+    if bool(symmetric.all()) and not bool(ternary.any()):
+        return BinaryWeight(positive.reshape(weight.shape), scale)
+    # The second term: 0 counted as -s, or the offset of two values, which is the same everywhere.
+    scale = torch.where(ternary, scale / 2, scale)
+    other, offset = (flat > 0) | ~ternary[:, None], torch.where(ternary, scale, 0.0)
+    if not bool(symmetric.all()):
+        pairs = _pairs(flat, tolerance, symmetric)
+        if pairs is None:
+            return _refusal(flat)
+        upper, half, middle = pairs
+        positive = torch.where(symmetric[:, None], positive, upper)
+        scale, offset = torch.where(symmetric, scale, half), torch.where(symmetric, offset, middle)
+    second = WeightTerm(other.reshape(weight.shape), offset)
+    zeros = int((flat.shape[1] - counts)[ternary].sum())
+    return BinaryWeight(positive.reshape(weight.shape), scale, second, zeros)
 
 
-def _asymmetric(flat: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def _pairs(flat: Tensor, tolerance: Tensor, done: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Split channels of two values; None where one that is not `done` has more than two.
+
+    With four weights or less a channel, two values may be an accident: these are not split.
+    """
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    positive = flat > (low + high) / 2
-    nearest = torch.where(positive, high, low)
-    if bool(((flat - nearest).abs() > _tolerance(largest)).any()):
+    upper = flat > (low + high) / 2
+    off = (flat - torch.where(upper, high, low)).abs()
+    if flat.shape[1] <= 4 or bool((off > tolerance)[~done].any()):
         return None
-    return positive, ((high - low) / 2).squeeze(1), ((high + low) / 2).squeeze(1)
+    return upper, ((high - low) / 2).squeeze(1), ((high + low) / 2).squeeze(1)
 
 
-def _few_values(flat: Tensor) -> bool:
-    """Whether there are clearly fewer levels than weights, so that two values are no accident."""
-    return flat.shape[1] > 4
+def _refusal(flat: Tensor) -> str:
+    return f"has {len(torch.unique(flat))} distinct values"
 
 
-def _shaped(split: tuple[Tensor, Tensor, Tensor], weight: Tensor, zeros: int) -> BinaryWeight:
-    positive, scale, offset = split
-    zero = (weight == 0).flatten(1).any(1)
-    filled = zero if zeros else torch.zeros_like(zero)
-    return BinaryWeight(positive.reshape(weight.shape), scale, offset, filled, zeros)
-
-
-def _reason(flat: Tensor, zeros: int) -> str:
-    distinct = len(torch.unique(flat))  # type: ignore[no-untyped-call, unused-ignore]
-    largest = flat.abs().amax(1, keepdim=True)
-    filled = _symmetric(torch.where(flat == 0, largest, flat), largest)
-    if distinct > 2 and zeros and filled is not None:
-        plural = "is" if zeros == 1 else "are"
-        return (
-            f"has {zeros} of {flat.numel()} values that {plural} exactly 0, which no bit can hold "
-            '(`zero_weights="positive"` counts them as positive)'
-        )
-    return f"has {distinct} distinct values"
+def _is_accident(counts: Tensor, size: int) -> bool:
+    """Whether no channel has two weights that are not 0, so that their equality says nothing."""
+    some = bool((counts < size).any()) and bool((counts > 0).any())
+    return some and int(counts.max()) < 2

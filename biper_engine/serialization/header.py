@@ -154,7 +154,7 @@ def _count(value: Any) -> int:
 
 _LAYER_TYPES = {
     **{"name": str, "kind": str, "reason": str},
-    **{"packed": bool, "binary": bool, "binary_weight": bool},
+    **{"packed": bool, "binary": bool, "binary_weight": bool, "by_choice": bool},
 }
 
 

@@ -53,12 +53,18 @@ def no_module():
 
 def half_binary():
     model = with_metadata()
-    with torch.no_grad():
-        model[2].weight[0, 0, 0, 0] = 0.0
+    model[2] = nn.Conv2d(32, 32, 3, 1, 1)
     return model
 
 
-def two_binary():
+def one_binary():
+    model = with_metadata()
+    model.insert(4, nn.Softshrink())
+    model.insert(5, SignConv(32, 32, 1).eval())
+    return model
+
+
+def with_zero():
     model = with_metadata()
     zero = SignConv(32, 32, 1)
     with torch.no_grad():

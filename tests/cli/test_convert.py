@@ -126,10 +126,14 @@ def test_errors(
 
 
 def test_a_binary_layer_that_stays_float_is_warned_of(biper: Biper, user_directory: Path) -> None:
-    done = biper("convert", "tinynet:two_binary", "--no-check")
+    done = biper("convert", "tinynet:one_binary", "--no-check")
     assert done.code == 0
-    assert done.err.startswith("Warning: 1 binary layer(s) stay in floating point. 4 (")
-    assert biper("convert", "tinynet:two_binary", "--unconverted", "raise").code == 1
-    packed = biper("convert", "tinynet:two_binary", "--no-check", "--zero-weights", "positive")
-    assert packed.err == ""
-    assert "packed 2/4" in packed.out
+    assert done.err.startswith("Warning: 1 binary layer(s) stay in floating point. 5 (")
+    assert biper("convert", "tinynet:one_binary", "--unconverted", "raise").code == 1
+
+
+def test_weights_of_0_are_packed_and_counted(biper: Biper, user_directory: Path) -> None:
+    done = biper("convert", "tinynet:with_zero", "--no-check", "-v")
+    assert done.err == ""
+    assert "packed 2/4" in done.out
+    assert "1 weight is 0" in done.out

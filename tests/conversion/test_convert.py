@@ -37,11 +37,21 @@ def test_no_binary_layer_says_what_was_found() -> None:
     message = str(caught.value)
     assert "12 convolutions" in message
     assert re.search(r"its input is a ReLU, its weight has 230\d distinct values", message)
-    assert "Is this a stage-1 checkpoint?" in message
+    assert "stage-1" not in message
+
+
+def test_weights_that_were_never_binarised_are_named() -> None:
+    model = seeded(lambda: SmallNet(binarize=lambda w: w))
+    with pytest.raises(ConversionError) as caught:
+        convert(model, images_of((3, 8, 8)))
+    message = str(caught.value)
+    assert re.search(r"the input is a sign, but weights are real \(\d+ distinct values\)", message)
+    assert "Binarise them before `convert`" in message
+    assert "stage-1" not in message
 
 
 def test_no_layer_at_all() -> None:
-    with pytest.raises(ConversionError, match="no convolution and no linear layer"):
+    with pytest.raises(ConversionError, match="no convolution, no linear layer and no other"):
         convert(nn.ReLU(), torch.randn(2, 3))
 
 
@@ -70,7 +80,7 @@ def test_an_example_of_the_wrong_shape_or_kind() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"unconverted": "no"}, {"zero_weights": "negative"}, {"compute_dtype": torch.float64}],
+    [{"unconverted": "no"}, {"compute_dtype": torch.float64}],
 )
 def test_options_out_of_range(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
@@ -176,7 +186,6 @@ def test_metadata_comes_along() -> None:
     assert engine.metadata is metadata
     assert engine.options == {
         "keep_float": [],
-        "zero_weights": "float",
         "compute_dtype": "float32",
     }
     assert_close(engine, model, images)

@@ -1,5 +1,6 @@
 """Recognize: which layers become binary, whatever surrounds sign and convolution, exactly."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.conversion.foreign_models import (
     Probe,
     QConv,
     QLinear,
+    lived_in,
     seeded,
     shifted_weight,
     where_ge,
@@ -35,6 +37,11 @@ from tests.conversion.foreign_models import (
 
 def zero_one(x: Tensor) -> Tensor:
     return (x > 0).to(x.dtype)
+
+
+def ternary_weight(weight: Tensor) -> Tensor:
+    kept = weight.abs() > weight.abs().median()
+    return torch.where(kept, torch.sign(weight), 0.0)
 
 
 def identity(x: Tensor) -> Tensor:
@@ -105,13 +112,13 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
         lambda s, x: s.c(F.pad(torch.sign(-x), (1, 1, 1, 1), value=-1.0)),
     ),
     "groups, stride, dilation": (
-        (12, 9, 8),
-        {"c": lambda: QConv(12, 6, 3, padding=2, groups=3, stride=(2, 1), dilation=(1, 2))},
+        (48, 9, 8),
+        {"c": lambda: QConv(48, 6, 3, padding=2, groups=3, stride=(2, 1), dilation=(1, 2))},
         lambda s, x: s.c(x),
     ),
-    "depthwise": (
-        (6, 9, 7),
-        {"c": lambda: QConv(6, 12, (3, 2), padding=(0, 1), groups=6)},
+    "groups of a channel more than a byte": (
+        (18, 9, 7),
+        {"c": lambda: QConv(18, 12, (3, 2), padding=(0, 1), groups=2)},
         lambda s, x: s.c(x),
     ),
     "even kernel, same padding": (
@@ -164,8 +171,8 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
         )(s.c(x)),
     ),
     "zero and one": (
-        (6, 7, 8),
-        {"c": lambda: QConv(6, 4, 3, padding=1, groups=2, sign=zero_one)},
+        (32, 7, 8),
+        {"c": lambda: QConv(32, 4, 3, padding=1, groups=2, sign=zero_one)},
         lambda s, x: s.c(x),
     ),
     "zero and one, both": (
@@ -227,6 +234,26 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
         {"m": lambda: LearnableBias(6), "c": lambda: QConv(6, 8, 3, sign=where_ge)},
         lambda s, x: s.c(s.m(x)),
     ),
+    "weights of three values": (
+        (6, 5, 6),
+        {"c": lambda: QConv(6, 8, 3, padding=1, binarize=ternary_weight)},
+        lambda s, x: s.c(x),
+    ),
+    "weights of three values, groups": (
+        (64, 5, 5),
+        {"c": lambda: QConv(64, 4, 3, stride=2, groups=2, binarize=ternary_weight)},
+        lambda s, x: s.c(x),
+    ),
+    "weights of three values, linear, on zero and one": (
+        (20,),
+        {"a": lambda: nn.Linear(20, 9)},
+        lambda s, x: F.linear(zero_one(x), ternary_weight(s.a.weight)),
+    ),
+    "weights of three values, pooled, with a shortcut": (
+        (8, 6, 6),
+        {"c": lambda: QConv(8, 8, 3, padding=1, binarize=ternary_weight)},
+        lambda s, x: F.max_pool2d(s.c(x), 2) + s.c(x)[:, :, ::2, ::2],
+    ),
     "chunks of one convolution": (
         (6, 7, 7),
         {"c": lambda: QConv(6, 8, 3), "d": lambda: QConv(4, 4, 3), "e": lambda: QConv(4, 4, 3)},
@@ -246,6 +273,12 @@ def test_exact(name: str) -> None:
         assert_exact(engine, model, batch)
 
 
+def trained_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    lived_in(norm)
+    return norm
+
+
 def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Module:
     """A model with one layer that can be packed and one, `c`, under test."""
     return seeded(lambda: Functional(run, ok=QConv(4, 4, 3), c=layer or QConv(4, 4, 3)))
@@ -254,7 +287,7 @@ def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Mod
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda s, x: s.ok(x) + s.c(F.relu(x)), "rests at 0"),
+        (lambda s, x: s.ok(x) + s.c(F.softshrink(x, 0.1)), "rests at 0"),
         (lambda s, x: s.ok(x) + s.c(F.pad(x[:, :2], (0, 0, 0, 0, 1, 1))), "its input"),
         (lambda s, x: s.ok(x) + F.conv2d(x, torch.sign(s.c.weight)), "the network's input"),
         (lambda s, x: s.ok(x) + F.conv2d(torch.sign(x), s.c.weight), "144 distinct values"),
@@ -312,20 +345,94 @@ def test_keep_float_takes_every_call_of_a_module(pattern: str) -> None:
     assert_exact(engine, model, images)
 
 
-def test_exact_zero_weights_stay_float_or_become_positive() -> None:
-    def run(self: nn.Module, x: Tensor) -> Tensor:
-        return self.ok(x) + F.conv2d(torch.sign(x), torch.sign(self.c.weight))
+def test_the_mean_of_two_packed_terms_is_fused_like_one() -> None:
+    """BatchNorm, a shortcut, a clamp and the next sign are in the epilogues of both."""
 
-    model, images = one_layer(run), images_of((4, 6, 6))
+    def run(self: nn.Module, x: Tensor) -> Tensor:
+        return self.d(F.hardtanh(self.norm(self.c(x)) + x))
+
+    engine, model, images = converted(
+        lambda: Functional(
+            run,
+            c=QConv(8, 8, 3, padding=1, binarize=ternary_weight),
+            norm=trained_norm(8),
+            d=QConv(8, 4, 3, sign=where_ge),
+        ),
+        (8, 6, 6),
+    )
+    names = [str(n.target) for n in engine.graph_module.graph.nodes if n.op == "call_function"]
+    assert [name.split(".")[1] for name in names] == [
+        *("binarize", "bconv2d_float", "bconv2d_bits", "bconv2d_float")
+    ]
+    row = engine.report.layers[0]
+    assert row.zero_weights == 8 * 8 * 9 // 2
+    assert row.weight_bits_after == 2 * 32 * 8 * 9
+    assert_close(engine, model, images)
+
+
+def test_one_zero_costs_its_channel_no_rounding() -> None:
+    model, images = seeded(lambda: Probe(torch.sign)), images_of((5, 6, 6))
     with torch.no_grad():
-        model.c.weight[1, 2, 0, 0] = 0
-    with pytest.warns(UnconvertedWarning, match="1 of 144 values that is exactly 0"):
-        engine = convert(model, images)
-    assert packed(engine) == ["ok"]
-    assert engine.report.layers[1].zero_weights == 1
+        model.conv.weight[1, 2, 0, 0] = 0
+    engine = convert(model, images, unconverted="raise")
+    assert engine.report.layers[0].zero_weights == 1
     assert_exact(engine, model, images)
-    filled = convert(model, images, zero_weights="positive", unconverted="raise")
-    assert len(packed(filled)) == 2
-    with torch.no_grad():
-        model.c.weight[1, 2, 0, 0] = 1
-    assert_exact(filled, model, images)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 8])
+def test_grouped_layers_that_are_slower_on_bits_stay_float_without_a_warning(channels: int) -> None:
+    model = seeded(
+        lambda: Functional(lambda s, x: s.c(x), c=QConv(16, 16, 3, groups=16 // channels))
+    )
+    images = images_of((16, 6, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = convert(model, images, unconverted="raise")
+    (row,) = engine.report.layers
+    assert (row.packed, row.binary, row.by_choice) == (False, True, True)
+    assert "times as fast in float on the cpu backend" in row.reason
+    assert f"{channels} channel" in row.reason
+    assert_exact(engine, model, images)
+
+
+def test_a_float_layer_takes_its_signs_from_bits() -> None:
+    engine, model, images = converted(
+        lambda: Functional(
+            lambda s, x: s.c(s.d(x) - 0.5),
+            c=QConv(8, 8, 3, groups=8, sign=where_ge),
+            d=QConv(4, 8, 1),
+        ),
+        (4, 6, 6),
+    )
+    names = [str(n.target) for n in engine.graph_module.graph.nodes if n.op == "call_function"]
+    assert [name.split(".")[1] for name in names] == [
+        *("binarize", "bconv2d_bits", "unbinarize", "conv2d")
+    ]
+    assert_exact(engine, model, images)
+
+
+def test_groups_of_16_channels_run_on_bits() -> None:
+    engine, model, images = converted(
+        lambda: Functional(lambda s, x: s.c(x), c=QConv(32, 32, 3, groups=2)), (32, 6, 6)
+    )
+    assert packed(engine) == ["c"]
+    assert_exact(engine, model, images)
+
+
+def test_two_binary_layers_without_a_norm_between_have_ties() -> None:
+    def layers(scale: float) -> nn.Module:
+        def binarize(weight: Tensor) -> Tensor:
+            return torch.sign(weight) * scale
+
+        return Functional(
+            lambda s, x: s.d(F.prelu(s.c(x), torch.tensor([0.25]))),
+            c=QConv(4, 5, 3, binarize=binarize),
+            d=QConv(5, 4, 3, sign=where_ge),
+        )
+
+    images = images_of((4, 6, 6))
+    ties = [
+        convert(seeded(lambda s=scale: layers(s)), images, check=False).report.layers[0].ties
+        for scale in (0.3, 1.0)
+    ]
+    assert ties == [5, 0]  # of float32 sums of +-1, there is no doubt

@@ -19,8 +19,8 @@ def network() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Hardtanh()),
-        *(BinaryConv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Hardtanh()),
-        *(BinaryConv2d(16, 8, 3, groups=2), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.Hardtanh()),
+        *(BinaryConv2d(8, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Hardtanh()),
+        *(BinaryConv2d(32, 8, 3, groups=2), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.Hardtanh()),
         *(nn.Flatten(), nn.Linear(288, 5)),
     )
     for module in model:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from biper_engine.bits import binarize
@@ -118,14 +118,11 @@ def test_a_channel_that_never_changes_has_an_infinite_threshold() -> None:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda self, x: torch.sign(F.relu(x)), "rests at 0"),
-        (lambda self, x: torch.sign(F.max_pool2d(F.relu(x), 2)), "rests at 0"),
-        (lambda self, x: torch.sign(F.relu(x) + F.relu(x.flip(1))), "rests at 0"),
         (lambda self, x: torch.sign(torch.cat([x, F.relu(x)], 1)), "rests at 0"),
-        (lambda self, x: torch.sign(F.hardtanh(x, 0, 6)), "rests at 0"),
         (lambda self, x: torch.sign(x.round()), "rests at 0"),
         (lambda self, x: torch.sign(F.softshrink(x, 0.1)), "rests at 0|float map"),
-        (lambda self, x: torch.sign(F.relu(x) * 1e-8), "rests at 0"),
+        (lambda self, x: torch.sign(F.gelu(x)), "-1, 0"),
+        (lambda self, x: torch.sign(F.max_pool2d(x.round(), 2)), "rests at 0"),
         (lambda self, x: F.relu(x), "a ReLU"),
         (lambda self, x: x + x.mean(), "a sum"),
         (lambda self, x: F.hardtanh(x), "a clamp"),
@@ -166,7 +163,84 @@ def test_what_underflows_before_a_sign_is_no_rest(scale: float) -> None:
     assert bool((found.threshold == 0).all())
 
 
-def test_a_threshold_that_widens_its_input_is_no_step_of_it() -> None:
+def test_a_threshold_that_widens_its_input_is_a_step_of_the_comparison() -> None:
     thresholds = torch.linspace(-1, 1, 4).view(1, 4, 1, 1)
     found = step_of(lambda self, x: torch.where(x > thresholds, 1.0, -1.0), images_of((1, 3, 3)))
-    assert isinstance(found, str)
+    assert isinstance(found, StepRule)
+    assert found.threshold.tolist() == [1.0] * 4  # of a bool, as float32
+
+
+NEVER_NEGATIVE: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda self, x: torch.sign(F.relu(x)),
+    "relu and a pool": lambda self, x: torch.sign(F.max_pool2d(F.relu(x), 2)),
+    "two relus": lambda self, x: torch.sign(F.relu(x) + F.relu(x.flip(1))),
+    "clamp": lambda self, x: torch.sign(F.hardtanh(x, 0, 6)),
+    "relu, scaled to where it underflows": lambda self, x: torch.sign(F.relu(x) * 1e-8),
+    "average of squares": lambda self, x: torch.sign(F.avg_pool2d(x.abs(), 2)),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_NEGATIVE)
+def test_the_sign_of_what_is_never_negative_takes_0_and_1(name: str) -> None:
+    found = step_of(NEVER_NEGATIVE[name])
+    assert isinstance(found, StepRule)
+    assert (found.low, found.high, found.tie) == (0, 1, False)
+    assert found.threshold.tolist() == [2.0**-149] * 4
+
+
+INTEGERS: dict[str, tuple[torch.dtype, Callable[..., Tensor], float, bool]] = {
+    "uint8, above": (torch.uint8, lambda self, x: torch.where(x > 127, 1.0, -1.0), 128, False),
+    "uint8, below": (torch.uint8, lambda self, x: (x < 100).float() * 2 - 1, 99, True),
+    "uint8, widened": (torch.uint8, lambda self, x: sign_of(x.int() - 128), 128, False),
+    "uint8, wrapped": (torch.uint8, lambda self, x: sign_of((x - 128).float() - 128), 0, False),
+    "int8": (torch.int8, lambda self, x: sign_of(x * 2), 0, False),
+    "int32": (torch.int32, lambda self, x: sign_of(x - 70_000), 70_000, False),
+    "int64": (torch.int64, lambda self, x: sign_of(-x - 12_345), -12_345, True),
+    "bool": (torch.bool, lambda self, x: x.float() * 2 - 1, 1, False),
+}
+
+
+def sign_of(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_steps_of_integers_are_found_on_integers(name: str) -> None:
+    dtype, run, threshold, sense = INTEGERS[name]
+    x = (X * 1e5).to(dtype) if dtype in (torch.int32, torch.int64) else (X * 100 + 128).to(dtype)
+    graph_module = capture(Functional(run), (x,)).graph_module
+    simplify(graph_module)
+    (value,) = graph_module.graph.output_node().args[0]
+    found = find_step(graph_module, value, 1)
+    assert isinstance(found, Step), found
+    bits = binarize(
+        fx_value(graph_module, found.source.name, x).float(),
+        found.rule.threshold.view(-1, 1, 1),
+        found.rule.sense.view(-1, 1, 1),
+    )
+    assert torch.equal(torch.where(bits, found.rule.high, found.rule.low).float(), run(None, x))
+    if found.source.op == "placeholder":
+        assert found.rule.threshold.tolist() == [threshold] * 4
+        assert found.rule.sense.tolist() == [sense] * 4
+
+
+def fx_value(graph_module: fx.GraphModule, name: str, x: Tensor) -> Tensor:
+    """Return the value of a node."""
+    interpreter = fx.Interpreter(graph_module, garbage_collect_values=False)
+    interpreter.run(x)
+    return next(value for node, value in interpreter.env.items() if node.name == name)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda self, x: torch.sign(x.int() - 128),
+        lambda self, x: torch.sign(x.float() - 128),
+        lambda self, x: torch.sign(x.float() * 2 - 256),
+    ],
+)
+def test_a_sign_of_integers_that_reach_0_takes_three_values(run: Callable[..., Tensor]) -> None:
+    graph_module = capture(Functional(run), ((X * 100 + 128).to(torch.uint8),)).graph_module
+    simplify(graph_module)
+    (value,) = graph_module.graph.output_node().args[0]
+    assert "-1, 0" in str(find_step(graph_module, value, 1))

@@ -100,7 +100,7 @@ def test_a_network_without_float_sums_gives_the_bytes_of_the_cpu(device: torch.d
 def test_networks_are_verified_in_the_exact_mode(name: str, device: torch.device) -> None:
     torch.manual_seed(0)
     model = models.build(name).eval().to(device)
-    engine = biper_engine.convert(model, check=False, zero_weights="positive")
+    engine = biper_engine.convert(model, check=False)
     assert engine.device == device
     x = torch.randn(4, 3, 32, 32, device=device)
     report = biper_engine.verify(engine, model, x)

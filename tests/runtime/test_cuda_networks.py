@@ -58,7 +58,7 @@ def test_every_binary_layer_of_a_network_is_exact(
         pytest.skip("one network is enough for products of bytes")
     monkeypatch.setenv("BIPER_EMULATED_CAPABILITY", capability)
     model, x = network(name), images(NETWORKS[name])
-    engine = biper_engine.convert(model, x, check=False, zero_weights="positive")
+    engine = biper_engine.convert(model, x, check=False)
     report = biper_engine.verify(engine, model, x)
     assert report.ok, report.table()
 
@@ -68,9 +68,7 @@ def test_a_plan_runs_the_fused_ends_and_agrees_with_the_reference(
     cuda: None, dtype: torch.dtype
 ) -> None:
     model, x = network("cifar10/resnet20_1w1a"), images(32)
-    engine = biper_engine.convert(
-        model, x, check=False, zero_weights="positive", compute_dtype=dtype
-    )
+    engine = biper_engine.convert(model, x, check=False, compute_dtype=dtype)
     logits = engine(x)
     assert engine._plan._plan is not None
     called = {biper_op(node) for node in engine._plan._plan.module.graph.nodes}

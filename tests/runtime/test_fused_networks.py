@@ -48,7 +48,7 @@ NETWORKS = {
 def test_the_ends_of_the_packages_networks_are_fused(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = models.build(name).eval()
-    engine = biper_engine.convert(model, compute_dtype=dtype, check=False, zero_weights="positive")
+    engine = biper_engine.convert(model, compute_dtype=dtype, check=False)
     module, result = engine.graph_module, fused_engine(engine)
     op, classifies = NETWORKS[name]
     names = operators(result)

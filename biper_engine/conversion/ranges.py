@@ -1,0 +1,216 @@
+"""Value sets: which numbers an operator's result can hold, where they are few or have a sign.
+
+`find_step` follows a value up to one float source. What is computed from several binary values, or
+moved in ways that have no spelling on bits, is binary all the same where the numbers that it can
+hold are two. They are found operator by operator: of elementwise ones, by evaluating them on every
+combination of their operands' numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from biper_engine.conversion.graphs import arguments, constant, evaluate, is_call, parent
+
+__all__ = ["MOVES", "ValueSet", "nonnegative", "value_set"]
+
+aten = torch.ops.aten
+
+MOST_VALUES = 4
+MOST_OPERANDS = 4
+MOST_ELEMENTS = 1 << 16
+
+MOVES = frozenset(
+    (
+        *(aten.reshape, aten.permute, aten.slice, aten.select, aten.expand, aten.repeat),
+        *(aten.flip, aten.roll, aten.index, aten._unsafe_index, aten.index_select),
+        *(aten.pixel_shuffle, aten.pixel_unshuffle),
+        *(aten.channel_shuffle, aten.native_channel_shuffle),
+        *(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d),
+        *(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d),
+        *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d),
+    )
+)
+"""Operators whose results are values of their first argument, at other places."""
+
+_PARTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+_LARGEST = frozenset((aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.amax, aten.amin))
+_JOINS = (aten.cat.default, aten.stack.default)
+_STEPS = frozenset(
+    (aten.sign, aten.sgn, aten.heaviside, aten.copysign, aten.div, aten.round, aten._to_copy)
+)
+"""Operators that may make few values of many; comparisons give bools, which are few anyway."""
+
+_CREATED: dict[object, Callable[[dict[str, Any]], float]] = {
+    **{aten_op: lambda _: 0.0 for aten_op in (aten.zeros, aten.zeros_like, aten.new_zeros)},
+    **{aten_op: lambda _: 1.0 for aten_op in (aten.ones, aten.ones_like, aten.new_ones)},
+    **{aten_op: lambda n: n["fill_value"] for aten_op in (aten.full, aten.full_like)},
+}
+"""Operators that make one number everywhere."""
+
+_NEVER_NEGATIVE = frozenset(
+    (aten.relu, aten.relu6, aten.abs, aten.sigmoid, aten.hardsigmoid, aten.exp, aten._softmax)
+)
+_AVERAGES = frozenset(
+    (aten.avg_pool1d, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.mean, aten.sum)
+)
+
+ValueSet = frozenset[float]
+Steps = Callable[[fx.Node], ValueSet | None]
+
+
+def packet(node: fx.Node) -> object:
+    """Return the operator of a call, whatever its overload; None for other nodes."""
+    return getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
+
+
+def is_move(node: fx.Node) -> bool:
+    """Whether a call moves, repeats or drops values of its first argument, at fixed places."""
+    if packet(node) not in MOVES:
+        return False
+    others = [other for other in node.all_input_nodes if other is not node.args[0]]
+    return all(other.op == "get_attr" or is_call(other, aten.sym_size.int) for other in others)
+
+
+def nonnegative(node: fx.Node) -> bool:
+    """Whether a value is at least 0, whatever the input is."""
+    kind = packet(node)
+    if kind in _NEVER_NEGATIVE:
+        return True
+    if is_call(node, aten.clamp.default, aten.hardtanh.default):
+        named = arguments(node)
+        low = named.get("min_val", named.get("min"))
+        return (low is not None and low >= 0) or nonnegative(parent(node))
+    if is_call(node, aten.constant_pad_nd.default):
+        return (arguments(node)["value"] or 0) >= 0 and nonnegative(parent(node))
+    if kind in _LARGEST or kind in _AVERAGES or is_move(node):
+        return nonnegative(parent(node))
+    if is_call(node, *_JOINS):
+        return all(nonnegative(part) for part in arguments(node)["tensors"])
+    if is_call(node, aten.add.Tensor, aten.mul.Tensor) and arguments(node).get("alpha", 1) == 1:
+        return all(_is_nonnegative(operand) for operand in node.args[:2])
+    return False
+
+
+def _is_nonnegative(operand: object) -> bool:
+    if isinstance(operand, fx.Node):
+        return nonnegative(operand)
+    return isinstance(operand, (int, float)) and operand >= 0
+
+
+def value_set(
+    graph_module: fx.GraphModule, node: fx.Node, elementwise: frozenset[object], steps: Steps
+) -> ValueSet | None:
+    """Return the numbers that a value can hold, or None where they are many or unknown.
+
+    Args:
+        graph_module: the graph, simplified.
+        node: the value.
+        elementwise: operators whose results depend on the operands at the same place alone.
+        steps: gives the numbers of a value that is a step of a float map, or None.
+
+    Returns:
+        A superset of what is held: operands count as independent of each other.
+    """
+    known: dict[fx.Node, ValueSet | None] = {}
+
+    def find(value: fx.Node) -> ValueSet | None:
+        if value not in known:
+            found = _values(graph_module, value, elementwise, find)
+            if found is None and packet(value) in _STEPS and value is not node:
+                found = steps(value)
+            if found is None and _is_bool(value):
+                found = frozenset((0.0, 1.0))
+            known[value] = None if found is None or len(found) > MOST_VALUES else found
+        return known[value]
+
+    return find(node)
+
+
+def _is_bool(node: fx.Node) -> bool:
+    return getattr(node.meta.get("val"), "dtype", None) == torch.bool
+
+
+def _values(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    elementwise: frozenset[object],
+    find: Callable[[fx.Node], ValueSet | None],
+) -> ValueSet | None:
+    held = constant(graph_module, node)
+    if held is not None:
+        return _numbers(held) if held.numel() <= MOST_ELEMENTS else None
+    if packet(node) in _CREATED:
+        return frozenset([float(_CREATED[packet(node)](arguments(node)))])
+    if is_call(node, operator.getitem) and is_call(parent(node), *_PARTS):
+        return find(parent(parent(node)))
+    if is_move(node) or packet(node) in _LARGEST:
+        return find(parent(node))
+    if is_call(node, *_JOINS):
+        return _union([find(part) for part in arguments(node)["tensors"]])
+    if is_call(node, aten.constant_pad_nd.default):
+        return _union([find(parent(node)), frozenset([float(arguments(node)["value"] or 0)])])
+    if is_call(node, aten.im2col.default):
+        padded = any(arguments(node)["padding"])
+        return _union([find(parent(node)), frozenset([0.0] if padded else [])])
+    if is_call(node, aten.argmax.default, aten.argmin.default):
+        return _positions(node)
+    if packet(node) in elementwise:
+        return _combined(graph_module, node, find)
+    return None
+
+
+def _union(parts: list[ValueSet | None]) -> ValueSet | None:
+    known = [part for part in parts if part is not None]
+    return frozenset().union(*known) if len(known) == len(parts) else None
+
+
+def _positions(node: fx.Node) -> ValueSet | None:
+    dim = arguments(node)["dim"]
+    size = None if dim is None else parent(node).meta["val"].shape[dim]
+    if not isinstance(size, int) or size > MOST_VALUES:
+        return None
+    return frozenset(float(index) for index in range(size))
+
+
+def _combined(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    find: Callable[[fx.Node], ValueSet | None],
+) -> ValueSet | None:
+    """Evaluate an elementwise operator on every combination of its operands' numbers."""
+    operands = [value for value in node.all_input_nodes if "val" in value.meta]
+    if len(operands) != len(node.all_input_nodes) or not 0 < len(operands) <= MOST_OPERANDS:
+        return None
+    sets = []
+    for operand in operands:
+        numbers = find(operand) if isinstance(operand.meta["val"], torch.Tensor) else None
+        if numbers is None:
+            return None
+        sets.append(sorted(numbers))
+    columns = zip(*itertools.product(*sets), strict=True)
+    probes = {
+        operand: torch.tensor(column, dtype=torch.float64).to(operand.meta["val"].dtype)
+        for operand, column in zip(operands, columns, strict=True)
+    }
+    try:
+        result = evaluate(node, probes)
+    except (RuntimeError, TypeError, ValueError):  # its other arguments are of the real shape
+        return None
+    if result.shape != next(iter(probes.values())).shape:
+        return None
+    return _numbers(result)
+
+
+def _numbers(tensor: torch.Tensor) -> ValueSet | None:
+    """Return the numbers in a tensor, or None where they are many."""
+    unique = torch.unique(tensor)  # type: ignore[no-untyped-call, unused-ignore]
+    if unique.is_complex() or len(unique) > MOST_VALUES:
+        return None
+    return frozenset(float(value) for value in unique.tolist())

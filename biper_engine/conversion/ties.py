@@ -1,0 +1,47 @@
+"""Ties: sums of a binary layer that meet the threshold of the next sign exactly.
+
+Without BatchNorm between two binary layers, an accumulator of 0 is common, and 0 is the threshold.
+A model that adds +-s in float32 has rounding noise there, of either sign; on bits it is 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from biper_engine.conversion.ir import BinaryConv, StepRule
+
+__all__ = ["tied_channels"]
+
+_NEAR = 1e-6
+
+
+def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
+    """Return how many output channels have an accumulator that lies on the next threshold.
+
+    Channels whose scale is a power of two do not count: float32 sums are exact there, too.
+
+    Args:
+        conv: a convolution without residual, with all that is fused into it.
+        rule: the step that its result takes.
+    """
+    value = rule.threshold.double()
+    if conv.shift is not None:
+        value = value - conv.shift
+    if conv.slope is not None:
+        value = torch.where((value < 0) & (conv.slope > 0), value / conv.slope, value)
+    dot = (value - conv.bias) / conv.multiplier
+    nearest = dot.round()
+    geometry = conv.geometry
+    # A sum of K values of +-1 has the parity of K; padding leaves out taps, and changes it.
+    any_parity = any(geometry.padding) and geometry.group_channels % 2 == 1
+    parity = (nearest - geometry.reduction).remainder(2) == 0
+    reached = (dot - nearest).abs() <= _NEAR * nearest.abs().clamp(min=1)
+    reached &= nearest.abs() <= geometry.reduction
+    reached &= parity | any_parity
+    return int((reached & ~_power_of_two(conv.multiplier)).sum())
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    mantissa, _ = torch.frexp(values)
+    return mantissa.abs() == 0.5
