@@ -15,7 +15,7 @@ from biper_engine.bits import WORD_BITS, words
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.graph import rows
-from biper_engine.graph.arguments import COUNT, DTYPE, FLOAT, TENSOR, Kind, integers, optional
+from biper_engine.graph.arguments import COUNT, DTYPE, TENSOR, Kind, integers, number, optional
 from biper_engine.graph.operator import Operator, Result, Rule
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import Value, require, require_dtype
@@ -213,9 +213,12 @@ def _constant_parameters(named: Mapping[str, Any], result: Any) -> bool:
 
 # -- arguments -------------------------------------------------------------------------------------
 
+_INF = float("inf")
+_MOST = torch.finfo(torch.float32).max
+_ONE_FLOAT = number(-_MOST, _MOST)
 _STREAM = Kind("float32, float16 or bfloat16", lambda v: DTYPE.accepts(v) and v in _STREAMS)
 _LIMIT = optional(
-    Kind("a number", lambda v: FLOAT.accepts(v) or v in (float("inf"), -float("inf")))
+    Kind("a number that float32 has", lambda v: _ONE_FLOAT.accepts(v) or v in (_INF, -_INF))
 )
 _OPTIONAL = optional(TENSOR)
 
