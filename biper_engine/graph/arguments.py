@@ -29,7 +29,6 @@ __all__ = [
     "NUMBER",
     "SHAPE",
     "SIZE",
-    "STRIDE",
     "TENSOR",
     "TENSORS",
     "Kind",
@@ -165,7 +164,6 @@ FALSE = Kind("false", lambda value: value is False)
 FLOAT = number()
 NUMBER = Kind("a number", lambda value: _is_number(value) or isinstance(value, ImagesSize), True)
 COUNT = integer(1)
-STRIDE = integer(1)
 DIM = integer(-MAX_RANK, MAX_RANK - 1)
 DIMS = integers(range(MAX_RANK + 1), -MAX_RANK, MAX_RANK - 1)
 SIZE = Kind(f"a size from 0 to {_MOST}", _is_size)

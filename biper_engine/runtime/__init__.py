@@ -23,11 +23,10 @@ from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import Plan, PlanSlot, is_watched
 from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
 from biper_engine.runtime.runs import NativeRun, NativeStep
-from biper_engine.runtime.shapes import MISFITS, call_without_data, without_data
+from biper_engine.runtime.shapes import call_without_data
 from biper_engine.runtime.signature import InputSpec, Signature
 
 __all__ = [
-    "MISFITS",
     "Call",
     "InputSpec",
     "NativePlan",
@@ -58,5 +57,4 @@ __all__ = [
     "release_source",
     "to_portable",
     "with_defaults",
-    "without_data",
 ]
