@@ -42,7 +42,7 @@ _OPERANDS = {"self": TENSOR, "other": TENSOR}
 _WITH_NUMBER = {"self": TENSOR, "other": NUMBER}
 _WITH_EITHER = {
     "self": TENSOR,
-    "other": Kind("a tensor or a number", lambda v: TENSOR.accepts(v) or NUMBER.accepts(v)),
+    "other": Kind("a tensor or a number", lambda v: TENSOR.accepts(v) or NUMBER.accepts(v), True),
 }
 
 

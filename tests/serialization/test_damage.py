@@ -230,6 +230,7 @@ BAD_EDITS: list[tuple[Edit, str]] = [
         "`clamp_min` must be a number that float32 has",
     ),
     (_set("layer1_0", "clamp_min", -1e39), "`clamp_min` must be a number that float32 has"),
+    (_set("total", "other", 1e39), "`other` .=1e.39. is more than 3.4"),
     (_set("total", "alpha", 1e39), "`alpha` .=1e.39. is more than 3.4"),
     (_set("layer1_0", "stride", 1), "`stride` must be 2 integers"),
     (_set("layer1_0", "pool_stride", [1, 1 << 31]), "`pool_stride` must be 2 integers"),
