@@ -29,7 +29,6 @@ __all__ = [
     "NUMBER",
     "SHAPE",
     "SIZE",
-    "STRIDE",
     "TENSOR",
     "TENSORS",
     "Kind",
@@ -54,10 +53,12 @@ class Kind:
     Attributes:
         wanted: in words, after "must be".
         accepts: whether something is that.
+        is_computed_with: whether it is a number that a call converts to the dtype of its tensors.
     """
 
     wanted: str
     accepts: Callable[[Any], bool]
+    is_computed_with: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Require a value of this kind.
@@ -85,7 +86,11 @@ def _is_list(value: Any) -> bool:
 
 def optional(kind: Kind) -> Kind:
     """Return the kind of an argument that may be left out by None."""
-    return Kind(f"{kind.wanted} or None", lambda value: value is None or kind.accepts(value))
+    return Kind(
+        f"{kind.wanted} or None",
+        lambda value: value is None or kind.accepts(value),
+        kind.is_computed_with,
+    )
 
 
 def integer(low: int, high: int = _MOST) -> Kind:
@@ -114,6 +119,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Kind:
             (type(value) is float and math.isfinite(value) and low <= value <= high)
             or (_is_integer(value, -(1 << 53), 1 << 53) and low <= value <= high)
         ),
+        is_computed_with=True,
     )
 
 
@@ -156,9 +162,8 @@ INDEX = Kind(
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 FALSE = Kind("false", lambda value: value is False)
 FLOAT = number()
-NUMBER = Kind("a number", lambda value: _is_number(value) or isinstance(value, ImagesSize))
+NUMBER = Kind("a number", lambda value: _is_number(value) or isinstance(value, ImagesSize), True)
 COUNT = integer(1)
-STRIDE = integer(1)
 DIM = integer(-MAX_RANK, MAX_RANK - 1)
 DIMS = integers(range(MAX_RANK + 1), -MAX_RANK, MAX_RANK - 1)
 SIZE = Kind(f"a size from 0 to {_MOST}", _is_size)

@@ -42,7 +42,7 @@ _OPERANDS = {"self": TENSOR, "other": TENSOR}
 _WITH_NUMBER = {"self": TENSOR, "other": NUMBER}
 _WITH_EITHER = {
     "self": TENSOR,
-    "other": Kind("a tensor or a number", lambda v: TENSOR.accepts(v) or NUMBER.accepts(v)),
+    "other": Kind("a tensor or a number", lambda v: TENSOR.accepts(v) or NUMBER.accepts(v), True),
 }
 
 
@@ -158,8 +158,10 @@ def _two_forms(
     name: str, packet: Any, tensors: Rule, numbers: Rule | None = None, **more: Kind
 ) -> list[Operator]:
     """Return an operator on two tensors, and `name_number` on a tensor and a number."""
+    # PyTorch takes a number in the place of a tensor for these four alone.
+    operands = _WITH_EITHER if name in ("add", "sub", "mul", "div") else _OPERANDS
     return [
-        _operator(name, packet.Tensor, {**_WITH_EITHER, **more}, tensors),
+        _operator(name, packet.Tensor, {**operands, **more}, tensors),
         _operator(f"{name}_number", packet.Scalar, {**_WITH_NUMBER, **more}, numbers or tensors),
     ]
 

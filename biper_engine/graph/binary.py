@@ -15,7 +15,7 @@ from biper_engine.bits import WORD_BITS, words
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.graph import rows
-from biper_engine.graph.arguments import COUNT, DTYPE, FLOAT, TENSOR, Kind, integers, optional
+from biper_engine.graph.arguments import COUNT, DTYPE, TENSOR, Kind, integers, number, optional
 from biper_engine.graph.operator import Operator, Result, Rule
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import Value, require, require_dtype
@@ -41,7 +41,8 @@ def _map_sizes(name: str, x: Value) -> tuple[Size, int, int, int]:
 def _require_packed(name: str, bits: Value, channels: int) -> tuple[Size, int, int]:
     """Require a packed map of some channels; return batch, height and width."""
     fits = bits.channels == channels and bits.dtype == torch.int32
-    require(fits, f"`{name}` must be a packed map of {channels} channels, but it is {bits}")
+    if not fits:
+        raise MisfitError(f"`{name}` must be a packed map of {channels} channels, but it is {bits}")
     batch, height, width, _ = _map_sizes(name, bits)
     return batch, height, width
 
@@ -56,7 +57,8 @@ def _require_vectors(channels: int, **vectors: Value | None) -> None:
             continue
         wanted = torch.bool if name in _FLAGS else torch.float32
         fits = vector.dtype == wanted and vector.shape == (channels,) and vector.channels is None
-        require(fits, f"`{name}` must be {wanted} [{channels}], but it is {vector}")
+        if not fits:
+            raise MisfitError(f"`{name}` must be {wanted} [{channels}], but it is {vector}")
         if vector.constant is None or wanted == torch.bool:
             continue
         known = vector.constant
@@ -110,7 +112,8 @@ def _conv_sizes(
     in_channels = geometry["in_channels"]
     batch, height, width = _require_packed("bits", bits, in_channels)
     fits = weight.dtype == torch.int32 and weight.channels is None and not weight.flows
-    require(fits, f"`weight` must be a constant of int32 words, but it is {weight}")
+    if not fits:
+        raise MisfitError(f"`weight` must be a constant of int32 words, but it is {weight}")
     out_channels, kernel_h, kernel_w, _ = _map_sizes("weight", weight)
     assert isinstance(out_channels, int)
     padding = geometry["padding"]
@@ -123,11 +126,11 @@ def _conv_sizes(
         dilation=_pair(geometry["dilation"]),
         groups=geometry["groups"],
     )
-    require(
-        weight.shape == conv.weight_shape,
-        f"`weight` must be {list(conv.weight_shape)}, [O, KH, KW, words of "
-        f"{conv.group_channels} channels], but it is {weight}",
-    )
+    if weight.shape != conv.weight_shape:
+        raise MisfitError(
+            f"`weight` must be {list(conv.weight_shape)}, [O, KH, KW, words of "
+            f"{conv.group_channels} channels], but it is {weight}"
+        )
     _require_clear_bits(weight, conv.group_channels)
     return batch, out_channels, *conv.output_size(height, width)
 
@@ -213,9 +216,12 @@ def _constant_parameters(named: Mapping[str, Any], result: Any) -> bool:
 
 # -- arguments -------------------------------------------------------------------------------------
 
+_INF = float("inf")
+_MOST = torch.finfo(torch.float32).max
+_ONE_FLOAT = number(-_MOST, _MOST)
 _STREAM = Kind("float32, float16 or bfloat16", lambda v: DTYPE.accepts(v) and v in _STREAMS)
 _LIMIT = optional(
-    Kind("a number", lambda v: FLOAT.accepts(v) or v in (float("inf"), -float("inf")))
+    Kind("a number that float32 has", lambda v: _ONE_FLOAT.accepts(v) or v in (_INF, -_INF))
 )
 _OPTIONAL = optional(TENSOR)
 

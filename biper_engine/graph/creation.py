@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,7 +37,11 @@ def _limits(dtype: torch.dtype, number: Any) -> tuple[int, int] | None:
 
 def _require_holds(dtype: torch.dtype, number: Any) -> None:
     """Require a number that a dtype can hold."""
-    if dtype.is_floating_point or dtype == torch.bool:
+    if dtype.is_floating_point:
+        fits = math.isinf(number) or abs(number) <= torch.finfo(dtype).max
+        require(fits, f"{number} is no {dtype}")
+        return
+    if dtype == torch.bool:
         return
     limits = torch.iinfo(dtype)
     fits = type(number) in (int, bool) and limits.min <= number <= limits.max

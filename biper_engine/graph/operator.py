@@ -7,6 +7,7 @@ batching read the declaration.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,23 @@ class Operator:
         complete = self.complete(given)
         for name in given:
             self.arguments[name].check(name, given[name])
+        self._require_representable(given)
         return self.result(**complete)
+
+    def _require_representable(self, given: Mapping[str, Any]) -> None:
+        """Require numbers that the smallest dtype of floats among the operands can hold."""
+        numbers = {
+            name: value
+            for name, value in given.items()
+            if self.arguments[name].is_computed_with and isinstance(value, int | float)
+        }
+        if not numbers:
+            return
+        dtypes = [x.dtype for x in given.values() if isinstance(x, Value)]
+        largest = min((torch.finfo(d).max for d in dtypes if d.is_floating_point), default=math.inf)
+        for name, value in numbers.items():
+            if not math.isinf(value) and abs(value) > largest:
+                raise MisfitError(f"`{name}` (={value}) is more than {largest}")
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return every argument by name, in order; those left out have their defaults.

@@ -107,6 +107,7 @@ _extreme = _over(NUMBERS, needs_elements=True)
 _TRUTH = tuple(dtype for dtype in ANY if dtype != torch.uint8)  # bytes stay bytes there
 _truth = _over(_TRUTH, lambda dtype: torch.bool)
 _DIMS = {"self": TENSOR, "dim": optional(DIMS), "keepdim": BOOL}
+_SOME_DIMS = integers(range(1, MAX_RANK + 1), -MAX_RANK, MAX_RANK - 1)
 _SPREAD = {**_DIMS, "correction": optional(number(0, 1 << 20))}
 
 
@@ -284,7 +285,7 @@ OPERATORS: list[Operator] = [
     _operator("variance", _aten.var.correction, _SPREAD, _mean),
     _operator("deviation", _aten.std.correction, _SPREAD, _mean),
     _operator("variance_mean", _aten.var_mean.correction, _SPREAD, _pair_over),
-    _operator("logsumexp", _aten.logsumexp.default, {**_DIMS, "dim": DIMS}, _mean),
+    _operator("logsumexp", _aten.logsumexp.default, {**_DIMS, "dim": _SOME_DIMS}, _mean),
     _operator(
         "norm",
         _aten.linalg_vector_norm.default,

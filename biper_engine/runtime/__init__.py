@@ -23,7 +23,7 @@ from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import Plan, PlanSlot, is_watched
 from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
 from biper_engine.runtime.runs import NativeRun, NativeStep
-from biper_engine.runtime.shapes import MISFITS, call_without_data, without_data
+from biper_engine.runtime.shapes import call_without_data
 from biper_engine.runtime.signature import InputSpec, Signature
 from biper_engine.runtime.structure import CONSTANT_TYPES, Leaf
 from biper_engine.runtime.structure import flatten as flatten_structure
@@ -32,7 +32,6 @@ from biper_engine.runtime.structure import structure as structure_of
 
 __all__ = [
     "CONSTANT_TYPES",
-    "MISFITS",
     "Call",
     "InputSpec",
     "Leaf",
@@ -67,5 +66,4 @@ __all__ = [
     "structure_of",
     "to_portable",
     "with_defaults",
-    "without_data",
 ]

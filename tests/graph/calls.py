@@ -92,6 +92,8 @@ CALLS: Calls = [
     *((name, {"self": x(N, 3, dtype=torch.int32), "other": 0.5}) for name in ("mul", "div")),
     *((name, {"self": MAP, "other": N}) for name in ("add", "div")),
     ("add", {"self": MAP, "other": MAP, "alpha": 2}),
+    *((name, {"self": MAP, "other": 2}) for name in ("sub", "mul", "div", "floor_divide")),
+    ("div_rounded", {"self": MAP, "other": 0.5, "rounding_mode": "trunc"}),
     ("mul", {"self": x(N, 3, dtype=BOOL), "other": x(3, dtype=torch.int16)}),
     ("reversed_sub", {"self": MAP, "other": 2}),
     ("bitwise_not", {"self": MASK}),

@@ -274,8 +274,11 @@ def sanitizer_environment() -> dict[str, str]:
     library = succeed(*compiler, "-print-file-name=libasan.so").strip()
     if not Path(library).is_absolute():
         pytest.skip(f"{compiler[0]} has no libasan.so")
+    # Without the second one, exceptions of modules that Python loads would end the process.
+    runtime = succeed(*compiler, "-print-file-name=libstdc++.so").strip()
     options = "detect_leaks=0:detect_stack_use_after_return=0"  # Python's own, and fibers' stacks
-    return {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": options}
+    preloaded = f"{library} {Path(runtime).resolve()}"
+    return {**os.environ, "LD_PRELOAD": preloaded, "ASAN_OPTIONS": options}
 
 
 def cuda_tool(name: str) -> Path:

@@ -1,5 +1,7 @@
 """Networks in which the images of a batch meet, and those in which they do not."""
 
+import operator
+
 import pytest
 import torch
 from torch import fx
@@ -46,6 +48,33 @@ def mixing(form: str) -> fx.GraphModule:
     return g.module(x)
 
 
+def apart(form: str) -> fx.GraphModule:
+    """A network in which the images of a batch stay apart, though it moves what is in them."""
+    g = GraphBuilder()
+    x = g.input("x")
+    if form == "flip":
+        x = g.call("y", _aten.flip.default, x, [-1])
+    elif form == "roll":
+        x = g.call("y", _aten.roll.default, x, [1], [2])
+    elif form == "repeat":
+        x = g.call("y", _aten.repeat.default, x, [1, 2, 1, 1])
+    elif form == "split":
+        parts = g.call("y", _aten.split.Tensor, x, 2, 1)
+        x = g.call("z", operator.getitem, parts, 1)
+    elif form == "index":
+        x = g.call("y", _aten.index.Tensor, x, [None, g.constant("i", torch.tensor([2, 0]))])
+    elif form == "reflect":
+        x = g.call("y", _aten.reflection_pad2d.default, x, [1, 1, 1, 1])
+    elif form == "attention":
+        x = g.call("y", _aten._scaled_dot_product_flash_attention_for_cpu.default, x, x, x)
+        x = g.call("z", operator.getitem, x, 0)
+    else:
+        assert form == "topk"
+        x = g.call("z", operator.getitem, g.call("y", _aten.topk.default, x, 2, -1), 1)
+    return g.module(x)
+
+
+APART = ("flip", "roll", "repeat", "split", "index", "reflect", "attention", "topk")
 MIXING = (
     *("mean", "softmax", "reshape", "unknown", "cat", "threshold", "permute", "slice"),
     *("batch norm", "constant output", "constant per row", "product"),
@@ -56,6 +85,11 @@ SPEC = InputSpec("x", torch.float32, (None, 3, 8, 8))
 @pytest.mark.parametrize("form", MIXING)
 def test_images_that_may_meet_are_found(form: str) -> None:
     assert not images_are_independent(mixing(form), [SPEC])
+
+
+@pytest.mark.parametrize("form", APART)
+def test_images_that_stay_apart_are_found(form: str) -> None:
+    assert images_are_independent(apart(form), [SPEC])
 
 
 def test_a_fixed_batch_or_unknown_inputs_are_no_batch() -> None:
