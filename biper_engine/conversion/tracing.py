@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
@@ -233,10 +232,6 @@ class WatchPython(TorchFunctionMode):
             self._log.refuse(leaving(f"torch.{func.__name__}()", self._log.place))
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             return args[0].clone()
-        if func is F.pad:
-            padded = _circular(*args, **kwargs)
-            if padded is not None:
-                return padded
         return func(*args, **kwargs)
 
     def _assign(self, target: Tensor, value: Tensor) -> None:
@@ -291,25 +286,6 @@ def _as_positions(indices: Any) -> list[Any]:
         else:
             positions.append(index)
     return positions
-
-
-def _circular(
-    x: Tensor, pad: Any, mode: str = "constant", value: float | None = None
-) -> Tensor | None:
-    """Pad with what is on the other side, without a tensor that is filled part by part."""
-    pairs = list(zip(pad[::2], pad[1::2], strict=False))
-    if mode != "circular" or len(pairs) != x.dim() - 2 or len(pad) % 2:
-        return None
-    sizes = x.shape[:1:-1]
-    if any(not 0 <= side <= size for pair, size in zip(pairs, sizes, strict=True) for side in pair):
-        return None
-    for axis, (before, after) in enumerate(pairs):
-        dim = x.dim() - 1 - axis
-        size = x.shape[dim]
-        parts = [x.narrow(dim, size - before, before)] if before else []
-        parts += [x, x.narrow(dim, 0, after)] if after else [x]
-        x = torch.cat(parts, dim) if len(parts) > 1 else x
-    return x
 
 
 @contextmanager
