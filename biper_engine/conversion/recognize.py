@@ -123,10 +123,12 @@ _Found = tuple[Operand | BinaryWeight | str, Tensor | None]
 
 
 def _factor(graph_module: fx.GraphModule, product: Product, factor: Factor) -> _Found:
-    held = constant(graph_module, factor.node)
+    x = factor.node
+    while is_call(x, aten.clone.default):  # in another memory layout, as recurrent layers take it
+        x = parent(x)
+    held = constant(graph_module, x)
     if held is not None:
         return analyse_weight(factor.by_output(held)), held
-    x = factor.node
     if product.kind == "conv2d" and factor is product.factors[0]:
         _, x = peel_padding(x)
     return binary_value(graph_module, x, factor.axis), None
@@ -138,7 +140,8 @@ def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> s
     if all(held is None for _, held in found):
         if product.packable:
             return "its weight depends on the input"
-        names = ["its left factor", "its right factor"]
+        if len(found) == 2:
+            names = ["its left factor", "its right factor"]
     binary, clauses = [], []
     for name, (item, _) in zip(names, found, strict=True):
         if isinstance(item, str):

@@ -186,3 +186,21 @@ def test_no_layer_to_pack_says_what_there_is() -> None:
     model = Functional(lambda s, x: s.l(s.c(x)), c=nn.Conv1d(2, 4, 3), l=nn.Linear(6, 2))
     with pytest.raises(ConversionError, match="1 convolution and 1 linear layer"):
         convert(model, images_of((2, 8)))
+
+
+def test_a_recurrent_layer_with_binary_weights_has_a_row_with_its_reason() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(6, 8, batch_first=True)
+            self.head = nn.Parameter(torch.randn(4, 8))
+            for parameter in self.lstm.parameters():
+                parameter.data.sign_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            states, _ = self.lstm(x)
+            return F.linear(states[:, -1].sign(), 0.1 * self.head.sign())
+
+    row = rows_of(Recurrent(), (5, 6))[0]
+    assert (row.name, row.kind, row.packed, row.binary) == ("lstm", "recurrent", False, True)
+    assert "recurrent layers do not run on bits, though its weight is binary" in row.reason
