@@ -126,7 +126,7 @@ def _checked_against(engine: Engine, model: nn.Module) -> Contestants:
         model=model,
         checked=(
             f"{report.layers_equal} of {report.layers} binary layers equal the float network's; "
-            f"end to end {report.end_to_end}."
+            f"{report.differing_bits()} end to end."
         ),
     )
 

@@ -236,19 +236,18 @@ class VerifyReport:
         agreement = (
             "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
         )
+        first = next((s for s in self.segments if s.input_bits_differ), None)
+        where = "" if first is None else f", {first.input_bits_differ:,} of them in {first.name}"
         return (
-            f"{self._differing_bits()}; largest output error {self.logit_error:.2e}, relative "
+            f"{self.differing_bits()}{where}; largest output error {self.logit_error:.2e}, relative "
             f"{self.relative_error:.2e}{agreement}"
         )
 
-    def _differing_bits(self) -> str:
+    def differing_bits(self) -> str:
+        """Return how many bits that enter binary layers differ when all of it runs."""
         if not self.input_bits_differ:
-            return "every bit is the model's" if self.input_bits else "no bits"
-        first = next(s for s in self.segments if s.input_bits_differ)
-        return (
-            f"{self.input_bits_differ:,} of {self.input_bits:,} bits differ from the model's, "
-            f"{first.input_bits_differ:,} of them in {first.name}, the first"
-        )
+            return "no bit differs" if self.input_bits else "no bits"
+        return f"{self.input_bits_differ:,} of {self.input_bits:,} bits differ"
 
     def __str__(self) -> str:
         return self.table()
