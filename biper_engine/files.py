@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment, unused-ignore]
 
-__all__ = ["write_atomically"]
+__all__ = ["os_error", "write_atomically"]
 
 _LONGEST_NAME_BYTES = 255
 # ".", ".", 16 digits, ".tmp": what a temporary name has beside its target's.
@@ -121,10 +121,10 @@ def _explained(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
         else:
             reason = _REASONS.get(error.errno, error.strerror.lower())
         kept = " The file that was there is unchanged." if os.path.lexists(target) else ""
-        raise _error(error.errno, f"Cannot write '{os.fspath(path)}': {reason}.{kept}") from error
+        raise os_error(error.errno, f"Cannot write '{os.fspath(path)}': {reason}.{kept}") from error
 
 
-def _error(number: int, message: str) -> OSError:
+def os_error(number: int, message: str) -> OSError:
     """Return the OSError class of an error number, with a message instead of `[Errno n]`."""
     failure = type(OSError(number, ""))(message)
     failure.errno = number
@@ -141,13 +141,13 @@ def _replaceable(path: str | os.PathLike[str], target: Path) -> os.stat_result |
         found = target.lstat()
     except FileNotFoundError:
         if os.fspath(path).endswith(os.sep):
-            raise _error(
+            raise os_error(
                 errno.EISDIR, f"Cannot write '{os.fspath(path)}': that names a directory."
             ) from None
         return None
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise _error(
+        raise os_error(
             errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL,
             f"Cannot write '{os.fspath(path)}': it is {kind}. Pass the name of a regular file, "
             "or of a new one.",
@@ -156,7 +156,7 @@ def _replaceable(path: str | os.PathLike[str], target: Path) -> os.stat_result |
         # Nothing is written by this, and were it a pipe meanwhile, nothing would wait.
         os.close(os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)))
     except PermissionError as error:
-        raise _error(
+        raise os_error(
             error.errno or errno.EACCES,
             f"Cannot write '{os.fspath(path)}': the file is there and you may not write it. "
             "Change its permissions, or pass another name.",

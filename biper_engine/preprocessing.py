@@ -82,6 +82,9 @@ def _checked_input_size(metadata: Metadata) -> tuple[int, int, int]:
 def _open(path: str | os.PathLike[str]) -> Image:
     from PIL import Image, UnidentifiedImageError
 
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for a writer
+        kind = "a directory" if os.path.isdir(path) else "no regular file"
+        raise ValueError(f"Cannot read an image from '{os.fspath(path)}': it is {kind}.")
     try:
         with Image.open(path) as file:
             file.load()

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,15 @@ def test_deeper_images_are_refused(mode):
 def test_unreadable_file_is_named(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"Cannot read an image from '.*a\.png'"):
+        image_to_tensor(tmp_path / "a.png", GREY)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(os.mkfifo, "no regular file"), (os.mkdir, "a directory")]
+)
+def test_what_is_no_file_is_not_opened(tmp_path, make, kind):
+    make(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=rf"Cannot read an image from '.*a\.png': it is {kind}"):
         image_to_tensor(tmp_path / "a.png", GREY)
 
 

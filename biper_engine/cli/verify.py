@@ -178,7 +178,9 @@ def _against(
     console = results()
     text = report.table() if verbose or not report.ok else report.summary()
     if images is None:
-        text += "\nCompared on random inputs; pass --images DIR to compare on images."
+        takes_images = engine.metadata is not None and engine.metadata.input_size is not None
+        advice = "; pass --images DIR to compare on images." if takes_images else "."
+        text += f"\nCompared on random inputs{advice}"
     for line in text.splitlines():
         console.print(line, markup=False, soft_wrap=True, style="" if report.ok else "red")
     return report.ok

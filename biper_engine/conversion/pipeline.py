@@ -134,7 +134,7 @@ def nothing_packed(built: Built, provenance: Provenance) -> str:
     return (
         f"No binary layer found in {counts}; {example.name}: {example.reason}."
         f"{question} A layer is packed when its weight takes two values in every output "
-        "channel and its input is a sign."
+        "channel, or -s, 0 and s, and its input is a sign."
     )
 
 

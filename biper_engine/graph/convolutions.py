@@ -13,7 +13,7 @@ from biper_engine.graph.operator import Operator
 from biper_engine.graph.sizes import ImagesSize, MisfitError, divided
 from biper_engine.graph.values import FLOATS, Value, require, same_dtype
 
-__all__ = ["OPERATORS", "fixed_sizes"]
+__all__ = ["OPERATORS", "fixed_sizes", "per_axis"]
 
 _aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ def fixed_sizes(x: Value, count: int, name: str) -> tuple[int, ...]:
     return sizes  # type: ignore[return-value]
 
 
-def _each(values: Sequence[int], count: int, name: str) -> tuple[int, ...]:
+def per_axis(values: Sequence[int], count: int, name: str) -> tuple[int, ...]:
     """Return one integer for each axis, of as many or of a single one for all."""
     require(len(values) in (1, count), f"`{name}` (={list(values)}) for {count} axes")
     return tuple(values) * count if len(values) == 1 else tuple(values)
@@ -60,9 +60,9 @@ def _convolution(
     divided(outputs, groups)
     divided(inputs, groups)
     require(bias is None or bias.shape == (outputs,), f"`bias` must be [{outputs}], is {bias}")
-    steps, pads = _each(stride, count, "stride"), _each(padding, count, "padding")
-    gaps = _each(dilation, count, "dilation")
-    extra = _each(output_padding, count, "output_padding") if transposed else (0,) * count
+    steps, pads = per_axis(stride, count, "stride"), per_axis(padding, count, "padding")
+    gaps = per_axis(dilation, count, "dilation")
+    extra = per_axis(output_padding, count, "output_padding") if transposed else (0,) * count
     sizes = []
     for at in range(count):
         reach = gaps[at] * (kernel[at] - 1) + 1

@@ -10,7 +10,7 @@ import torch
 from biper_engine.geometry import pool_positions
 from biper_engine.graph import rows
 from biper_engine.graph.arguments import BOOL, TENSOR, Kind, integers, number, optional
-from biper_engine.graph.convolutions import fixed_sizes
+from biper_engine.graph.convolutions import fixed_sizes, per_axis
 from biper_engine.graph.operator import Operator, Rule
 from biper_engine.graph.sizes import ImagesSize, divided
 from biper_engine.graph.values import FLOATS, Value, require, require_dtype
@@ -20,12 +20,6 @@ __all__ = ["OPERATORS"]
 _aten = torch.ops.aten
 
 _Sizes = Sequence[int]
-
-
-def _each(values: _Sizes, count: int, default: _Sizes = ()) -> tuple[int, ...]:
-    given = tuple(values) or tuple(default)
-    require(len(given) in (1, count), f"{list(values)} for {count} axes")
-    return given * count if len(given) == 1 else given
 
 
 def _require_map(x: Value, count: int, name: str = "self") -> tuple[int, ...]:
@@ -46,8 +40,9 @@ def _windows(
     dilation: _Sizes = (1,),
 ) -> list[int]:
     """Return how many windows there are along each axis."""
-    kernels, gaps = _each(kernel, count), _each(dilation, count)
-    steps, pads = _each(stride, count, kernels), _each(padding, count)
+    kernels, gaps = per_axis(kernel, count, "kernel_size"), per_axis(dilation, count, "dilation")
+    steps = per_axis(stride or kernels, count, "stride")
+    pads = per_axis(padding, count, "padding")
     found = []
     for at, size in enumerate(_require_map(x, count)):
         reach = gaps[at] * (kernels[at] - 1) + 1
@@ -123,7 +118,7 @@ def _scaled(input: Value, output_size: Any, scale_factors: Any, count: int) -> l
     given = (output_size is None) != (scale_factors is None)
     require(given, "one of `output_size` and `scale_factors` must be given")
     if output_size is not None:
-        return list(_each(output_size, count))
+        return list(per_axis(output_size, count, "output_size"))
     require(len(scale_factors) == count, f"`scale_factors` (={list(scale_factors)})")
     found = [int(size * float(factor)) for size, factor in zip(sizes, scale_factors, strict=True)]
     require(min(found) >= 1, f"nothing is left of `input` (={input})")

@@ -38,6 +38,7 @@ _DAMAGE = (
 
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _MOST_CONFIG_BYTES = 1_000_000
+_BIPER = b'{"__metadata__":{"biper":'  # follows the length of the header
 # First bytes of what is taken for a checkpoint, what it is, and what to do.
 _FOREIGN = (
     (b"\x08", "perhaps an ONNX model", "Convert the PyTorch model that it was made from."),
@@ -67,6 +68,8 @@ def read_torch_file(path: str) -> dict[Any, Any]:
     size = _check_container(path)
     try:
         surveyed = _survey_zip(path, size) if zipfile.is_zipfile(path) else _survey_old(path, size)
+    except CheckpointError:  # a ValueError, which tells of damage where it is not ours
+        raise
     except (RefusedError, RecursionError) as error:
         raise CheckpointError(
             f"'{path}' is not read, because it would make {error}: no checkpoint does. "
@@ -125,6 +128,11 @@ def _check_container(path: str) -> int:
     for start, kind, advice in _FOREIGN:
         if head.startswith(start):
             raise CheckpointError(f"'{path}' is {kind}, wanted a PyTorch checkpoint. {advice}")
+    if head[8:].startswith(_BIPER):
+        raise CheckpointError(
+            f"'{path}' is a .biper file under another name, wanted a checkpoint. It is converted "
+            "already: name it *.biper, or load it with biper_engine.load."
+        )
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         raise CheckpointError(
             f"'{path}' is a safetensors file, wanted one of torch.save. Name it *.safetensors and "
@@ -212,7 +220,7 @@ def _survey_old(path: str, size: int) -> Survey:
     with Path(path).open("rb") as file:
         try:
             _, magic = survey(file)
-        except KeyError:  # an opcode that torch.save does not use
+        except (KeyError, IndexError):  # no opcodes that torch.save uses, or in no order of its
             magic = None
         if magic != _OLD_MAGIC:
             raise CheckpointError(

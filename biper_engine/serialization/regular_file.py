@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from types import TracebackType
 from typing import Self
 
 from biper_engine.errors import FileFormatError
+from biper_engine.files import os_error
 
 __all__ = ["RegularFile"]
 
@@ -18,6 +20,12 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+_REASONS = {
+    errno.ENOENT: "there is no such file",
+    errno.EACCES: "you may not read it",
+    errno.ELOOP: "it is a symbolic link that leads to itself",
+}
 
 
 class RegularFile:
@@ -85,10 +93,13 @@ class RegularFile:
 def _open(path: str | os.PathLike[str], flags: int, name: str) -> int:
     try:
         return os.open(path, flags)
-    except OSError:
+    except OSError as error:
         if os.path.exists(path) and not os.path.isfile(path):  # such as a socket
             raise _irregular(name, os.stat(path).st_mode) from None
-        raise
+        if error.errno is None or error.strerror is None:
+            raise
+        reason = _REASONS.get(error.errno, error.strerror.lower())
+        raise os_error(error.errno, f"Cannot read '{name}': {reason}.") from error
 
 
 def _checked_size(name: str, status: os.stat_result) -> int:

@@ -104,7 +104,16 @@ def test_against_the_model_without_images(biper: Biper, tiny: Path) -> None:
     assert done.code == 0, done.err
     assert "model: the captured graph gives what the model gives, bit for bit" in done.out
     assert "equal: 1 of 1 binary layers on 8 images" in done.out
-    assert "Compared on random inputs" in done.out
+    assert "Compared on random inputs; pass --images DIR" in done.out
+
+
+def test_images_are_not_advised_where_none_can_be_prepared(biper: Biper, tiny: Path) -> None:
+    engine = biper_engine.load(tiny)
+    engine.metadata = None
+    engine.save(tiny)
+    done = biper("verify", tiny, "--against", "tinynet:with_metadata")
+    assert done.code == 0, done.err
+    assert "Compared on random inputs." in done.out
 
 
 def test_a_network_of_several_inputs(biper: Biper, user_directory: Path) -> None:

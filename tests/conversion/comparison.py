@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,18 @@ def converted(
     """Build with fixed weights and convert; `convert` itself checks every segment."""
     model, images = seeded(build), images_of(shape)
     return convert_quietly(model, images[:2], **options), model, images
+
+
+def assert_packed_exactly(
+    shape: tuple[int, ...], layers: Mapping[str, Callable[[], nn.Module]], run: Callable[..., Any]
+) -> None:
+    """Convert a model of `Functional`; every layer must be packed, and exact in any batch."""
+    engine, model, images = converted(
+        lambda: Functional(run, **{key: build() for key, build in layers.items()}), shape
+    )
+    assert len(packed(engine)) == len(engine.report.layers)
+    for batch in (images, images[:1], images_of(shape, 5, seed=9)):
+        assert_exact(engine, model, batch)
 
 
 def packed(engine: Engine) -> list[str]:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biper_engine.conversion import convert
-from tests.conversion.comparison import Functional, assert_exact, converted, images_of, packed
+from tests.conversion.comparison import (
+    Functional,
+    assert_exact,
+    assert_packed_exactly,
+    images_of,
+    packed,
+)
 from tests.conversion.foreign_models import LearnableBias, QConv, QLinear, seeded, where_ge
 
 
@@ -103,13 +109,7 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
 
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
-    shape, layers, run = EXACT[name]
-    engine, model, images = converted(
-        lambda: Functional(run, **{key: build() for key, build in layers.items()}), shape
-    )
-    assert len(packed(engine)) == len(engine.report.layers)
-    for batch in (images, images[:1], images_of(shape, 5, seed=9)):
-        assert_exact(engine, model, batch)
+    assert_packed_exactly(*EXACT[name])
 
 
 FLOAT: dict[str, tuple[Callable[..., Tensor], str]] = {

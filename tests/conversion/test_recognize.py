@@ -15,6 +15,7 @@ from tests.conversion.comparison import (
     Functional,
     assert_close,
     assert_exact,
+    assert_packed_exactly,
     convert_quietly,
     converted,
     images_of,
@@ -264,13 +265,7 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
 
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
-    shape, layers, run = EXACT[name]
-    engine, model, images = converted(
-        lambda: Functional(run, **{key: build() for key, build in layers.items()}), shape
-    )
-    assert len(packed(engine)) == len(engine.report.layers)
-    for batch in (images, images[:1], images_of(shape, 5, seed=9)):
-        assert_exact(engine, model, batch)
+    assert_packed_exactly(*EXACT[name])
 
 
 def trained_norm(channels: int) -> nn.BatchNorm2d:

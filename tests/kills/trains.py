@@ -7,18 +7,16 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 from biper_engine.models import load_checkpoint
-from biper_engine.training import RunOptions, StageConfig, TrainingConfig, data, fit
+from biper_engine.training import RunOptions, StageConfig, TrainingConfig, fit
 from tests.kills.children import Child, FailedError, leftovers
+from tests.training.few_images import few_images
 
 __all__ = ["TrainTally", "kill_trains"]
 
@@ -58,7 +56,7 @@ def kill_trains(count: int, folder: Path, seed: int) -> TrainTally:
     draw, tally = random.Random(seed), TrainTally()
     for name in ("lightning", "biper_engine.training.module"):  # children need not import them
         import_module(name)
-    with _few_images():
+    with few_images():
         start = time.monotonic()
         Child(lambda: _train(folder / "whole"), folder / "log").wait()
         seconds = time.monotonic() - start
@@ -79,22 +77,6 @@ def kill_trains(count: int, folder: Path, seed: int) -> TrainTally:
             tally.runs += 1
             shutil.rmtree(run)
     return tally
-
-
-@contextmanager
-def _few_images() -> Iterator[None]:
-    """Put 48 + 16 images of 8x8 noise in the place of the digits: an epoch takes a blink."""
-    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(64) % 10
-    small = data.DataSet(
-        train=data.Part(images[:48], labels[:48]),
-        validation_count=16,
-        test=data.Part(images[48:], labels[48:]),
-        metadata=data.DIGITS_METADATA,
-        num_classes=10,
-    )
-    with mock.patch.dict(data._DATASETS, digits=lambda: small):
-        yield
 
 
 def _train(directory: Path) -> None:

@@ -207,7 +207,12 @@ FOREIGN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "html": (b"<!DOCTYPE html>", "is a web page.*Download the file itself"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS.*git lfs pull"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "is a safetensors file"),
+    "biper": (
+        struct.pack("<Q", 99) + b'{"__metadata__":{"biper":"{}"}}' + b" " * 99,
+        r"is a \.biper file under another name.*biper_engine\.load",
+    ),
     "pickle": (pickle.dumps({"a": 1}), "is a pickle that torch.save did not write"),
+    "pickle of nothing": (b"\x80\x02.", "is a pickle that torch.save did not write"),
     "zip": (
         lambda path: write_zip(path, {"net.pth": b"x"}),
         "is a zip archive, but not one of torch.save: it has 'net.pth'.*unpack it first",
@@ -229,8 +234,10 @@ def test_other_files_are_called_what_they_are(tmp_path: Path, kind: str) -> None
         path.write_bytes(contents)
     else:
         contents(path)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_torch_file(str(path))
+    assert str(caught.value).count(str(path)) == 1 + ("torch.jit.load" in message)
+    assert "is damaged" not in str(caught.value)
 
 
 def test_a_config_txt_that_is_none_is_not_read(tmp_path: Path) -> None:

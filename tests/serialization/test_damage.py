@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pickle
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -75,8 +74,16 @@ def arguments(header: dict[str, Any], name: str) -> Any:
 
 
 def test_an_absent_file_is_the_usual_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=re.escape("absent.biper")):
+    with pytest.raises(
+        FileNotFoundError, match=r"^Cannot read '.*absent\.biper': there is no such"
+    ):
         load(tmp_path / "absent.biper")
+
+
+def test_a_link_to_itself_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "a.biper").symlink_to("a.biper")
+    with pytest.raises(OSError, match=r"^Cannot read '.*a\.biper': it is a symbolic link that lea"):
+        load(tmp_path / "a.biper")
 
 
 @pytest.mark.parametrize("size", [0, 1, 8])

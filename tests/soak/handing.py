@@ -55,20 +55,30 @@ def hand_over(
     return sent
 
 
-def _send(subject: Subject, images: Tensor, child_seconds: float) -> None:
-    """Let a spawned process run the engine; each gets its tensors in shared memory."""
-    context: Any = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_answer, args=(subject.engine, images, queue))
+def run_child(child: Any, what: str, seconds: float) -> None:
+    """Start a process and wait for its end.
+
+    Raises:
+        DifferenceError: it ended with an error, or had to be killed.
+    """
     child.start()
-    child.join(child_seconds)
+    child.join(seconds)
     status = child.exitcode
     if status is None:
         child.kill()
         child.join()
     child.close()
     if status != 0:
-        raise DifferenceError(f"a spawned child that ran {subject.name} ended with {status}")
+        how = f"hung for {seconds} s" if status is None else f"ended with {status}"
+        raise DifferenceError(f"{what} {how}")
+
+
+def _send(subject: Subject, images: Tensor, child_seconds: float) -> None:
+    """Let a spawned process run the engine; each gets its tensors in shared memory."""
+    context: Any = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_answer, args=(subject.engine, images, queue))
+    run_child(child, f"a spawned child that ran {subject.name}", child_seconds)
     dtype, shape, values = queue.get()
     queue.close()
     logits = torch.frombuffer(bytearray(values), dtype=dtype).view(shape)

@@ -25,7 +25,7 @@ import biper_engine
 from biper_engine import _cpu  # type: ignore[attr-defined]
 from biper_engine.ops.cpu import _torch_parallel_region
 from tests.soak import handing
-from tests.soak.subjects import WEIGHTS, DifferenceError, Subject
+from tests.soak.subjects import WEIGHTS, Subject
 
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 4)
 CALLERS = 2 * CORES + 1
@@ -248,16 +248,7 @@ def _fork(phase: Phase, subjects: Sequence[Subject]) -> int:
     while time.monotonic() < end:
         arguments = (rng.choice(subjects), rng.randrange(2**32))
         child = context.Process(target=_in_child, args=arguments)
-        child.start()
-        child.join(CHILD_SECONDS)
-        status = child.exitcode
-        if status is None:
-            child.kill()
-            child.join()
-        child.close()
-        if status != 0:
-            end_of_it = f"hung for {CHILD_SECONDS} s" if status is None else f"ended with {status}"
-            raise DifferenceError(f"a forked child that ran {arguments[0].name} {end_of_it}")
+        handing.run_child(child, f"a forked child that ran {arguments[0].name}", CHILD_SECONDS)
         children += 1
         time.sleep(0.02)
     return children

@@ -19,6 +19,7 @@ from biper_engine.training import (
     fit,
 )
 from biper_engine.training.module import StageModule, augment, learning_rate_factor
+from tests.training.few_images import few_images
 
 QUIET = RunOptions(progress_bar=False, accelerator="cpu")
 STAGE1 = StageConfig(epochs=2, lr=0.05, weight_decay=1e-3, tau=0.02)
@@ -37,18 +38,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="module")
 def few_digits():
-    """48 + 16 images of 8x8 noise in place of the digits: an epoch takes a blink."""
-    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(64) % 10
-    small = data.DataSet(
-        train=data.Part(images[:48], labels[:48]),
-        validation_count=16,
-        test=data.Part(images[48:], labels[48:]),
-        metadata=data.DIGITS_METADATA,
-        num_classes=10,
-    )
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(data._DATASETS, "digits", lambda: small)
+    with few_images():
         yield
 
 
