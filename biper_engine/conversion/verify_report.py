@@ -239,8 +239,8 @@ class VerifyReport:
         first = next((s for s in self.segments if s.input_bits_differ), None)
         where = "" if first is None else f", {first.input_bits_differ:,} of them in {first.name}"
         return (
-            f"{self.differing_bits()}{where}; largest output error {self.logit_error:.2e}, relative "
-            f"{self.relative_error:.2e}{agreement}"
+            f"{self.differing_bits()}{where}; largest output error {self.logit_error:.2e}, "
+            f"relative {self.relative_error:.2e}{agreement}"
         )
 
     def differing_bits(self) -> str:
