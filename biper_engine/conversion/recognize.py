@@ -95,6 +95,8 @@ def _layer(
         return replace(row, reason=_reason(product, found, binary_weight))
     if not isinstance(split, BinaryWeight):
         return replace(row, reason=_reason(product, found, binary_weight))
+    if product.kind == "linear" and _linear_shape(node).count(-1) > 1:
+        return replace(row, reason="its result follows the batch size in several dimensions")
     operand, split, geometry = _on_maps(graph_module, product, operand, split)
     slower = slower_on_bits(geometry, split.terms)
     if slower is not None:
@@ -138,7 +140,7 @@ def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> s
     if all(held is None for _, held in found):
         if product.packable:
             return "its weight depends on the input"
-        names = ["its left factor", "its right factor"]
+        names = ["its left factor", *["its right factor"] * (len(found) - 1)]
     binary, clauses = [], []
     for name, (item, _) in zip(names, found, strict=True):
         if isinstance(item, str):
@@ -208,7 +210,8 @@ def _pack(
 
 
 def _linear_shape(node: fx.Node) -> list[int]:
-    return [-1, *(int(size) for size in shape(node)[1:])]
+    """Return the shape of a result, -1 where it follows the batch size."""
+    return [size if isinstance(size, int) else -1 for size in shape(node)]
 
 
 def _emit(
