@@ -78,9 +78,12 @@ class _Check:
         """
         report, built = self.report, self._built
         segments: dict[str, SegmentReport] = self._segments if counted else {}
+        observation = self._observed(batch)
         truth = Truth(built, batch)
-        truth.compare_with_model(self._observed(batch), self._observed, report.model)
-        if report.model.captured:
+        truth.compare_with_model(observation, self._observed, report.model)
+        if not report.model.captured:
+            self._observed.again()  # where earlier calls are the cause, that is said
+        else:
             # Its rewriting does not depend on the data, but it may on the batch size.
             is_new = len(self._sizes) < 2 and batch[0].shape[0] not in self._sizes
             self._sizes.add(batch[0].shape[0])

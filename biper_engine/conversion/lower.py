@@ -253,7 +253,8 @@ def _creates_float32(node: fx.Node) -> bool:
 def _argument_names(node: fx.Node) -> list[str]:
     """Return the schema's argument names; numbers for functions of Python's `operator`."""
     if isinstance(node.target, OpOverload):
-        return [argument.name for argument in node.target._schema.arguments]
+        names = [argument.name for argument in node.target._schema.arguments]
+        return ["input" if name == "self" else name for name in names]  # no name of a tensor
     return [f"arg{index}" for index in range(len(node.args))]
 
 

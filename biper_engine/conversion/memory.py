@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from biper_engine.conversion.graphs import arguments, is_call
+from biper_engine.conversion.graphs import arguments, constant, is_call
 from biper_engine.errors import ConversionError
 
 __all__ = ["fill_empty_memory", "fix_layouts", "is_read_as_memory"]
@@ -60,7 +60,7 @@ def fix_layouts(graph_module: fx.GraphModule) -> None:
             continue
         for source in node.all_input_nodes:
             value = source.meta.get("val")
-            if not isinstance(value, Tensor) or value.dim() == 0:
+            if not isinstance(value, Tensor) or value.dim() == 0 or _stays(graph_module, source):
                 continue
             ordered = source
             if is_call(node, *_STRIDED) and source is node.args[0]:
@@ -74,6 +74,12 @@ def fix_layouts(graph_module: fx.GraphModule) -> None:
                 )
             clone.meta = {"val": ordered.meta["val"].clone(memory_format=layout)}
             node.replace_input_with(source, clone)
+
+
+def _stays(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a contiguous constant; only those that may be maps get another layout."""
+    held = constant(graph_module, node)
+    return held is not None and held.dim() < 4 and held.is_contiguous()
 
 
 def is_read_as_memory(node: fx.Node) -> bool:
@@ -150,5 +156,6 @@ def fill_empty_memory(graph_module: fx.GraphModule) -> None:
             if is_call(node, aten.new_empty.default, aten.new_empty_strided.default):
                 new.args = node.args[:2]
             new.meta = dict(node.meta)
+            new.meta.pop("source", None)  # the captured graph's value is anything
             node.replace_all_uses_with(new)
             graph_module.graph.erase_node(node)

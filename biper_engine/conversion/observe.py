@@ -124,10 +124,23 @@ class Observed:
         with plain_modes(), _other_seeds(self._calls):
             args, kwargs = pytree.tree_unflatten([_copied(x) for x in inputs], self._in_spec)
             with callers_defaults():
-                result = model(*args, **kwargs)
+                result = _called(model, args, kwargs)
             leaves, out_spec = flatten_structure(result)
             # An output may show memory that a later call writes to.
             return Observation(tuple(inputs), tuple(map(_copied, leaves)), out_spec)
+
+
+def _called(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except Exception as cause:  # a model may raise anything; it is re-raised with advice
+        sizes = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        raise ConversionError(
+            f"The model itself fails when it is called with a batch of {max(sizes, default=0)}; "
+            "it must run for every batch size. Where it takes only some values, such as positions "
+            "in a table, let that input be integers, of which the example's own are used. "
+            f"({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"
+        ) from cause
 
 
 class _Recording(TorchDispatchMode):

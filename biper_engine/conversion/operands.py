@@ -140,8 +140,11 @@ def _as_map(graph_module: fx.GraphModule, before: fx.Node, x: fx.Node, axis: int
 
 
 def _as_float(graph_module: fx.GraphModule, x: fx.Node) -> fx.Node:
-    """Return integers or bools as float32, which `find_step` has made sure to tell them apart."""
-    if is_float(x):
+    """Return what is no float map as float32, which tells apart the values that it has.
+
+    Of integers and bools `find_step` has made sure of that; float64 comes with two values only.
+    """
+    if is_float(x) and x.meta["val"].dtype != torch.float64:
         return x
     for user in x.users:
         if is_call(user, aten._to_copy.default) and user.kwargs == {"dtype": torch.float32}:

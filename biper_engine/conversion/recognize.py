@@ -95,6 +95,8 @@ def _layer(
         return replace(row, reason=_reason(product, found, binary_weight))
     if not isinstance(split, BinaryWeight):
         return replace(row, reason=_reason(product, found, binary_weight))
+    if product.kind == "linear" and _linear_shape(node).count(-1) > 1:
+        return replace(row, reason="its result follows the batch size in several dimensions")
     operand, split, geometry = _on_maps(graph_module, product, operand, split)
     slower = slower_on_bits(geometry, split.terms)
     if slower is not None:
@@ -211,7 +213,8 @@ def _pack(
 
 
 def _linear_shape(node: fx.Node) -> list[int]:
-    return [-1, *(int(size) for size in shape(node)[1:])]
+    """Return the shape of a result, -1 where it follows the batch size."""
+    return [size if isinstance(size, int) else -1 for size in shape(node)]
 
 
 def _emit(

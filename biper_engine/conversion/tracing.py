@@ -138,6 +138,8 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is aten.index.Tensor:
                 args = (args[0], _as_positions(args[1]))
             args, kwargs = pytree.tree_map_only(Tensor, self._snapshot, (args, kwargs))
+        if func is aten.rrelu_with_noise.default:
+            func, args, kwargs = aten.leaky_relu.default, _of_rrelu(*args, **kwargs), {}
         if func.overloadpacket in WEIGHTED_OPS:
             self._log.paths.append(self._log.stack[-1] if self._log.stack else "")
         return self._record(func, args, kwargs)
@@ -266,6 +268,13 @@ def _functional(func: Any) -> Any:
     if torch.Tag.inplace_view in func.tags:
         return None
     return getattr(packet, func._overloadname, None)
+
+
+def _of_rrelu(
+    x: Tensor, _: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_rest: Any, **_kwargs: Any
+) -> tuple[Tensor, float]:
+    """Return the arguments of the leaky ReLU that a randomized one is in eval mode."""
+    return x, (lower + upper) / 2
 
 
 def _name(func: Any) -> str:

@@ -57,6 +57,10 @@ _PASS_THROUGH = (
     aten.slice.Tensor,
     aten.constant_pad_nd.default,
 )
+_MOVES = (
+    *(aten.reshape.default, aten.permute.default, aten.constant_pad_nd.default),
+    aten.clone.default,
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
     while cone.grow():
         if cone.source is None:
             continue
+        if cone.source.meta["val"].dtype == torch.float64:
+            continue  # float32 does not hold its step, nor its values
         found = _rule(cone)
         if isinstance(found, str) and reason != _RESTS:
             reason = found
@@ -148,7 +154,7 @@ def describe(node: fx.Node) -> str:
         "conv2d": "a convolution",
         "linear": "a linear layer",
     }
-    if is_call(node, aten.reshape.default, aten.permute.default, aten.constant_pad_nd.default):
+    if is_call(node, *_MOVES):
         return describe(parent(node))
     if node.op == "placeholder":
         return "the network's input"

@@ -37,6 +37,7 @@ from torch.utils import _pytree as pytree
 
 from biper_engine.conversion.check import Batch, check_against_model
 from biper_engine.conversion.graphs import arguments
+from biper_engine.conversion.observe import first_difference
 from biper_engine.conversion.pipeline import Built, build
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
 from biper_engine.engine import Engine, Signature
@@ -142,8 +143,7 @@ def _mismatch(own: fx.GraphModule, fresh: fx.GraphModule) -> str:
         return f"the engine and the model do not have the same layers (first difference: {name})"
     for name, value in mine.items():
         other = theirs[name]
-        same = value.shape == other.shape and value.dtype == other.dtype
-        if not same or not torch.equal(value.cpu(), other.cpu()):
+        if first_difference([value.cpu()], [other.cpu()]):
             return f"the engine was not made from this model: {name} differs"
     isolated = fx.GraphModule(fresh, copy.deepcopy(fresh.graph))
     isolate_outputs(isolated)

@@ -83,6 +83,8 @@ def analyse_weight(weight: Tensor) -> BinaryWeight | str:
     flat = weight.detach().double().flatten(1)
     if not flat.numel():
         return "is empty"
+    if not bool(flat.isfinite().all()):
+        return "has values that are infinite or NaN"
     magnitude = flat.abs()
     counts = magnitude.count_nonzero(1)
     if _is_accident(counts, flat.shape[1]):

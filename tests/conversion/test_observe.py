@@ -260,6 +260,35 @@ def test_a_model_that_takes_another_path_when_it_is_traced_is_refused() -> None:
     assert "defect" not in str(caught.value)
 
 
+def test_state_outside_of_the_model_is_named() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = QConv(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            CALLS[0] += 1
+            return self.conv(x).mean((2, 3)) + CALLS[0]
+
+    with pytest.raises(ConversionError, match=r"changes its attribute .*CALLS\[0\]"):
+        convert_quietly(Counting(), IMAGES)
+
+
+def test_a_model_that_fails_for_another_batch_is_named() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = QConv(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if type(x) is Tensor and len(x) != 2:
+                raise KeyError(len(x))
+            return self.conv(x).mean((2, 3))
+
+    with pytest.raises(ConversionError, match=r"^The model itself fails .* a batch of 1; .*KeyErr"):
+        convert_quietly(Picky(), IMAGES)
+
+
 def test_modes_of_the_caller_do_not_change_the_answers() -> None:
     model = nn.Conv2d(3, 4, 3)
     plain = Observed(model, IN_SPEC)([IMAGES]).outputs[0]

@@ -1,5 +1,6 @@
 """Products: every operator that multiplies has a row, with its cost at every position."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from biper_engine.conversion.pipeline import build
 from biper_engine.errors import ConversionError, UnconvertedWarning
 from biper_engine.report import LayerReport
 from tests.conversion.comparison import Functional, images_of
-from tests.conversion.foreign_models import QConv, seeded, where_ge
+from tests.conversion.foreign_models import QConv, QLinear, seeded, where_ge
 
 
 def rows_of(model: nn.Module, *shapes: tuple[int, ...]) -> list[LayerReport]:
@@ -120,6 +121,39 @@ def test_a_recurrent_layer_has_its_steps_and_both_weights() -> None:
     rows = rows_of(seeded(lambda: Functional(lambda s, x: s.c(x)[0], c=nn.LSTM(8, 4))), (3, 8))
     assert sum(row.macs for row in rows) == 3 * (16 * 8 + 16 * 4)
     assert all(row.name.partition("#")[0] == "c" for row in rows)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_recurrent_layer_over_steps_of_a_batch_converts(layers: int) -> None:
+    def run(self: nn.Module, x: Tensor) -> Tensor:
+        return self.head(self.c(x)[0][:, -1])
+
+    model = seeded(
+        lambda: Functional(run, c=nn.LSTM(8, 8, layers, batch_first=True), head=QLinear(8, 4))
+    ).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnconvertedWarning)
+        engine = convert(model, images_of((5, 8)))
+    assert [row.packed for row in engine.report.layers] == [False] * layers + [True]
+    assert all("distinct values" in row.reason for row in engine.report.layers[:layers])
+    for batch in (1, 3):
+        x = torch.randn(batch, 5, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), model(x))
+
+
+def test_a_binary_product_whose_batch_is_not_the_first_dimension() -> None:
+    model = seeded(
+        lambda: Functional(
+            lambda s, x: torch.einsum("bchw,oc->bohw", where_ge(x), torch.sign(s.c.weight)),
+            c=nn.Linear(8, 4),
+        )
+    ).eval()
+    engine = convert(model, images_of((8, 3, 3)))
+    assert [row.packed for row in engine.report.layers] == [True]
+    x = torch.randn(5, 8, 3, 3)
+    with torch.no_grad():
+        assert torch.equal(engine(x), model(x))
 
 
 def test_attention_of_a_module_is_named_by_its_path() -> None:

@@ -431,3 +431,26 @@ def test_two_binary_layers_without_a_norm_between_have_ties() -> None:
         for scale in (0.3, 1.0)
     ]
     assert ties == [5, 0]  # of float32 sums of +-1, there is no doubt
+
+
+class Wide(nn.Module):
+    """A binary convolution whose sign is taken in float64, where float32 has the other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = torch.where(x - 1e-60 >= 0, 1.0, -1.0)
+        return F.conv2d(signs, torch.sign(self.weight))
+
+
+def test_signs_of_float64_are_packed_by_their_values() -> None:
+    model = seeded(lambda: Functional(lambda s, x: s.wide(x.double()), wide=Wide())).eval()
+    x = images_of((4, 5, 5))
+    x[:, :, 2, 2] = 0
+    for example in (x, x.double()):
+        engine = convert_quietly(model, example)
+        assert all(row.packed for row in engine.report.layers)
+        with torch.no_grad():
+            assert torch.equal(engine(example), model(example))

@@ -484,3 +484,7 @@ def test_the_module_is_named_where_a_submodule_draws() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), inner))
     with pytest.raises(ConversionError, match=r"`bernoulli` in `1\.1` \(.*test_tracing.py:\d+\)"):
         capture(model, (torch.randn(2, 3, 4, 6),))
+
+
+def test_a_randomized_relu_is_a_leaky_one_in_eval_mode() -> None:
+    assert_captured(lambda self, x: F.rrelu(self.conv(x), 0.1, 0.4))

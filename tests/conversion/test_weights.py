@@ -83,3 +83,10 @@ def test_one_channel_with_three_values_is_enough_to_refuse() -> None:
     weight = torch.sign(LATENT)
     weight[2, 0, 0, 0] = 0.5
     assert isinstance(analyse_weight(weight), str)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    weight = torch.sign(LATENT)
+    weight[1, 0, 0, 0] = value
+    assert analyse_weight(weight) == "has values that are infinite or NaN"
