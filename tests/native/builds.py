@@ -31,7 +31,8 @@ def setup_functions() -> dict[str, Any]:
 
 def module_sources() -> list[Path]:
     """Return what of csrc/cpu is Python's module and needs its headers."""
-    return [ROOT / "csrc/cpu/bindings.cpp", ROOT / "csrc/cpu/caller.cpp"]
+    names = ("bindings", "caller", "tensors", "watch")
+    return [ROOT / f"csrc/cpu/{name}.cpp" for name in names]
 
 
 def kernel_sources() -> list[Path]:
