@@ -77,7 +77,8 @@ def test_a_short_soak_finds_nothing() -> None:
     said = done.stdout + done.stderr
     assert "36 phases" in done.stdout, said
     assert "every byte as at the start" in done.stdout, said
-    # Phases this short do not fill all caches of memory in the first round, so that growth of what
-    # is allocated is for the long form to judge.
+    # In phases this short allocated memory grew and then stayed flat, for no proved reason yet: the
+    # long form judges that.
     failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert all("allocated memory" in line for line in failures), said
+    assert done.returncode == (1 if failures else 0), said
