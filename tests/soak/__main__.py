@@ -71,6 +71,8 @@ def soak(options: argparse.Namespace, folder: Path) -> list[str]:
     for subject in subjects:
         print(f"{subject.name}: {subject.engine.execution}", flush=True)
     callers = [Caller(number, subjects, folder) for number in range(CALLERS)]
+    for caller in callers:
+        caller.warm_up().result()
     gc.collect()
     gc.freeze()  # what is there now stays: at rest after each phase, only what is new is searched
     rounds = rounds_of(options.minutes, options.phase_seconds)

@@ -30,6 +30,8 @@ from tests.soak.subjects import WEIGHTS, Subject
 CORES = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 4)
 CALLERS = 2 * CORES + 1
 CHILD_SECONDS = 120
+OTHER_SIZES = (32, 64, 128, 256)
+OTHER_WORK = ("product", "convolution", "sort", "sum")
 FEW = tuple(sorted({1, 2, CORES}))
 
 
@@ -130,6 +132,9 @@ class Caller:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1)
 
+    def warm_up(self) -> Future[None]:
+        return self._thread.submit(_all_other_work)
+
     def set_threads(self, threads: int) -> Future[None]:
         return self._thread.submit(
             torch.set_num_threads, threads
@@ -157,7 +162,7 @@ class Caller:
                 self._renew(subject, rng)
                 tally.renewals += 1
             if not phase.kind.forks and rng.random() < 0.05:
-                _other_work(rng)
+                _other_work(rng.choice(OTHER_SIZES), rng.choice(OTHER_WORK))
         return tally
 
     def _call(
@@ -185,18 +190,26 @@ class Caller:
         path.unlink()
 
 
-def _other_work(rng: random.Random) -> None:
+def _other_work(size: int, what: str) -> None:
     """Do something else with PyTorch: on its threads, in its memory."""
-    size = rng.choice((32, 64, 128, 256))
-    match rng.randrange(4):
-        case 0:
+    match what:
+        case "product":
             torch.randn(size, size) @ torch.randn(size, size)
-        case 1:
+        case "convolution":
             F.conv2d(torch.randn(4, 16, 32, 32), torch.randn(size, 16, 3, 3))
-        case 2:
+        case "sort":
             torch.randn(size * 256).sort()
-        case _:
+        case "sum":
             torch.zeros(size << 12).add_(1.0)
+
+
+def _all_other_work() -> None:
+    """Do all of it by each number of threads: oneDNN keeps memory for each of its convolutions."""
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for what in OTHER_WORK:
+            for size in OTHER_SIZES:
+                _other_work(size, what)
 
 
 # -- what disturbs them ---------------------------------------------------------------------------

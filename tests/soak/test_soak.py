@@ -77,8 +77,4 @@ def test_a_short_soak_finds_nothing() -> None:
     said = done.stdout + done.stderr
     assert "36 phases" in done.stdout, said
     assert "every byte as at the start" in done.stdout, said
-    # In phases this short allocated memory grew and then stayed flat, for no proved reason yet: the
-    # long form judges that.
-    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    assert all("allocated memory" in line for line in failures), said
-    assert done.returncode == (1 if failures else 0), said
+    assert done.returncode == 0, said
