@@ -38,7 +38,8 @@ def check_against_model(
         batches: flat inputs.
 
     Raises:
-        ConversionError: a call changes the model, or equal inputs get different answers.
+        ConversionError: a call changes the model, equal inputs get different answers, or the model
+            takes the sign of NaN.
     """
     check = _Check(engine, model, built)
     sizes, first = set(), None

@@ -15,6 +15,7 @@ from biper_engine.conversion.check import Batch, check_against_model
 from biper_engine.conversion.copying import unwrapped
 from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
+from biper_engine.conversion.segments import NanInputError
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import ConversionError, UnconvertedWarning
 from biper_engine.metadata import Metadata, Provenance
@@ -55,7 +56,8 @@ def convert(
             its name and cost, raise, or ignore.
         compute_dtype: dtype of float maps between layers and of float layers. float32 is the exact
             mode; float16 and bfloat16 are faster where hardware supports them, and approximate.
-        check: verify the result segment by segment on the example and two seeded random inputs.
+        check: verify the result on the example and two seeded random inputs, or on the example's
+            rows alone where the model computes NaN from random numbers.
         metadata: preprocessing and class names; None takes `model.metadata` if it has one.
 
     Returns:
@@ -242,7 +244,11 @@ def _check(engine: Engine, model: nn.Module, built: Built) -> None:
         built.examples,
         _random_batch(built.examples, large, generator),
     ]
-    report = check_against_model(engine, model, built, batches)
+    try:
+        report = check_against_model(engine, model, built, batches)
+    except NanInputError:  # as from the logarithm of a random number
+        batches = [_repeated(built.examples, size) for size in (small, own, large)]
+        report = check_against_model(engine, model, built, batches)
     if report.ok:
         return
     if not report.model.captured:
@@ -265,6 +271,10 @@ def _random_batch(examples: Batch, size: int, generator: torch.Generator) -> Bat
     return tuple(
         torch.randn((size, *x.shape[1:]), generator=generator).to(x)
         if x.dtype.is_floating_point
-        else x[torch.arange(size, device=x.device) % x.shape[0]]
+        else _repeated((x,), size)[0]
         for x in examples
     )
+
+
+def _repeated(examples: Batch, size: int) -> Batch:
+    return tuple(x[torch.arange(size, device=x.device) % x.shape[0]] for x in examples)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.capture import capture
+from biper_engine.conversion.finite import require_finite
 from biper_engine.conversion.fuse import fuse
 from biper_engine.conversion.graphs import constant
 from biper_engine.conversion.lower import lower
@@ -71,6 +72,7 @@ def build(
     before = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     simplify(graph_module)
     _name_sources(graph_module)
+    require_finite(graph_module, model)
     float_graph = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     rows = recognize(graph_module, keep_float=keep_float)
     fuse(graph_module)

@@ -20,16 +20,28 @@ from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.pipeline import Built
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ROUNDING, SegmentReport
+from biper_engine.errors import ConversionError
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.reference import apply_epilogue
 from biper_engine.ops.registration import split_options
 
-__all__ = ["EndToEnd", "Segments"]
+__all__ = ["EndToEnd", "NanInputError", "Segments"]
 
 _STEPS = 8
 """Roundings to 2^-24 of the largest term that the value before a sign has been through, at most."""
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+class NanInputError(ConversionError):
+    """The model computes NaN from its inputs and takes the sign of it, so nothing is compared."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            f"With these inputs the model takes the sign of NaN in front of {layer}, and NaN has "
+            "no sign, so that there is nothing to compare. Pass inputs from which the model "
+            "computes numbers."
+        )
 
 
 def _as_map(value: Tensor) -> Tensor:
@@ -56,6 +68,7 @@ class Segments(fx.Interpreter):
 
     def __init__(self, built: Built, truth: Truth, segments: dict[str, SegmentReport]) -> None:
         super().__init__(built.lowered)
+        self.extra_traceback = False  # errors keep their own words
         self.layer_inputs: dict[str, Tensor] = {}
         self._truth = truth
         self._segments = segments
@@ -163,6 +176,7 @@ class Segments(fx.Interpreter):
         geometry, epilogue, residual, _ = split_options(args[1], args[2], args[3], options)
         self.layer_inputs[n.name] = args[0]
         dot = ops.bconv2d(args[0], args[1], geometry)
+        self._require_signs(n, conv)
         wanted_dot, affected = self._accumulators(conv, dot)
         segment.accumulators += dot.numel()
         segment.accumulators_wrong += int((dot != wanted_dot).sum())
@@ -206,6 +220,12 @@ class Segments(fx.Interpreter):
             segment.flips += int((unequal & close).sum())
             segment.bits_wrong += int((unequal & ~close).sum())
         return wanted_bits if op == "bconv2d_bits" else (floats, wanted_bits)
+
+    def _require_signs(self, n: fx.Node, conv: BinaryConv) -> None:
+        """Require that every input of a layer has a sign."""
+        names = (conv.value,) if conv.source is None else (conv.value, conv.source)
+        if any(bool(self._truth.values[name].isnan().any()) for name in names):
+            raise NanInputError(str(n.meta.get("layer", n.name)))
 
     def _accumulators(self, conv: BinaryConv, dot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the model's accumulators, zeros counted as +1, and what zeros reach."""

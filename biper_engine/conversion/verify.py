@@ -69,8 +69,8 @@ def verify(
         A report; `report.ok` is the verdict, `report.table()` the evidence.
 
     Raises:
-        ConversionError: the model cannot be captured with the engine's input size, or its calls
-            change it.
+        ConversionError: the model cannot be captured with the engine's input size, its calls
+            change it, or it takes the sign of NaN.
         ValueError: `data` holds no image, or batches with too few inputs.
     """
     batches = _batches(data, engine.signature, limit)
