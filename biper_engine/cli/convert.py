@@ -21,7 +21,6 @@ from biper_engine.cli.sources import (
     example_input,
     load_model,
 )
-from biper_engine.errors import ConversionError
 
 if TYPE_CHECKING:
     from biper_engine import ConversionReport, VerifyReport
@@ -91,7 +90,7 @@ def convert(
     """
     import torch
 
-    import biper_engine
+    from biper_engine.conversion import convert_and_verify
 
     wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
     target = output or _default_output(wanted)
@@ -101,7 +100,7 @@ def convert(
         model = load_model(wanted)
         example = example_input(model, input_shape)
     with status("Converting"), shown_warnings():
-        engine = biper_engine.convert(
+        engine, verified = convert_and_verify(
             model,
             example,
             keep_float=keep_float or (),
@@ -109,12 +108,6 @@ def convert(
             compute_dtype=getattr(torch, dtype.value),
             check=check,
         )
-    verified = None
-    if check:
-        with status("Comparing with the model"):
-            verified = biper_engine.verify(engine, model, example)
-        if not verified.ok:
-            raise ConversionError(f"No file was written.\n{verified.table()}")
     with status(f"Writing {target}"):
         engine.save(target)
 

@@ -16,18 +16,18 @@ from biper_engine.conversion.copying import unwrapped
 from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
 from biper_engine.conversion.segments import NanInputError
+from biper_engine.conversion.verify_report import VerifyReport
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import ConversionError, UnconvertedWarning
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport, LayerReport
 from biper_engine.runtime import CONSTANT_TYPES
 
-__all__ = ["convert"]
+__all__ = ["convert", "convert_and_verify"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@plain_modes()
 def convert(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
@@ -73,6 +73,30 @@ def convert(
         >>> engine = biper_engine.convert(model, torch.randn(1, 3, 32, 32))
         >>> logits = engine(images)
     """
+    engine, _ = convert_and_verify(
+        model,
+        example_inputs,
+        keep_float=keep_float,
+        unconverted=unconverted,
+        compute_dtype=compute_dtype,
+        check=check,
+        metadata=metadata,
+    )
+    return engine
+
+
+@plain_modes()
+def convert_and_verify(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
+    *,
+    keep_float: Sequence[str],
+    unconverted: Literal["warn", "raise", "ignore"],
+    compute_dtype: torch.dtype,
+    check: bool,
+    metadata: Metadata | None = None,
+) -> tuple[Engine, VerifyReport | None]:
+    """Return what `convert` returns, and the report of its check, or None without one."""
     _check_options(unconverted, compute_dtype)
     model = unwrapped(model)
     stage = _provenance(model).stage
@@ -103,9 +127,7 @@ def convert(
             "compute_dtype": str(compute_dtype).removeprefix("torch."),
         },
     )
-    if check:
-        _check(engine, model, built)
-    return engine
+    return engine, _check(engine, model, built) if check else None
 
 
 def _check_options(unconverted: str, compute_dtype: torch.dtype) -> None:
@@ -186,7 +208,7 @@ def _announce(rows: Sequence[LayerReport], unconverted: str, keep_float: tuple[s
     message = f"{len(left)} binary layer(s) stay in floating point. {listed}"
     if unconverted == "raise":
         raise ConversionError(message + ". Pass unconverted='warn' to convert the rest.")
-    warnings.warn(message, UnconvertedWarning, stacklevel=4)
+    warnings.warn(message, UnconvertedWarning, stacklevel=5)
 
 
 def _engine(
@@ -234,7 +256,7 @@ def _bare(lowered: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(lowered, graph)
 
 
-def _check(engine: Engine, model: nn.Module, built: Built) -> None:
+def _check(engine: Engine, model: nn.Module, built: Built) -> VerifyReport:
     """Verify on the example and on two seeded random inputs of other batch sizes."""
     own = built.examples[0].shape[0] if built.examples else 0
     small, large = [size for size in (1, 3, 2) if size != own][:2]
@@ -250,7 +272,7 @@ def _check(engine: Engine, model: nn.Module, built: Built) -> None:
         batches = [_repeated(built.examples, size) for size in (small, own, large)]
         report = check_against_model(engine, model, built, batches)
     if report.ok:
-        return
+        return report
     if not report.model.captured:
         sizes_called = ", ".join(str(size) for size in report.model.batches)
         raise ConversionError(
