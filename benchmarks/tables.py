@@ -73,8 +73,8 @@ def networks() -> str:
 def outside() -> str:
     """Return how long a call with one image is outside of the steps of small networks."""
     cells = [
-        f"{1e3 * read(f'{name}-epyc-zen4.json')['profiles'][0]['outside_ms']:.0f} us of "
-        f"`{network.partition('/')[2]}`"
+        f"{1e3 * read(f'{name}-epyc-zen4.json')['profiles'][0]['outside_ms']:.0f} us "
+        f"(`{network.partition('/')[2]}`)"
         for name, network in NETWORKS.items()
         if network.startswith("cifar10/")
     ]
@@ -179,8 +179,8 @@ def peak() -> str:
     """Return the popcount peak of the machine that the layers were measured on."""
     entry = read("layers-epyc-zen4.json")["benchmarks"][0]["extra_info"]["popcount_peak"]
     return (
-        f"{entry['macs_per_second'] * 1e-9:,.0f} G multiply-accumulates a second and core, "
-        f"{entry['macs_per_clock']:.0f} a clock"
+        f"{entry['macs_per_second'] * 1e-9:,.0f} G multiply-accumulates per second and core, or "
+        f"{entry['macs_per_clock']:.0f} per clock"
     )
 
 
