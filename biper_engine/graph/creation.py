@@ -36,7 +36,11 @@ def _limits(dtype: torch.dtype, number: Any) -> tuple[int, int] | None:
 
 
 def _require_holds(dtype: torch.dtype, number: Any) -> None:
-    """Require a number that a dtype can hold."""
+    """Require a number that a dtype can hold; one that grows with the batch, for every batch."""
+    if isinstance(number, ImagesSize):
+        wide = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+        require(dtype in wide, f"{number} is no {dtype} for every batch")
+        return
     if dtype.is_floating_point:
         fits = math.isinf(number) or abs(number) <= torch.finfo(dtype).max
         require(fits, f"{number} is no {dtype}")

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 
 from biper_engine.graph import rows
-from biper_engine.graph.arguments import BOOL, DIM, FALSE, INDEX, NUMBER, TENSOR, Kind, integer
+from biper_engine.graph.arguments import (
+    BOOL,
+    DIM,
+    FALSE,
+    INDEX,
+    NUMBER,
+    SIZE,
+    TENSOR,
+    Kind,
+    integer,
+)
 from biper_engine.graph.operator import Operator, Rule
 from biper_engine.graph.sizes import ImagesSize, Size
 from biper_engine.graph.values import ANY, FLOATS, Value, axis, broadcast, require, require_dtype
@@ -205,7 +215,10 @@ OPERATORS: list[Operator] = [
         _aten.affine_grid_generator.default,
         {
             **{"theta": TENSOR, "align_corners": BOOL},
-            "size": Kind("four sizes", lambda v: isinstance(v, list | tuple) and len(v) == 4),
+            "size": Kind(
+                "four sizes",
+                lambda v: isinstance(v, list | tuple) and len(v) == 4 and all(map(SIZE.accepts, v)),
+            ),
         },
         _affine_grid,
     ),

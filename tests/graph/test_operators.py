@@ -1,5 +1,8 @@
 """Declared operators: what they say of a call is what PyTorch gives, or the call is refused."""
 
+import contextlib
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from biper_engine.graph import OPERATORS, MisfitError, Operator, Value
+from biper_engine.graph import BATCH, OPERATORS, MisfitError, Operator, Value
 from biper_engine.graph.values import ANY
 from tests.graph.calls import CALLS, Flowing, concrete
 
@@ -89,6 +92,24 @@ def test_every_dtype_runs_or_is_refused(name: str, arguments: Mapping[str, Any])
         except MisfitError:
             continue
         require_equal(run(OPERATORS[name], changed, 2), said, 2)
+
+
+_FOREIGN: tuple[Any, ...] = (
+    *(None, True, -1, 0, 3, 1 << 40, 0.5, math.inf, math.nan, "words", {}, torch.float32),
+    *(BATCH, Value(torch.float32, (BATCH, 4)), Value(torch.bool, ()), Value(torch.int64, (2, 3))),
+)
+
+
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=lambda x: x if type(x) is str else "")
+def test_any_argument_fits_or_is_refused(name: str, arguments: Mapping[str, Any]) -> None:
+    operator = OPERATORS[name]
+    known = {key: described(value) for key, value in arguments.items()}
+    for argument, value in itertools.product(operator.arguments, _FOREIGN):
+        kept = known.get(argument)
+        count = len(kept) if isinstance(kept, list) else 2
+        for given in (value, [], [value], [value] * count, [*[1] * (count - 1), value]):
+            with contextlib.suppress(MisfitError):
+                operator.infer({**known, argument: given})
 
 
 @pytest.mark.parametrize("name", OVERLOADS)
