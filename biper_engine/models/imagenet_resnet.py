@@ -15,7 +15,7 @@ from biper_engine.nn import BinaryConv2d
 __all__ = ["ImageNetResNet"]
 
 _WIDTHS = (64, 128, 256, 512)
-# The official initial weight of every BatchNorm2d: at first, shortcuts carry all of the signal.
+# The official initial weight of every BatchNorm2d: shortcuts carry all of the signal at first.
 _FIRST_SCALE = 1e-8
 
 
