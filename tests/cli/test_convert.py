@@ -98,7 +98,7 @@ def test_weights_are_never_unpickled(biper: Biper, user_directory: Path) -> None
     ("words", "code", "message"),
     [
         (["tinynet:build"], 2, "--input 1,3,224,224"),
-        (["tinynet:build", "--input", "3x4"], 2, "sizes with commas"),
+        (["tinynet:build", "--input", "3x4"], 2, "sizes separated by commas"),
         (["tinynet:build", "--stage", "2", "--input", "1,3,16,16"], 2, "are for checkpoints"),
         (["tinynet.py", "--weights", "w.pt"], 2, "--weights is for"),
         (["tinynet:missing"], 1, "has no 'missing'"),
