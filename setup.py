@@ -197,7 +197,7 @@ def cuda_flags() -> list[str]:
 def cuda_link_command(objects: list[Path], target: Path) -> list[str]:
     """Return the command that links objects with GPU code to a module.
 
-    nvcc links, because only it knows where its libraries are. Device code is not linked.
+    nvcc links, as only it knows where its libraries are. Device code is not linked across files.
     """
     kind = ["-shared", "-cudart", "static", "-nodlink", "-Xlinker=-s", *host_flags()]
     libraries = ["-forward-unknown-to-host-compiler", *environment_flags("LDFLAGS")]
