@@ -26,7 +26,7 @@ class LayerReport:
         zero_weights: weights that are exactly 0. Output channels of three values, -s, 0 and s, are
             packed twice, with 0 as s and as -s, and averaged.
         binary: whether its weight or its input is binary.
-        binary_weight: whether its weight takes two values in every output channel, or -s, 0 and s.
+        binary_weight: whether its weight has two values in every output channel, or -s, 0 and s.
         ties: output channels in which a sum can equal the threshold of the next sign. Float32
             rounding then decides the model's own bit; a BatchNorm in between avoids this.
         by_choice: whether it stays in floating point on purpose: `keep_float` names it, or bits are

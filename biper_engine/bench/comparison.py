@@ -144,7 +144,7 @@ def compare(
     deployed: bool = False,
     budget: Budget | None = None,
 ) -> Comparison:
-    """Time an engine beside its float network, eager and compiled, called in turn.
+    """Time an engine and its float network, eager and compiled, called in turn.
 
     This does not check the engine: call `biper_engine.verify` first.
 

@@ -47,7 +47,9 @@ def bench(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads of each contestant; else torch's.", show_default=False),
+        typer.Option(
+            min=1, help="Threads of each contestant; by default torch's.", show_default=False
+        ),
     ] = None,
     seconds: Annotated[
         float | None,

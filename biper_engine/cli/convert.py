@@ -54,7 +54,10 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="File to write (else SOURCE's name).", show_default=False
+            "--output",
+            "-o",
+            help="File to write; by default named after SOURCE.",
+            show_default=False,
         ),
     ] = None,
     arch: Arch = None,

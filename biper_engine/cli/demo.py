@@ -196,7 +196,7 @@ def _train(
     say(f"1. train: {config.architecture} on {config.dataset}, two stages, {epochs} epochs ...")
     options = RunOptions(accelerator="cpu", devices=1, progress_bar=progress_bar)
     trained = fit_quietly(config, directory, resume=True, options=options)
-    earlier = f", earlier runs included; delete {directory} to start anew"
+    earlier = f", including earlier runs; delete {directory} to start again"
     say(f"   {trained.seconds:.0f} s of training{earlier if found else ''}")
     return trained
 

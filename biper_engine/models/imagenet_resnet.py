@@ -20,7 +20,7 @@ _FIRST_SCALE = 1e-8
 
 
 class ProjectionShortcutBlock(nn.Module):
-    """Two binary 3x3 convolutions, each with BatchNorm, a shortcut of its own, and hardtanh."""
+    """Two binary 3x3 convolutions, each with BatchNorm, its own shortcut, and hardtanh."""
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, *, frequency: float, stage: int

@@ -140,7 +140,7 @@ def architecture(name: str) -> Architecture:
 def build(
     name: str, *, num_classes: int | None = None, frequency: float = 20.0, stage: int = 2
 ) -> Network:
-    """Build a network with fresh weights, drawn from PyTorch's global generator.
+    """Build a network with initial weights drawn from PyTorch's global generator.
 
     PyTorch draws an exact 0 about once in 2^24 normal numbers. A latent weight of 0 has no sign, so
     it becomes 1e-8.

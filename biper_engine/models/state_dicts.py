@@ -1,6 +1,6 @@
 """Find a network's tensors in the contents of a checkpoint file, whatever is around them.
 
-Training scripts put a state dict under an entry of their own ("state_dict", "model", "ema", ...),
+Training scripts put a state dict under their own entry ("state_dict", "model", "ema", ...),
 and wrappers put a prefix before its names ("module.", "model.", "_orig_mod.", ...). The search uses
 none of these words: the network's own names show which dict and which prefix are meant.
 """

@@ -200,7 +200,7 @@ def _check_archive(path: str, names: list[str], pickles: list[str]) -> None:
     if "constants.pkl" in inner:
         raise CheckpointError(
             f"'{path}' is a TorchScript archive, which holds compiled code, wanted a checkpoint. "
-            f"Its weights alone: torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')"
+            f"Save its weights: torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')"
         )
     if "archive_format" in inner or "serialized_exported_program.json" in names:
         raise CheckpointError(

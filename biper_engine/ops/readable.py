@@ -112,7 +112,7 @@ def _misfit(name: str, x: Tensor) -> TypeError:
     elif x.layout != torch.strided:
         what = f"a {kind} of layout {x.layout}"
     else:
-        what = f"a {kind}, whose operators are its own"
+        what = f"a {kind} with its own operators"
     return TypeError(
         f"`{name}` must be a plain tensor with values in memory, but it is {what}; pass a dense "
         "`torch.Tensor`."

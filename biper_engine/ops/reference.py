@@ -24,7 +24,7 @@ __all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "fma", "to_channe
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """Copy a logical NCHW tensor into freshly allocated channels_last memory.
+    """Copy a logical NCHW tensor into newly allocated channels_last memory.
 
     The strides are those of channels_last even if sizes of 1 make them ambiguous, so that the shape
     functions can promise them.

@@ -311,7 +311,7 @@ class _Translation:
             )
         if geometry.in_channels % _BYTE:
             raise UnsupportedGraphError(
-                "OpenVINO's binary convolution is wrong where channels do not fill bytes; one here "
+                "OpenVINO's binary convolution is wrong if channels do not fill bytes; this one "
                 f"has {geometry.in_channels}"
             )
         top, bottom, left, right = geometry.padding
