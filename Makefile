@@ -1,5 +1,5 @@
-# Every target sets up what it needs in .venv; the first run installs, later ones do not call pip.
-# Overridable: PYTHON, the interpreter for the environment; ARGS, further arguments for the tool.
+# Every target sets up what it needs in .venv: the first run installs it, later ones do not call pip.
+# Variables: PYTHON is the interpreter for the environment, ARGS are further arguments for the tool.
 
 PYTHON ?= python3
 ARGS ?=
@@ -7,23 +7,23 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
-# No byte code ahead of time: most of what is installed here is never imported.
+# No byte code is compiled in advance, because most of the installed code is never imported.
 INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
-# The stamp holds the checkout's path: an environment does not survive a move or a copy.
+# The stamp has the checkout's path, because an environment breaks when it is moved or copied.
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(SOURCES) $(foreach end,h cuh cpp cu,\
   $(wildcard tests/native/*.$(end) tests/native/*/*.$(end)))
-# The extensions: rebuilt when a source changed; tried again each time while there is no compiler.
+# The extensions are rebuilt when a source changed; without a compiler, each run tries again.
 BUILT := $(VENV)/built
-# What the tests of the Triton kernels need beside the rest: the newest Triton that is supported, which
-# constraints.txt pins, and for the deep ones the oldest in a folder of its own. There are none for
-# macOS; where they cannot be had, tests skip and say so.
+# The tests of the Triton kernels also need the newest supported Triton, which constraints.txt pins; the
+# deep tests need the oldest, too, in its own folder. Triton does not support macOS. If it cannot be
+# installed, the tests skip and say so.
 TRITON := $(VENV)/triton
 OLDEST_TRITON := $(VENV)/oldest-triton
 export BIPER_REQUIRE_NATIVE ?= auto
-# The CUDA kernels take minutes for all architectures. Without a GPU nothing would run them, and the
-# deep tests compile them anyway, once.
+# Compiling the CUDA kernels for all architectures takes minutes. Without a GPU nothing runs them, and
+# the deep tests compile them once anyway.
 ifndef BIPER_CUDA
 BIPER_CUDA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo auto || echo 0)
 endif
@@ -35,7 +35,7 @@ export BIPER_CUDA
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-setup: $(BUILT)  ## Create .venv with all that development needs
+setup: $(BUILT)  ## Create .venv with everything for development
 
 demo: $(BUILT)  ## Train, convert, verify, save and run a BiPer net on real digits
 	@$(BIN)/biper demo $(ARGS)
@@ -45,8 +45,8 @@ test: $(BUILT) $(TRITON)  ## Run the tests
 	@echo "==> Tests"
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
 
-# pytest exits with 5 where it selects no test.
-test-deep: $(BUILT) $(TRITON) $(OLDEST_TRITON)  ## Run the slow tests, and those in need of a compiler or a build
+# pytest exits with 5 if it selects no test.
+test-deep: $(BUILT) $(TRITON) $(OLDEST_TRITON)  ## Run the slow tests, and those that need a compiler or a build
 	@echo "==> Deep tests"
 	@$(RUN) pytest tests --no-header -m deep -n 2 --dist loadfile -p no:benchmark -rs $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
@@ -63,7 +63,7 @@ ifneq ($(NATIVE),)
 	@$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 endif
 
-format: $(STAMP)  ## Format the code, and fix what can be fixed safely
+format: $(STAMP)  ## Format the code, and apply safe fixes
 	@$(RUN) ruff check --quiet --fix-only .
 	@$(RUN) ruff format .
 ifneq ($(NATIVE),)
@@ -84,8 +84,8 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): FORCE
 endif
 
-# torch goes first and alone: a resolve of everything at once may take another build of it. It brings
-# the setuptools that then builds this package, so that no second, isolated environment is needed.
+# torch is installed first and alone: resolving everything at once may choose a different build. It
+# installs the setuptools that then builds this package, so no isolated environment is needed.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; \

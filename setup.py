@@ -1,27 +1,27 @@
-"""Name the packages and build the native extensions; the rest stands in pyproject.toml.
+"""Name the packages and build the native extensions; the rest is in pyproject.toml.
 
-`biper_engine._cpu` is csrc/cpu, `biper_engine._cuda` is csrc/cuda: C++17, pybind11, no header of
-torch, so that one build serves every version of torch. On a CPU each instruction set has a file of
-its own with its own flags, all others are compiled for the baseline, and the choice falls at run
-time. Code for GPUs is compiled once for each architecture, and CUDA takes the one that fits. Its
-runtime is linked in: the extension needs no CUDA library, and imports where no driver is.
+`biper_engine._cpu` is csrc/cpu, `biper_engine._cuda` is csrc/cuda: C++17 and pybind11, without
+torch's headers, so that one build works with every version of torch. Each CPU instruction set has
+its own file and flags, all else is compiled for the baseline, and the choice is made at run time.
+GPU code is compiled for each architecture, and CUDA takes the one that fits. CUDA's runtime is
+linked statically: the extension needs no CUDA library, and can be imported without a driver.
 
-Read from the environment: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, ARCHFLAGS, MAX_JOBS, and
+These environment variables are read: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, ARCHFLAGS, MAX_JOBS, and
 
-    BIPER_REQUIRE_NATIVE    what becomes of an install whose _cpu cannot be built
+    BIPER_REQUIRE_NATIVE    what happens to an install if _cpu cannot be built
     unset or 0              it succeeds without the extension, and says why
-    auto                    so it does where a compiler or headers are missing; an error fails it
+    auto                    the same if a compiler or headers are missing; an error fails it
     1                       it fails
 
-    BIPER_CUDA              the same for _cuda, about which the variable above says nothing
-    unset                   built where nvcc is; if that fails, left out
-    auto                    built where nvcc is; an error fails the install
+    BIPER_CUDA              the same for _cuda, which the variable above does not affect
+    unset                   built if nvcc is found; left out if that fails
+    auto                    built if nvcc is found; an error fails the install
     1                       required
     0                       left out
-    BIPER_CUDA_ARCHS        compute capabilities to compile for, as in "80;90+PTX": with +PTX also
-                            the code that a driver compiles for what is newer
-    NVCCFLAGS               for nvcc, which is looked for in CUDA_HOME, in CUDA_PATH, in
-                            /usr/local/cuda and on the PATH, and reads NVCC_CCBIN itself
+    BIPER_CUDA_ARCHS        compute capabilities to compile for, such as "80;90+PTX": +PTX adds PTX,
+                            which a driver compiles for newer devices
+    NVCCFLAGS               for nvcc, which is searched in CUDA_HOME, CUDA_PATH, /usr/local/cuda
+                            and PATH, and reads NVCC_CCBIN itself
 """
 
 import functools
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent
 COMPILERS = ("g++", "c++", "clang++")
 
 CPU, CUDA = "biper_engine._cpu", "biper_engine._cuda"
-# Of each extension the variable that says what a failure means, and what is left without it.
+# For each extension, the variable that says what a failure means, and what remains without it.
 VARIABLES = {CPU: "BIPER_REQUIRE_NATIVE", CUDA: "BIPER_CUDA"}
 WITHOUT = {
     CPU: "its reference backend only, which is much slower",
@@ -54,8 +54,8 @@ WITHOUT = {
 }
 
 FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra"]
-# After those of the environment: every float operation is rounded once, everywhere alike, and code
-# for one instruction set stays in its file. -fno-fast-math is first, as it may reset -ffp-contract.
+# These follow the environment's flags: every float operation is rounded once in all files, and code
+# for one instruction set stays in its file. -fno-fast-math is first: it may reset -ffp-contract.
 FIXED_FLAGS = [
     *("-fno-fast-math", "-ffp-contract=off", "-fno-lto"),
     *("-fPIC", "-fvisibility=hidden", "-pthread"),
@@ -68,13 +68,13 @@ X86_FLAGS = {
     ],
 }
 
-# Code for one architecture runs on those of its generation after it: sm_86 and sm_89 run that of
-# sm_80, sm_103 that of sm_100, sm_121 that of sm_120. What lies between generations, or is newer
-# than all of them, has PTX compiled by the driver; that of sm_90 is the last with 1-bit matrices.
+# Code for one architecture runs on later ones of its generation: sm_86 and sm_89 run that of sm_80,
+# sm_103 that of sm_100, sm_121 that of sm_120. For other devices, the driver compiles PTX; the PTX
+# of sm_90 is the last with 1-bit matrices.
 CUDA_ARCHS = (75, 80, 90, 100, 120)
 CUDA_PTX = 90
 CUDA_FLAGS = ["-std=c++17", "-O3", "-diag-suppress=128"]  # 128: a loop behind a false constant
-# After those of the environment, for the reason above: the opposite of --use_fast_math.
+# These follow the environment's flags, too: the opposite of --use_fast_math.
 CUDA_FIXED_FLAGS = [
     *("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"),
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-ffp-contract=off,-fno-fast-math,-fno-lto",
@@ -99,7 +99,7 @@ def environment_flags(*names: str) -> list[str]:
 
 
 def compiler() -> list[str]:
-    """Return the C++ compiler's command: CXX, or the first of the usual names that is there."""
+    """Return the C++ compiler's command: CXX, or the first of the usual names that exists."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
     return [next((name for name in COMPILERS if shutil.which(name)), COMPILERS[0])]
@@ -107,7 +107,7 @@ def compiler() -> list[str]:
 
 @functools.cache
 def targets_x86() -> bool:
-    """Ask the compiler, which may make code for another machine than this one."""
+    """Ask the compiler, which may compile for a different machine."""
     flags = environment_flags("CPPFLAGS", "CXXFLAGS", "ARCHFLAGS")
     macros = call(
         [*compiler(), *flags, "-dM", "-E", "-x", "c++", os.devnull], stdout=subprocess.PIPE
@@ -116,7 +116,7 @@ def targets_x86() -> bool:
 
 
 def flags_for(source: Path) -> list[str]:
-    """Return the flags of one source file, include paths apart."""
+    """Return the flags of one source file, except for include paths."""
     extra = X86_FLAGS.get(source.name, []) if targets_x86() else []
     environment = environment_flags("CPPFLAGS", "CXXFLAGS", "ARCHFLAGS")
     return [*FLAGS, *environment, *FIXED_FLAGS, *extra]
@@ -124,14 +124,14 @@ def flags_for(source: Path) -> list[str]:
 
 def include_flags() -> list[str]:
     """Return the flags for the headers of Python and pybind11."""
-    import pybind11  # only where something is built
+    import pybind11  # only needed for a build
 
     folders = (pybind11.get_include(), sysconfig.get_paths()["include"])
     return [flag for folder in folders for flag in ("-isystem", str(folder))]
 
 
 def link_command(objects: list[Path], target: Path) -> list[str]:
-    """Return the command that makes a module for Python of object files."""
+    """Return the command that links object files to a Python module."""
     kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     flags = [*environment_flags("CXXFLAGS", "ARCHFLAGS"), *FIXED_FLAGS]
     libraries = environment_flags("LDFLAGS")
@@ -139,26 +139,26 @@ def link_command(objects: list[Path], target: Path) -> list[str]:
 
 
 def nvcc() -> str | None:
-    """Return the path of nvcc, or None. It may be a script: nothing is looked for beside it."""
+    """Return the path of nvcc, or None. It may be a script, so no files beside it are expected."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     paths = [os.path.join(home, "bin", "nvcc") for home in homes if home]
     return next((found for found in map(shutil.which, [*paths, "nvcc"]) if found), None)
 
 
 def requested_archs() -> list[tuple[int, bool]]:
-    """Return the architectures of BIPER_CUDA_ARCHS, and for which of them PTX is wanted too."""
+    """Return the architectures of BIPER_CUDA_ARCHS, and whether PTX is wanted for each."""
     text = os.environ.get("BIPER_CUDA_ARCHS") or ""
     words = [re.fullmatch(r"\s*(\d+)(\+PTX)?\s*", word) for word in text.split(";")]
     if text and None in words:
         raise OptionError(
-            f"BIPER_CUDA_ARCHS (={text!r}) must be compute capabilities without a dot, some with "
-            '+PTX perhaps, and ";" between them, such as "80;90+PTX"'
+            f"BIPER_CUDA_ARCHS (={text!r}) must be compute capabilities without a dot, optionally "
+            'with +PTX, separated by ";", such as "80;90+PTX"'
         )
     return [(int(word[1]), bool(word[2])) for word in words if word]
 
 
 def check_environment() -> None:
-    """Raise where a variable has a value that means nothing."""
+    """Raise if a variable has an invalid value."""
     requested_archs()
     for variable in VARIABLES.values():
         if (value := os.environ.get(variable, "")) not in ("", "0", "1", "auto"):
@@ -166,7 +166,7 @@ def check_environment() -> None:
 
 
 def arch_flags(nvcc: str) -> list[str]:
-    """Return nvcc's flags for the architectures: those requested, or all of ours that it knows."""
+    """Return nvcc's flags for the requested architectures, or for all of ours that it knows."""
     listed = call([nvcc, "--list-gpu-arch"], stdout=subprocess.PIPE)
     known = {int(number) for number in re.findall(r"compute_(\d+)\b", listed)}
     ours = [arch for arch in CUDA_ARCHS if arch in known]
@@ -183,7 +183,7 @@ def arch_flags(nvcc: str) -> list[str]:
 
 
 def host_flags() -> list[str]:
-    """Return what makes nvcc take the C++ compiler that CXX names, a wrapper like ccache apart."""
+    """Return the flags that make nvcc use the compiler in CXX, unless it has a wrapper (ccache)."""
     own = shlex.split(os.environ.get("CXX", ""))
     return ["-ccbin", own[0]] if len(own) == 1 and "NVCC_CCBIN" not in os.environ else []
 
@@ -195,9 +195,9 @@ def cuda_flags() -> list[str]:
 
 
 def cuda_link_command(objects: list[Path], target: Path) -> list[str]:
-    """Return the command that makes a module of objects with code for GPUs.
+    """Return the command that links objects with GPU code to a module.
 
-    nvcc links, as it alone knows where its libraries are. No device code is linked across files.
+    nvcc links, as only it knows where its libraries are. Device code is not linked across files.
     """
     kind = ["-shared", "-cudart", "static", "-nodlink", "-Xlinker=-s", *host_flags()]
     libraries = ["-forward-unknown-to-host-compiler", *environment_flags("LDFLAGS")]
@@ -205,7 +205,7 @@ def cuda_link_command(objects: list[Path], target: Path) -> list[str]:
 
 
 def obstacle() -> str | None:
-    """Return what keeps this machine from building an extension and how to help it, or None."""
+    """Return why this machine cannot build an extension and how to fix that, or None."""
     if sys.platform == "win32":
         return "there are no native kernels for Windows"
     if shutil.which(compiler()[0]) is None:
@@ -217,16 +217,16 @@ def obstacle() -> str | None:
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
         return (
-            f"{header} is not there. Install the headers of Python (python3-dev in Debian), then "
+            f"{header} is missing. Install the headers of Python (python3-dev in Debian), then "
             "install again"
         )
     if importlib.util.find_spec("pybind11") is None:
-        return "pybind11 is not there. Install it, or install again without --no-build-isolation"
+        return "pybind11 is missing. Install it, or install again without --no-build-isolation"
     return None
 
 
 def cuda_obstacle() -> str | None:
-    """Return what keeps this machine from compiling for GPUs and how to help it, or None."""
+    """Return why this machine cannot compile for GPUs and how to fix that, or None."""
     if nvcc() is None:
         return (
             "there is no nvcc in CUDA_HOME, CUDA_PATH, /usr/local/cuda or on the PATH. Install the "
@@ -236,19 +236,19 @@ def cuda_obstacle() -> str | None:
 
 
 def is_current(made: Path, command: str) -> bool:
-    """Tell whether an object is younger than all its inputs, headers too, and made by `command`."""
+    """Whether an object is newer than all its inputs, with headers, and was made by `command`."""
     try:
         rule = made.with_suffix(".d").read_text(encoding="utf-8").replace("\\\n", " ")
         inputs = shlex.split(rule.partition(": ")[2])
         newest = max(os.stat(path).st_mtime_ns for path in inputs)
         recorded = made.with_suffix(".command").read_text(encoding="utf-8")
         return recorded == command and newest < made.stat().st_mtime_ns
-    except OSError:  # never compiled, or an input is gone
+    except OSError:  # never compiled, or an input is missing
         return False
 
 
 def compile_command(source: Path, made: Path) -> list[str]:
-    """Return the command that compiles a file and writes down what it includes."""
+    """Return the command that compiles a file and lists the files that it includes."""
     if source.suffix == ".cu":
         command = [nvcc() or "nvcc", *cuda_flags()]
     else:
@@ -264,7 +264,7 @@ def build(
     run: Callable[[list[str]], object] = call,
     force: bool = False,
 ) -> None:
-    """Compile sources in parallel, those that changed, into `folder`, and link them."""
+    """Compile the sources that changed into `folder`, in parallel, and link all."""
 
     def compile_one(source: Path, made: Path) -> None:
         command = compile_command(source, made)
@@ -282,18 +282,18 @@ def build(
 
 
 def leave_out(*built: Path) -> None:
-    """Remove what an earlier build left, which setuptools would take for this one's."""
+    """Remove the results of an earlier build, which setuptools would take for new ones."""
     for path in built:
         path.unlink(missing_ok=True)
 
 
 class BuildNative(build_ext):
-    """Builds the extensions, or leaves one out as the environment says."""
+    """Build the extensions, or leave one out if the environment says so."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        check_environment()  # here, where an error also ends an install that can do without
-        if self.editable_mode:  # setuptools would throw the objects away
+        check_environment()  # an error here also ends an install for which extensions are optional
+        if self.editable_mode:  # setuptools would delete the objects
             tag = f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
             self.build_temp = os.path.join("build", tag)
 
@@ -328,7 +328,7 @@ class BuildNative(build_ext):
 
 
 def extension(name: str, folder: str, *patterns: str) -> Extension:
-    """Return an extension of the files in a folder, in the order in which builds start them."""
+    """Return an extension of the files in a folder, in the order in which they are compiled."""
     files = [path for pattern in patterns for path in sorted((ROOT / folder).glob(pattern))]
     return Extension(name, [str(path.relative_to(ROOT)) for path in files])
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from biper_engine.conversion.verify import VerifyReport, verify
 
 _LAZY = ("VerifyReport", "convert", "verify")
-"""Names of `biper_engine.conversion`, whose tracing machinery takes a second to import."""
+"""Names from `biper_engine.conversion`, whose tracing modules take a second to import."""
 
 
 def __getattr__(name: str) -> Any:

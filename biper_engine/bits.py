@@ -1,4 +1,4 @@
-"""The bit: its meaning, its place in a word, and the packing of maps and weights.
+"""The meaning of a bit, its place in a word, and the packing of maps and weights.
 
 A bit is 1 for +1 and 0 for -1. Channel c is bit `c % 32` of word `c // 32`; words are int32 (torch
 has no shifts for uint32), and the unused high bits of a last word are 0. Two layouts follow:
@@ -6,7 +6,7 @@ has no shifts for uint32), and the unused high bits of a last word are 0. Two la
 - packed map: int32 `[N, H, W, ceil(C / 32)]`;
 - packed weights, canonical: int32 `[O, KH, KW, ceil(C / groups / 32)]`, bits local to the group.
 
-All of it is plain PyTorch and works on every device. It defines the layout; kernels follow it.
+This module is plain PyTorch and works on every device. It defines the layout; kernels follow it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def binarize(
 ) -> Tensor:
     """Return the bit of every value, as bool.
 
-    The bit is `value >= threshold`, or `value <= threshold` where `sense` is True, compared in the
-    wider of the two dtypes. -0.0 compares equal to 0.0; NaN gives 0, since every comparison with it
+    The bit is `value >= threshold`, or `value <= threshold` if `sense` is True, compared in the
+    wider of the two dtypes. -0.0 compares equal to 0.0. NaN gives 0, since every comparison with it
     is false.
 
     Args:
@@ -51,7 +51,7 @@ def binarize(
     """
     limit: Tensor | float = 0.0
     if threshold is not None:
-        # Left to itself, torch would round a scalar threshold to the dtype of the values.
+        # By default, torch would round a scalar threshold to the dtype of the values.
         wider = torch.promote_types(values.dtype, threshold.dtype)
         values, limit = values.to(wider), threshold.to(wider)
     above = values >= limit
@@ -65,7 +65,7 @@ def pack_channels(bits: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(bits.to(torch.int32), (0, count * WORD_BITS - channels))
     lanes = padded.reshape(*bits.shape[:-1], count, WORD_BITS)
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=bits.device)
-    # The lanes are disjoint, so the sum is a bitwise or; bit 31 wraps to the sign, as it must.
+    # The lanes are disjoint, so the sum is a bitwise or; bit 31 wraps to the sign, as intended.
     return (lanes << shifts).sum(-1, dtype=torch.int32)
 
 
@@ -93,6 +93,6 @@ def unpack_weight(packed: Tensor, group_channels: int) -> Tensor:
 
 
 def count_different(a: Tensor, b: Tensor) -> int:
-    """Return in how many bits two packed tensors of one shape differ."""
+    """Return the number of bits in which two packed tensors of the same shape differ."""
     changed = torch.bitwise_xor(a, b).cpu().contiguous().numpy()
     return int.from_bytes(changed.tobytes(), "little").bit_count()

@@ -1,7 +1,7 @@
 """Exceptions of biper_engine: one class per kind of failure a caller may want to handle.
 
-Every message names what came, what was wanted and what to do next. Plain misuse of an argument
-raises `ValueError` or `TypeError`; the classes here derive from the nearest built-in one.
+Every message says what was given, what was wanted and what to do next. Invalid arguments raise
+`ValueError` or `TypeError`; the classes here derive from the closest built-in one.
 """
 
 __all__ = [
@@ -32,7 +32,7 @@ class ConversionError(BiperError, ValueError):
 
 
 class CheckpointError(BiperError, ValueError):
-    """A training checkpoint is unreadable, incomplete or contradicts what the caller said."""
+    """A training checkpoint is unreadable, incomplete or contradicts the caller's arguments."""
 
 
 class FileFormatError(BiperError, ValueError):

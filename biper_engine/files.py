@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ImportError:  # Windows
 __all__ = ["os_error", "write_atomically"]
 
 _LONGEST_NAME_BYTES = 255
-# ".", ".", 16 digits, ".tmp": what a temporary name has beside its target's.
+# ".", ".", 16 digits, ".tmp": what a temporary name adds to its target's name.
 _EXTRA_BYTES = 22
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -43,19 +43,19 @@ _REASONS = {
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Write a file under a temporary name beside it, sync it, and rename it over `path`.
 
-    Permissions and, where the system lets us, owner and group of an existing file are kept; other
-    hard links to it keep the older contents. A file that the user may not write is refused, as by
-    `open(path, "wb")`, although a rename could replace it. Temporary files of this target whose
-    writer was killed are removed first. A writer holds a lock on its own (none on Windows, where
-    they stay), so that one which is at work is never taken for killed.
+    Permissions of an existing file are kept, and also its owner and group if the system allows it;
+    other hard links to it keep the old contents. A file that the user may not write is refused, as
+    by `open(path, "wb")`, although a rename could replace it. Temporary files of this target whose
+    writer was killed are removed first. A writer locks its own file, so an active writer is never
+    taken for a killed one. On Windows there is no lock, and such files stay.
 
     Args:
         path: file to write; an existing one is replaced, a link's target instead of the link.
-        write: gets the open file. If it raises, `path` is as before and nothing is left behind.
+        write: called with the open file. If it raises, `path` is unchanged and nothing is left.
 
     Raises:
-        OSError: `path` is no regular file, or may not be written; the directory is missing,
-            read-only or full. The file that was there is as before.
+        OSError: `path` is not a regular file, or may not be written; the directory is missing,
+            read-only or full. An existing file is unchanged.
     """
     target = Path(os.path.realpath(path))
     with _explained(path, target):
@@ -69,7 +69,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
                 write(cast(BinaryIO, recorder))
                 file.flush()
             except Exception as error:
-                # torch.save reports that its file failed by a RuntimeError of its own.
+                # If writing to its file fails, torch.save raises its own RuntimeError.
                 if recorder.failure is None or error is recorder.failure:
                     raise
                 raise recorder.failure from error
@@ -78,7 +78,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             os.fsync(file.fileno())
             if fcntl is not None:  # under the lock, so that nobody takes it for a leftover
                 temporary.replace(target)
-        if fcntl is None:  # Windows renames no open file
+        if fcntl is None:  # Windows cannot rename an open file
             temporary.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _explained(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
-    """Put what could not be written in front of the system's reason, and keep the error's class."""
+    """Put the path that could not be written before the system's reason; keep the error's class."""
     try:
         yield
     except OSError as error:
@@ -117,7 +117,7 @@ def _explained(path: str | os.PathLike[str], target: Path) -> Iterator[None]:
         if not target.parent.is_dir():
             reason = f"there is no directory '{target.parent}'"
         elif error.errno in (errno.EACCES, errno.EPERM):
-            reason = f"you may not make files in '{target.parent}'"
+            reason = f"you may not create files in '{target.parent}'"
         else:
             reason = _REASONS.get(error.errno, error.strerror.lower())
         kept = " The file that was there is unchanged." if os.path.lexists(target) else ""
@@ -132,17 +132,17 @@ def os_error(number: int, message: str) -> OSError:
 
 
 def _replaceable(path: str | os.PathLike[str], target: Path) -> os.stat_result | None:
-    """Return the state of the regular file that is there, or None where there is nothing.
+    """Return the status of the regular file at `target`, or None if there is no file.
 
     Raises:
-        OSError: something else is there, or a file that may not be written.
+        OSError: there is something else, or a file that may not be written.
     """
     try:
         found = target.lstat()
     except FileNotFoundError:
         if os.fspath(path).endswith(os.sep):
             raise os_error(
-                errno.EISDIR, f"Cannot write '{os.fspath(path)}': that names a directory."
+                errno.EISDIR, f"Cannot write '{os.fspath(path)}': it is the name of a directory."
             ) from None
         return None
     if not stat.S_ISREG(found.st_mode):
@@ -150,25 +150,25 @@ def _replaceable(path: str | os.PathLike[str], target: Path) -> os.stat_result |
         raise os_error(
             errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL,
             f"Cannot write '{os.fspath(path)}': it is {kind}. Pass the name of a regular file, "
-            "or of a new one.",
+            "or of a new file.",
         )
     try:
-        # Nothing is written by this, and were it a pipe meanwhile, nothing would wait.
+        # This writes nothing, and it would not block if the file has become a pipe meanwhile.
         os.close(os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)))
     except PermissionError as error:
         raise os_error(
             error.errno or errno.EACCES,
-            f"Cannot write '{os.fspath(path)}': the file is there and you may not write it. "
+            f"Cannot write '{os.fspath(path)}': the file exists and you may not write it. "
             "Change its permissions, or pass another name.",
         ) from error
     return found
 
 
 def _create(target: Path, mode: int) -> tuple[int, Path]:
-    """Make and lock a temporary file beside the target.
+    """Create and lock a temporary file beside the target.
 
-    O_EXCL and a mode of our own: a new file gets the user's usual permissions, which `tempfile`
-    would narrow.
+    This uses O_EXCL and an explicit mode, so that a new file gets the user's usual permissions;
+    `tempfile` would restrict them.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
@@ -176,7 +176,7 @@ def _create(target: Path, mode: int) -> tuple[int, Path]:
         descriptor = os.open(temporary, flags, mode)
         if fcntl is None:
             return descriptor, temporary
-        # Until the lock is there, a concurrent writer of the same target may remove the file.
+        # Before the lock is taken, a concurrent writer of the same target may remove the file.
         if _lock(descriptor) is not False and os.fstat(descriptor).st_nlink > 0:
             return descriptor, temporary
         os.close(descriptor)
@@ -184,7 +184,7 @@ def _create(target: Path, mode: int) -> tuple[int, Path]:
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock a file; False where somebody else has, None where the file system has no locks."""
+    """Lock a file; False if another process holds the lock, None if there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -193,7 +193,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _stem(name: str) -> str:
-    """Return a target's part of its temporary names: its own name, or a digest of a long one."""
+    """Return the part of temporary names from the target: its name, or a digest of a long one."""
     encoded = os.fsencode(name)
     if len(encoded) + _EXTRA_BYTES <= _LONGEST_NAME_BYTES:
         return name
@@ -201,9 +201,9 @@ def _stem(name: str) -> str:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files of killed writers: those that nobody holds a lock on.
+    """Remove temporary files of killed writers: those that nobody has locked.
 
-    Best effort: one that cannot be looked at or removed stays.
+    A file that cannot be examined or removed stays.
     """
     if fcntl is None:
         return
@@ -227,7 +227,7 @@ def _remove_leftover(path: Path) -> None:
 
 
 def _keep_owner_and_mode(descriptor: int, older: os.stat_result) -> None:
-    """Give a new file the older one's permissions, and its group and owner where allowed."""
+    """Give a new file the older one's permissions, and its group and owner if allowed."""
     mode = stat.S_IMODE(older.st_mode)
     if hasattr(os, "fchown"):
         for owner, group in ((-1, older.st_gid), (older.st_uid, -1)):
@@ -235,16 +235,16 @@ def _keep_owner_and_mode(descriptor: int, older: os.stat_result) -> None:
                 os.fchown(descriptor, owner, group)
         made = os.fstat(descriptor)
         if (made.st_uid, made.st_gid) != (older.st_uid, older.st_gid):
-            mode &= 0o777  # not to run as somebody else
+            mode &= 0o777  # no setuid or setgid bits with another owner or group
     if hasattr(os, "fchmod"):
         os.fchmod(descriptor, mode)
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the rename last; the file itself is complete and in place."""
+    """Make the rename durable; the file itself is already complete and in place."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open directories
         return
-    # Directories that may not be listed cannot be opened, and some network file systems refuse.
+    # Directories without read permission cannot be opened, and some network file systems refuse.
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:

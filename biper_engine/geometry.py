@@ -1,4 +1,4 @@
-"""Shapes of convolutions and pools: the one place that computes output sizes and valid taps."""
+"""Shapes of convolutions and pools; only this module computes output sizes and valid taps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ def _axis_size(size: int, kernel: int, stride: int, before: int, after: int, dil
 
 
 def pool_positions(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Return the windows of a float pool along one axis, as PyTorch counts them.
+    """Return the number of windows of a float pool along one axis, as in PyTorch.
 
-    With `ceil_mode` a last window is added that the map does not fill, if it starts inside the map
-    or the padding before it.
+    `ceil_mode` adds a last, partial window if it starts inside the map or the padding before it.
     """
     if not ceil_mode:
         return _axis_size(size, kernel, stride, padding, padding, 1)
@@ -43,7 +42,7 @@ def _require(name: str, values: Sequence[int], length: int, minimum: int) -> tup
 
 @dataclass(frozen=True, kw_only=True)
 class Conv2dGeometry:
-    """What a binary convolution reads and writes, apart from the image size.
+    """Parameters of a binary convolution, except for the image size.
 
     Attributes:
         in_channels: unpacked input channels, C.
@@ -92,7 +91,7 @@ class Conv2dGeometry:
 
     @property
     def group_channels(self) -> int:
-        """Input channels that one output channel sees, C / groups."""
+        """Input channels of one output channel, C / groups."""
         return self.in_channels // self.groups
 
     @property
@@ -114,7 +113,7 @@ class Conv2dGeometry:
         """Return (OH, OW).
 
         Raises:
-            GeometryError: the image is empty, or the dilated kernel is larger than it, padded.
+            GeometryError: the image is empty, or the dilated kernel exceeds the padded image.
         """
         top, bottom, left, right = self.padding
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
@@ -141,7 +140,7 @@ class Conv2dGeometry:
         return torch.outer(vertical, horizontal).to(device)
 
     def macs(self, height: int, width: int) -> int:
-        """Return the multiply-accumulates of one image, padded taps counted."""
+        """Return the multiply-accumulates of one image, including padded taps."""
         rows, columns = self.output_size(height, width)
         return rows * columns * self.out_channels * self.reduction
 
@@ -184,7 +183,7 @@ class Pool2dGeometry:
         """Return (OH, OW).
 
         Raises:
-            GeometryError: the map is empty, or the window is larger than it, padded.
+            GeometryError: the map is empty, or the window is larger than the padded map.
         """
         (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
         size = (_axis_size(height, kh, sh, ph, ph, 1), _axis_size(width, kw, sw, pw, pw, 1))

@@ -1,7 +1,7 @@
-"""What an engine knows about its inputs and its origin, apart from the numbers.
+"""What an engine knows about its inputs and its origin, besides the numbers.
 
-`Metadata` uses the keys of timm's `pretrained_cfg`, so that files are readable by eye and by other
-tools. `Provenance` says where the weights came from. Both are plain data that survive JSON.
+`Metadata` uses the keys of timm's `pretrained_cfg`, so that people and other tools can read files.
+`Provenance` says where the weights came from. Both are plain data that JSON can store.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Metadata:
 
     Attributes:
         input_size: (channels, height, width) of one image after preprocessing.
-        interpolation: resampling filter of the resize, as Pillow names it.
+        interpolation: resampling filter of the resize, with Pillow's name.
         crop_pct: side of the centre crop over the side of the resized image, in (0, 1].
         mean: per-channel mean subtracted from pixels in [0, 1].
         std: per-channel standard deviation that pixels are divided by.
-        class_names: label of each logit, or None where unknown.
+        class_names: label of each logit, or None if unknown.
     """
 
     input_size: tuple[int, int, int] | None = None
@@ -69,8 +69,8 @@ class Provenance:
 
     Attributes:
         architecture: name for `biper_engine.models.build`, or None for a foreign network.
-        frequency: w0 of sign(sin(w0*w)), or None where it does not apply.
-        stage: BiPer training stage, 1 or 2, or None where it does not apply.
+        frequency: w0 of sign(sin(w0*w)), or None if it does not apply.
+        stage: BiPer training stage, 1 or 2, or None if it does not apply.
         licence: SPDX identifier of the weights, if known.
     """
 

@@ -1,6 +1,6 @@
 """Turn an image into the tensor that a network was trained on.
 
-Training and inference share this one function, so that an engine sees what its network saw.
+Training and inference share this function, so that an engine gets the same input as its network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGB
 
 
 def image_to_tensor(image: Image | str | os.PathLike[str], metadata: Metadata) -> Tensor:
-    """Convert, resize, crop and normalise one image, by the convention of timm and torchvision.
+    """Convert, resize, crop and normalise one image, as timm and torchvision do.
 
     With `input_size` = (C, H, W), in this order and exactly:
 
@@ -32,7 +32,7 @@ def image_to_tensor(image: Image | str | os.PathLike[str], metadata: Metadata) -
     2. Resize with Pillow's antialiased filter. With (h, w) the size of the image and
        (H', W') = (floor(H / crop_pct), floor(W / crop_pct)): if H' = W', the shorter side becomes
        H' and the longer one floor(H' * longer / shorter); if not, both sides are divided by
-       min(h / H', w / W') and rounded. An image that has its size already is not resampled.
+       min(h / H', w / W') and rounded. An image that already has this size is not resampled.
     3. Crop H x W with top = round((h - H) / 2) and left = round((w - W) / 2), ties to even.
     4. In float32: (pixel / 255 - mean[c]) / std[c].
 
@@ -45,7 +45,7 @@ def image_to_tensor(image: Image | str | os.PathLike[str], metadata: Metadata) -
 
     Raises:
         ValueError: unreadable file (the message has its path), more than 8 bits per channel, or
-            metadata without `input_size`, with channels other than 1 or 3, or whose `mean` has
+            metadata without `input_size`, with channels other than 1 or 3, or with a `mean` of
             another number of channels.
     """
     channels, height, width = _checked_input_size(metadata)
@@ -82,14 +82,14 @@ def _checked_input_size(metadata: Metadata) -> tuple[int, int, int]:
 def _open(path: str | os.PathLike[str]) -> Image:
     from PIL import Image, UnidentifiedImageError
 
-    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for a writer
-        kind = "a directory" if os.path.isdir(path) else "no regular file"
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe waits for a writer
+        kind = "a directory" if os.path.isdir(path) else "not a regular file"
         raise ValueError(f"Cannot read an image from '{os.fspath(path)}': it is {kind}.")
     try:
         with Image.open(path) as file:
             file.load()
             return file
-    # Pillow reports broken files by several built-in types; SyntaxError comes from its PNG reader.
+    # Pillow raises several built-in types for broken files; SyntaxError comes from its PNG reader.
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError) as error:
         raise ValueError(f"Cannot read an image from '{os.fspath(path)}': {error}.") from error
     except Image.DecompressionBombError as error:
@@ -103,7 +103,7 @@ def _convert(image: Image, mode: str) -> Image:
             "Scale it to 8 bits first: converting here would clip it."
         )
     if image.mode in ("P", "PA"):
-        # A palette may hold transparency; only by way of RGBA does Pillow drop it in silence.
+        # A palette may hold transparency; Pillow drops it without a warning only through RGBA.
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
 

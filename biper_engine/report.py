@@ -1,4 +1,4 @@
-"""What conversion did to every operator that multiplies: plain data, printed as a table."""
+"""Report what happened to every operator that multiplies: plain data, printed as a table."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class LayerReport:
         kind: "conv2d", "linear", "conv1d", "conv3d", "conv_transpose2d" and the like, "matmul",
             "attention", "bilinear" or "recurrent".
         packed: whether it runs on bits.
-        reason: why it stays in floating point; empty where packed.
-        shape: weight shape, as in the model; of a product of two activations, the right one's.
-        macs: multiply-accumulates for one image, at every position, padded taps counted.
+        reason: why it stays in floating point; empty if packed.
+        shape: weight shape, as in the model; for a product of two activations, the right one's.
+        macs: multiply-accumulates for one image, at every position, including padded taps.
         weight_bits_before: bits of the float weight; 0 for a product of two activations.
         weight_bits_after: bits of the weight as stored now.
-        zero_weights: weights that are exactly 0; output channels of three values, -s, 0 and s, are
+        zero_weights: weights that are exactly 0. Output channels of three values, -s, 0 and s, are
             packed twice, with 0 as s and as -s, and averaged.
         binary: whether its weight or its input is binary.
-        binary_weight: whether its weight takes two values in every output channel, or -s, 0 and s.
-        ties: output channels in which a sum can meet the threshold of the next sign exactly, where
-            float32 rounding decides the model's own bit; a BatchNorm in between avoids it.
+        binary_weight: whether its weight has two values in every output channel, or -s, 0 and s.
+        ties: output channels in which a sum can equal the threshold of the next sign. Float32
+            rounding then decides the model's own bit; a BatchNorm in between avoids this.
         by_choice: whether it stays in floating point on purpose: `keep_float` names it, or bits are
-            slower. What is binary and stays there for another reason is warned of.
+            slower. A binary operator that stays for another reason causes a warning.
     """
 
     name: str
@@ -49,15 +49,15 @@ class LayerReport:
 
     @property
     def note(self) -> str:
-        """Why it stays in floating point, or what to know of a packed one: weights of 0, ties."""
+        """Why it stays in floating point; for a packed one, its weights of 0 and its ties."""
         notes = [self.reason] if self.reason else []
         if self.packed and self.zero_weights:
             plural = "s are" if self.zero_weights > 1 else " is"
             notes.append(f"{self.zero_weights:,} weight{plural} 0")
         if self.ties:
             notes.append(
-                f"sums of {self.ties} output channel{'s' * (self.ties > 1)} can meet the next "
-                "sign's threshold exactly, where the model's float32 rounding decides"
+                f"sums of {self.ties} output channel{'s' * (self.ties > 1)} can equal the next "
+                "sign's threshold, and then the model's float32 rounding decides"
             )
         return "; ".join(notes)
 
@@ -92,7 +92,7 @@ class ConversionReport:
         return sum(layer.macs for layer in self.layers if not layer.packed)
 
     def table(self) -> str:
-        """Return the report as aligned text, one line per layer, 80 columns where names allow."""
+        """Return the report as aligned text, one line per layer, in 80 columns if names allow."""
         width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
         lines = [f"{'layer':{width}}  {'runs on':7}  {'weight':>15}  {'MMACs':>8}  why float"]
         for layer in self.layers:
@@ -118,7 +118,7 @@ class ConversionReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ConversionReport:
-        """Build from a dict that `to_dict` made.
+        """Build from a dict that `to_dict` returned.
 
         Raises:
             TypeError, KeyError: the dict has other keys.

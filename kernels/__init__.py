@@ -1,4 +1,4 @@
 """Triton kernels, installed as `biper_engine.kernels`.
 
-They import triton and torch only, and nothing imports them before a Triton backend is asked for.
+They import only triton and torch, and nothing imports them until the Triton backend is needed.
 """

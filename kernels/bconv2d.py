@@ -1,19 +1,19 @@
-"""Binary convolution by int8 matrix units, with pool and epilogue fused.
+"""Binary convolution on int8 matrix units, with fused pool and epilogue.
 
 An implicit GEMM: M = output pixels of all images, N = output channels, K = taps times channels. The
-activation's bits become +1 and -1 at load, and 0 at the padding; weights are expanded once, when
-they are prepacked, and are 0 at channels that do not exist. So products are those of the trained
-net, and no term has to be corrected. Accumulators never reach memory unless they are asked for.
+activation's bits become +1 and -1 at load, and 0 at the padding. Weights are expanded once, when
+they are prepacked, and are 0 at channels that do not exist. The products are therefore those of the
+trained net and need no correction. Accumulators are written to memory only if they are requested.
 
-Within every 32 channels, K has the order in which bits come out of a word four at a time:
+Within every 32 channels, K has the order in which bits are taken from a word, four at a time:
 `(word >> j) & 0x01010101` holds channels j, j + 8, j + 16 and j + 24 in its bytes, so place 4j + b
-stands for channel 8b + j, in both operands.
+is channel 8b + j, in both operands.
 
 A binary matrix product is the case of a 1x1 kernel on a map of 1x1 pixels, with N = batch.
 
 Layout: bits int32 [N, H, W, words], weights int8 [KH * KW, O rounded up to a tile, 32 * words] with
-K last, which is how the matrix units want both operands, outputs with channels last. The geometry's
-groups must be 1; `bconv2d_popcount` serves the rest.
+K last, as the matrix units need both operands, outputs with channels last. The geometry must have
+one group; `bconv2d_popcount` handles the rest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def signs(words, inside, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """Expand int32 words `[ROWS, WORDS]` to int8 +1 and -1 `[ROWS, 32 * WORDS]`; 0 outside.
 
     Words outside must be 0. Four lanes at a time: a byte is 0xFE * bit, inverted inside: 1 or -1.
-    `join` keeps all lanes of a word in one thread, which then stores them as 32 bytes in a row;
-    broadcasting to this shape spreads a word over a warp, at four times the instructions. What is
-    joined last varies fastest, so the longest shift comes first.
+    `join` keeps all lanes of a word in one thread, which then stores them as 32 consecutive bytes;
+    broadcasting to this shape spreads a word over a warp and takes four times the instructions. The
+    operand that is joined last varies fastest, so the longest shift comes first.
     """
     planes = tl.join(words, words >> 4)
     planes = tl.join(planes, planes >> 2)
@@ -152,7 +152,7 @@ def bconv2d_kernel(
 
 
 def layout(conv) -> tuple[int, int, int]:
-    """Return the shape of prepacked weights, int8: filters fill the tiles that read them."""
+    """Return the shape of prepacked weights, int8, with filters padded to whole tiles."""
     taps = conv.kernel_size[0] * conv.kernel_size[1]
     filters = 32 if conv.out_channels <= 32 else -(-conv.out_channels // 64) * 64
     return taps, filters, -(-conv.in_channels // 32) * 32

@@ -1,9 +1,9 @@
-"""Binary convolution by population counts: for groups, and for very few output channels.
+"""Binary convolution by population counts, for groups and for very few output channels.
 
 With V the valid taps of an output pixel and C the channels of a group,
-dot = |V| * C - 2 * popc((a ^ w) over V). A group starts at any bit of the activation, so its words
-are joined from two of the map's. Matrix units would multiply zeros here: the other groups'
-channels, or the columns of a tile that no filter fills.
+dot = |V| * C - 2 * popc((a ^ w) over V). A group may start at any bit of the activation, so each of
+its words is joined from two words of the map. Matrix units would multiply zeros here: the channels
+of other groups, or the columns of a tile without a filter.
 
 Layout: bits int32 [N, H, W, words], weights int32 [KH * KW * group words, O], outputs with channels
 last.
@@ -65,7 +65,7 @@ def bconv2d_popcount_kernel(
     words,
     group_channels,
     group_filters,
-    last_mask,  # a constant would change the shape that LLVM knows as a population count
+    last_mask,  # a constant would change the pattern that LLVM recognises as a population count
     KERNEL_Y: tl.constexpr,
     KERNEL_X: tl.constexpr,
     POOL_Y: tl.constexpr,
@@ -119,7 +119,7 @@ def bconv2d_popcount_kernel(
                     second = mask & (word + 1 < words)[None, :]
                     b = tl.load(bits_base + place + 1, mask=second, other=0)
                     low = a.to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)[None, :]
-                    # A shift by 32 has no meaning, so the last step of it goes first.
+                    # A shift by 32 is undefined, so one of its steps is done separately.
                     high = (b.to(tl.uint32, bitcast=True) << 1) << (31 - shift).to(tl.uint32)[
                         None, :
                     ]
@@ -152,7 +152,7 @@ def layout(conv) -> tuple[int, int]:
 
 
 def prepack(weight: Tensor, conv) -> Tensor:
-    """Turn canonical words `[O, KH, KW, words]` over, so that a tile's channels lie together."""
+    """Transpose canonical words `[O, KH, KW, words]`, so that a tile's channels are contiguous."""
     rows, columns = layout(conv)
     prepacked = weight.new_empty((rows, columns))
     prepacked.copy_(weight.reshape(columns, rows).t())

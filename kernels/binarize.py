@@ -1,6 +1,6 @@
-"""Float map to packed map, and back.
+"""Pack a float map, and unpack it.
 
-`binarize` reads any strides: an image in NCHW memory as well as a map with its channels together.
+`binarize` reads any strides: an image in NCHW memory as well as a map in channels_last.
 `unbinarize` writes +1 and -1 with channels last.
 """
 

@@ -1,7 +1,7 @@
-"""Max pool of a packed map: OR of the window's words, or AND in the channels that ask for it.
+"""Max pool of a packed map: OR of the window's words, or AND in channels with `take_and`.
 
-AND is the OR of the complements, complemented, so that one loop serves both. Places outside the map
-give nothing, so padding never wins.
+AND is the complement of the OR of the complements, so one loop computes both. Places outside the
+map add no bits, so padding never wins.
 """
 
 from __future__ import annotations

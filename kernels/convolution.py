@@ -1,4 +1,4 @@
-"""What the two kernels of a binary convolution share: arguments, outputs, pixels of a window."""
+"""Shared parts of both binary convolution kernels: arguments, outputs, pixels of a window."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RUNTIME = (
     *("stride_y", "stride_x", "pad_top", "pad_left", "dilation_y", "dilation_x"),
     *("pool_stride_y", "pool_stride_x", "pool_pad_y", "pool_pad_x"),
 )
-"""Arguments whose values do not make a new kernel: one serves every image size and stride."""
+"""Arguments whose values compile no new kernel: one kernel runs every image size and stride."""
 
 
 class Outputs:
-    """The tensors that leave a convolution of `shape` [N, O, OH, OW]; None for what does not.
+    """The output tensors of a convolution of `shape` [N, O, OH, OW]; None if not requested.
 
     Attributes:
         accumulators: int32 [N, OH, OW, O].
@@ -62,7 +62,7 @@ def float_bits(value: float | None) -> int | None:
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Return a dense copy where a tensor is not dense."""
+    """Return a tensor, or a dense copy if it is not dense."""
     return None if tensor is None else tensor.contiguous()
 
 
@@ -79,15 +79,15 @@ def arguments(
     epilogue,
     residual: Tensor | None,
 ) -> dict[str, object]:
-    """Return the keyword arguments that both kernels take, block sizes apart.
+    """Return the keyword arguments of both kernels, except for block sizes.
 
     Args:
         bits: packed map, contiguous.
         conv: geometry of the convolution.
         pool: max pool of the accumulators; the identity does nothing.
         conv_size: (rows, columns) of accumulators before the pool.
-        outputs: what leaves.
-        epilogue: the engine's `Epilogue`; None where accumulators leave, but for its `pool_min`.
+        outputs: the requested outputs.
+        epilogue: the engine's `Epilogue`; for accumulators, only its `pool_min`, or None.
         residual: [N, O, OH, OW], any strides, or None.
     """
     _, height, width, words = bits.shape
@@ -161,7 +161,7 @@ def in_window(
     POOLED: tl.constexpr,
     POOL_X: tl.constexpr,
 ):
-    """Return row, column and presence of the accumulators at place `window` of a pool's window."""
+    """Return row, column and validity of the accumulators at place `window` of a pool's window."""
     if not POOLED:
         return row, column, valid
     else:

@@ -1,10 +1,10 @@
 """The epilogue of a binary convolution, on one tile of accumulators.
 
-Its steps, their order and their rounding are those of the engine's numeric contract: float32, each
-step rounded once, none contracted. Kernels that use it are compiled with `launch.EXACT`.
+Its steps, their order and their rounding follow the engine's numeric contract: float32, each step
+rounded once, none contracted. Kernels that use it are compiled with `launch.EXACT`.
 
-The interpreter is not exact where the GPU is: its fma rounds twice, and its cast to bfloat16
-truncates. Both are written out in integers there; compiled kernels never see that code.
+The interpreter is less exact than the GPU: its fma rounds twice, and its cast to bfloat16
+truncates. There, both are written out in integers; compiled kernels do not contain that code.
 """
 
 import triton
@@ -17,10 +17,10 @@ INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 @triton.jit
 def _fma_by_odd_rounding(a, b, c):
-    """Return a * b + c rounded once, by float64 arithmetic.
+    """Return a * b + c rounded once, with float64 arithmetic.
 
-    The product is exact in float64. The sum is rounded to odd (its last bit set whenever the exact
-    sum, known from the error term, is no float64), so that rounding it again to float32 is right.
+    The product is exact in float64. The sum is rounded to odd (its last bit is set if the exact
+    sum, known from the error term, is not a float64), so that rounding it to float32 is right.
     Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008.
     """
     product = a.to(tl.float64) * b.to(tl.float64)
@@ -28,9 +28,9 @@ def _fma_by_odd_rounding(a, b, c):
     total = product + addend
     back = total - product
     error = (product - (total - back)) + (addend - back)
-    inexact = (error > 0) | (error < 0)  # not where it is a NaN, from infinities
+    inexact = (error > 0) | (error < 0)  # False for a NaN, from infinities
     bits = total.to(tl.int64, bitcast=True)
-    away = (error > 0) == (total > 0)  # the exact sum lies further from 0 than `total`
+    away = (error > 0) == (total > 0)  # the exact sum is further from 0 than `total`
     odd = tl.where(away, bits + 1, bits - 1)
     bits = tl.where(inexact & ((bits & 1) == 0), odd, bits)
     return bits.to(tl.float64, bitcast=True).to(tl.float32)
@@ -60,7 +60,7 @@ def rounded(v, DTYPE: tl.constexpr):
 def operand(v, DTYPE: tl.constexpr):
     """Return float32 values rounded to the type in which a matrix unit multiplies them.
 
-    The interpreter would multiply the bit patterns of bfloat16, so there they widen again, exactly.
+    The interpreter would multiply the bit patterns of bfloat16, so it widens them again, exactly.
     """
     if INTERPRETED:
         return rounded(v, DTYPE).to(tl.float32)
@@ -100,7 +100,7 @@ def leave(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Store a tile of float32 values, rounded to the stream, and their bits; see `finish`.
+    """Store a tile of float32 values, rounded to the stream's type, and their bits; see `finish`.
 
     Without thresholds a bit is `v >= 0`; without senses it is `v >= threshold`.
     """
@@ -155,19 +155,19 @@ def finish(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Send a tile of pooled accumulators through the epilogue, and store what leaves.
+    """Apply the epilogue to a tile of pooled accumulators, and store the outputs.
 
-    `dot` is int32 [ROWS, COLUMNS]; `valid` [ROWS] tells which pixels there are, and `pixel0` is the
-    tile's first one in the list of all output pixels. `channel0` is the first of its output
-    channels, a multiple of 32; the tile may reach beyond the last one. ROWS * O is below 2^31.
+    `dot` is int32 [ROWS, COLUMNS]. `valid` [ROWS] says which pixels exist, and `pixel0` is the
+    tile's first pixel in the list of all output pixels. `channel0` is the first of its output
+    channels, a multiple of 32; the tile may go beyond the last channel. ROWS * O is below 2^31.
 
-    What leaves: `accumulator_ptr`, int32 [pixels, O], and then nothing else; or `float_ptr`,
-    [pixels, O] of the stream's type, and `packed_ptr`, int32 [pixels, ceil(O / 32)]. What is None
-    does not leave, and a step whose operand is None is not done.
+    Outputs: `accumulator_ptr`, int32 [pixels, O], and then nothing else; or `float_ptr`,
+    [pixels, O] of the stream's type, and `packed_ptr`, int32 [pixels, ceil(O / 32)]. An output that
+    is None is not stored, and a step whose operand is None is skipped.
 
     Operands: `residual_ptr` [pixels, O] of any stream type, `sense_ptr` uint8 [O], all others
-    float32 [O]. The limits of the clamp are float32 as the int32 of their bits: a scalar -0.0 would
-    lose its sign on its way into a kernel.
+    float32 [O]. The limits of the clamp are the int32 with the bits of a float32: a scalar -0.0
+    would lose its sign when it is passed to a kernel.
     """
     channel = channel0 + tl.arange(0, COLUMNS)
     there = channel < out_channels

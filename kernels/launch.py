@@ -1,11 +1,11 @@
-"""How a kernel is started: numeric options, devices, and the width of its offsets.
+"""Launching of kernels: numeric options, devices, and the width of offsets.
 
 A kernel addresses memory by one 64-bit base for the whole program and offsets relative to it. The
-offsets are 32-bit wherever all of a tile lies within 2^31 elements of its base, which leaves a
-64-bit add per load to the address unit instead of two registers per element; `offset_type` decides.
+offsets are 32-bit if all of a tile is within 2^31 elements of its base. The address unit then does
+the 64-bit add of a load, and no element needs two registers; `offset_type` decides.
 
-Geometries, pools, epilogues and stems are the engine's dataclasses, which launchers read by
-attribute: nothing of the engine is imported here.
+Geometries, pools, epilogues and stems are the engine's dataclasses. Launchers read their attributes
+and import nothing from the engine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors."""
 
 EXACT = {"enable_fp_fusion": False}
-"""Compiler options of every kernel: a product and a sum are two roundings unless written as fma."""
+"""Compiler options of every kernel: product and sum are rounded separately, except in fma."""
 
 _OFFSET_LIMIT = 1 << 31
 
@@ -45,12 +45,12 @@ def capability(device: torch.device) -> int:
 
 
 def images_in_tile(rows: int, area: int) -> int:
-    """Return in how many images `rows` consecutive pixels of maps with `area` pixels can lie."""
+    """Return how many images `rows` consecutive pixels of maps with `area` pixels can span."""
     return (rows + area - 2) // area + 1
 
 
 def offset_type(*extents: int) -> tl.dtype:
-    """Return int32 where no tile reaches 2^31 elements beyond its base, else int64.
+    """Return int32 if no tile reaches 2^31 elements beyond its base, else int64.
 
     Args:
         extents: for every tensor, the elements from a tile's base to the end of its last image.
@@ -64,10 +64,10 @@ def none_or_bytes(flags: Tensor | None) -> Tensor | None:
 
 
 def check_area(height: int, width: int, rows: int) -> None:
-    """Require that a kernel can count a map's pixels, and a tile's beyond them, in 32 bits.
+    """Require that 32 bits can count a map's pixels and the pixels of a tile beyond them.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: they cannot.
     """
     if height * width >= _OFFSET_LIMIT - rows:
         raise ValueError(f"A map of {height}x{width} has more pixels than a kernel counts (2^31).")

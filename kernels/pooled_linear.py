@@ -1,6 +1,6 @@
-"""The tail of a network: mean over all pixels, then a linear layer, in float32.
+"""The classifier of a network: mean over all pixels, then a linear layer, in float32.
 
-Two kernels: every class needs every mean, so one would read the map once for each block of classes.
+Two kernels: every class needs every mean, so one kernel would read the map for each class block.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The float layer that a network starts with: convolution, bias, max pool, clamp and bits in one.
+"""The first float layer of a network: fused convolution, bias, max pool, clamp and bits.
 
 An implicit GEMM: M = output pixels of the pool, N = output channels, K = C * KH * KW in the order
-of the weights. The convolution is done anew for every place of the pool's window, so that nothing
-is kept between programs: 9 times for a 3x3 pool with stride 2, where 4 would do, but without a
-write and a read of the network's largest map.
+of the weights. The convolution is repeated for every place of the pool's window, so that nothing is
+kept between programs. For a 3x3 pool with stride 2 these are 9 times where 4 would be enough, but
+the network's largest map is neither written nor read.
 
-Operands are rounded to the compute dtype once, products are exact and sums float32: float16 and
-bfloat16 go to the matrix units, float32 is multiplied as float32 (no TF32).
+Operands are rounded to the compute dtype once, products are exact and sums are float32: float16 and
+bfloat16 use the matrix units, float32 is multiplied as float32 (no TF32).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def stem_kernel(
         else:
             best = tl.where(counts[:, None], tl.maximum(best, total), best)
 
-    # The bias is the same all over a window, and rounding keeps the order: the maximum comes first.
+    # The bias is the same in the whole window, and rounding keeps the order: the maximum is first.
     if bias_ptr is not None:
         best = best + tl.load(bias_ptr + channel, mask=there, other=0.0)[None, :]
     epilogue.leave(
@@ -148,7 +148,7 @@ def run(x: Tensor, stem, conv_size: tuple[int, int], outputs: convolution.Output
         x: [N, C, H, W], float32, float16, bfloat16 or uint8, any strides.
         stem: the engine's `Stem`.
         conv_size: (rows, columns) of the convolution before the pool.
-        outputs: what leaves.
+        outputs: the requested outputs.
 
     Raises:
         ValueError: a map has 2^31 pixels or more.
@@ -169,7 +169,7 @@ def run(x: Tensor, stem, conv_size: tuple[int, int], outputs: convolution.Output
     strides = x.stride()
     reach = sum((size - 1) * step for size, step in zip(x.shape[1:], strides[1:], strict=True))
     images = launch.images_in_tile(tile["ROWS"], out_height * out_width)
-    # A window in the padding starts before the image; its places are counted before the mask acts.
+    # A window in the padding starts before the image; its offsets are computed before the mask.
     before = stem.padding[0] * strides[2] + stem.padding[2] * strides[3]
     offset = launch.offset_type((images - 1) * strides[0] + reach + before + 1)
     pool = stem.pool

@@ -1,4 +1,4 @@
-"""Pieces of every kernel: the pixels of a tile, and the way between words and lanes.
+"""Parts of every kernel: the pixels of a tile, and packing lanes into words and back.
 
 A map `[N, H, W, ...]` is a list of N * H * W pixels, and a tile is a run of `ROWS` of them, which
 may span images. Bits follow the contract: channel c is bit c % 32 of word c // 32.
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(tile, pixels, height, width, ROWS: tl.constexpr):
-    """Return where the pixels of a tile lie.
+    """Return the positions of the pixels of a tile.
 
     height * width must be below 2^31 - ROWS; the number of pixels may be larger.
 
@@ -36,7 +36,7 @@ def locate(tile, pixels, height, width, ROWS: tl.constexpr):
 def pack(bits, ROWS: tl.constexpr, WORDS: tl.constexpr):
     """Pack a tile of bits `[ROWS, 32 * WORDS]` into int32 `[ROWS, WORDS]`.
 
-    The lanes are disjoint, so the sum is a bitwise or; bit 31 wraps to the sign, as it must.
+    The lanes are disjoint, so the sum is a bitwise or; bit 31 wraps to the sign, as intended.
     """
     lanes = tl.reshape(bits.to(tl.int32), (ROWS, WORDS, 32))
     return tl.sum(lanes << tl.arange(0, 32)[None, None, :], axis=2)
@@ -53,8 +53,8 @@ def unpack(words, ROWS: tl.constexpr, WORDS: tl.constexpr):
 def popcount(words):
     """Return the set bits of int32 words.
 
-    LLVM knows this shape and makes one instruction of it (POPC, v_bcnt), which no function of the
-    language gives in the interpreter as well.
+    LLVM recognises this pattern and compiles it to one instruction (POPC, v_bcnt). Triton has no
+    function that does the same and also works in the interpreter.
     """
     x = words.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)

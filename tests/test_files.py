@@ -185,7 +185,7 @@ def test_a_file_that_may_not_be_written_is_refused_as_by_open(common_folder: Pat
     path.write_bytes(b"old")
     path.chmod(0o444)
     said = run_unprivileged("write('file')", common_folder)
-    assert said.startswith("PermissionError Cannot write 'file': the file is there and you may not")
+    assert said.startswith("PermissionError Cannot write 'file': the file exists and you may not")
     assert path.read_bytes() == b"old"
     assert os.listdir(common_folder) == ["file"]
 
@@ -196,9 +196,9 @@ def test_a_folder_that_may_not_be_written_is_an_error(common_folder: Path) -> No
     path.chmod(0o666)
     common_folder.chmod(0o555)
     said = run_unprivileged("write('file'); write('new')", common_folder).splitlines()
-    assert said[0].startswith("PermissionError Cannot write 'file': you may not make files in '")
+    assert said[0].startswith("PermissionError Cannot write 'file': you may not create files in '")
     assert said[0].endswith("The file that was there is unchanged.")
-    assert said[1].startswith("PermissionError Cannot write 'new': you may not make files in '")
+    assert said[1].startswith("PermissionError Cannot write 'new': you may not create files in '")
     assert path.read_bytes() == b"old"
 
 

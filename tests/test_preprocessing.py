@@ -96,7 +96,7 @@ def test_unreadable_file_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("make", "kind"), [(os.mkfifo, "no regular file"), (os.mkdir, "a directory")]
+    ("make", "kind"), [(os.mkfifo, "not a regular file"), (os.mkdir, "a directory")]
 )
 def test_what_is_no_file_is_not_opened(tmp_path, make, kind):
     make(tmp_path / "a.png")

@@ -1,7 +1,7 @@
-"""Speed beside rivals: everything that is compared runs in turn, in one process, on one input.
+"""Compare speed with rivals: all contestants run in turn, in one process, on one input.
 
-Answers are checked before anything is timed. A figure is a median with its quartiles, a claim a
-ratio of two medians of one run.
+Answers are checked before anything is timed. Each figure is a median with its quartiles, and each
+claim is a ratio of two medians of one run.
 """
 
 from biper_engine.bench.comparison import (

@@ -1,4 +1,4 @@
-"""Streams: several calls at once, and how many a second they make together."""
+"""Streams: run several calls at once, and count how many they make per second together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _T = TypeVar("_T")
 
 
 class Streams(ABC):
-    """Work on several batches at once, each with memory of its own.
+    """Run several batches at once, each with its own memory.
 
     Attributes:
-        at_once: calls that are under way together.
+        at_once: calls that run at the same time.
     """
 
     at_once: int
@@ -33,22 +33,22 @@ class Streams(ABC):
 
     @abstractmethod
     def rate(self, seconds: float, warmup_seconds: float) -> float:
-        """Return the calls that finish in a second, all streams together.
+        """Return the calls that finish per second, all streams together.
 
         Args:
-            seconds: of timing, after the warm-up.
-            warmup_seconds: of calls that do not count, without a gap before those that do.
+            seconds: time that is measured, after the warm-up.
+            warmup_seconds: time of calls that do not count, without a gap before those that do.
         """
 
 
 class Callers(Streams):
     """One Python thread for each call, in `torch.inference_mode`.
 
-    Threads are new every time, start together, and are gone afterwards. They have torch's number of
-    threads, for the threads of a call's own, and the forced backend of the thread that made them.
+    New threads start together every time and end afterwards. They use torch's number of threads
+    within a call, and the forced backend of the thread that created them.
 
     Args:
-        calls: of no arguments, which release Python's lock while they work, and do not share
+        calls: functions without arguments that release the GIL while they work and do not share
             memory that they write to.
     """
 
@@ -61,7 +61,7 @@ class Callers(Streams):
         return self._run(lambda call: call())
 
     def rate(self, seconds: float, warmup_seconds: float) -> float:
-        """Return the calls that finish in a second, as the sum over the threads."""
+        """Return the calls that finish per second, as the sum over the threads."""
         begin = perf_counter() + warmup_seconds
         return sum(self._run(lambda call: paced(call, begin, begin + seconds)))
 
@@ -70,10 +70,10 @@ class Callers(Streams):
 
         def in_inference_mode(call: Callable[[], Tensor]) -> _T:
             everyone.wait()
-            with torch.inference_mode():  # every thread has a mode of its own
+            with torch.inference_mode():  # every thread has its own mode
                 return work(call)
 
-        # And a context of its own: what `use_backend` forces here would not hold there.
+        # Every thread also has its own context, without the backend that `use_backend` forces here.
         contexts = [copy_context() for _ in self._calls]
         with ThreadPoolExecutor(self.at_once) as pool:
             started = [
@@ -84,15 +84,15 @@ class Callers(Streams):
 
 
 def paced(call: Callable[[], object], begin: float, end: float) -> float:
-    """Make calls without a gap and return how many a second finish from `begin` to `end`.
+    """Make calls without a gap and return how many per second finish from `begin` to `end`.
 
-    The clock starts and stops where a call finishes, so that no part of a call is lost or counted
-    as a whole. One call counts at least.
+    The clock starts and stops when a call finishes, so that no part of a call is lost or counted
+    as a whole call. At least one call counts.
 
     Args:
-        call: of no arguments.
-        begin: by `perf_counter`; calls before it do not count.
-        end: by `perf_counter`.
+        call: a function without arguments.
+        begin: a time of `perf_counter`; calls before it do not count.
+        end: a time of `perf_counter`.
     """
     while perf_counter() < begin:
         call()

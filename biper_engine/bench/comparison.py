@@ -1,4 +1,4 @@
-"""An engine beside its float network, called in turn in one run."""
+"""Compare an engine with its float network, called in turn in one run."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ __all__ = [
 ENGINE = "engine"
 
 TURNS = Budget(pause_ms=5.0, ahead=3)
-"""How turns start among runtimes that each have threads of their own. A pause lets the threads of
-the turn before fall asleep; but a call right after it takes 1.3 to 2.4 times its time alone, since
-its own threads sleep, too. With three calls ahead it takes its time alone."""
+"""How turns start among runtimes that have their own threads. A pause lets the threads of the
+previous turn fall asleep, but a call right after it takes 1.3 to 2.4 times its time alone, since
+its own threads sleep, too. After three uncounted calls it takes the same time as alone."""
 
 _ALONE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What was found out about contestants at one batch size, before they were timed.
+    """Results of the checks of all contestants at one batch size, before they were timed.
 
     Attributes:
         batch: images per call.
         reasons: why a rival did not run, by its name.
-        differences: largest difference of an output from what it is compared with, over the
-            largest output, by rival. A bit on its threshold may flip in a compiled network, too,
-            since the floats before it round differently. Whether the engine is right is not for a
-            difference of logits to say: see `biper_engine.verify`.
+        differences: by rival, the largest difference between its outputs and those it is compared
+            with, over the largest output. A bit whose value is at the threshold may flip in a
+            compiled network, too, since the floats before it are rounded differently. A difference
+            of logits does not show whether the engine is right: see `biper_engine.verify`.
         beside: what each of `differences` is from: the eager network, its float twin or the engine.
-        agreed: of how many images a rival's outputs had to agree, and did, and how many were tried.
-        kernels: how many nodes of a rival each kind of kernel runs, where its runtime tells.
+        agreed: by rival whose outputs must agree, the images that did and the images tried.
+        kernels: how many nodes of a rival each kind of kernel runs, if its runtime tells.
     """
 
     batch: int
@@ -85,8 +85,8 @@ class Contest(Checked):
 
     Attributes:
         samples: by contestant; "engine" is one of them.
-        alone_ms: medians of each contestant called again and again without the others, before
-            and after their turns; empty where that was not measured.
+        alone_ms: medians of each contestant called repeatedly without the others, before and
+            after the turns; empty if this was not measured.
     """
 
     samples: dict[str, Samples]
@@ -102,10 +102,10 @@ class Comparison:
     """An engine and its rivals, at several batch sizes.
 
     Attributes:
-        threads: of every contestant.
-        settings: what each rival is, by name.
+        threads: number of threads of every contestant.
+        settings: a description of each rival, by name.
         contests: one per batch size.
-        machine: what it was measured on.
+        machine: the machine that it was measured on.
     """
 
     threads: int
@@ -144,20 +144,20 @@ def compare(
     deployed: bool = False,
     budget: Budget | None = None,
 ) -> Comparison:
-    """Time an engine beside its float network, eager and compiled, called in turn.
+    """Time an engine and its float network, eager and compiled, called in turn.
 
-    Whether the engine is right is for `biper_engine.verify` to say, before.
+    This does not check the engine: call `biper_engine.verify` first.
 
     Args:
         engine: takes one tensor.
         model: the float network.
         batches: images [N, C, H, W], float32; one contest each.
-        threads: of every contestant; None takes what the engine uses by itself.
+        threads: number of threads of every contestant; None takes the engine's default.
         compiled: also compare with `torch.compile`, which takes a while to compile.
-        deployed: also compare with what else would be deployed: `torch.compile` in bfloat16 where
-            `compiled`, and all of `rivals.deployed_rivals`; and time each contestant alone, too.
-        budget: of each contest; None takes five seconds, with `deployed` twenty and turns that
-            start as `TURNS` says.
+        deployed: also compare with other ways to deploy: `torch.compile` in bfloat16 if `compiled`,
+            and all of `rivals.deployed_rivals`; and time each contestant alone, too.
+        budget: budget of each contest; None takes five seconds, or with `deployed` twenty seconds
+            and the turns of `TURNS`.
 
     Raises:
         ValueError: `threads` is below 1, or the engine would use another number.
@@ -214,12 +214,12 @@ def _contest(
 def in_turn_and_alone(
     calls: Mapping[str, Callable[[], object]], budget: Budget, rest_ms: Mapping[str, float]
 ) -> tuple[dict[str, Samples], dict[str, float]]:
-    """Time functions in turn, as `interleave` does, and each for a short time without the others.
+    """Time functions in turn with `interleave`, and each for a short time without the others.
 
     Returns:
         The samples in turn, and the medians alone, in milliseconds.
     """
-    # Before and after: a machine whose clock drifts is not to look like a disturbance.
+    # Measured before and after, so that a drifting clock rate does not look like a disturbance.
     before = _alone(calls, budget, rest_ms)
     samples = interleave(calls, budget, rest_ms)
     after = _alone(calls, budget, rest_ms)
@@ -227,11 +227,11 @@ def in_turn_and_alone(
 
 
 def facts_of(rivals: Sequence[Rival], compared: Sequence[Rival]) -> dict[str, Any]:
-    """Return `reasons`, `beside`, `agreed` and `kernels` of `Checked`, as rivals have them.
+    """Return `reasons`, `beside`, `agreed` and `kernels` of `Checked`, taken from the rivals.
 
     Args:
-        rivals: all.
-        compared: those that run and whose outputs are compared.
+        rivals: all rivals.
+        compared: the rivals that run and whose outputs are compared.
     """
     return {
         "reasons": {rival.name: rival.reason for rival in rivals if rival.call is None},

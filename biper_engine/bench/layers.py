@@ -1,4 +1,4 @@
-"""Single binary convolutions beside PyTorch's float convolution of the same shape."""
+"""Compare single binary convolutions with PyTorch's float convolution of the same shape."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ConvShape:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image, padded taps counted."""
+        """Multiply-accumulates of one image, including padded taps."""
         return self.geometry.macs(self.size, self.size)
 
 
@@ -71,7 +71,7 @@ RESNET18_LAYERS = (
 
 
 class LayerWork:
-    """One convolution, ready to run on bits with everything that follows it, and in float alone.
+    """One convolution, ready to run on bits with all that follows it, and in float by itself.
 
     On bits: the convolution, BatchNorm as scale and bias, the residual, clamp(-1, 1), the float map
     for the next residual and the bits for the next layer. In float: `F.conv2d` and nothing else.
@@ -81,7 +81,7 @@ class LayerWork:
         batch: images.
 
     Raises:
-        ValueError: the two disagree in an accumulator.
+        ValueError: an accumulator differs between the two.
     """
 
     def __init__(self, shape: ConvShape, batch: int = 1) -> None:
@@ -126,15 +126,15 @@ class LayerWork:
         """Return a call that runs it as a native program and returns the seconds of its one step.
 
         Args:
-            fused: with the residual, the clamp and the float map; else what leaves are the next
-                layer's bits alone, an accumulator's scale, bias and threshold.
+            fused: with the residual, the clamp and the float map; otherwise the output is only the
+                next layer's bits: an accumulator's scale, bias and threshold.
 
         Raises:
             ValueError: the backend is not cpu.
         """
         if self.backend != "cpu":
             raise ValueError(
-                f"Programs run on backend cpu; {self.shape.name} is on {self.backend}."
+                f"Programs run on backend cpu, but {self.shape.name} runs on {self.backend}."
             )
         program, geometry = CpuProgram(), self.shape.geometry
         bits = program.add_map(geometry.in_channels, self.shape.size, self.shape.size, packed=True)

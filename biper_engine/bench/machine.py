@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Describe the machine that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from biper_engine.ops.backends import backends
 __all__ = ["machine_facts"]
 
 _RIVALS = ("onnx", "onnxruntime", "openvino")
-# Settings from outside that change threads, or the instructions that a contestant may use.
+# Environment variables that change threads, or the instructions that a contestant may use.
 _SETTINGS = (
     *("BIPER_BACKEND", "BIPER_CPU_ISA", "BIPER_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
     *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
@@ -25,7 +25,7 @@ _SETTINGS = (
 def machine_facts() -> dict[str, Any]:
     """Return processor, threads, versions and settings of the environment, as JSON values.
 
-    Versions are of the rivals that are installed, settings those that are set.
+    Only rivals that are installed have a version, and only variables that are set are listed.
     """
     facts: dict[str, Any] = {
         "biper_engine": _version("biper-engine"),
@@ -54,7 +54,7 @@ def _version(distribution: str) -> str:
 
 
 def _processor() -> str:
-    """Return the processor's own name where the system tells it, else its architecture."""
+    """Return the processor's name if the system has it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

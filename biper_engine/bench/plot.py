@@ -1,4 +1,4 @@
-"""How every picture of this package looks: white, few lines, one blue for what runs on bits."""
+"""The style of this package's plots: white, few lines, one blue for everything on bits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def new_figure(width: float, height: float) -> Any:
     """Return a matplotlib figure that needs no display.
 
     Args:
-        width: in inches of 150 pixels.
-        height: the same.
+        width: width in inches of 150 pixels.
+        height: height in the same unit.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -37,7 +37,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def title(axes: Any, text: str, subtitle: str) -> None:
-    """Put a title and a line below it at the left of a panel, and take its frame away."""
+    """Put a title and a subtitle at the left of a panel, and remove its frame."""
     axes.set_title(f"{text}\n", loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.text(0, 1.03, subtitle, transform=axes.transAxes, fontsize=8, color=SOFT_INK)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Images a second of an engine with one caller per core, beside rivals with several streams."""
+"""Compare images per second: an engine with one caller per core, rivals with several streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from biper_engine.errors import BackendUnavailableError
 __all__ = ["SLICES", "Rates", "StreamContest", "Throughput", "throughput"]
 
 SLICES = Budget(seconds=60.0, fewest=3, warmup=0, pause_ms=20.0)
-"""Each contestant has three slices at least; a pause lets the threads of the one before sleep."""
+"""Each contestant has at least three slices; a pause lets the previous one's threads sleep."""
 
 _SLICE_SECONDS = 1.0
 _WARMUP_SECONDS = 0.2
@@ -32,12 +32,12 @@ _WARMUP_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second, one figure for each slice of time, in the order of the slices.
+    """Images per second, one figure for each slice of time, in order.
 
     Attributes:
-        images_per_second: of each slice.
-        processors: of each slice, how many this process had: the time of all its threads over the
-            time that passed. Less than the threads that work means that the machine was busy.
+        images_per_second: the figure of each slice.
+        processors: processors that this process had in each slice: the CPU time of its threads
+            over the wall time. Less than the number of working threads means a busy machine.
     """
 
     images_per_second: tuple[float, ...]
@@ -45,17 +45,17 @@ class Rates:
 
     @property
     def median(self) -> float:
-        """The middle slice."""
+        """The median over the slices."""
         return statistics.median(self.images_per_second)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """A quarter of the slices was slower than the first, a quarter faster than the second."""
+        """A quarter of the slices are slower than the first, a quarter faster than the second."""
         return quartiles(self.images_per_second)
 
     @property
     def processors_used(self) -> float:
-        """The middle slice's processors."""
+        """The median of `processors`."""
         return statistics.median(self.processors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,11 +72,11 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamContest(Checked):
-    """All contestants at one batch size, which is the images of one call.
+    """All contestants at one batch size, which is the number of images in one call.
 
     Attributes:
         rates: by contestant; "engine" is one of them.
-        at_once: calls that each contestant has under way together.
+        at_once: calls that each contestant runs at the same time.
         ways: the contestants of each program, such as OpenVINO int8 with one and with two streams.
     """
 
@@ -85,7 +85,7 @@ class StreamContest(Checked):
     ways: dict[str, tuple[str, ...]]
 
     def best(self) -> dict[str, str]:
-        """Return the contestant with the highest median of each program that ran."""
+        """Return the contestant with the highest median for each program that ran."""
         best = {}
         for program, names in self.ways.items():
             ran = [name for name in names if name in self.rates]
@@ -119,11 +119,11 @@ class Throughput:
     """An engine and its rivals with several calls at once, at several batch sizes.
 
     Attributes:
-        callers: of the engine, with one thread each; threads of every rival, all streams together.
+        callers: callers of the engine, with one thread each; each rival has as many threads.
         slice_seconds: the time of one slice.
-        settings: what each rival program is, by name.
+        settings: a description of each rival program, by name.
         contests: one per batch size.
-        machine: what it was measured on.
+        machine: the machine that it was measured on.
     """
 
     callers: int
@@ -153,28 +153,28 @@ def throughput(
     slice_seconds: float = _SLICE_SECONDS,
     warmup_seconds: float = _WARMUP_SECONDS,
 ) -> Throughput:
-    """Count images a second of an engine, called from one thread per core, and of its rivals.
+    """Count images per second of an engine, called from one thread per core, and of its rivals.
 
-    The engine takes one thread in each call. Rivals have as many threads and their own ways to
-    work on several batches at once, see `rivals.stream_rivals`. Contestants take turns, a slice of
-    time each. Whether the engine is right is for `biper_engine.verify` to say, before; here its
-    answers to calls at once must be those to a call alone, bit for bit.
+    The engine uses one thread in each call. Rivals have the same number of threads and their own
+    ways to run several batches at once, see `rivals.stream_rivals`. Contestants take turns, a slice
+    of time each. This does not check the engine: call `biper_engine.verify` first. It only checks
+    that concurrent calls give the same outputs as a single call, bit for bit.
 
     Args:
         engine: takes and returns one tensor.
         model: the float network.
         batches: images [N, C, H, W], float32, of one call; one contest each, at least one.
-        callers: None takes the threads that the engine uses by itself.
-        budget: of each contest; `fewest` and `most` are slices of each contestant, `seconds` the
-            time of all.
+        callers: None takes the engine's default number of threads.
+        budget: budget of each contest; `fewest` and `most` count slices of each contestant, and
+            `seconds` is the time of all.
         slice_seconds: the time of one slice.
-        warmup_seconds: of calls that do not count in front of each slice.
+        warmup_seconds: time of uncounted calls before each slice.
 
     Raises:
         ValueError: `callers` is below 1 or more than the processors that may be used, or
-            BIPER_NUM_THREADS gives each caller another number of threads than one.
+            BIPER_NUM_THREADS gives each caller a number of threads other than one.
         ConversionError: the model cannot be captured.
-        BackendUnavailableError: calls at once gave another answer than a call alone.
+        BackendUnavailableError: concurrent calls gave other outputs than a single call.
     """
     callers = common_threads(callers)
     common_threads(1)
@@ -201,21 +201,21 @@ def throughput(
 def _require_equal(outputs: Sequence[Tensor], alone: Tensor) -> None:
     if not all(torch.equal(output, alone) for output in outputs):
         raise BackendUnavailableError(
-            f"Nothing was timed: {len(outputs)} calls of the engine at once do not all give the "
-            "answer of a call alone. Please report this, with the output of `biper backends`."
+            f"Nothing was timed: {len(outputs)} concurrent calls of the engine do not all give the "
+            "output of a single call. Please report this, with the output of `biper backends`."
         )
 
 
 @dataclass(frozen=True)
 class _Turns:
-    """How long each contestant is timed, in turn."""
+    """The time that each contestant gets, in turn."""
 
     budget: Budget
     slice_seconds: float
     warmup_seconds: float
 
     def take(self, contestants: Mapping[str, Streams], batch: int) -> dict[str, Rates]:
-        """Return images a second of each contestant, a figure for each of its slices."""
+        """Return the images per second of each contestant, one figure per slice."""
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
         for _ in rounds(self.budget):
             for name, streams in contestants.items():

@@ -1,4 +1,4 @@
-"""One number of threads for everything that is compared."""
+"""Use one number of threads for all contestants."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["common_threads", "torch_threads"]
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Use this number of torch's threads inside; None leaves it."""
+    """Set the number of torch's threads inside the context; None leaves it."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -29,8 +29,8 @@ def common_threads(threads: int | None) -> int:
     """Return the number of threads that an engine and PyTorch can both use.
 
     Args:
-        threads: the number wanted; None takes what an engine uses by itself, which is torch's
-            number unless the processors or BIPER_NUM_THREADS say otherwise.
+        threads: the number wanted; None takes an engine's default, which is torch's number
+            unless the processors or BIPER_NUM_THREADS limit or change it.
 
     Raises:
         ValueError: `threads` is below 1, or an engine would use another number.
@@ -41,7 +41,7 @@ def common_threads(threads: int | None) -> int:
     if threads is not None and forced and forced != str(threads):
         raise ValueError(
             f"{threads} threads are wanted for every contestant, but BIPER_NUM_THREADS={forced} "
-            "gives the engine another number. Unset it, or ask for the same."
+            "gives the engine another number. Unset it, or ask for the same number."
         )
     with torch_threads(threads):
         usable = _engine_threads()

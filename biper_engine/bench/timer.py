@@ -1,4 +1,4 @@
-"""Wall-clock samples of several functions that are called in turn."""
+"""Take wall-clock samples of several functions that are called in turn."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Budget:
 
     Attributes:
         seconds: stop after this time, all functions together.
-        fewest: calls of each function at least, whatever they take.
-        most: calls of each function at most.
-        warmup: calls of each before the first that counts.
-        pause_ms: sleep before each turn, for the threads of the function before to go to sleep.
-        ahead: calls that do not count at the start of each turn, which wake a function's own
-            threads and bring its data back into the caches.
+        fewest: smallest number of calls of each function, however long they take.
+        most: largest number of calls of each function.
+        warmup: uncounted calls of each function before the first that counts.
+        pause_ms: sleep before each turn, so that the previous function's threads fall asleep.
+        ahead: uncounted calls at the start of each turn, which wake a function's own threads
+            and bring its data back into the caches.
     """
 
     seconds: float = 5.0
@@ -43,7 +43,7 @@ class Budget:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Return two values: a quarter of all is below the first, a quarter above the second."""
+    """Return two values: a quarter of all are below the first, a quarter above the second."""
     if len(values) == 1:
         return values[0], values[0]
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -67,12 +67,12 @@ class Samples:
 
     @property
     def median_ms(self) -> float:
-        """The middle sample: half of the calls were faster."""
+        """The median sample: half of the calls were faster."""
         return statistics.median(self.ms)
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        """A quarter of the calls was faster than the first, a quarter slower than the second."""
+        """A quarter of the calls were faster than the first, a quarter slower than the second."""
         return quartiles(self.ms)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,16 +91,16 @@ def interleave(
     budget: Budget,
     rest_ms: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
-    """Call every function once per round, so that whatever else the machine does hits all alike.
+    """Call every function once per round, so that other load on the machine affects all alike.
 
     Args:
         calls: functions that finish their work before they return, by name.
-        budget: how many rounds.
-        rest_ms: sleep after the turns of some functions, by name, for threads of theirs that go on
-            spinning; in addition to the pause.
+        budget: how many rounds to run.
+        rest_ms: sleep after the turns of some functions, by name, in addition to the pause, for
+            their threads that go on spinning.
 
     Returns:
-        The samples of every function; all have as many.
+        The samples of every function, the same number for each.
     """
     for _ in range(budget.warmup):
         for call in calls.values():

@@ -1,4 +1,4 @@
-"""The commands gathered, and the one place where errors become messages and exit codes."""
+"""All commands, and the one place where errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: without the program's name; None takes those of the process.
+        arguments: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 for success; 1 where the command failed or a check said no; 2 for wrong usage.
+        0 for success; 1 if the command or a check failed; 2 for wrong usage.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = given[: given.index("--")] if "--" in given else given

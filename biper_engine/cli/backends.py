@@ -1,4 +1,4 @@
-"""`biper backends`: what can run here, and why the rest cannot."""
+"""`biper backends`: list what can run here, and why the rest cannot."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _lines(
     if missing is not None:
         lines += [
             f"The cpu backend is missing: {missing}.",
-            "The reference backend is there to be right: it is many times slower than the others.",
+            "The reference backend defines the results: it is many times slower than the others.",
         ]
     return lines
 

@@ -1,4 +1,4 @@
-"""`biper bench`: an engine beside its float network, and beside what else is deployed."""
+"""`biper bench`: compare an engine with its float network, and with other ways to deploy."""
 
 from __future__ import annotations
 
@@ -47,13 +47,15 @@ def bench(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Of every contestant; else torch's.", show_default=False),
+        typer.Option(
+            min=1, help="Threads of each contestant; by default torch's.", show_default=False
+        ),
     ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Of timing per batch size. [default: 5; with --rivals 20, --streams 60]",
+            help="Time per batch size. [default: 5; with --rivals 20, --streams 60]",
             show_default=False,
         ),
     ] = None,
@@ -61,7 +63,7 @@ def bench(
         int | None,
         typer.Option(
             min=1,
-            help="Calls of each, or slices of a second, in place of --seconds.",
+            help="Calls of each (or slices of a second) instead of --seconds.",
             show_default=False,
         ),
     ] = None,
@@ -74,7 +76,7 @@ def bench(
     ] = False,
     streams: Annotated[
         bool,
-        typer.Option("--streams", help="Count images a second, with several calls at once."),
+        typer.Option("--streams", help="Count images per second, with several calls at once."),
     ] = False,
     against: Annotated[
         str | None,
@@ -83,7 +85,7 @@ def bench(
         ),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="Time this backend, not the usual one.", show_default=False)
+        str | None, typer.Option(help="Time this backend, not the default one.", show_default=False)
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Time every layer, too.")] = False,
     arch: Arch = None,
@@ -93,22 +95,22 @@ def bench(
     input_shape: InputShape = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    r"""Time an engine beside its float network: eager, and through torch.compile.
+    r"""Compare the speed of an engine and its float network, eager and compiled.
 
-    All are called in turn in one run with the same threads, after their
-    answers were checked. A network's name, such as cifar10/resnet18_1w1a,
-    takes random weights.
+    The answers are checked first. Then all are called in turn in one run with
+    the same number of threads. A network's name, such as
+    cifar10/resnet18_1w1a, takes random weights.
 
     --rivals adds torch.compile in bfloat16; the same layers in float on ONNX
     Runtime and OpenVINO, in float32, bfloat16 and int8; and the engine's own
-    graph on OpenVINO's binary convolution. What is not installed is named:
-    pip install "biper-engine\[bench]" brings all.
+    graph on OpenVINO's binary convolution. Rivals that are not installed are
+    listed: pip install "biper-engine\[bench]" installs all.
 
-    --streams counts images a second instead: of the engine, called from as
-    many threads as --threads says with one thread in each call; of OpenVINO
-    in int8 and on its binary convolution, with 1, 2 and more streams; of ONNX
-    Runtime in int8, with a session for each thread. Each has slices of a
-    second, in turn.
+    --streams counts images per second instead: of the engine, called from
+    --threads threads with one thread in each call; of OpenVINO in int8 and on
+    its binary convolution, with 1, 2 and more streams; of ONNX Runtime in
+    int8, with a session for each thread. Each gets slices of a second, in
+    turn.
 
     [bold]Examples[/bold]
     biper bench digits.biper --against biper-train/stage2.pt
@@ -122,7 +124,7 @@ def bench(
 
     if streams and (rivals or profile):
         raise typer.BadParameter(
-            "--streams counts images a second beside rivals of its own; leave out --rivals and "
+            "--streams counts images per second and has its own rivals; leave out --rivals and "
             "--profile, which time single calls."
         )
     try:
@@ -158,7 +160,7 @@ def bench(
 
 @dataclass(frozen=True)
 class _Found:
-    """What was measured, to print: as JSON values, or as a table with notes."""
+    """The measurements to print: as JSON values, or as a table with notes."""
 
     values: dict[str, Any]
     table: Table
@@ -211,17 +213,17 @@ def _calls(
 
 
 def _rounds(call_ms: float, budget: Budget) -> int:
-    """Return how many calls of each kind a profile makes in about the budget's time."""
+    """Return how many calls of each kind a profile makes in roughly the budget's time."""
     fit = int(1e3 * budget.seconds / (2 * call_ms))
     return max(budget.fewest, min(fit, budget.most))
 
 
 def _streams(pair: Contestants, batch: list[int], budget: Budget, *, callers: int) -> _Found:
-    """Count images a second, several calls at once."""
+    """Count images per second, with several calls at once."""
     from biper_engine.bench import throughput
 
     batches = [random_images(pair.engine, count) for count in batch]
-    with status("Counting images a second, all in turn; the rivals take a while first"):
+    with status("Counting images per second, all in turn; preparing the rivals takes a while"):
         found = throughput(pair.engine, pair.model, batches, callers=callers, budget=budget)
     ran = _backends(pair)
     return _Found(

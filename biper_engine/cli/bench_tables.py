@@ -1,4 +1,4 @@
-"""What `biper bench` prints: tables of contestants, and notes on them."""
+"""The output of `biper bench`: tables of contestants, and notes on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bench_table(comparison: Comparison, ran: Sequence[str]) -> Table:
     """Return one row per contestant and batch size.
 
     Args:
-        comparison: what was measured.
+        comparison: the measurements.
         ran: the backends that ran the engine's operators.
     """
     threads = comparison.threads
@@ -34,10 +34,10 @@ def bench_table(comparison: Comparison, ran: Sequence[str]) -> Table:
 
 
 def stream_table(found: Throughput, ran: Sequence[str]) -> Table:
-    """Return one row per contestant and batch size: images a second, several calls at once.
+    """Return one row per contestant and batch size: images per second, several calls at once.
 
     Args:
-        found: what was measured.
+        found: the measurements.
         ran: the backends that ran the engine's operators.
     """
     callers = found.callers
@@ -110,7 +110,7 @@ def _ms(ms: float) -> str:
 
 
 def bench_notes(comparison: Comparison) -> list[str]:
-    """Return what the table does not say: `check_notes`, and who is slower in turn than alone."""
+    """Return what the table does not say: `check_notes`, and who runs slower in turn than alone."""
     lines = check_notes(comparison.contests)
     for contest in comparison.contests:
         lines += _disturbed(contest)
@@ -118,22 +118,22 @@ def bench_notes(comparison: Comparison) -> list[str]:
 
 
 def stream_notes(found: Throughput) -> list[str]:
-    """Return what the table does not say: `check_notes`, and whether processors were to be had."""
+    """Return what the table does not say: `check_notes`, and whether processors were busy."""
     lines = check_notes(found.contests)
     for contest in found.contests:
         used = contest.rates["engine"].processors_used
         if used < found.callers / _DISTURBED:
             lines.append(
-                f"engine, batch {contest.batch}: {found.callers} callers had {used:.2f} processors "
-                "only; leave the machine alone and count again"
+                f"engine, batch {contest.batch}: {found.callers} callers had only {used:.2f} "
+                "processors; stop other work on the machine and count again"
             )
     return lines
 
 
 def check_notes(contests: Sequence[Checked]) -> list[str]:
-    """Return which rivals did not run and why, and how far outputs are from what was wanted.
+    """Return which rivals did not run and why, and how far outputs are from the wanted ones.
 
-    Each thing once, its worst over all batch sizes.
+    Each note appears once, with its worst value over all batch sizes.
     """
     lines: dict[str, None] = {}
     largest: dict[str, tuple[float, str]] = {}

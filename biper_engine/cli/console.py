@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 def results(*, json_output: bool = False) -> Console:
-    """Return the console for what a command found; with `--json`, stdout is for the JSON alone."""
+    """Return the console for a command's results; with `--json`, stdout is for the JSON only."""
     return Console(stderr=json_output, highlight=False, emoji=False)
 
 
@@ -51,7 +51,7 @@ def show_error(error: Exception) -> None:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Print the warnings raised inside to stderr, one line each, without a source line."""
+    """Print warnings from inside the context to stderr, one line each, without a source line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -64,7 +64,7 @@ def shown_warnings() -> Iterator[None]:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """Show a spinner on stderr; nothing where that is no terminal."""
+    """Show a spinner on stderr, or nothing if that is not a terminal."""
     console = _messages()
     if not console.is_terminal:
         yield
@@ -74,7 +74,7 @@ def status(text: str) -> Iterator[None]:
 
 
 def progress(items: Sequence[_T], text: str) -> Iterator[_T]:
-    """Yield the items under a progress bar on stderr; without one where that is no terminal."""
+    """Yield the items under a progress bar on stderr, or without one if that is not a terminal."""
     console = _messages()
     columns = (
         TextColumn("{task.description}"),

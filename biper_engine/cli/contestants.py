@@ -1,4 +1,4 @@
-"""What `biper bench` compares: an engine and its float network, once they are known to agree."""
+"""The contestants of `biper bench`: an engine and its float network, checked to agree."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Contestants:
     """An engine and a float network of the same layers.
 
     Attributes:
-        engine: takes one tensor.
-        model: in eval mode.
-        checked: a line about how their answers were compared.
+        engine: an engine that takes one tensor.
+        model: the network in eval mode.
+        checked: a line that says how their answers were compared.
     """
 
     engine: Engine
@@ -41,13 +41,13 @@ class Contestants:
 def contestants(
     source: ModelSource, against: str | None, input_shape: Sequence[str] | None
 ) -> Contestants:
-    """Load, convert and check what a command line names; nothing that is wrong gets through.
+    """Load, convert and check the source of a command line; wrong answers are an error.
 
     Args:
         source: a `.biper` file, a checkpoint, `module:callable` or a network's name.
         against: the model of a `.biper` file; None takes the network that the file names, with
             random weights, and compares the engine with the reference backend instead.
-        input_shape: for a model that does not know its own.
+        input_shape: the input shape, for a model that does not know it.
 
     Raises:
         ConversionError: the engine differs.
@@ -89,7 +89,7 @@ def _of_file(
 
 
 def _beside_twin(engine: Engine, path: Path) -> Contestants:
-    """Check an engine against the reference; its rival has the same layers, random weights."""
+    """Check an engine against the reference; its rival has the same layers and random weights."""
     from biper_engine import models
     from biper_engine.serialization import check_backend
 
@@ -109,7 +109,7 @@ def _beside_twin(engine: Engine, path: Path) -> Contestants:
         model=random_network(architecture, num_classes=classes),
         checked=(
             f"{len(report.nodes)} of {len(report.nodes)} operators equal the reference. The float "
-            f"network is {architecture} with random weights: the same work, other answers."
+            f"network is {architecture} with random weights: the same work, different answers."
         ),
     )
 

@@ -1,4 +1,4 @@
-"""`biper convert`: a checkpoint or a model in code, into a `.biper` file."""
+"""`biper convert`: convert a checkpoint or a model in code to a `.biper` file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def convert(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="File to write; else named after SOURCE.", show_default=False
+            "--output",
+            "-o",
+            help="File to write; by default named after SOURCE.",
+            show_default=False,
         ),
     ] = None,
     arch: Arch = None,
@@ -73,7 +76,7 @@ def convert(
     ] = UnconvertedChoice.WARN,
     dtype: Annotated[
         ComputeType,
-        typer.Option(metavar="TYPE", help="Of float maps: float32 (exact), float16, bfloat16."),
+        typer.Option(metavar="TYPE", help="Float maps: float32 (exact), float16, bfloat16."),
     ] = ComputeType.FLOAT32,
     check: Annotated[bool, typer.Option(help="Compare with the model before writing.")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print every layer.")] = False,
@@ -81,7 +84,7 @@ def convert(
 ) -> None:
     """Convert a binary network into a .biper file of packed bits.
 
-    The model is recognised by what it computes; its code needs no change.
+    The layers are recognised by what they compute; the code needs no change.
 
     [bold]Examples[/bold]
     biper convert biper-train/stage2.pt
@@ -139,7 +142,7 @@ def _default_output(source: ModelSource) -> Path:
 
 
 def summary(report: ConversionReport, file_bytes: int, verified: VerifyReport | None) -> str:
-    """Return what conversion did, in one line."""
+    """Return a summary of the conversion in one line."""
     sizes = f"packed {report.packed}/{len(report.layers)} layers, "
     sizes += f"{report.bytes_before:,} -> {file_bytes:,} bytes"
     if verified is None:

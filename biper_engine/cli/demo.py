@@ -46,7 +46,7 @@ _VERIFIED_BATCH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTimes:
-    """Wall-clock times of ImageNet ResNet-18's binary convolutions alone, one image, in turn."""
+    """Wall-clock times of only ImageNet ResNet-18's binary convolutions, one image, in turn."""
 
     float_conv: Samples
     engine: Samples
@@ -54,23 +54,23 @@ class LayerTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo measured.
+    """Measurements of the demo.
 
     Attributes:
         train_images, test_images: sizes of the fixed split.
-        train_seconds: wall-clock time of both stages, of earlier runs where those began them.
-        float_accuracy, engine_accuracy: share of test images classified right.
-        top1_equal: test images on which both networks name the same class.
-        packed, layers: layers on bits, and all.
+        train_seconds: wall-clock time of both stages, including earlier runs that began them.
+        float_accuracy, engine_accuracy: share of test images classified correctly.
+        top1_equal: test images for which both networks give the same class.
+        packed, layers: layers on bits, and all layers.
         verified: the verdict of `biper_engine.verify` on all test images.
-        layers_equal, layers_compared: binary layers whose accumulators are all equal.
+        layers_equal, layers_compared: binary layers with only equal accumulators, and all of them.
         logit_error: largest difference of a logit between the two networks.
         reload_identical: whether a new process got the same bits from the saved file.
-        float_bytes: the float network's parameters and buffers.
-        file_bytes: the whole `.biper` file.
-        comparison: the engine beside the float network, at each batch size.
-        resnet18: work of a larger shape; None where only the reference backend runs.
-        backends: those that ran the engine's operators.
+        float_bytes: bytes of the float network's parameters and buffers.
+        file_bytes: bytes of the whole `.biper` file.
+        comparison: times of the engine and the float network, at each batch size.
+        resnet18: times of larger layers; None if only the reference backend runs.
+        backends: the backends that ran the engine's operators.
     """
 
     architecture: str
@@ -96,12 +96,12 @@ class DemoResult:
 
     @property
     def failures(self) -> list[str]:
-        """What is not as it must be; empty for a demo that succeeded."""
+        """Return what went wrong; empty if the demo succeeded."""
         checks = {
             f"top-1 is equal on {self.top1_equal} of {self.test_images} images only": (
                 self.top1_equal == self.test_images
             ),
-            "the reloaded file gives other logits": self.reload_identical,
+            "the reloaded file gives different logits": self.reload_identical,
             f"verify: {self.layers_equal} of {self.layers_compared} layers are equal, or a "
             "float segment differs": self.verified,
         }
@@ -122,12 +122,12 @@ class DemoResult:
 
 
 def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool) -> DemoResult:
-    """Run every step, in `directory`: digits.biper, digits/*.png and training/ are left there.
+    """Run every step and write digits.biper, digits/*.png and training/ to `directory`.
 
     Args:
-        directory: made if missing. A finished training in it is used again.
+        directory: created if missing. A finished training in it is reused.
         say: called with a line about each step.
-        progress_bar: show the trainer's.
+        progress_bar: show the trainer's progress bar.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = TrainingConfig()
@@ -196,7 +196,7 @@ def _train(
     say(f"1. train: {config.architecture} on {config.dataset}, two stages, {epochs} epochs ...")
     options = RunOptions(accelerator="cpu", devices=1, progress_bar=progress_bar)
     trained = fit_quietly(config, directory, resume=True, options=options)
-    earlier = f", earlier runs included; delete {directory} to start anew"
+    earlier = f", including earlier runs; delete {directory} to start again"
     say(f"   {trained.seconds:.0f} s of training{earlier if found else ''}")
     return trained
 
@@ -218,7 +218,7 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def _same_in_new_process(file: Path, images: Tensor, wanted: Tensor) -> bool:
-    """Run the file in a fresh interpreter; compare every bit of its logits with `wanted`."""
+    """Run the file in a new interpreter; compare every bit of its logits with `wanted`."""
     root = str(Path(biper_engine.__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

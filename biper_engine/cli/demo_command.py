@@ -1,4 +1,4 @@
-"""`biper demo`: run the demo, print what it measured, write it down."""
+"""`biper demo`: run the demo, print its measurements and save them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ RIVALS = {"float, eager": "eager", "float, torch.compile": "torch.compile"}
 
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory for everything it makes.")
+        Path, typer.Option("--output", "-o", help="Directory for all its files.")
     ] = Path("biper-demo"),
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """Train, convert, verify, save, reload and time a BiPer net on real digits.
 
-    Takes a few minutes on two cores, and downloads nothing.
+    This takes a few minutes on two cores, and downloads nothing.
 
-    Exit code 0 only if the engine's top-1 equals the float net's on all test
+    The exit code is 0 only if engine and float net have equal top-1 on all test
     images, every layer is verified, and the reloaded file gives the same bits.
 
     [bold]Examples[/bold]

@@ -1,4 +1,4 @@
-"""The demo's picture: accuracy, bytes and time, float net beside engine."""
+"""The demo's plot: accuracy, bytes and time of the float net and the engine."""
 
 from __future__ import annotations
 

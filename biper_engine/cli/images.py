@@ -1,4 +1,4 @@
-"""Image files into batches, by the preprocessing that a `.biper` file carries."""
+"""Load image files into batches, with the preprocessing of a `.biper` file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUFFIXES = frozenset(
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the files among `paths`, and of each directory every image below it, in order.
+    """Return the files among `paths`, and every image below each directory, in order.
 
     Raises:
         ValueError: a path does not exist, or a directory has no image.
@@ -46,7 +46,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def preprocessing_of(engine: Engine, file: Path) -> Metadata:
-    """Return the metadata of a file that images can be prepared with.
+    """Return the metadata of a file, which says how to prepare images.
 
     Raises:
         ValueError: the file does not say how its images are prepared.
@@ -64,7 +64,7 @@ def preprocessing_of(engine: Engine, file: Path) -> Metadata:
 def image_batches(
     paths: Sequence[Path], metadata: Metadata, batch_size: int
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """Yield the paths and the tensor [N, C, H, W] of one batch after the other."""
+    """Yield the paths and the tensor [N, C, H, W] of each batch."""
     import torch
 
     from biper_engine.preprocessing import image_to_tensor

@@ -1,4 +1,4 @@
-"""`biper inspect`: what a file or a network consists of, layer by layer."""
+"""`biper inspect`: show the contents of a file or a network, layer by layer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def inspect(
 ) -> None:
     """Show every layer: packed or float and why, its weights, work and bytes.
 
-    What is no .biper file is converted in memory to find out; no file is
+    Anything other than a .biper file is converted in memory first; no file is
     written and nothing is checked.
 
     [bold]Examples[/bold]
@@ -58,7 +58,7 @@ def inspect(
     wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
     if Path(source).suffix == ".biper":
         if wanted != ModelSource(text=source) or input_shape:
-            raise typer.BadParameter("A .biper file takes no further options: it knows its own.")
+            raise typer.BadParameter("A .biper file takes no further options.")
         engine, file_facts = _load(Path(source))
     else:
         engine, file_facts = _convert(wanted, input_shape), dict.fromkeys(_FILE_FACTS)
@@ -77,7 +77,7 @@ def inspect(
 
 
 def _load(path: Path) -> tuple[Engine, dict[str, Any]]:
-    """Return the engine in a file, and what the file adds to it."""
+    """Return the engine in a file, and facts about the file."""
     import biper_engine
     from biper_engine.serialization.container import read
 

@@ -15,12 +15,12 @@ __all__ = ["float_reasons", "layer_table"]
 
 
 def layer_table(report: ConversionReport, *, sizes: bool = False) -> Table:
-    """Return one row per layer: what it runs on, its shape and cost.
+    """Return a table with one row per layer: what it runs on, its shape and cost.
 
     Args:
-        report: of a conversion.
-        sizes: the last column has the bytes of each weight, before and after; else why a layer
-            stays float, which `float_reasons` has, too. There is no room for both in 80 columns.
+        report: the report of a conversion.
+        sizes: the last column has the bytes of each weight, before and after; otherwise it says why
+            a layer stays float, as `float_reasons` does. 80 columns have no room for both.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
@@ -48,7 +48,7 @@ def _bytes(row: LayerReport) -> str:
 
 
 def float_reasons(report: ConversionReport) -> list[str]:
-    """Return a line for every reason why layers stay float."""
+    """Return a line for each reason why layers stay float."""
     names: dict[str, list[str]] = {}
     for row in report.layers:
         if not row.packed:

@@ -32,7 +32,7 @@ def run(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    """Classify images, prepared as the file says and named by its classes.
+    """Classify images with the preprocessing and the class names of a .biper file.
 
     [bold]Examples[/bold]
     biper run digits.biper digits/7_0.png

@@ -1,4 +1,4 @@
-"""Find the model that a command names: a checkpoint file, `module:callable`, or a known name."""
+"""Load the model that a command names: a checkpoint file, `module:callable`, or a known name."""
 
 from __future__ import annotations
 
@@ -34,24 +34,22 @@ __all__ = [
 
 Arch = Annotated[
     str | None,
-    typer.Option(help="Network of a checkpoint, where the file is silent.", show_default=False),
+    typer.Option(help="Network, if the checkpoint does not name it.", show_default=False),
 ]
 Frequency = Annotated[
     float | None,
-    typer.Option(help="w0 it was trained with, where the file is silent.", show_default=False),
+    typer.Option(help="w0 of the training, if the file does not say it.", show_default=False),
 ]
 Stage = Annotated[
     int | None,
-    typer.Option(
-        help="Training stage, where the file is silent.", min=1, max=2, show_default=False
-    ),
+    typer.Option(help="Training stage, if the file lacks it.", min=1, max=2, show_default=False),
 ]
 InputShape = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
         metavar="N,C,H,W",
-        help="Shape of the input; once for each of several.",
+        help="Shape of the input; once for each input.",
         show_default=False,
     ),
 ]
@@ -65,11 +63,11 @@ _REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model as the command line names it.
+    """A model named on the command line.
 
     Attributes:
         text: path of a checkpoint, or `module:callable`.
-        weights: state dict for a callable's network.
+        weights: file with a state dict for the network of a callable.
         arch, frequency, stage: as in `biper_engine.load_checkpoint`.
     """
 
@@ -108,7 +106,7 @@ def load_model(source: ModelSource) -> nn.Module:
 
 
 def find_model(source: ModelSource) -> nn.Module:
-    """Return what `load_model` does, and for a network's name that network with random weights.
+    """Return the model as `load_model` does, or a network of this name with random weights.
 
     Raises:
         CheckpointError, ValueError: as `load_model`; ValueError also for an unknown name.
@@ -138,7 +136,7 @@ def _from_checkpoint(source: ModelSource) -> nn.Module:
         )
     if path.suffix == ".biper":
         raise ValueError(
-            f"'{path}' is a converted network, wanted what it was made from: a checkpoint or "
+            f"'{path}' is a converted network, wanted the model it was made from: a checkpoint or "
             f"module:callable. To check the file itself: biper verify {path}"
         )
     return load_checkpoint(path, arch=source.arch, frequency=source.frequency, stage=source.stage)
@@ -219,7 +217,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         place = f", by {one.where}" if one.where else ""
         raise CheckpointError(
             f"'{path}' does not fit {type(model).__name__}{place}: {wrong}. "
-            "Pass the weights of this very network."
+            "Pass the weights of exactly this network."
         )
     try:
         model.load_state_dict({k: v for k, v in one.state.items() if k in wanted}, strict=True)
@@ -228,7 +226,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _covers(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a state dict has all that a model needs; PyTorch adds counters of BatchNorm."""
+    """Whether a state dict has all that a model needs; PyTorch adds BatchNorm's counters."""
     return all(
         state[key].shape == shape if key in state else key.endswith("num_batches_tracked")
         for key, shape in wanted.items()
@@ -236,7 +234,7 @@ def _covers(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) ->
 
 
 def _weight_differences(state: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> str:
-    """Describe the entries that a model would not accept, in its own order; empty if it would."""
+    """Describe the entries that a model would not accept, in the model's order, or return ""."""
     from biper_engine.models.state_dicts import is_foreign_spare
 
     kinds = {
@@ -276,10 +274,10 @@ def _read_weights(path: Path) -> dict[Any, Any]:
 
 
 def random_network(name: str, *, num_classes: int | None = None) -> nn.Module:
-    """Return a network of the registry as if it were trained: seeded weights and statistics.
+    """Return a network of the registry with seeded weights and statistics, as if trained.
 
-    A fresh network has BatchNorm biases of 0, and so exact zeros before its signs, which no trained
-    network has. Speed does not depend on the values.
+    An untrained network has BatchNorm biases of 0, and therefore exact zeros before its signs. No
+    trained network has these. Speed does not depend on the values.
 
     Raises:
         ValueError: unknown name.
@@ -304,14 +302,14 @@ def random_network(name: str, *, num_classes: int | None = None) -> nn.Module:
 
 
 def example_input(model: nn.Module, shapes: Sequence[str] | None) -> Tensor | tuple[Tensor, ...]:
-    """Return the input to convert with: seeded random values, their sizes from `--input`.
+    """Return the example input for conversion: seeded random values of the sizes in `--input`.
 
     Args:
-        model: its `input_shape` is used where there are no shapes.
+        model: its `input_shape` is used if there are no shapes.
         shapes: one for each argument, sizes with commas, the batch first.
 
     Returns:
-        A tensor, or a tuple of them where there are several shapes.
+        A tensor, or a tuple of tensors if there are several shapes.
 
     Raises:
         typer.BadParameter: shapes are missing or malformed.
@@ -337,6 +335,6 @@ def _sizes(shape: str) -> list[int]:
     parts = [part.strip() for part in shape.split(",")]
     if len(parts) < 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise typer.BadParameter(
-            f"--input (={shape!r}) must be sizes with commas, such as 1,3,224,224."
+            f"--input (={shape!r}) must be sizes separated by commas, such as 1,3,224,224."
         )
     return [int(part) for part in parts]

@@ -108,7 +108,7 @@ def _with_epochs(config: TrainingConfig, epochs: tuple[int | None, int | None]) 
 def fit_quietly(
     config: TrainingConfig | None, output: Path, *, resume: bool, options: Any
 ) -> TrainingResult:
-    """Train with whatever the trainer prints on stderr, so that stdout has the result alone."""
+    """Train with the trainer's output on stderr, so that stdout has only the result."""
     from biper_engine import training
 
     with status("Loading the trainer"), suppress(ImportError):  # `fit` says what to install

@@ -58,10 +58,10 @@ def verify(
 ) -> None:
     """Prove that a .biper file computes what it should; exit code 0 only if it does.
 
-    Alone, the file needs no model: each operator is compared with the
-    reference, and the proof that was stored with the file is replayed. With
-    --against, every layer is compared with the model it was made from, on
-    your images, or on random inputs where you pass none.
+    Without --against, no model is needed: each operator is compared with the
+    reference, and the proof stored in the file is replayed. With --against,
+    every layer is compared with the model that the file was made from, on
+    your images, or on random inputs if you pass none.
 
     [bold]Examples[/bold]
     biper verify digits.biper
@@ -187,7 +187,7 @@ def _against(
 
 
 def _random_batches(engine: Engine) -> list[tuple[Tensor, ...]]:
-    """Return the inputs that a proof would take, of several seeds."""
+    """Return inputs like those of a proof, from several seeds."""
     from biper_engine.serialization import example_inputs
 
     specs = engine.signature.inputs

@@ -13,9 +13,9 @@ Our format is a plain dict in a `torch.save` file, so that `torch.load(weights_o
     config       dict of JSON values: how the network was trained; may be empty
     metrics      dict of JSON values: what was measured; may be empty
 
-The official format is a dict with `state_dict` and `model`, or a bare state dict; frequency and
-stage stand only in the `config.txt` that the official training script writes beside the file.
-`official` writes it.
+The official format is a dict with `state_dict` and `model`, or a bare state dict. Frequency and
+stage are only in the `config.txt` that the official training script writes beside the file.
+The module `official` writes this format.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _T = TypeVar("_T", float, int)
 _FORMAT = "biper_engine.checkpoint"
 _VERSION = 0
 _short = reprlib.repr  # a file's values may be long, or nested without end
-# Entries that change nothing of what is computed: a file may lack them, or have more of them.
+# Entries that do not change what is computed: a file may lack them, or have more of them.
 _OPTIONAL = ("beta", "tau", "num_batches_tracked")
 
 
@@ -67,8 +67,8 @@ _OPTIONAL = ("beta", "tau", "num_batches_tracked")
 class _Contents:
     """What a file says, before it is compared with what the caller says.
 
-    `raw` has the network's tensors somewhere. `model`, `frequency` and `stage` are None where the
-    file is silent; `source` names who spoke of the latter two.
+    `raw` has the network's tensors somewhere. `model`, `frequency` and `stage` are None if the file
+    does not say them; `source` names the origin of the latter two.
     """
 
     path: str
@@ -90,30 +90,29 @@ def load_checkpoint(
 ) -> Network:
     """Build the network that a training checkpoint holds, with its weights, in eval mode.
 
-    Reads our own files and the official repository's: bare state dicts, or nested in dicts under
-    any keys, with or without a prefix such as `module.`; `tau` of shape [] or [1]; `beta` there or
-    not. What is beside the network's tensors, such as an optimizer's, is ignored. A file with two
-    different networks that fit, such as a second one of averaged weights, is refused. Nothing but
-    tensors and plain values is ever unpickled, and nothing is read of a file that declares more
-    than it has.
+    Reads our own files and those of the official repository: bare state dicts, or nested in dicts
+    under any keys, with or without a prefix such as `module.`; `tau` of shape [] or [1]; with or
+    without `beta`. Other entries, such as an optimizer's, are ignored. A file with two different
+    networks that fit, such as a second one of averaged weights, is refused. Only tensors and plain
+    values are ever unpickled, and a file that declares more bytes than it has is not read.
 
     Args:
         path: the checkpoint file.
         arch: one of `models.available()`; None takes it from the file's `model` entry, the `model:`
             line of a `config.txt` beside it, and the shapes.
-        frequency: w0 that the network was trained with. Needed where neither the file nor the
-            `freq:` line of a `config.txt` beside it says so; must agree where one does.
-        stage: 1 or 2. Needed where neither the file nor the `stage2:` line of `config.txt` says
-            so; must agree where one does.
+        frequency: w0 that the network was trained with. Required if neither the file nor the
+            `freq:` line of a `config.txt` beside it has it; otherwise it must agree with them.
+        stage: 1 or 2. Required if neither the file nor the `stage2:` line of `config.txt` has it;
+            otherwise it must agree with them.
 
     Returns:
-        Network on the CPU in float32. `metadata` comes from the file; for an official checkpoint
-        with the classes of the task in the network's name, it is that task's.
+        Network on the CPU in float32. `metadata` comes from the file. For an official checkpoint
+        with the classes of the task in the network's name, it is the metadata of that task.
 
     Raises:
-        CheckpointError: the file is missing, truncated or no checkpoint; frequency or stage is
-            missing or contradictory; the shapes are another network's (the message names the
-            first entries that differ), or those of several.
+        CheckpointError: the file is missing, truncated or not a checkpoint; frequency or stage is
+            missing or contradictory; the shapes fit another network (the message names the
+            first entries that differ) or several.
         ValueError: `arch` is unknown.
     """
     contents = _read(os.fspath(path))
@@ -125,7 +124,7 @@ def load_checkpoint(
         "stage": _agree("stage", contents.stage, stage, contents),
     }
     try:
-        with torch.random.fork_rng(devices=()):  # fresh weights are drawn, then replaced
+        with torch.random.fork_rng(devices=()):  # random weights are drawn, then replaced
             network = build(name, **settings)
     except ValueError as error:
         raise CheckpointError(f"'{contents.path}': {error}") from error
@@ -148,9 +147,9 @@ def save_checkpoint(
     config: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a network of `build` to a file that `load_checkpoint` reads.
+    """Write a network from `build` to a file that `load_checkpoint` reads.
 
-    The file appears whole or not at all.
+    The file is written completely or not at all.
 
     Args:
         path: file to write; an existing one is replaced.
@@ -160,7 +159,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: `model` is not from `build`, or its layers differ in frequency or stage.
-        TypeError: `config` or `metrics` holds something that JSON cannot.
+        TypeError: `config` or `metrics` holds a value that JSON cannot store.
     """
     name = network_name(model)
     frequency, stage = common_settings(model)
@@ -185,7 +184,7 @@ def _read(path: str) -> _Contents:
     raw = read_torch_file(path)
     if "pytorch-lightning_version" in raw and "biper_config" in raw:
         raise CheckpointError(
-            f"'{path}' is the state of a training run, for it to resume from. Pass the stage1.pt "
+            f"'{path}' is the state of a training run, from which it resumes. Pass the stage1.pt "
             "or stage2.pt that training wrote when the stage was finished."
         )
     if raw.get("format") == _FORMAT:
@@ -197,8 +196,8 @@ def _read(path: str) -> _Contents:
         return contents
     if None not in (contents.model, config.model) and contents.model != config.model:
         raise CheckpointError(
-            f"'{path}' holds a network '{contents.model}', but '{config.path}' is of a training of "
-            f"'{config.model}'. Put the config.txt of its own training beside it."
+            f"'{path}' holds a network '{contents.model}', but '{config.path}' describes the "
+            f"training of '{config.model}'. Put the config.txt of its own training beside it."
         )
     return replace(
         contents,
@@ -248,7 +247,7 @@ def _metadata(path: str, value: Any) -> Metadata | None:
 
 
 def _state_dict(path: str, value: Any) -> dict[str, Tensor]:
-    """Check that an entry of our own format is a state dict."""
+    """Check that an entry in our own format is a state dict."""
     if not isinstance(value, Mapping) or not value:
         raise CheckpointError(f"'{path}' has no state dict: found {type(value).__name__}.")
     for key, entry in value.items():
@@ -280,12 +279,12 @@ def _choose_architecture(contents: _Contents, arch: str | None) -> tuple[str, di
         name: [one for one in held[name] if not _differences(one.state, name)] for name in names
     }
     matching = [name for name in names if fitting[name]]
-    if len(matching) > 1:  # networks that differ in what a file may lack, or in no shape at all
+    if len(matching) > 1:  # they differ only in entries that a file may lack, or in no shape
         with_beta = [name for name in matching if _has_beta(fitting[name][0].state, name)]
         matching = with_beta or matching
     if len(matching) > 1:
         raise CheckpointError(
-            f"'{contents.path}' fits {' and '.join(matching)}, and does not say which it is. "
+            f"'{contents.path}' fits {' and '.join(matching)} and does not say which one it is. "
             f"Pass arch='{matching[0]}' or the other."
         )
     if not matching:
@@ -297,7 +296,7 @@ def _choose_architecture(contents: _Contents, arch: str | None) -> tuple[str, di
 
 
 def _no_match(contents: _Contents, held: Mapping[str, list[Candidate]]) -> CheckpointError:
-    """Describe what is nearest to a network."""
+    """Describe the candidate that is closest to a network."""
     name = max(held, key=lambda name: held[name][0].found)
     nearest = held[name][0]
     differences = listing(_differences(nearest.state, name))
@@ -315,7 +314,7 @@ def _no_match(contents: _Contents, held: Mapping[str, list[Candidate]]) -> Check
 
 
 def _covers(state: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a network could be made of `state`, whatever else is in it."""
+    """Whether `state` has everything that the network needs, whatever else is in it."""
     return all(found.endswith(" is unknown") for found in _differences(state, name))
 
 
@@ -348,7 +347,7 @@ def _is_spare(key: str, wanted: Mapping[str, torch.Size]) -> bool:
 
 
 def _has_beta(state: Mapping[str, Tensor], name: str) -> bool:
-    """Whether file and network both have the entries called beta."""
+    """Whether both the file and the network have `beta` entries."""
     shapes = state_dict_shapes(name, _num_classes(state, name))
     return any(key.endswith(".beta") and key in state for key in shapes)
 
@@ -364,7 +363,7 @@ def _agree(what: str, stored: _T | None, given: _T | None, file: _Contents) -> _
     if value is not None:
         return value
     advice = {
-        "frequency": "Pass frequency=20.0 if it was trained with the official scripts' value "
+        "frequency": "Pass frequency=20.0 if it was trained with the value of the official scripts "
         "(their evaluation default of 30 is wrong for it)",
         "stage": "Pass stage=2 for sign(sin(w)) weights or stage=1 for sin(w) weights",
     }[what]
@@ -384,7 +383,7 @@ def network_name(model: nn.Module) -> str:
     if name is None:
         raise ValueError(
             f"`model` is a {type(model).__name__} that biper_engine.models.build did not make, so "
-            "its architecture has no name to store. Save it with torch.save(model.state_dict())."
+            "its architecture has no name. Save it with torch.save(model.state_dict())."
         )
     return name
 

@@ -36,7 +36,7 @@ class PaddingShortcut(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions, each with BatchNorm, and the parameters of every block kind."""
+    """Two 3x3 convolutions, each with BatchNorm, and the parameters that all blocks share."""
 
     convolution: type[BinaryConv2d] = BinaryConv2d
     beta = True  # official checkpoints of networks with binary activations have it
@@ -74,7 +74,7 @@ class DenseShortcutBlock(_Block):
 
 
 class BinaryWeightBlock(DenseShortcutBlock):
-    """The same with real activations, after ReLU: W1A32."""
+    """The same block with real activations, after ReLU: W1A32."""
 
     convolution = BinaryWeightConv2d
     beta = False
@@ -153,8 +153,8 @@ class ResNet18(Network):
     """Two blocks per width; no hardtanh after the first BatchNorm.
 
     Args:
-        widths: channels of the four layers; the official code's A, B, C and full width differ in
-            nothing else.
+        widths: channels of the four layers, the only difference between the official code's A, B,
+            C and full width.
     """
 
     def __init__(

@@ -15,12 +15,12 @@ from biper_engine.nn import BinaryConv2d
 __all__ = ["ImageNetResNet"]
 
 _WIDTHS = (64, 128, 256, 512)
-# The official initial weight of every BatchNorm2d: at first, shortcuts carry all of the signal.
+# The official initial weight of every BatchNorm2d: shortcuts carry all of the signal at first.
 _FIRST_SCALE = 1e-8
 
 
 class ProjectionShortcutBlock(nn.Module):
-    """Two binary 3x3 convolutions, each with BatchNorm, a shortcut of its own, and hardtanh."""
+    """Two binary 3x3 convolutions, each with BatchNorm, its own shortcut, and hardtanh."""
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, *, frequency: float, stage: int

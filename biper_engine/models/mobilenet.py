@@ -49,7 +49,7 @@ class SeparableBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
-        # A map of odd size ends in windows of fewer pixels, whose mean is over those alone.
+        # The last windows of a map of odd size have fewer pixels; their mean is over those only.
         y += x if self.stride == 1 else F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         y = F.hardtanh(y, inplace=True)
         y = F.hardtanh(self.bn2(self.conv2(y)), inplace=True)

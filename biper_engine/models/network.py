@@ -1,4 +1,4 @@
-"""What every network of this package has beside its layers."""
+"""The base class of every network in this package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Network(nn.Module):
     Attributes:
         input_shape: (channels, height, width) of one image.
         provenance: architecture, frequency and stage; filled in by `models.build`.
-        metadata: preprocessing and class names, or None where the task is the caller's own.
+        metadata: preprocessing and class names, or None if the task is the caller's own.
     """
 
     input_shape: tuple[int, int, int] = (3, 32, 32)

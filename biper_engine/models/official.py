@@ -29,18 +29,18 @@ def export_official(
     top1: float = 0.0,
     settings: Mapping[str, str | float | bool] | None = None,
 ) -> Path:
-    """Write `model_best.pth.tar` and the `config.txt` beside it that says frequency and stage.
+    """Write `model_best.pth.tar`, and beside it a `config.txt` with frequency and stage.
 
-    The official `main_stage2.py` takes the former with `--evaluate`, and that of stage 1 with
-    `--load_ckpt_stage1`, for which it reads the frequency from the latter. There is no state of an
-    optimizer in it, so `--resume` does not work. `load_checkpoint` reads it, too.
+    The official `main_stage2.py` reads the checkpoint with `--evaluate`, and that of stage 1 with
+    `--load_ckpt_stage1`; then it takes the frequency from `config.txt`. The checkpoint has no
+    optimizer state, so `--resume` does not work. `load_checkpoint` reads it, too.
 
     Args:
-        directory: made if missing; files of these names are replaced.
+        directory: created if missing; files with these names are replaced.
         model: a network from `models.build` or `load_checkpoint`, on any device.
         epochs: how long it was trained.
         top1: accuracy in percent, for the entry `best_prec1`.
-        settings: further lines of `config.txt`, under the official options' names.
+        settings: further lines of `config.txt`, with the names of the official options.
 
     Returns:
         The path of the checkpoint.

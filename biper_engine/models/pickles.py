@@ -1,8 +1,8 @@
-"""What a pickle in a `torch.save` file would make, found out without making any of it.
+"""Find out what a pickle in a `torch.save` file would create, without creating any of it.
 
-`torch.load(weights_only=True)` calls nothing but a list of harmless functions, yet some of those
-take memory by a number in the file: `bytearray(10**12)`, or a storage of a declared size. So a
-pickle is walked first, with stand-ins for everything that it names.
+`torch.load(weights_only=True)` calls only functions from a list of harmless ones. Some of these
+allocate as many bytes as the file says: `bytearray(10**12)`, or a storage of a declared size. A
+pickle is therefore walked first, with stand-ins for everything that it names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 __all__ = ["MOST_PICKLE_BYTES", "RefusedError", "Survey", "survey"]
 
 MOST_PICKLE_BYTES = 16_000_000
-"""A pickle names tensors and holds none: 100 bytes or so for each of them."""
+"""A pickle names tensors but does not hold them: it needs about 100 bytes for each."""
 
 _OPCODES = (
     *(pickle.PROTO, pickle.GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD, pickle.STOP),
@@ -26,7 +26,7 @@ _OPCODES = (
     *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING, pickle.LONG1),
     *(pickle.BINPERSID, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
 )
-# Bytes of an element, by the name of the storage's class; 1 of any other.
+# Bytes of an element, by the name of the storage's class; 1 for any other class.
 _ELEMENT_BYTES = {
     **dict.fromkeys(("ComplexDoubleStorage",), 16),
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
@@ -44,12 +44,12 @@ _PLAIN = {
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "complex")),
 }
 _REBUILD = "torch._utils._rebuild_"
-# Whose third argument is the tensor's shape.
+# Functions whose third argument is the tensor's shape.
 _SHAPED = {f"{_REBUILD}{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "qtensor")}
 
 
 class RefusedError(Exception):
-    """The pickle would make something that is no tensor and no plain value, or too large."""
+    """The pickle would create something too large, or neither a tensor nor a plain value."""
 
 
 class Survey:
@@ -57,9 +57,9 @@ class Survey:
 
     Attributes:
         storages: bytes by key, as declared.
-        largest_tensor_bytes: of the tensor with the largest declared shape.
-        foreign: the first class or function that is neither a tensor's nor a plain value's.
-        top: the name of what the pickle as a whole is, None for a plain value.
+        largest_tensor_bytes: bytes of the tensor with the largest declared shape.
+        foreign: the first class or function that makes neither a tensor nor a plain value.
+        top: the name of the pickle's own type or function, None for a plain value.
     """
 
     def __init__(self) -> None:
@@ -69,10 +69,10 @@ class Survey:
         self.top: str | None = None
 
     def called(self, label: str, args: tuple[Any, ...]) -> None:
-        """Take note of a call.
+        """Record a call.
 
         Raises:
-            RefusedError: it takes memory by a number.
+            RefusedError: it allocates memory by a number.
         """
         if label == "torch._tensor._rebuild_from_type_v2" and len(args) > 2:
             self.called(_label(args[0]) or "a function", tuple(args[2]))
@@ -92,7 +92,7 @@ class Survey:
             self.foreign = self.foreign or label
 
     def stored(self, identity: Any) -> _Thing:
-        """Take note of a storage, and return a stand-in for it."""
+        """Record a storage, and return a stand-in for it."""
         kind, storage_class, key, _, count = identity[:5]
         if kind not in ("storage", b"storage") or type(count) is not int or count < 0:
             raise RefusedError("a storage without a size")
@@ -106,7 +106,7 @@ class Survey:
 
 
 class _Thing:
-    """A stand-in for an instance of any class: it takes whatever unpickling does to it."""
+    """A stand-in for an instance of any class: it accepts whatever unpickling does to it."""
 
     label: ClassVar[str] = ""
     element_bytes = 1
@@ -123,7 +123,7 @@ def _label(value: Any) -> str | None:
 
 
 def _check_keys(keys: Iterable[Any], depth: int = 0) -> None:
-    """Refuse keys whose hash walks over what they hold, which may be nested without end."""
+    """Refuse keys whose hash walks over their contents, which may be nested without end."""
     for key in keys:
         if isinstance(key, tuple) and depth < 2:
             _check_keys(key, depth + 1)
@@ -131,7 +131,7 @@ def _check_keys(keys: Iterable[Any], depth: int = 0) -> None:
             raise RefusedError("a key of nested tuples")
 
 
-class _Walker(pickle._Unpickler):  # in Python: the one in C takes memory by numbers, too
+class _Walker(pickle._Unpickler):  # in Python: the one in C allocates by numbers, too
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES
     }
@@ -171,7 +171,7 @@ class _Walker(pickle._Unpickler):  # in Python: the one in C takes memory by num
 
 
 class _Bounded:
-    """A file of which a bounded number of bytes is read."""
+    """A file from which at most `MOST_PICKLE_BYTES` bytes are read."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -197,14 +197,14 @@ class _Bounded:
 
 
 def survey(file: Any) -> tuple[Survey, Any]:
-    """Walk one pickle from where a binary file stands to the pickle's end.
+    """Walk one pickle, from a binary file's position to the pickle's end.
 
     Returns:
-        What it holds; and its value, with stand-ins for whatever is not plain.
+        What it holds; and its value, with stand-ins for everything that is not plain.
 
     Raises:
-        RefusedError: it would take memory by a number in the file.
-        Exception: of the kinds that unpickling damaged bytes raises.
+        RefusedError: it would allocate memory by a number in the file.
+        Exception: any kind that unpickling of damaged bytes raises.
     """
     result = Survey()
     value = _Walker(_Bounded(file), result).load()

@@ -57,12 +57,12 @@ class Architecture:
     Attributes:
         name: `dataset/network`; the network part is the official code's function name.
         constructor: called as `constructor(num_classes, frequency=..., stage=..., **options)`.
-        metadata: preprocessing and classes of the task that the name stands for.
+        metadata: preprocessing and classes of the task in the name.
         num_classes: classes of that task.
         classifier: name of the last layer, whose weight has one row per class.
-        options: what sets it apart from other networks of the same constructor.
-        reported_top1: accuracy in percent of the trained network, as `source` has it; or None.
-        source: where that is published.
+        options: arguments in which it differs from other networks of the same constructor.
+        reported_top1: accuracy in percent of the trained network according to `source`, or None.
+        source: where this accuracy is published.
     """
 
     name: str
@@ -140,22 +140,22 @@ def architecture(name: str) -> Architecture:
 def build(
     name: str, *, num_classes: int | None = None, frequency: float = 20.0, stage: int = 2
 ) -> Network:
-    """Build a network with fresh weights, drawn from PyTorch's global generator.
+    """Build a network with initial weights drawn from PyTorch's global generator.
 
     PyTorch draws an exact 0 about once in 2^24 normal numbers. A latent weight of 0 has no sign, so
     it becomes 1e-8.
 
     Args:
         name: one of `available()`, such as "cifar10/resnet20_1w1a".
-        num_classes: None means the classes of the task in the name, and then `metadata` has that
-            task's preprocessing and class names. With a number, the task is yours and `metadata`
-            is None until you set it.
+        num_classes: None takes the classes of the task in the name; `metadata` then has the
+            preprocessing and class names of that task. With a number, the task is your own, and
+            `metadata` is None until you set it.
         frequency: w0 of sin(w0*w).
         stage: 1 for weights sin(w0*w), 2 for sign(sin(w0*w)).
 
     Returns:
         A module in training mode with `input_shape`, `provenance` and `metadata`. Its state dict
-        has the names and shapes of the official code's.
+        has the names and shapes of the official code.
 
     Raises:
         ValueError: unknown name, or a number out of range.

@@ -1,8 +1,8 @@
-"""Find a network's tensors in what a checkpoint file holds, whatever is around them.
+"""Find a network's tensors in the contents of a checkpoint file, whatever is around them.
 
-Training scripts put a state dict under an entry of their own ("state_dict", "model", "ema", ...),
-and wrappers put a prefix before its names ("module.", "model.", "_orig_mod.", ...). None of these
-words is looked for: the network's own names say which dict and which prefix are meant.
+Training scripts put a state dict under their own entry ("state_dict", "model", "ema", ...),
+and wrappers put a prefix before its names ("module.", "model.", "_orig_mod.", ...). The search uses
+none of these words: the network's own names show which dict and which prefix are meant.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["Candidate", "candidates", "check_dense", "is_foreign_spare", "listin
 
 # Modules that PyTorch's wrappers put between others; their names occur anywhere.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Buffers that profilers leave in a module; they take no part in what it computes.
+# Buffers that profilers leave in a module; the module does not compute with them.
 _SPARE = ("total_ops", "total_params")
 _MOST_DEPTH = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Tensors of a file that may be a network's.
+    """Tensors of a file that may belong to a network.
 
     Attributes:
-        where: how a message names them; empty for the file as a whole.
+        where: their name in messages; empty for the file as a whole.
         found: how many of the network's names are among them.
-        state: by the network's names; what it does not know, by the file's.
+        state: the tensors by the network's names; unknown ones by their names in the file.
     """
 
     where: str
@@ -42,11 +42,11 @@ class Candidate:
 
 
 def candidates(contents: Mapping[Any, Any], names: Collection[str]) -> list[Candidate]:
-    """Return what may be the tensors of `names`, those with most of the names first.
+    """Return what may be the tensors of `names`, the best match first.
 
     Args:
-        contents: what a file holds.
-        names: of a network's state dict.
+        contents: the contents of a file.
+        names: the names in a network's state dict.
     """
     wanted = _by_plain_name(names)
     ways = [wanted]
@@ -63,7 +63,7 @@ def candidates(contents: Mapping[Any, Any], names: Collection[str]) -> list[Cand
 
 
 def the_one(path: str, fitting: list[Candidate], names: Collection[str]) -> Candidate:
-    """Return the candidate that fits, where several do only if they are equal.
+    """Return the candidate that fits; several must be equal.
 
     Raises:
         CheckpointError: they are different networks.
@@ -78,14 +78,14 @@ def the_one(path: str, fitting: list[Candidate], names: Collection[str]) -> Cand
         ):
             raise CheckpointError(
                 f"'{path}' holds two networks that fit: {first.where or 'its own entries'}, and "
-                f"{other.where or 'its own entries'}. Save the one that you mean by itself, with "
+                f"{other.where or 'its own entries'}. Save the one that you want separately, with "
                 "torch.save."
             )
     return first
 
 
 def check_dense(path: str, state: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not kept as training keeps them.
+    """Refuse tensors that are not stored as in training.
 
     Raises:
         CheckpointError: an entry is sparse, quantized, complex, or without data.
@@ -96,17 +96,17 @@ def check_dense(path: str, state: Mapping[str, Tensor]) -> None:
             kind = "without data" if entry.is_meta else f"{entry.dtype}, {entry.layout}"
             raise CheckpointError(
                 f"'{path}': entry '{key}' is {kind}; wanted a dense tensor of real numbers. Only "
-                "latent weights as training keeps them can be read."
+                "latent weights, as training stores them, can be read."
             )
 
 
 def is_foreign_spare(name: str) -> bool:
-    """Whether an entry is a profiler's, which no network needs."""
+    """Whether a profiler left an entry, which no network needs."""
     return name.rpartition(".")[2] in _SPARE
 
 
 def listing(differences: list[str]) -> str:
-    """Return the first differences as the end of a sentence."""
+    """Join the first differences into the end of a sentence."""
     shown = "; ".join(differences[:3])
     rest = len(differences) - 3
     return f"{shown}; and {rest} more." if rest > 0 else f"{shown}."
@@ -115,7 +115,7 @@ def listing(differences: list[str]) -> str:
 def _dicts_of_tensors(
     contents: Mapping[Any, Any],
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Yield (keys that lead to it, its tensors) of every dict, and all tensors as one tree."""
+    """Yield (keys that lead to it, its tensors) for every dict, and all tensors as one tree."""
     tree: dict[str, Tensor] = {}
     seen: set[int] = set()
     deep = False
@@ -145,7 +145,7 @@ def _is_entry(key: Any, value: Any) -> bool:
 
 
 def _by_plain_name(names: Collection[str]) -> dict[str, str]:
-    """Return names by what they are without wrappers, or by themselves if that is ambiguous."""
+    """Return names by their form without wrappers, or by themselves if that is ambiguous."""
     plain = {_plain(name): name for name in names}
     return plain if len(plain) == len(names) else {name: name for name in names}
 
@@ -165,13 +165,13 @@ def _with_prefixes(
     keys: Mapping[str, str],
     wanted: Mapping[str, str],
 ) -> Iterator[Candidate]:
-    """Yield what the tensors are without each prefix that leaves names of the network.
+    """Yield a candidate for each prefix whose removal leaves names of the network.
 
     Args:
         place: keys that lead to the tensors.
         tensors: by the file's names.
-        keys: those names, by what is compared.
-        wanted: the network's names, by what is compared.
+        keys: those names, by the form that is compared.
+        wanted: the network's names, by the form that is compared.
     """
     counts: Counter[str] = Counter({"": 0})
     for name in keys:

@@ -23,7 +23,7 @@ __all__ = ["CONFIG_NAME", "ConfigTxt", "read_config_txt", "read_torch_file", "re
 CONFIG_NAME = "config.txt"
 """The file that the official training script writes its options to, beside its checkpoints."""
 
-# What torch.load raises for damaged bytes, by way of its zip reader and its pickle interpreter.
+# What torch.load's zip reader and its pickle interpreter raise for damaged bytes.
 _DAMAGE = (
     RuntimeError,
     EOFError,
@@ -39,7 +39,7 @@ _DAMAGE = (
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C
 _MOST_CONFIG_BYTES = 1_000_000
 _BIPER = b'{"__metadata__":{"biper":'  # follows the length of the header
-# First bytes of what is taken for a checkpoint, what it is, and what to do.
+# First bytes of files that are mistaken for checkpoints, what they are, and what to do.
 _FOREIGN = (
     (b"\x08", "perhaps an ONNX model", "Convert the PyTorch model that it was made from."),
     (b"\x89HDF", "an HDF5 file, perhaps of Keras", "Write its weights with torch.save."),
@@ -58,8 +58,8 @@ _FOREIGN = (
 def read_torch_file(path: str) -> dict[Any, Any]:
     """Return the dict in a file written by `torch.save`, tensors on the CPU.
 
-    What the file declares is held against its size before any of it is read: no entry may be
-    compressed, and no tensor larger than the file.
+    Before anything is read, the declared sizes are compared with the size of the file: no entry may
+    be compressed, and no tensor may be larger than the file.
 
     Raises:
         CheckpointError: missing, truncated, not a `torch.save` file, not a dict, or with objects
@@ -68,7 +68,7 @@ def read_torch_file(path: str) -> dict[Any, Any]:
     size = _check_container(path)
     try:
         surveyed = _survey_zip(path, size) if zipfile.is_zipfile(path) else _survey_old(path, size)
-    except CheckpointError:  # a ValueError, which tells of damage where it is not ours
+    except CheckpointError:  # a ValueError; any other ValueError means damage
         raise
     except (RefusedError, RecursionError) as error:
         raise CheckpointError(
@@ -95,7 +95,7 @@ def require_file(path: str) -> int:
     """Return the size of a regular file.
 
     Raises:
-        CheckpointError: there is none, or something else that has no end, such as a pipe.
+        CheckpointError: the file is missing or not regular, such as a pipe, which has no end.
     """
     try:
         found = Path(path).stat()
@@ -103,7 +103,7 @@ def require_file(path: str) -> int:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"Cannot read checkpoint '{path}': {reason}.") from error
     if not stat.S_ISREG(found.st_mode):
-        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
         raise CheckpointError(
             f"Cannot read checkpoint '{path}': it is {kind}. Pass the path of a file."
         )
@@ -153,7 +153,7 @@ def _check_container(path: str) -> int:
 
 
 def _survey_zip(path: str, size: int) -> Survey:
-    """Hold a zip archive's directory, and the pickle in it, against the file's size."""
+    """Check a zip archive's directory, and the pickle in it, against the file's size."""
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, *_DAMAGE) as error:
@@ -167,12 +167,12 @@ def _survey_zip(path: str, size: int) -> Survey:
         _check_archive(path, list(entries), pickles)
         if packed:
             raise CheckpointError(
-                f"'{path}' is compressed (entry '{packed[0]}'), as torch.save never writes, and is "
-                "not inflated, since it may grow without bounds. If you trust it: "
+                f"'{path}' is compressed (entry '{packed[0]}'). torch.save never compresses, and "
+                "it is not inflated, since it may grow without bounds. If you trust it: "
                 f"torch.save(torch.load('{path}'), 'plain.pt')"
             )
         if len({name.lower() for name in entries}) < len(archive.infolist()):
-            raise RefusedError("two entries of one name")  # of which torch may read either
+            raise RefusedError("two entries of one name")  # torch may read either of them
         if sum(entry.file_size for entry in archive.infolist()) > size:
             raise RefusedError("more than its own size")
         if entries[pickles[0]].file_size > MOST_PICKLE_BYTES:
@@ -195,12 +195,12 @@ def _survey_zip(path: str, size: int) -> Survey:
 
 
 def _check_archive(path: str, names: list[str], pickles: list[str]) -> None:
-    """Tell other archives from those of torch.save."""
+    """Refuse archives that torch.save did not write."""
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner:
         raise CheckpointError(
             f"'{path}' is a TorchScript archive, which holds compiled code, wanted a checkpoint. "
-            f"Its weights alone: torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')"
+            f"Save its weights: torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')"
         )
     if "archive_format" in inner or "serialized_exported_program.json" in names:
         raise CheckpointError(
@@ -216,11 +216,11 @@ def _check_archive(path: str, names: list[str], pickles: list[str]) -> None:
 
 
 def _survey_old(path: str, size: int) -> Survey:
-    """Hold a file of PyTorch before 1.6 against its size: five pickles, then the storages."""
+    """Check a file of PyTorch before 1.6 against its size: five pickles, then the storages."""
     with Path(path).open("rb") as file:
         try:
             _, magic = survey(file)
-        except (KeyError, IndexError):  # no opcodes that torch.save uses, or in no order of its
+        except (KeyError, IndexError):  # opcodes, or an order of them, that torch.save never uses
             magic = None
         if magic != _OLD_MAGIC:
             raise CheckpointError(
@@ -244,21 +244,21 @@ def _check_largest(found: Survey, size: int) -> None:
 
 
 def _check_kinds(path: str, found: Survey) -> None:
-    """Refuse what only code could make."""
+    """Refuse objects that only code can make."""
     if found.foreign is None:
         return
     part = "" if found.top is None else ".state_dict()"
     entry = "['state_dict']" if found.top is None else ""
     raise CheckpointError(
-        f"'{path}' holds more than tensors and plain values: {found.foreign}. It is not unpickled "
-        "for safety: that can run any code. If you trust the file, save its weights alone: "
+        f"'{path}' holds more than tensors and plain values: {found.foreign}. It is not unpickled, "
+        "because that can run any code. If you trust the file, save only its weights: "
         f"torch.save(torch.load('{path}', weights_only=False){entry}{part}, 'weights.pt')"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigTxt:
-    """The three lines of the official `config.txt` that matter; None where a line is absent."""
+    """The three lines of the official `config.txt` that matter; None if a line is missing."""
 
     path: Path
     model: str | None
@@ -270,13 +270,13 @@ def read_config_txt(path: Path) -> ConfigTxt | None:
     """Read `model:`, `freq:` and `stage2:` from the official script's `config.txt`, if it exists.
 
     Raises:
-        CheckpointError: one of the lines has a value that is not understood.
+        CheckpointError: one of the lines has an invalid value.
     """
     if not path.is_file():
         return None
     if path.stat().st_size > _MOST_CONFIG_BYTES:
         raise CheckpointError(
-            f"'{path}' is not the official script's: it has {path.stat().st_size:,} bytes. "
+            f"'{path}' is not from the official script: it has {path.stat().st_size:,} bytes. "
             "Put the config.txt of the checkpoint's training there, or remove it."
         )
     text = path.read_text(encoding="utf-8", errors="replace")

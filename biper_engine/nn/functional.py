@@ -22,7 +22,7 @@ SCALE_EPSILON = 1e-5
 def binarize_weight(weight: Tensor, *, frequency: float, stage: int) -> Tensor:
     """Map latent weights to the weights that the layer multiplies with.
 
-    Stage 1: `sin(frequency * weight)`, differentiable as it stands.
+    Stage 1: `sin(frequency * weight)`, which is differentiable.
     Stage 2: `sign(sin(frequency * weight))`, a square wave of period 2*pi/frequency. The sign is
     straight-through, so the gradient is that of stage 1: `frequency * cos(frequency * weight)`.
 
@@ -49,12 +49,12 @@ def binarize_activation(x: Tensor, *, scale_dims: tuple[int, ...] = ()) -> Tenso
         sign(x / sqrt(x.var(scale_dims, keepdim=True) + 1e-5))
 
     including the path through the variance. The scale is positive, so it never changes the
-    result: it only sets how much of a sample falls into the window |.| < 1 where the surrogate
-    passes gradients. That is why it is computed in the backward pass alone.
+    result. It only sets how much of a sample falls into the window |.| < 1 in which the surrogate
+    passes gradients. The scale is therefore computed in the backward pass only.
 
     Args:
         x: activations, floating point.
-        scale_dims: negative dimensions of one sample; each needs two elements or more in all.
+        scale_dims: negative dimensions of one sample, which needs two elements or more in total.
 
     Returns:
         Tensor like `x` with values -1, 0 (only for 0) and +1; NaN stays NaN.
@@ -115,7 +115,7 @@ class _ScaledBiRealSign(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         dims, count = ctx.dims, prod(x.shape[dim] for dim in ctx.dims)
-        # Two passes, because torch.var_mean on CPU takes five times as long.
+        # Two passes are used because torch.var_mean takes five times as long on CPU.
         centred = x - x.mean(dims, keepdim=True)
         variance = (centred * centred).sum(dims, keepdim=True) / (count - 1)
         scale = torch.rsqrt(variance + SCALE_EPSILON)

@@ -74,9 +74,9 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         F.conv2d(sign(x), sign(sin(w0 * weight)), bias, ...) * alpha        (stage 2)
         F.conv2d(sign(x), sin(w0 * weight), bias, ...) * alpha              (stage 1)
 
-    In training mode x is first divided by sqrt(var + 1e-5) of its own sample, which changes no
-    value, only the window of the surrogate gradient (`binarize_activation`). Padding is zeros after
-    the sign: a padded tap adds 0.
+    In training mode x is first divided by sqrt(var + 1e-5) of its own sample. This changes no
+    value, only the window of the surrogate gradient (`binarize_activation`). The signs are padded
+    with zeros: a padded tap adds 0.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as nn.Conv2d.
@@ -84,11 +84,11 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         padding_mode, device, dtype: as nn.Conv2d.
         frequency: w0; the official scripts train with 20.
         stage: 1 or 2; may be assigned later.
-        beta: keep the parameter of that name that official CIFAR checkpoints have and nothing uses.
+        beta: keep the unused parameter `beta`, which official CIFAR checkpoints have.
 
     Attributes:
-        weight: latent weights, any real value; their sign means nothing.
-        alpha: [out_channels, 1, 1] learned scale, uniform in [0, 1) at first, of either sign later.
+        weight: latent weights, any real value; their sign has no meaning.
+        alpha: [out_channels, 1, 1] learned scale, initially uniform in [0, 1), later of any sign.
         beta: [out_channels, 1, 1], or None.
         tau: 0-d buffer, weight of this layer in `regularizer`.
 
@@ -133,8 +133,8 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
         bits = binarize_activation(input, scale_dims=(-3, -2, -1) if self.training else ())
         output: Tensor = self._conv_forward(bits, self.quantized_weight(), self.bias)
-        # Alpha stays outside of the weights: so multiplied, equal integers of stage 2 stay equal,
-        # and a max pool takes the first of them, whose gradient it is then.
+        # Alpha multiplies the result, not the weights. Equal integers of stage 2 then stay equal,
+        # and a max pool takes the first of them and sends the gradient there.
         return output * self.alpha
 
 
@@ -158,8 +158,8 @@ class BinaryLinear(_Periodic, nn.Linear):
 
     In eval mode, with w0 = `frequency` and in stage 2, exactly
     `F.linear(sign(x), sign(sin(w0 * weight)), bias) * alpha`; stage 1 drops the outer sign of the
-    weights. In training mode each row of x is divided by sqrt(var + 1e-5) of its own features
-    first, with the effect described at `BinaryConv2d`.
+    weights. In training mode each row of x is first divided by sqrt(var + 1e-5) of its own
+    features; `BinaryConv2d` describes the effect.
 
     Args:
         in_features, out_features, device, dtype: as nn.Linear.
@@ -215,7 +215,7 @@ def regularizer(module: nn.Module) -> Tensor:
     It is smallest, 0, where every sine is 0. No gradient reaches `tau`.
 
     Args:
-        module: anything that contains binary layers; without one the result is 0.
+        module: a module with binary layers; without one the result is 0.
 
     Returns:
         0-d tensor.

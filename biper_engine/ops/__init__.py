@@ -1,7 +1,7 @@
 """The `torch.ops.biper` vocabulary: schemas, shape functions, the reference and the backends.
 
-Importing this package registers the operators. `functional` has the typed front, `reference` the
-definitions, `backends` the choice of who runs a call.
+Importing this package registers the operators. `functional` has the typed functions, `reference`
+the definitions, and `backends` chooses the backend of a call.
 """
 
 from biper_engine.ops import plan_operators as _plan_operators  # noqa: F401  (registers these)

@@ -1,8 +1,8 @@
-"""Who runs an operator: the backends, what each can do, and the choice between them.
+"""The backends that run operators, what each can do, and the choice between them.
 
-Backends are tried in the order of `PREFERENCE`; the first that is available, serves the device and
-supports the call runs it. `use_backend` or the environment variable `BIPER_BACKEND` forces one: a
-forced backend that cannot serve raises with its reason, and nothing is ever chosen instead.
+Backends are tried in the order of `PREFERENCE`. The first that is available and supports the device
+and the call runs it. `use_backend` or the environment variable `BIPER_BACKEND` forces one: if the
+forced backend cannot run a call, it raises with its reason, and no other is chosen.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 
 class Backend(ABC):
-    """One implementation of the vocabulary, as `functional` says; arguments arrive checked."""
+    """One implementation of the vocabulary of `functional`; arguments are already checked."""
 
     name: str
     device_types: tuple[str, ...] | None = None
-    """Kinds of devices that it is asked about, and loaded for, unless it is forced; None: all."""
+    """Device types for which it is considered and loaded, unless it is forced; None: all."""
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -52,21 +52,21 @@ class Backend(ABC):
 
     @abstractmethod
     def prepack(self, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
-        """Re-lay canonical packed weights for this backend."""
+        """Convert canonical packed weights to the layout of this backend."""
 
     @abstractmethod
     def binarize(self, x: Tensor, threshold: Tensor | None, sense: Tensor | None) -> Tensor:
-        """Float map to packed map."""
+        """Pack a float map."""
 
     @abstractmethod
     def unbinarize(self, bits: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-        """Packed map to +-1 float map."""
+        """Unpack a packed map to a +-1 float map."""
 
     @abstractmethod
     def bmaxpool2d(
         self, bits: Tensor, channels: int, pool: Pool2dGeometry, take_and: Tensor | None
     ) -> Tensor:
-        """Max pool of a packed map."""
+        """Max pool a packed map."""
 
     @abstractmethod
     def bconv2d(
@@ -86,7 +86,7 @@ class Backend(ABC):
         float_dtype: torch.dtype | None,
         want_bits: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Accumulators through the epilogue; a float map, a packed map, or both."""
+        """Convolve and apply the epilogue; return a float map, a packed map, or both."""
 
     def bind_fused(
         self,
@@ -98,9 +98,9 @@ class Backend(ABC):
     ) -> Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
         """Return `bconv2d_fused` with fixed parameters, a function of bits and residual.
 
-        A backend overrides it where it can prepare more than the weights for calls to come.
+        A backend overrides it if it can prepare more than the weights for later calls.
         """
-        weight = prepacked.new_empty(0)  # the prepacked weights stand for it
+        weight = prepacked.new_empty(0)  # the prepacked weights are used instead
 
         def run(bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             return self.bconv2d_fused(
@@ -110,16 +110,16 @@ class Backend(ABC):
         return run
 
     def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
-        """Images to what `stem` wants: a float map, a packed map, or both.
+        """Run a stem on images; return what it wants: a float map, a packed map, or both.
 
-        A backend that does not override it, and `pooled_linear`, refuses the operators.
+        A backend that does not override this and `pooled_linear` does not support the operators.
         """
         raise NotImplementedError(f"The {self.name} backend has no fused stem.")
 
     def bind_stem(self, stem: Stem) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
         """Return `stem` with fixed parameters, a function of the images.
 
-        A backend overrides it where it can prepare the weights for calls to come.
+        A backend overrides it if it can prepare the weights for later calls.
         """
 
         def run(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -128,7 +128,7 @@ class Backend(ABC):
         return run
 
     def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Mean of a float map over its pixels, through a linear layer."""
+        """Apply a linear layer to the mean of a float map over its pixels."""
         raise NotImplementedError(f"The {self.name} backend has no fused classifier.")
 
     def bind_pooled_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -154,7 +154,7 @@ _forced: ContextVar[str | None] = ContextVar("biper_backend", default=None)
 
 
 def register(backend: Backend) -> None:
-    """Make a backend known; called once per adapter, when the vocabulary is registered."""
+    """Register a backend; called once per adapter, when the vocabulary is registered."""
     _REGISTERED[backend.name] = backend
 
 
@@ -166,7 +166,7 @@ def _unavailable_reason(name: str) -> str | None:
 
 
 def backends() -> tuple[BackendInfo, ...]:
-    """Return every backend in order of preference, with the reason where one cannot run here."""
+    """Return every backend in order of preference, with the reason if one cannot run here."""
     reasons = {name: _unavailable_reason(name) for name in PREFERENCE}
     return tuple(BackendInfo(name, reason is None, reason) for name, reason in reasons.items())
 
@@ -200,8 +200,8 @@ def use_backend(name: str) -> Iterator[None]:
         name: a name from `backends()`.
 
     Raises:
-        BackendUnavailableError: at once, if the backend is unknown or cannot run here; inside the
-            block, if it cannot run an operator that is called.
+        BackendUnavailableError: immediately, if the backend is unknown or cannot run here; inside
+            the block, if it cannot run an operator that is called.
     """
     by_name(name)
     token = _forced.set(name)
@@ -220,7 +220,7 @@ def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Ba
     """Return the backend that runs this call.
 
     Raises:
-        BackendUnavailableError: a backend is forced that cannot, or none can.
+        BackendUnavailableError: the forced backend cannot run it, or no backend can.
     """
     forced = forced_name()
     if forced is not None:

@@ -1,6 +1,6 @@
-"""Validation of operator arguments, once, at the operator's entry; shared by kernels and fakes.
+"""Validate operator arguments once, at the operator's entry; shared by kernels and fakes.
 
-Every function raises `GeometryError` or `TypeError` with what came and what was wanted.
+Every function raises `GeometryError` or `TypeError`; the message has the given and wanted values.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def check_conv(
 def check_prepacked(
     prepacked: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, backend: str
 ) -> None:
-    """Require the layout that `prepack` makes for the backend that runs."""
+    """Require the layout that `prepack` returns for the backend that runs."""
     if prepacked is not None and (tuple(prepacked.shape) != shape or prepacked.dtype != dtype):
         raise GeometryError(
             f"`prepacked` must be {dtype} {list(shape)} for the {backend} backend, which runs this "
@@ -117,7 +117,7 @@ def check_epilogue(
     """Require per-channel vectors of the right shape and at most one activation."""
     check_per_channel(epilogue.tensors(), out_channels, device)
     if wants_bits and (epilogue.threshold is None or epilogue.sense is None):
-        raise ValueError("`threshold` and `sense` must be given where bits leave, but one is None.")
+        raise ValueError("`threshold` and `sense` must be given to return bits, but one is None.")
     clamped = epilogue.clamp_min is not None or epilogue.clamp_max is not None
     if clamped and epilogue.slope is not None:
         raise ValueError("`slope` and `clamp_min`/`clamp_max` exclude each other.")
@@ -136,7 +136,7 @@ def check_residual(residual: Tensor | None, shape: tuple[int, ...], device: torc
 
 
 def check_stem_parameters(stem: Stem, device: torch.device) -> None:
-    """Require parameters of a stem that fit each other, on `device`."""
+    """Require consistent parameters of a stem, on `device`."""
     check_dtype("dtype", stem.compute_dtype)
     if stem.weight.dtype != torch.float32:
         raise TypeError(f"`weight` must be float32, but its dtype is {stem.weight.dtype}.")
@@ -155,7 +155,7 @@ def check_stem_parameters(stem: Stem, device: torch.device) -> None:
 
 
 def check_stem(x: Tensor, stem: Stem) -> tuple[int, int, int, int]:
-    """Require images and parameters that fit each other; return the output's [N, O, OH, OW]."""
+    """Require images that fit the parameters; return the output's [N, O, OH, OW]."""
     if x.dtype != torch.uint8 and x.dtype not in _STREAM_DTYPES:
         raise TypeError(
             f"`x.dtype` (={x.dtype}) must be float32, float16, bfloat16 or uint8, as images are."
@@ -175,7 +175,7 @@ def check_pooled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_float_map("x", x)
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise GeometryError(
-            f"`x` must have pixels to take the mean of, but its shape is {tuple(x.shape)}."
+            f"`x` must have pixels, because their mean is taken, but its shape is {tuple(x.shape)}."
         )
     shape = f"[K, {x.shape[1]}] for {x.shape[1]} channels"
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:

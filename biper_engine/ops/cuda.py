@@ -1,6 +1,6 @@
 """The CUDA backend: `csrc/cuda` behind the vocabulary.
 
-The compiled module is loaded at the first question about it, never at import.
+The compiled module is loaded when it is first needed, never at import.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Native:
         self._refusals: dict[int, str | None] = {}
 
     def refusal(self, device: torch.device) -> str | None:
-        """Return why the kernels do not run on a device, or None; asked once.
+        """Return why the kernels do not run on a device, or None; checked once.
 
-        The driver may be older than the toolkit that compiled them, the device of a capability that
-        they were not compiled for.
+        The driver may be older than the toolkit that compiled them, or they may not be compiled
+        for the device's compute capability.
         """
         index = torch.cuda.current_device() if device.index is None else device.index
         if index not in self._refusals:
@@ -76,17 +76,17 @@ class Native:
         return self._refusals[index]
 
     def on(self, device: torch.device) -> Any:
-        """Return a context in which a device is the current one."""
+        """Return a context that makes a device the current one."""
         return torch.cuda.device(device)
 
     def stream(self, device: torch.device) -> int:
-        """Return the address of the stream that calls from this thread go to."""
+        """Return the address of the stream that this thread's calls are queued on."""
         return torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache
 def _load() -> tuple[Native | None, str | None]:
-    """Return the compiled module, or None and why it cannot run here."""
+    """Return the compiled module, or None and the reason why it cannot run here."""
     if not torch.cuda.is_available():
         cause = "this build of PyTorch is for CPUs" if torch.version.cuda is None else "no CUDA GPU"
         return None, cause
@@ -131,7 +131,7 @@ def _layout(geometry: Conv2dGeometry, native: Native) -> Layout:
 
 
 def _strided(x: Tensor) -> tuple[int, int, int]:
-    """Return address, elements up to the end of the memory, and type of a map of any strides."""
+    """Return address, elements to the end of the memory, and type of a map with any strides."""
     elements = x.untyped_storage().nbytes() // x.element_size() - int(x.storage_offset())
     return x.data_ptr(), elements, STREAM_TYPES[x.dtype]
 
@@ -203,7 +203,7 @@ class _Conv:
         float_dtype: torch.dtype | None,
         want_bits: bool,
     ) -> Any:
-        """Return how such a call of `fused` runs: a ConvWay of csrc/cuda/bconv.h."""
+        """Return how this call of `fused` runs: a ConvWay of csrc/cuda/bconv.h."""
         floats, packed = self._outputs(bits, float_dtype, want_bits)
         with self._native.on(bits.device):
             return self._conv.way(**self._flowing(bits, residual, floats, packed, None))
@@ -254,7 +254,7 @@ class _Conv:
 
 
 class _Stem:
-    """A stem with its weights laid out once for every device that it meets."""
+    """A stem whose weights are laid out once for every device that it runs on."""
 
     def __init__(self, native: Native, stem: Stem) -> None:
         self._native, self._stem = native, stem
@@ -305,7 +305,7 @@ class CudaBackend(Backend):
     """Kernels of csrc/cuda, on NVIDIA GPUs.
 
     Args:
-        load: returns the module, or None and why it cannot run.
+        load: returns the module, or None and the reason why it cannot run.
     """
 
     name = "cuda"
@@ -328,7 +328,7 @@ class CudaBackend(Backend):
     ) -> str | None:
         native = self._native
         if device.type != native.device_type:
-            return f"it runs on {native.device_type} devices, the tensors are on {device}"
+            return f"it runs on {native.device_type} devices, but the tensors are on {device}"
         return native.refusal(device)
 
     def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:

@@ -1,4 +1,4 @@
-"""What the kernels of `csrc/cuda` take besides maps: weights in their order, limits of bits."""
+"""Arguments of the `csrc/cuda` kernels besides maps: weights in their order, limits of bits."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def _popcount(packed: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where in the prepacked words each layout of the weights lies; see csrc/cuda.
+    """The place of each layout of the weights in the prepacked words; see csrc/cuda.
 
     Attributes:
         fragments: words of the tensor-core fragments (bconv_mma.cuh); 0 with groups.
         sums: words of the prefix sums over the taps; 0 with groups.
         taps: words tap by tap (bconv_popcount.cuh).
         chunk_words: words of a pixel in one chunk.
-        steps: of 256 bits in a chunk.
-        chunks: of a pixel.
-        blocks: of 32 output channels.
+        steps: steps of 256 bits in a chunk.
+        chunks: chunks of a pixel.
+        blocks: blocks of 32 output channels.
     """
 
     fragments: int
@@ -62,7 +62,7 @@ class Layout:
 
 
 def layout_of(geometry: Conv2dGeometry, chunk_words: int) -> Layout:
-    """Return the layouts of a convolution; `chunk_words` is what csrc/cuda/bconv.h says of it."""
+    """Return the layouts of a convolution; csrc/cuda/bconv.h computes its `chunk_words`."""
     taps = geometry.taps * words(geometry.group_channels) * geometry.out_channels
     if geometry.groups > 1:
         return Layout(0, 0, taps, 0, 0, 0, 0)
@@ -82,10 +82,10 @@ def layout_of(geometry: Conv2dGeometry, chunk_words: int) -> Layout:
 
 
 def _fragments(weight: Tensor, geometry: Conv2dGeometry, layout: Layout) -> Tensor:
-    """Return the words in the order in which the lanes of a warp take them.
+    """Return the words in the order in which the lanes of a warp load them.
 
-    `[blocks, chunks, steps, 2, lanes, 4]`: of two groups of 8 channels in turn the pair of words of
-    the lane's quarter. Column g of group j is channel `8 * (g // 2) + 2 * j + g % 2` of its block.
+    `[blocks, chunks, steps, 2, lanes, 4]`: the pair of words of the lane's quarter, of two groups
+    of 8 channels in turn. Column g of group j is channel `8 * (g // 2) + 2 * j + g % 2` of a block.
     """
     padded = weight.new_zeros(
         (layout.blocks * WORD_BITS, geometry.taps, layout.chunks * layout.chunk_words)
@@ -116,7 +116,7 @@ def _prefix_sums(weight: Tensor, layout: Layout) -> Tensor:
 
 
 def prepacked_words(weight: Tensor, geometry: Conv2dGeometry, layout: Layout) -> Tensor:
-    """Return canonical weights in all layouts that a convolution has, one after the other."""
+    """Return canonical weights in all layouts of a convolution, one after the other."""
     weight = _masked(weight, geometry.group_channels)
     parts = [weight.permute(1, 2, 3, 0).flatten()]
     if layout.fragments:
@@ -131,12 +131,12 @@ def prepacked_stem(
 
     Args:
         weight: float32 [O, C, KH, KW].
-        horizontal_stride: of the convolution.
-        dtype: what it computes in.
-        tensor_cores: whether the device has them for `dtype`.
+        horizontal_stride: horizontal stride of the convolution.
+        dtype: the dtype that it computes in.
+        tensor_cores: whether the device has tensor cores for `dtype`.
 
     Returns:
-        Of `dtype` [groups, steps, 32, 4, 2, 2] with tensor cores, else float32
+        [groups, steps, 32, 4, 2, 2] of `dtype` with tensor cores, else float32
         [groups, KH, KW, C, 32].
     """
     out_channels, channels, height, width = weight.shape
@@ -158,18 +158,18 @@ def prepacked_stem(
 
 
 def bit_limits(epilogue: Epilogue, reduction: int) -> tuple[Tensor, Tensor] | None:
-    """Return for which accumulators the epilogue's bit is set, without a residual.
+    """Return the accumulators for which the epilogue's bit is set, without a residual.
 
-    Every step is monotone in the accumulator, and so is its rounding: the bit is set for those on
-    one side of a limit, which is found by bisecting the float steps themselves.
+    Every step is monotonic in the accumulator, and so is its rounding. The bit is therefore set on
+    one side of a limit, which is found by bisection over the float steps themselves.
 
     Args:
         epilogue: with threshold and sense.
         reduction: K; accumulators lie in [-K, K].
 
     Returns:
-        `first` and `span`, int32 [O]: the bit is set for `first <= dot <= first + span`. None where
-        a negative slope makes the steps no longer monotone.
+        `first` and `span`, int32 [O]: the bit is set for `first <= dot <= first + span`. None if a
+        negative slope makes the steps non-monotonic.
     """
     if epilogue.slope is not None and bool((epilogue.slope < 0).any()):
         return None
@@ -186,7 +186,7 @@ def bit_limits(epilogue: Epilogue, reduction: int) -> tuple[Tensor, Tensor] | No
         middle = (low + high) // 2
         same = bit(middle) == at_low
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
-    # The bit changes between `low` and `high`, where it changes at all.
+    # The bit changes between `low` and `high`, if it changes at all.
     first = torch.where(at_low, -reduction, high)
     last = torch.where(at_high, reduction, low)
     none = ~at_low & ~at_high
@@ -196,7 +196,7 @@ def bit_limits(epilogue: Epilogue, reduction: int) -> tuple[Tensor, Tensor] | No
 
 
 def plain_signs(epilogue: Epilogue) -> Epilogue:
-    """Return the epilogue without threshold and sense where its bits are those of `v >= 0`."""
+    """Return the epilogue without threshold and sense if its bits are those of `v >= 0`."""
     threshold, sense = epilogue.threshold, epilogue.sense
     if threshold is None or sense is None or bool(((threshold != 0) | sense).any()):
         return epilogue

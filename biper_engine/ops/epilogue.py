@@ -1,7 +1,7 @@
-"""What happens to an accumulator on its way out of a binary convolution.
+"""The steps after the accumulators of a binary convolution.
 
-The epilogue is float32, each step rounded once and none contracted, so that every backend gives the
-same bytes (o is the output channel):
+The epilogue is float32. Each step is rounded once and no steps are contracted, so every backend
+gives the same bytes (o is the output channel):
 
     dot = max or min of the accumulators in the pool window, if there is a pool
     v = fma(multiplier[o], float(dot), bias[o])
@@ -9,8 +9,8 @@ same bytes (o is the output channel):
     v = clamp(v, clamp_min, clamp_max)                (v < lo ? lo : v, then v > hi ? hi : v)
       or v < 0 ? v * slope[o] : v                     if there is a slope
     v = v + shift[o]                                  if there is a shift
-    store v, rounded to the stream's dtype            where floats leave
-    bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    where bits leave
+    store v, rounded to the stream's dtype            if a float map is returned
+    bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    if bits are returned
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Epilogue:
         multiplier: float32 [O].
         bias: float32 [O].
         pool: max pool of the accumulators, before everything else.
-        pool_min: bool [O]; the pool takes the minimum where True. None means never.
+        pool_min: bool [O]; the pool takes the minimum if True. None means never.
         clamp_min: lower limit, or None.
         clamp_max: upper limit, or None.
         slope: float32 [O], factor of negative values, or None. Excludes the clamp.
         shift: float32 [O], added last, or None.
-        threshold: float32 [O], needed where bits leave.
-        sense: bool [O], True where the bit is `v <= threshold`; needed where bits leave.
+        threshold: float32 [O], required if bits are returned.
+        sense: bool [O], True if the bit is `v <= threshold`; required if bits are returned.
     """
 
     multiplier: Tensor

@@ -1,4 +1,4 @@
-"""The vocabulary for Python callers: typed, with geometry and epilogue as dataclasses.
+"""The vocabulary as typed Python functions, with geometry and epilogue as dataclasses.
 
 Each function is one call of the operator of the same name in `torch.ops.biper`.
 """
@@ -92,14 +92,14 @@ def binarize(
 ) -> Tensor:
     """Pack the signs of a float map.
 
-    Equivalent to packing `x >= threshold`, or `x <= threshold` where `sense`, along channels (see
+    Equivalent to packing `x >= threshold`, or `x <= threshold` if `sense`, along channels (see
     `biper_engine.bits`). -0.0 counts as 0, NaN gives 0.
 
     Args:
         x: [N, C, H, W], float32, float16 or bfloat16, any strides.
         threshold: [C] float32; None means 0.
         sense: [C] bool; None means False.
-        backend: a name from `biper_engine.backends()`; None takes the first that can.
+        backend: a name from `biper_engine.backends()`; None takes the first that can run it.
 
     Returns:
         [N, H, W, ceil(C / 32)] int32.
@@ -145,9 +145,9 @@ def bmaxpool2d(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Max pool a packed map: OR of the window's bits, or AND where `take_and`.
+    """Max pool a packed map: OR of the window's bits, or AND if `take_and`.
 
-    Equivalent to `F.max_pool2d(x, ...)` of the +-1 map, or `-F.max_pool2d(-x, ...)` where
+    Equivalent to `F.max_pool2d(x, ...)` of the +-1 map, or `-F.max_pool2d(-x, ...)` if
     `take_and`. Padding never wins.
 
     Args:
@@ -175,7 +175,7 @@ def bmaxpool2d(
 
 
 def prepack(weight: Tensor, geometry: Conv2dGeometry, backend: str) -> Tensor:
-    """Re-lay canonical packed weights for one backend.
+    """Convert canonical packed weights to the layout of one backend.
 
     Args:
         weight: [O, KH, KW, ceil(C / groups / 32)] int32.
@@ -183,7 +183,7 @@ def prepack(weight: Tensor, geometry: Conv2dGeometry, backend: str) -> Tensor:
         backend: a name from `biper_engine.backends()`.
 
     Returns:
-        A tensor whose layout is the backend's own; pass it as `prepacked`.
+        A tensor in the backend's own layout; pass it as `prepacked`.
 
     Raises:
         BackendUnavailableError: `backend` is unknown or cannot run here.
@@ -244,7 +244,7 @@ def bconv2d_float(
         bits: as for `bconv2d`, and so are `weight`, `geometry`, `prepacked` and `backend`.
         weight: see `bits`.
         geometry: see `bits`.
-        epilogue: scale, pool, activation; the steps stand in `biper_engine.ops.epilogue`.
+        epilogue: scale, pool, activation; see `biper_engine.ops.epilogue` for the steps.
         residual: float map of the output's shape, added after the scale, or None.
         dtype: float32, float16 or bfloat16 of the result; arithmetic is float32.
         prepacked: see `bits`.
@@ -342,18 +342,18 @@ def stem(x: Tensor, parameters: Stem, *, backend: str | None = None) -> tuple[Te
     """Convolve, pool, clamp and pack images in one step, as plans for a GPU do.
 
     Equivalent to `v = F.max_pool2d(F.conv2d(x * scale + offset, weight, bias), ...).clamp(...)` and
-    `binarize(v, threshold, sense)`, with zeros at the padding; the steps and their rounding stand
-    in `biper_engine.ops.stem`.
+    `binarize(v, threshold, sense)`, with zeros at the padding; see `biper_engine.ops.stem` for the
+    steps and their rounding.
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or uint8, any strides.
-        parameters: weights and what follows; `want_float` and `want_bits` are not read, as the
-            operator gives both.
+        parameters: the weights and the following steps; `want_float` and `want_bits` are ignored,
+            since the operator returns both.
         backend: as for `binarize`.
 
     Returns:
         [N, O, OH, OW] of `compute_dtype`, channels_last, and [N, OH, OW, ceil(O / 32)] int32; the
-        bits come from the float32 values, before these are rounded to `compute_dtype`.
+        bits come from the float32 values, before they are rounded to `compute_dtype`.
 
     Raises:
         GeometryError: shapes disagree.
@@ -364,7 +364,7 @@ def stem(x: Tensor, parameters: Stem, *, backend: str | None = None) -> tuple[Te
 
 
 def stem_bits(x: Tensor, parameters: Stem, *, backend: str | None = None) -> Tensor:
-    """Convolve, pool, clamp and pack images, and return the bits alone.
+    """Convolve, pool, clamp and pack images, and return only the bits.
 
     Arguments and errors as for `stem`.
 

@@ -19,22 +19,22 @@ __all__ = [
 ]
 
 STREAM_TYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
-"""Dtypes as the modules count them; bytes are images, for csrc/cuda alone."""
+"""Numbers of dtypes in the modules; bytes are images, for csrc/cuda only."""
 
 _MEMORY_TYPES = {torch.float32: 1, torch.int32: 5, torch.bool: 6}
-"""Dtypes of parameters, packed maps and accumulators, as csrc/cpu counts them."""
+"""Numbers of the dtypes of parameters, packed maps and accumulators in csrc/cpu."""
 
 
 def memory(tensor: Tensor | None) -> tuple[int, int] | None:
-    """Return address and elements."""
+    """Return the address and the number of elements."""
     return None if tensor is None else (tensor.data_ptr(), tensor.numel())
 
 
 def native_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
-    """Return address, elements and type of a tensor for csrc/cpu.
+    """Return the address, number of elements and type of a tensor for csrc/cpu.
 
     Raises:
-        ValueError: it is no float32, int32 or bool tensor on the CPU, or its memory has gaps.
+        ValueError: it is not a float32, int32 or bool CPU tensor, or its memory has gaps.
     """
     if tensor is None:
         return None
@@ -44,27 +44,27 @@ def native_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
     )
     if kind is None or not dense or tensor.device.type != "cpu":
         raise ValueError(
-            f"A native step takes float32, int32 or bool tensors without gaps in memory of the "
-            f"CPU, but this one is {tensor.dtype} {list(tensor.shape)} with strides "
+            f"A native step takes CPU tensors of float32, int32 or bool without gaps in memory, "
+            f"but this one is {tensor.dtype} {list(tensor.shape)} with strides "
             f"{list(tensor.stride())} on {tensor.device}."
         )
     return tensor.data_ptr(), tensor.numel(), kind
 
 
 def typed_memory(tensor: Tensor | None) -> tuple[int, int, int] | None:
-    """Return address, elements and type."""
+    """Return the address, number of elements and type."""
     if tensor is None:
         return None
     return tensor.data_ptr(), tensor.numel(), STREAM_TYPES[tensor.dtype]
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Return a tensor without gaps, copied only where it has some."""
+    """Return a tensor without gaps, copied only if it has some."""
     return None if tensor is None else tensor.contiguous()
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return `x` with its channels together in memory, copied only where they are not."""
+    """Return `x` in channels_last memory, copied only if it is not."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
-"""Schemas and shape functions of the operators that only a plan holds; see `biper_engine.ops.stem`.
+"""Schemas and shape functions of the operators that only plans have; see `biper_engine.ops.stem`.
 
-They are registered as the others are, but stand in a table of their own: what files may hold is
-the vocabulary of `registration.SCHEMAS`.
+They are registered like the others, but have a separate table: files may only have the operators
+in `registration.SCHEMAS`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _TENSORS = ("bias", "threshold", "sense", "scale", "offset")
 def split_stem(
     weight: Tensor, options: dict[str, Any], *, want_float: bool, want_bits: bool
 ) -> Stem:
-    """Return the stem of an operator's flat arguments, `x` and `weight` apart.
+    """Return the stem of an operator's flat arguments, except for `x`.
 
     Raises:
-        GeometryError: `weight` has no four dimensions, or the pool's values are out of range.
+        GeometryError: `weight` does not have four dimensions, or a pool value is out of range.
     """
     if weight.dim() != 4:
         raise GeometryError(

@@ -1,8 +1,8 @@
-"""Float32 products that are float32: PyTorch's TF32 switched off while a network runs.
+"""Switch off PyTorch's TF32 while a network runs, so that float32 products are float32.
 
 PyTorch rounds the operands of float32 convolutions to 11 bits on CUDA GPUs by default (TF32), which
-an exact network must not do. The switches hold for the whole process: while some thread is in here,
-the float32 products that another launches are exact, too.
+an exact network must not do. The switches apply to the whole process: while one thread is in this
+context, the float32 products of other threads are exact, too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _restore: Callable[[], None] | None = None
 def without_tf32() -> Iterator[None]:
     """Launch float32 convolutions and products without TF32.
 
-    The first of several threads to enter switches it off, and the last to leave switches on again
-    what was on. Where nothing was, nothing is changed.
+    The first of several threads to enter switches it off, and the last to leave restores it. If it
+    was off before, nothing is changed.
     """
     global _inside, _restore
     with _lock:
@@ -44,11 +44,11 @@ def without_tf32() -> Iterator[None]:
 
 
 def _switch_off() -> Callable[[], None]:
-    """Switch TF32 off; return what restores the present state.
+    """Switch TF32 off; return a function that restores the present state.
 
-    PyTorch has two sets of names for it, and reading the older one raises where the newer one, of
-    PyTorch 2.9, has been used to say something else. The older one is tried first, since reading it
-    elsewhere would raise while the newer one is in use here.
+    PyTorch has two sets of names for it. Reading the older one raises if the newer one, from
+    PyTorch 2.9, has been set to something else. The older one is tried first: while the newer one
+    is in use here, reading the older one elsewhere would raise.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     try:

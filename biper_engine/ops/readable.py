@@ -1,4 +1,4 @@
-"""Tensors as kernels read them: values in memory of their own, as they are, and no gradients."""
+"""Tensors that kernels can read: plain values in their own memory, without gradients."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _WITHOUT_MEMORY = ("meta",)
 
 
 def has_plain_dispatch(x: Tensor) -> bool:
-    """Whether operators on `x` are those of torch.Tensor: it is no FakeTensor or the like."""
+    """Whether operators on `x` are those of torch.Tensor: it is not a FakeTensor or the like."""
     return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def is_wrapped(x: Tensor) -> bool:
-    """Whether `x` stands for another tensor: in a transform of torch.func or functionalised."""
+    """Whether `x` wraps another tensor: in a transform of torch.func or functionalised."""
     return _functorch.is_functorch_wrapped_tensor(x) or torch._is_functional_tensor(x)
 
 
 def readable(name: str, x: Tensor) -> Tensor:
     """Return a plain, aligned tensor with the values of `x` in its memory.
 
-    It shares the memory of `x` unless that has values with another sign (the negative bit of
-    `torch.Tensor.is_neg`), none (tensors of zeros that forward-mode AD makes), or is misaligned.
+    It shares the memory of `x` unless that memory is misaligned, has values with the other sign
+    (`torch.Tensor.is_neg`), or has no values (tensors of zeros that forward-mode AD makes).
 
     Args:
-        name: of the tensor in errors.
+        name: name of the tensor in errors.
         x: the tensor.
 
     Raises:
         RuntimeError: `x` has a tangent of forward-mode AD.
-        TypeError: `x` is sparse, nested, quantized, in a layout of oneDNN, or stands for another
+        TypeError: `x` is sparse, nested, quantized, in a layout of oneDNN, or wraps another
             tensor.
         ValueError: the memory of `x` was freed.
     """
@@ -112,7 +112,7 @@ def _misfit(name: str, x: Tensor) -> TypeError:
     elif x.layout != torch.strided:
         what = f"a {kind} of layout {x.layout}"
     else:
-        what = f"a {kind}, whose operators are its own"
+        what = f"a {kind} with its own operators"
     return TypeError(
         f"`{name}` must be a plain tensor with values in memory, but it is {what}; pass a dense "
         "`torch.Tensor`."

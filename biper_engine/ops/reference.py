@@ -1,8 +1,8 @@
 """The vocabulary in plain PyTorch: the definition that every kernel is tested against.
 
-Works on every device. The convolution runs in float32 on +-1 values and is rounded to the integers
-that it stands for: products are +-1 and sums stay below 2^24, so nothing is lost. What has no exact
-sum, the stem and the classifier, is summed in float64 (no TF32 there) and rounded once to float32.
+It works on every device. The convolution runs in float32 on +-1 values and is rounded to integers.
+This is exact: products are +-1 and sums stay below 2^24. The stem and the classifier have no exact
+sums; they are summed in float64 (which has no TF32) and rounded once to float32.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "fma", "to_channe
 
 
 def to_channels_last(x: Tensor) -> Tensor:
-    """Copy a logical NCHW tensor into freshly allocated channels_last memory.
+    """Copy a logical NCHW tensor into newly allocated channels_last memory.
 
-    Strides are those of channels_last also where sizes of 1 would leave them open, so that the
-    shape functions can promise them.
+    The strides are those of channels_last even if sizes of 1 make them ambiguous, so that the shape
+    functions can promise them.
     """
     n, c, h, w = x.shape
     out = x.new_empty((n, h, w, c))
@@ -46,17 +46,17 @@ def _signs(positive: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return a * b + c of float32 tensors, rounded once to float32.
 
-    The product of two float32 is exact in float64, so that the float64 sum carries one rounding.
-    Rounding it again to float32 is harmless unless it lies exactly halfway between two float32: on
-    every other side of a halfway point the exact sum and the float64 sum agree. A sum on such a
-    point is first rounded to odd (its last bit set whenever the exact sum, known from the error
-    term, is no float64), which puts it on the side of the exact sum.
+    The product of two float32 is exact in float64, so the float64 sum is rounded once. Rounding it
+    again to float32 is harmless unless it lies exactly halfway between two float32: otherwise, the
+    exact sum and the float64 sum are on the same side of every halfway point. A sum at a halfway
+    point is first rounded to odd (its last bit is set if the exact sum, known from the error term,
+    is not a float64), which puts it on the side of the exact sum.
     Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008.
     """
     product = a.double() * b.double()
     addend = c.double()
     total = product + addend
-    # 29 bits of a float64 are dropped; subnormal results drop more and go the long way.
+    # 29 bits of a float64 are dropped; subnormal results drop more and take the long path.
     halfway = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
     halfway |= (total.abs() < 2.0**-125) & (total != 0)
     if total.device.type == "cpu" and not bool(halfway.any()):
@@ -141,7 +141,7 @@ class ReferenceBackend(Backend):
 
     def prepack(self, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
         positive = contract.unpack_weight(weight, geometry.group_channels)
-        # `contiguous()` would keep odd strides where a size is 1, unlike the shape function's.
+        # `contiguous()` would keep odd strides if a size is 1, unlike the shape function.
         shape, dtype = self.prepack_layout(geometry)
         return weight.new_empty(shape, dtype=dtype).copy_(_signs(positive, dtype))
 

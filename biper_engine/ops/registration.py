@@ -1,4 +1,4 @@
-"""Schemas of `torch.ops.biper`, their shape functions, and the way from a call to a backend.
+"""Schemas of `torch.ops.biper`, their shape functions, and the dispatch of calls to backends.
 
 The operators take flat arguments, as torch requires. Here they become `Conv2dGeometry`,
 `Pool2dGeometry` and `Epilogue`, are checked once, and go to the selected backend. The fakes run the
@@ -130,13 +130,13 @@ def _check_fused(
 
 
 def empty_map(like: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-    """Return what a shape function promises of a float map [N, C, H, W]: channels_last."""
+    """Return an empty float map [N, C, H, W] as shape functions promise it: channels_last."""
     n, c, h, w = shape
     return like.new_empty((n, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def empty_packed(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Return what a shape function promises of the packed map of [N, C, H, W]."""
+    """Return an empty packed map of [N, C, H, W] as shape functions promise it."""
     n, c, h, w = shape
     return like.new_empty((n, h, w, words(c)), dtype=torch.int32)
 
@@ -397,11 +397,11 @@ def _checked(run: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
 
 
 def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Make an operator of `torch.ops.biper` known, once."""
+    """Register an operator of `torch.ops.biper`."""
     LIBRARY.define(  # type: ignore[no-untyped-call, unused-ignore]
         name + schema, tags=(torch.Tag.pt2_compliant_tag,)
     )
-    # No operator has a gradient: results never require one, whatever the operands say.
+    # No operator has a gradient: results never require one, even if the operands do.
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call, unused-ignore]
     for key in ("CPU", "CUDA"):
         call = _checked(run, on_cpu=key == "CPU")

@@ -1,8 +1,8 @@
-"""The float ends of a network, fused: the convolution of its images, and its classifier.
+"""The fused float layers of a network: its first convolution, and its classifier.
 
-Their operators, `biper::stem`, `biper::stem_bits` and `biper::pooled_linear`, are a plan's: the
-pass that fuses them runs when a plan is made for one device, so that neither files nor reports nor
-proofs ever hold them.
+Only plans have the operators `biper::stem`, `biper::stem_bits` and `biper::pooled_linear`: the pass
+that fuses them runs when a plan is made for one device. Files, reports and proofs never have
+them.
 
 A stem computes (c is an input channel, o an output channel):
 
@@ -11,11 +11,11 @@ A stem computes (c is an input channel, o an output channel):
     v = sum of compute_dtype(pixel) * compute_dtype(weight) over the window, + bias[o], in float32
     v = max of v in the pool window                   if there is a pool; padding never wins
     v = clamp(v, clamp_min, clamp_max)                (v < lo ? lo : v, then v > hi ? hi : v)
-    store v, rounded to compute_dtype                 where floats leave
-    bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    where bits leave; None: v >= 0
+    store v, rounded to compute_dtype                 if a float map is returned
+    bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    if bits are returned; None: v >= 0
 
-Products are exact. The order of the sum is open, so that backends differ in its last bits, and in
-a bit only where v lies that close to the threshold. The reference sums in float64 and rounds once.
+Products are exact. The order of the sum is not fixed, so backends differ in its last bits, and in
+a bit only if v is that close to the threshold. The reference sums in float64 and rounds once.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 MAX_STEM_CHANNELS = 4
-"""Channels of images; a convolution of more is no stem."""
+"""Largest number of image channels; a convolution of more channels is not a stem."""
 MAX_STEM_WEIGHTS = 384
-"""Weights of one output channel, KH * KW * C, that plans fuse; 11x11 of three channels are 363.
+"""Most weights of one output channel, KH * KW * C, that plans fuse; 11x11x3 are 363.
 
-Of 32 channels they take 48 KB in float32, which is what every GPU's block has in shared memory."""
+For 32 channels they take 48 KB in float32, the shared memory that a block has on every GPU."""
 MAX_POOLED_CHANNELS = 8192
-"""Channels of a `pooled_linear` that plans fuse: as many means as a block's shared memory holds."""
+"""Most channels of a `pooled_linear` that plans fuse: a block's shared memory holds the means."""
 
 PLAN_OPERATORS = ("stem", "stem_bits", "pooled_linear")
 
@@ -61,12 +61,12 @@ class Stem:
         clamp_max: upper limit, after the pool, or None.
         scale: float32 [C], or None; both `scale` and `offset` or neither.
         offset: float32 [C], or None.
-        compute_dtype: float32 (exact, no TF32), float16 or bfloat16: what operands are rounded to,
-            and the dtype of the float map.
+        compute_dtype: float32 (exact, no TF32), float16 or bfloat16; operands are rounded to it,
+            and the float map has it.
         threshold: float32 [O]; None means 0.
-        sense: bool [O], True where the bit is `v <= threshold`; None means False.
-        want_float: whether the float map leaves: [N, O, OH, OW], channels_last.
-        want_bits: whether the packed map leaves: int32 [N, OH, OW, ceil(O / 32)].
+        sense: bool [O], True if the bit is `v <= threshold`; None means False.
+        want_float: whether to return the float map: [N, O, OH, OW], channels_last.
+        want_bits: whether to return the packed map: int32 [N, OH, OW, ceil(O / 32)].
     """
 
     weight: Tensor
@@ -89,7 +89,7 @@ class Stem:
         """Geometry of the convolution.
 
         Raises:
-            GeometryError: the values make none.
+            GeometryError: a value is out of range.
         """
         return Conv2dGeometry(
             in_channels=self.weight.shape[1],

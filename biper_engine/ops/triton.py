@@ -1,8 +1,8 @@
 """The Triton backend: `kernels/` behind the vocabulary.
 
-Triton is loaded at the first question about it, never at import. Its interpreter
-(TRITON_INTERPRET=1, read when Triton is loaded) runs the same kernels on CPU tensors, thousands of
-times slower: it serves who forces this backend, and nobody else.
+Triton is loaded when it is first needed, never at import. Its interpreter (TRITON_INTERPRET=1, read
+when Triton is loaded) runs the same kernels on CPU tensors, thousands of times slower. It is used
+only if this backend is forced.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _load_failure() -> str | None:
 
 @functools.cache
 def _interpreted() -> bool:
-    """Tell whether kernels run in Triton's interpreter; without loading Triton for a no."""
+    """Whether kernels run in Triton's interpreter; if not, this does not load Triton."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
         return False
     return _load_failure() is None and bool(_kernels("launch").INTERPRETED)
@@ -59,7 +59,7 @@ def _unavailable_reason() -> str | None:
         return _load_failure()
     if not torch.cuda.is_available() and not _interpreted():
         return (
-            "there is no GPU that torch can use; TRITON_INTERPRET=1 runs the kernels in Triton's "
+            "PyTorch has no GPU that it can use; TRITON_INTERPRET=1 runs the kernels in Triton's "
             "interpreter, for tests"
         )
     return _load_failure()
@@ -98,13 +98,13 @@ class TritonBackend(Backend):
         self, op: str, geometry: Conv2dGeometry | None, device: torch.device
     ) -> str | None:
         if device.type not in ("cpu", "cuda"):
-            return f"it runs on GPUs, the tensors are on {device}"
+            return f"it runs on GPUs, but the tensors are on {device}"
         if _interpreted():
             if forced_name() == self.name:
                 return None
-            return "Triton's interpreter runs only where this backend is forced"
+            return "Triton's interpreter runs only if this backend is forced"
         if device.type == "cpu":
-            return "it runs on GPUs, the tensors are on the CPU"
+            return "it runs on GPUs, but the tensors are on the CPU"
         return _capability_reason(device)
 
     def prepack_layout(self, geometry: Conv2dGeometry) -> tuple[tuple[int, ...], torch.dtype]:

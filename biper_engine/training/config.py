@@ -1,4 +1,4 @@
-"""What to train and how: plain, frozen values that are stored with every checkpoint."""
+"""Settings of a training run: plain, frozen values that are stored with every checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StageConfig:
 
     Attributes:
         epochs: passes over the training images.
-        lr: peak learning rate, reached after the warm-up and taken to 0 by a cosine.
+        lr: peak learning rate, reached after the warm-up and then decayed to 0 by a cosine.
         weight_decay: L2 penalty on every parameter, as in the official code.
         tau: weight of the periodic regulariser (`nn.regularizer`).
     """
@@ -49,7 +49,7 @@ class TrainingConfig:
         max_shift_px: images are moved by up to this many pixels along each axis.
         max_rotation_deg: images are turned by up to this angle.
         max_zoom: images are scaled by a factor in [1 - max_zoom, 1 + max_zoom].
-        seed: of initial weights, order and augmentation.
+        seed: for initial weights, order and augmentation.
         hold_out: train without the validation part and measure on it, to choose settings;
             False trains on everything and measures on the test images.
         precision: Lightning's name, such as "32-true" or "bf16-mixed".
@@ -60,7 +60,7 @@ class TrainingConfig:
     # The defaults are the best of about 20 settings by accuracy on the validation part (297 images,
     # standard error 0.9 points), trained on the first 1,000: 97.98 and 97.64 % with seeds 0 and 1.
     # They were compared by a plain loop of the same two stages, without Lightning, that kept the
-    # last incomplete batch of an epoch. The test images had no part in the choice.
+    # last incomplete batch of an epoch. The test images were not used for the choice.
     frequency: float = 10.0
     stage1: StageConfig = field(
         default_factory=lambda: StageConfig(epochs=10, lr=0.1, weight_decay=1e-3, tau=0.02)
@@ -101,12 +101,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where and how loudly to run; none of it changes what is trained, rounding apart.
+    """Devices and output of a run; they do not change what is trained, except for rounding.
 
     Attributes:
         accelerator, devices, num_nodes, strategy: as Lightning's Trainer.
-        progress_bar: show one, when something is trained.
-        tensorboard: write TensorBoard logs beside the CSV ones.
+        progress_bar: show a progress bar while training.
+        tensorboard: write TensorBoard logs in addition to the CSV logs.
     """
 
     accelerator: str = "auto"

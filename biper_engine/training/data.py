@@ -1,9 +1,9 @@
-"""Data sets by name, as tensors that went through `preprocessing.image_to_tensor`.
+"""Data sets by name, as tensors made by `preprocessing.image_to_tensor`.
 
 `digits`: scikit-learn's 1,797 handwritten digits (UCI, 8x8 pixels of 17 grey levels), in the file's
 own order, unshuffled: the first 1,297 are for training, the last 500 for the test. The last 297 of
 the training images are the validation part, on which settings are chosen. The data is grouped by
-writer, so both parts hold hands that training has not seen; a random split would look easier.
+writer, so both parts have writers that training has not seen; a random split would be easier.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ _DATASETS: dict[str, Callable[[], DataSet]] = {"digits": _load_digits}
 
 
 def loader(part: Part, *, batch_size: int, shuffle_seed: int | None = None) -> DataLoader[Part]:
-    """Iterate over a part in batches; with a seed shuffled, without the incomplete last batch."""
+    """Iterate over a part in batches; a seed shuffles it and drops the incomplete last batch."""
     size = min(batch_size, len(part.labels))
     shuffle = shuffle_seed is not None
     order = _EpochOrder(len(part.labels), shuffle_seed) if shuffle_seed is not None else None
@@ -152,7 +152,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 class _EpochOrder(Sampler[int]):
-    """A permutation that depends on seed and epoch alone, so that a resumed run repeats it.
+    """A permutation that depends only on seed and epoch, so that a resumed run repeats it.
 
     Lightning calls `set_epoch` before each epoch.
     """

@@ -2,14 +2,14 @@
 
 Files in `output_dir`:
 
-    config.json                     the settings; a resume must have the same
+    config.json                     the settings; a resumed run must have the same
     stage1.pt, stage2.pt            finished stages, for `models.load_checkpoint`
-    official/stage1/, .../stage2/   the same in the official code's format, by `export_official`
+    official/stage1/, .../stage2/   the same in the official format, by `export_official`
     result.json                     measurements of finished stages
     checkpoints/stage1.ckpt, ...    Lightning's state after the latest epoch
     logs/stage1/metrics.csv, ...    losses by epoch
 
-Each of them is whole at any time, an older or the newer one; TensorBoard's logs grow instead.
+Each file is complete at any time, in its old or its new version; only TensorBoard's logs grow.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def fit(
     """Train a network in BiPer's two stages.
 
     Stage 1 learns latent weights through sin(w0*w) with binary activations; stage 2 starts from
-    them and trains with sign(sin(w0*w)). PyTorch's random state is as before afterwards.
+    them and trains with sign(sin(w0*w)). PyTorch's random state is restored afterwards.
 
     Args:
         config: what to train; None trains the digits with settings chosen for them.
-        output_dir: directory for all files, made if missing.
-        resume: continue the run in `output_dir` after its last whole epoch, in whichever stage
-            that was, with the same result as if it had not stopped. A finished run returns its
-            result at once; an empty directory starts a run.
+        output_dir: directory for all files, created if missing.
+        resume: continue the run in `output_dir` after its last complete epoch, in either stage,
+            with the same result as if it had not stopped. A finished run returns its result at
+            once; an empty directory starts a run.
         options: devices, progress bar, logs.
 
     Returns:
@@ -67,7 +67,7 @@ def fit(
 
     Raises:
         ValueError: unknown dataset or network; a network for images of another size; `resume` with
-            another config than the run's.
+            a different config.
         FileExistsError: `output_dir` holds a run and `resume` is False.
         ImportError: the extra `train` is not installed.
         KeyboardInterrupt: Ctrl-C; finished epochs are kept for `resume`.
@@ -116,16 +116,16 @@ def _require_size(config: TrainingConfig, given: Any, wanted: Any) -> None:
 
 
 def export_official(result: TrainingResult) -> tuple[Path, Path]:
-    """Write both stages of a finished run for the official code's scripts as well.
+    """Write both stages of a finished run in the format of the official scripts, too.
 
     Args:
-        result: of `fit`; the files go to `official/stage1` and `official/stage2` in its directory.
+        result: from `fit`; its directory gets `official/stage1` and `official/stage2`.
 
     Returns:
         The two checkpoints; see `models.export_official`.
 
     Raises:
-        CheckpointError: a stage's checkpoint is gone.
+        CheckpointError: a stage's checkpoint is missing.
     """
     paths = []
     config = TrainingConfig.from_dict(read_json(result.output_dir / "config.json") or {})
@@ -176,7 +176,7 @@ def _claim(directory: Path, config: TrainingConfig, *, resume: bool) -> None:
 
 
 def _launched_by_lightning() -> bool:
-    """Tell the further processes of a multi-device run, which start after the first one."""
+    """Whether this is a further process of a multi-device run, started after the first one."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0 or int(os.environ.get("NODE_RANK", 0)) > 0
 
 
@@ -224,7 +224,7 @@ def _run_stage(
 def _start_network(
     number: int, dataset: DataSet, directory: Path, config: TrainingConfig
 ) -> Network:
-    """Build the stage's network: fresh in stage 1, with stage 1's latent weights in stage 2."""
+    """Build the stage's network: new in stage 1, with stage 1's latent weights in stage 2."""
     torch.manual_seed(config.seed)
     network = models.build(
         config.architecture,
@@ -235,7 +235,7 @@ def _start_network(
     network.metadata = dataset.metadata
     if number == 2:
         network.load_state_dict(models.load_checkpoint(directory / "stage1.pt").state_dict())
-    # On CPU a step in this layout takes 0.75 to 0.9 of the time.
+    # On CPU, a step in this layout takes 0.75 to 0.9 of the time.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
@@ -284,7 +284,7 @@ def _trainer(number: int, directory: Path, config: TrainingConfig, options: RunO
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-    # Strategies with files of their own kind, such as those for TPUs, keep theirs.
+    # Strategies with their own kind of files, such as those for TPUs, keep them.
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpoints()
     return trainer
@@ -315,7 +315,7 @@ def _quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Undo what Lightning makes of Ctrl-C: it ignores further ones and exits the process."""
+    """Undo how Lightning handles Ctrl-C: it ignores further ones and exits the process."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:

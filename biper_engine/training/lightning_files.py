@@ -1,4 +1,4 @@
-"""What Lightning writes, written atomically. Imports Lightning: load it inside functions only."""
+"""Write Lightning's files atomically. Imports Lightning: import this inside functions only."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["AtomicCheckpoints", "MetricsFile"]
 class AtomicCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoints through `write_atomically`.
 
-    Lightning's own way writes to the system's temporary folder and moves the file from there. To
-    another file system that is a copy over the older checkpoint, and a kill or a full disk in it
-    loses both.
+    Lightning itself writes to the system's temporary folder and moves the file from there. Between
+    file systems, the move copies over the older checkpoint, and a kill or a full disk during the
+    copy loses both.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; the one that was there stays whole until then."""
+        """Write a checkpoint; an existing one stays intact until the new one is complete."""
         if storage_options is not None:
             raise TypeError("`storage_options` are for other checkpoint plugins; leave them out.")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -36,12 +36,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 class MetricsFile(Logger):
-    """A CSV file with a row for each step at which something was logged.
+    """A CSV file with a row for each logged step.
 
-    A resumed run keeps the rows of the steps before it, and replaces those that it repeats.
+    A resumed run keeps the rows of earlier steps and replaces those of the steps that it repeats.
 
     Args:
-        path: of the file; its folder is made if missing.
+        path: path of the file; its folder is created if missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
+        """The file's name without its suffix."""
         return self._path.stem
 
     @property
@@ -64,11 +64,11 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing; the config has a file of its own."""
+        """Do nothing; the config has its own file."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add values to the row of a step, and forget what an interrupted run had after it."""
+        """Add values to the row of a step, and drop the rows of an interrupted run after it."""
         number = 0 if step is None else step
         self._rows = [row for row in self._rows if row["step"] <= number]
         if not self._rows or self._rows[-1]["step"] != number:

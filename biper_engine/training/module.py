@@ -1,4 +1,4 @@
-"""One training stage as a Lightning module. Imports Lightning: load it inside functions only."""
+"""One training stage as a Lightning module. Imports Lightning: import this inside functions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["StageModule", "augment", "learning_rate_factor", "stage_seed"]
 class StageModule(lightning.LightningModule):
     """Cross entropy plus regulariser, SGD, cosine with warm-up, for one stage of one network.
 
-    Every random number of epoch e comes from a seed made of (config.seed, stage, e, rank), so a
-    run that was interrupted and resumed ends with the weights of one that was not.
+    Every random number of epoch e comes from a seed made of (config.seed, stage, e, rank). A run
+    that was interrupted and resumed therefore ends with the same weights as one that was not.
     """
 
     def __init__(self, network: Network, config: TrainingConfig, stage: int) -> None:
@@ -74,7 +74,7 @@ class StageModule(lightning.LightningModule):
         """Seed the epoch's augmentation and start its clock."""
         self._started = perf_counter()
         seed = stage_seed(self.config.seed, self.stage_number) + self.current_epoch
-        # A generator of its own: Lightning and DataLoader draw from the global one as they please.
+        # A separate generator, because Lightning and DataLoader draw from the global one.
         self._generator = torch.Generator(self.device).manual_seed(seed + (self.global_rank << 40))
 
     def on_train_epoch_end(self) -> None:
@@ -87,12 +87,12 @@ class StageModule(lightning.LightningModule):
         checkpoint["biper_seconds"] = self.seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the training time of the interrupted run."""
+        """Continue the training time of the interrupted run."""
         self.seconds = checkpoint["biper_seconds"]
 
 
 def stage_seed(seed: int, stage: int) -> int:
-    """Return the base to which an epoch's number is added; stages have room for 2^16 epochs."""
+    """Return the base to which the epoch number is added; a stage has room for 2^16 epochs."""
     return (seed * 2 + stage) << 16
 
 
@@ -118,7 +118,7 @@ def augment(images: Tensor, config: TrainingConfig, generator: torch.Generator) 
     draws.uniform_(-1, 1, generator=generator)
     angle = draws[:, 0] * radians(config.max_rotation_deg)
     zoom = 1 + draws[:, 1] * config.max_zoom
-    # grid_sample measures in half images: a pixel is 2 / width.
+    # grid_sample's unit is half an image: a pixel is 2 / width.
     shift_x = draws[:, 2] * (2 * config.max_shift_px / width)
     shift_y = draws[:, 3] * (2 * config.max_shift_px / height)
     cosine, sine = angle.cos() * zoom, angle.sin() * zoom

@@ -1,4 +1,4 @@
-"""What a training run leaves behind, as data."""
+"""The results of a training run, as data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class StageResult:
         epochs: epochs trained.
         seconds: wall-clock training time, summed over interruptions.
         validation_accuracy: in [0, 1], on the held-out part; None when nothing was held out.
-        test_accuracy: in [0, 1]; None when images were held out, so that no choice sees the test
-            images.
+        test_accuracy: in [0, 1]; None when images were held out, so that no setting is chosen on
+            the test images.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class TrainingResult:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in `path`, or None where there is no such file."""
+    """Return the JSON object in `path`, or None if there is no such file."""
     if not path.exists():
         return None
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

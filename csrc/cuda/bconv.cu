@@ -1,4 +1,4 @@
-// How a binary convolution is cut into blocks, and on which path it runs.
+// The division of a binary convolution into blocks, and the choice of its path.
 
 #include <algorithm>
 #include <climits>
@@ -26,8 +26,8 @@ uint32_t mask_of_last(int channels) {
   return channels % 32 == 0 ? 0xffffffffu : (1u << channels % 32) - 1u;
 }
 
-// Taps outside of the image along an axis: how many at its start and its end at most, and which
-// pairs of numbers there are.
+// Taps outside of the image along an axis: the most at its start and at its end, and all pairs of
+// these numbers that occur.
 struct Outside {
   int start = 0, cut = 0;
   std::set<std::pair<int, int>> pairs;
@@ -47,7 +47,7 @@ Outside taps_outside(int outputs, int size, int kernel, int stride, int pad, int
   return outside;
 }
 
-// A pool that a block can take: its windows tile the map, and are 4 neighbouring rows.
+// Whether a block can compute the pool: its windows tile the map, and are 4 neighbouring rows.
 bool tiles(const Window& pool) {
   const int window = pool.kernel_h * pool.kernel_w;
   return (window == 1 || window == 4) && pool.stride_h == pool.kernel_h &&
@@ -58,7 +58,7 @@ bool aligned(const void* memory, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(memory) % bytes == 0;
 }
 
-// The table of rectangles of valid taps; false where there are too many of them.
+// Fill in the table of rectangles of valid taps; false if there are too many of them.
 bool find_rectangles(BconvMmaParams* p) {
   const ConvShape& s = p->shape;
   const Outside rows = taps_outside(s.conv_h, s.height, s.conv.kernel_h, s.conv.stride_h,
@@ -87,7 +87,7 @@ bool find_rectangles(BconvMmaParams* p) {
   return true;
 }
 
-// What does not depend on the tile; false where no tile can take the call.
+// Fill in the parameters that do not depend on the tile; false if no tile can run the call.
 bool common_params(const ConvArgs& args, BconvMmaParams* params) {
   const ConvShape& s = args.shape;
   BconvMmaParams& p = *params;
@@ -107,7 +107,7 @@ bool common_params(const ConvArgs& args, BconvMmaParams* params) {
   p.steps = (taps * p.chunk_words / 2 + 3) / 4;
   p.stage_steps = std::min(p.steps, 8);
   p.stage_buffers = p.steps * p.chunks > p.stage_steps ? 2 : 1;
-  // Four pixels side by side, 8 words of each, in the 32 banks of one access of half a warp.
+  // 8 words of each of four neighbouring pixels are in the 32 banks of one access of half a warp.
   p.pixel_words = p.chunk_words < 8 ? p.chunk_words : round_up(p.chunk_words - 8, 16) + 8;
   p.copy_words = p.in_words % 4 == 0 && p.chunk_words % 4 == 0 && aligned(args.bits, 16) ? 4
                  : p.in_words % 2 == 0 && aligned(args.bits, 8)                          ? 2
@@ -123,7 +123,7 @@ bool common_params(const ConvArgs& args, BconvMmaParams* params) {
   return find_rectangles(params);
 }
 
-// What leaves, and whether eight channels lie on 16 bytes in every map, all of one type.
+// The outputs; kRagged unless eight channels are aligned to 16 bytes in all maps, of one type.
 Leaving leaving(const ConvArgs& args) {
   const ConvOutputs& out = args.outputs;
   const bool whole =
@@ -135,7 +135,7 @@ Leaving leaving(const ConvArgs& args) {
   return type == kFloat16 ? kFloat16Stream : type == kBfloat16 ? kBfloat16Stream : kFloat32Stream;
 }
 
-// Cut the call into tiles of one size, `width` output columns wide. False where they are too large.
+// Divide the call into tiles of one size, `width` output columns wide. False if they are too large.
 bool cut_tiles(const BconvMmaParams& common, int tile, int width, int shared_bytes, Cut* cut) {
   const TileSize size = kTiles[tile];
   BconvMmaParams& p = cut->params = common;
@@ -146,7 +146,7 @@ bool cut_tiles(const BconvMmaParams& common, int tile, int width, int shared_byt
   const int64_t all_rows = int64_t{s.batch} * s.out_h;
   p.units = static_cast<int>(all_rows * width);
   const int tile_units = size.rows >> p.window_shift;
-  // A tile of consecutive units begins anywhere in a row, and such rows anywhere in an image.
+  // A tile of consecutive units may start anywhere in a row, and its rows anywhere in an image.
   const int64_t rows = std::min<int64_t>(all_rows, (tile_units + width - 2) / width + 1);
   const int64_t images = std::min<int64_t>(s.batch, (rows + s.out_h - 2) / s.out_h + 1);
   const int reach = (s.conv.kernel_h - 1) * s.conv.dilation_h + 1;
@@ -169,7 +169,7 @@ bool cut_tiles(const BconvMmaParams& common, int tile, int width, int shared_byt
          cut->grid.z <= kMostBlocks;
 }
 
-// As wide as the output, if that fits.
+// Choose the width of the tiles: the output's, if that fits.
 bool cut_width(const BconvMmaParams& common, int tile, int shared_bytes, Cut* cut) {
   const int width = common.shape.out_w;
   if (cut_tiles(common, tile, width, shared_bytes, cut)) return true;
@@ -179,7 +179,7 @@ bool cut_width(const BconvMmaParams& common, int tile, int shared_bytes, Cut* cu
   return false;
 }
 
-// Choose the tile. A larger one shares more of patch and weights, if no processor is left idle.
+// Choose the tile. A larger tile shares more of patch and weights, if no processor is left idle.
 bool cut_call(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
   BconvMmaParams common;
   if (!common_params(args, &common)) return false;
@@ -249,7 +249,7 @@ const char* run_halves(const ConvArgs& args, int64_t pixels, void* stream) {
   return bconv2d(part, stream);
 }
 
-// The path, and its cut where it is one with tensor cores; -1 where there is none.
+// Return the path, and its cut if it uses tensor cores; -1 if there is none.
 int choose(const ConvArgs& args, const DeviceProperties& device, Cut* cut) {
   const ConvShape& s = args.shape;
   const bool fits = s.groups == 1 && args.weights.fragments != nullptr &&
@@ -298,7 +298,7 @@ const char* bconv2d_way(const ConvArgs& args, ConvWay* way) {
 const char* bconv2d(const ConvArgs& args, void* stream) {
   const ConvShape& s = args.shape;
   if (s.batch == 0) return nullptr;
-  // Kernels count output pixels, and padded ones of a last tile, in 32 bits.
+  // Kernels count output pixels, including the padding of the last tile, in 32 bits.
   const int64_t pixels = static_cast<int64_t>(s.out_h) * s.out_w;
   if (s.batch * pixels > kMostPixels) {
     if (s.batch == 1) return "an image of the output has more than 2^30 pixels";

@@ -1,6 +1,6 @@
-// Binary convolutions on CUDA: what a call consists of, and its two ways to run.
+// Binary convolutions on CUDA: the parameters of a call, and its two paths.
 //
-// Free of CUDA headers. Memory is on the device; sizes are in elements.
+// No CUDA headers are included. Memory is on the device; sizes are in elements.
 
 #pragma once
 
@@ -19,13 +19,13 @@ struct ConvShape {
   int batch, height, width;
   int in_channels, out_channels, groups;
   Window conv;
-  int conv_h, conv_w;  // of the accumulators, before the pool
+  int conv_h, conv_w;  // size of the accumulators, before the pool
   Window pool;         // 1x1 without a pool
   int out_h, out_w;
 };
 
-// Of the operations in biper_engine/ops/epilogue.py. Vectors have a value for each output channel;
-// nullptr where a step is left out.
+// Parameters of the steps in biper_engine/ops/epilogue.py. Vectors have a value for each output
+// channel; nullptr skips the step.
 struct ConvEpilogue {
   const float* multiplier;
   const float* bias;
@@ -34,9 +34,9 @@ struct ConvEpilogue {
   const float* threshold;
   const bool* sense;           // nullptr: false everywhere
   const bool* pool_min;        // nullptr: the pool takes the maximum everywhere
-  float clamp_min, clamp_max;  // infinite where there is none
-  // Where bits alone leave and depend on nothing but the accumulator: the bit is set for those in
-  // [first, first + span], and the float steps are not taken. nullptr otherwise.
+  float clamp_min, clamp_max;  // infinite if there is no limit
+  // If only bits are stored and they depend only on the accumulator: the bit is set for those in
+  // [first, first + span], and the float steps are skipped. nullptr otherwise.
   const int32_t* first;
   const uint32_t* span;
 };
@@ -47,14 +47,14 @@ struct ConvOutputs {
   void* floats;  // [N, OH, OW, O] of float_type, or nullptr
   int float_type;
   uint32_t* bits;  // [N, OH, OW, ceil(O / 32)], or nullptr
-  int32_t* dots;   // [N, OH, OW, O]; nothing else leaves then
+  int32_t* dots;   // [N, OH, OW, O]; if given, nothing else is stored
 };
 
-// Weights as biper_engine/ops/cuda.py lays them out; nullptr where a layout was not made.
+// Weights in the layouts of biper_engine/ops/cuda.py; nullptr if a layout was not made.
 struct ConvWeights {
-  const uint32_t* fragments;  // of bconv_mma.cuh
-  const int32_t* sums;        // [KH + 1, KW + 1, O rounded up to 32], of bconv_mma.cuh
-  const uint32_t* words;      // [KH * KW, words of a group, O], of bconv_popcount.cuh
+  const uint32_t* fragments;  // for bconv_mma.cuh
+  const int32_t* sums;        // [KH + 1, KW + 1, O rounded up to 32], for bconv_mma.cuh
+  const uint32_t* words;      // [KH * KW, words of a group, O], for bconv_popcount.cuh
 };
 
 enum ConvPath : int { kAnyPath = 0, kBinaryTensorCores = 1, kByteTensorCores = 2, kPopcount = 3 };
@@ -65,11 +65,11 @@ struct ConvArgs {
   ConvOutputs outputs;
   ConvWeights weights;
   const uint32_t* bits;
-  int path;        // a ConvPath; kAnyPath leaves the choice to the device's capability
-  int processors;  // that tiles are chosen for; 0: the device's own
+  int path;        // a ConvPath; kAnyPath chooses it by the device's capability
+  int processors;  // number for which tiles are chosen; 0: the device's own
 };
 
-// Channels of one pass over the taps, in words: the order of the fragments depends on it.
+// Words of channels in one pass over the taps; the order of the fragments depends on it.
 int fragment_words(int in_channels, int taps);
 
 // Run a convolution on the current device. Returns nullptr, or what went wrong.
@@ -77,12 +77,12 @@ const char* bconv2d(const ConvArgs& args, void* stream);
 
 // How a call would run.
 struct ConvWay {
-  int path;           // a ConvPath, or -1 where the one that was asked for cannot serve the call
-  int rows, columns;  // of a block's tile, on tensor cores
+  int path;           // a ConvPath, or -1 if the requested one cannot run the call
+  int rows, columns;  // size of a block's tile, on tensor cores
   int width;          // output columns of a tile's rows
-  int chunks;         // of the channels
-  bool ragged;        // whether channels do not come in aligned eights
-  int shared_bytes;   // of a block
+  int chunks;         // number of chunks of the channels
+  bool ragged;        // whether channels are not in aligned groups of eight
+  int shared_bytes;   // shared memory of a block
 };
 
 const char* bconv2d_way(const ConvArgs& args, ConvWay* way);

@@ -1,4 +1,4 @@
-// Products of bits: compute capabilities 8 and 9.
+// Kernels with 1-bit products, for compute capabilities 8 and 9.
 
 #include "bconv_cut.cuh"
 

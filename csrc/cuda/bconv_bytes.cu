@@ -1,4 +1,4 @@
-// Products of bytes, for devices that have none of bits.
+// Kernels with products of bytes, for devices without 1-bit products.
 
 #include "bconv_cut.cuh"
 

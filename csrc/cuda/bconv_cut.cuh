@@ -1,4 +1,4 @@
-// How a convolution is cut into blocks, and its launches: one file for each kind of product.
+// The division of a convolution into blocks, and its launches: one file for each kind of product.
 
 #pragma once
 
@@ -10,7 +10,7 @@ struct TileSize {
   int rows, columns, threads;
 };
 
-// From those that share most to those that leave no processor idle.
+// Ordered from those that share most to those that leave no processor idle.
 constexpr TileSize kTiles[] = {{128, 64, 128}, {64, 64, 128}, {32, 32, 64}};
 constexpr int kTileCount = 3;
 constexpr int kRaggedTile = 2;  // the only one for kRagged
@@ -18,7 +18,7 @@ constexpr int kRaggedTile = 2;  // the only one for kRagged
 struct Cut {
   BconvMmaParams params;
   dim3 grid;
-  int tile;  // of kTiles
+  int tile;  // index into kTiles
   Leaving leaving;
   size_t shared_bytes;
 };

@@ -1,28 +1,28 @@
 // Binary convolution on tensor cores: an implicit GEMM of rows (output pixels), columns (output
-// channels) and pairs of words (taps and input channels), the epilogue fused.
+// channels) and pairs of words (taps and input channels), with the epilogue fused.
 //
 // With a, w in {0, 1} for -1 and +1, padding 0, V the taps of a pixel inside the image and C the
-// input channels, an accumulator is (tensor cores from sm_90 on know AND only)
+// input channels, an accumulator is (tensor cores from sm_90 on have only AND)
 //
 //     dot = 4 * popc(a & w) - 2 * popc(a) + |V| * C - 2 * popc(w over V)
 //
-// The first sum is the matrix product, the second the same product with one more column that is all
-// ones, and the rest depends on the column and on V alone. V is a rectangle of taps, so its term
+// The first sum is the matrix product. The second is the same product with one more column that is
+// all ones. The rest depends only on the column and on V. V is a rectangle of taps, so its term
 // comes from a two-dimensional prefix sum over the taps; a block makes a table of the few
 // rectangles that an image has.
 //
-// A block takes ROWS consecutive output pixels, across rows of the map and images, and COLUMNS
-// channels. Its input patch lies in shared memory once, with zeros where the padding is, so that no
-// instruction of the product looks at borders; a table has the patch offset of every pair of words.
-// Weights come in fragments, in stages of a few steps, two stages in flight. Channels come in
-// chunks that fit, each with a patch of its own.
+// A block computes ROWS consecutive output pixels, across rows of the map and images, and COLUMNS
+// channels. Its input patch is in shared memory once, with zeros at the padding, so the product
+// needs no border checks; a table has the patch offset of every pair of words. Weights are loaded
+// as fragments, in stages of a few steps, with two stages in flight. Channels are split into chunks
+// that fit, each with its own patch.
 //
 // Order of the pairs: chunk, tap, pair within the chunk; lane t of a quad takes pair 4 * step + t
 // in every step. Columns of a block of 32 are permuted so that a thread ends up with 8 neighbouring
 // channels: column g of the j-th group of 8 is channel 8 * (g / 2) + 2 * j + g % 2.
 //
-// Per step of 256 bits a warp of 32 x 64 reads 3 KB of shared memory (24 clocks at 128 B) for 18
-// products. The epilogue's 12 or more instructions for each output are what counts.
+// Per step of 256 bits, a warp of 32 x 64 reads 3 KB of shared memory (24 clocks at 128 B) for 18
+// products. The 12 or more instructions of the epilogue for each output dominate the time.
 
 #pragma once
 
@@ -30,9 +30,9 @@
 
 namespace biper {
 
-// 256 bits of 16 rows and 8 columns, on bits or, where a device has none, bytes. Any order of the
-// bits will do as long as both operands agree, so that bytes are taken out of the same registers:
-// every eighth bit of a word makes four of them.
+// The product over 256 bits of 16 rows and 8 columns, with 1-bit instructions or, if the device has
+// none, with bytes. Any order of the bits works if both operands agree. The bytes are therefore
+// taken from the same registers: every eighth bit of a word makes four of them.
 template <bool BYTES>
 __device__ __forceinline__ void product(int (&d)[4], const uint32_t (&a)[4],
                                         const uint32_t (&b)[2]) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ int pool(int value, bool minimum) {
   return value;
 }
 
-// The float steps for eight channels. Returns their bits, 0 where none leave.
+// The float steps for eight channels. Returns their bits, or 0 if no bits are stored.
 template <Leaving LEAVING>
 __device__ __forceinline__ uint32_t finish(const BconvMmaParams& p, const SharedScales& scales,
                                            int channel, int64_t index, Lane lane,
@@ -99,8 +99,8 @@ __device__ __forceinline__ uint32_t finish(const BconvMmaParams& p, const Shared
   return out.bits == nullptr ? 0u : compare(p.epilogue, scales, channel, v);
 }
 
-// Warps of one processor that registers must suffice for: with 128 each, and 255 where bytes are
-// made of bits, no instance spills.
+// Warps per multiprocessor for which there must be registers: no instance spills with 128 each, or
+// with 255 if bytes are made of bits.
 template <bool BYTES>
 constexpr int kResidentWarps = BYTES ? 8 : 16;
 
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(32 * ROW_WARPS, kResidentWarps<BYTES> / ROW_WA
   constexpr int kRows = 16 * ROW_TILES * ROW_WARPS;
   constexpr int kColumns = 8 * COLUMN_TILES;
   constexpr int kThreads = 32 * ROW_WARPS;
-  constexpr int kBlocks = kColumns / kBlock;  // of 32 channels
+  constexpr int kBlocks = kColumns / kBlock;  // blocks of 32 channels
 #ifdef __CUDA_ARCH__
   constexpr bool kHasProduct = __CUDA_ARCH__ >= 800 && (BYTES || __CUDA_ARCH__ < 1000);
-  if (!kHasProduct) {  // never started there; nothing of the rest is compiled
+  if (!kHasProduct) {  // never launched there; the rest is not compiled
     __trap();
     return;
   }
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS, kResidentWarps<BYTES> / ROW_WA
 #pragma unroll 1
     for (int stage = 0; stage < stages_of_chunk; ++stage) {
       cp_async_wait<0>();
-      __syncthreads();  // the stage is there, and all threads are done with the one before it
+      __syncthreads();  // the stage has arrived, and all threads are done with the previous one
       if (stage + 1 < stages_of_chunk) {
         copy_stage(chunk, stage + 1);
       } else if (chunk + 1 < p.chunks) {

@@ -1,13 +1,13 @@
-// Binary convolution of any geometry, groups included, by xor and popcount.
+// Binary convolution of any geometry, including groups, by xor and popcount.
 //
-// A warp takes 32 neighbouring output channels of one pixel, a lane each: the words of the pixel
-// are the same in all lanes (or in all lanes of a group), those of the weights neighbours in
-// memory, and the bits of the result are one ballot. An accumulator is, over the taps V inside the
-// image,
+// A warp computes 32 neighbouring output channels of one pixel, one per lane. The words of the
+// pixel are the same in all lanes (or in all lanes of a group), the words of the weights are
+// neighbours in memory, and the bits of the result are one ballot. An accumulator is, over the taps
+// V inside the image,
 //
 //     dot = |V| * C / groups - 2 * popc(a ^ w)
 //
-// A pool takes its window's accumulators one after the other, as often as windows overlap.
+// A pool computes its window's accumulators one after the other, again for overlapping windows.
 
 #pragma once
 
@@ -25,10 +25,10 @@ struct BconvPopcountParams {
   int group_words;
   int group_channels;
   uint32_t last_mask;  // channels of a group's last word
-  uint32_t pixels;     // of the output, in all images
+  uint32_t pixels;     // output pixels of all images
 };
 
-// `count` words from bit `start` of a pixel on, one at a time.
+// Return word `at` of the bits of a pixel from bit `start` on.
 __device__ __forceinline__ uint32_t group_word(const uint32_t* pixel, int in_words, int start,
                                                int at) {
   const int word = start / 32 + at;
@@ -85,7 +85,7 @@ __device__ __forceinline__ int pooled(const BconvPopcountParams& p, int image, i
   return result;
 }
 
-// One value on its way out; returns its bit.
+// Apply the epilogue to one value and store it; return its bit.
 __device__ __forceinline__ bool finish_one(const BconvPopcountParams& p, int channel, int64_t index,
                                            int dot) {
   const ConvEpilogue& e = p.epilogue;

@@ -1,5 +1,5 @@
-// A block's part of a binary convolution on tensor cores: where its tile is, its copies to shared
-// memory, and the tables that it makes there. bconv_mma.cuh says what for.
+// A block's part of a binary convolution on tensor cores: the position of its tile, its copies to
+// shared memory, and its tables there. bconv_mma.cuh says what they are for.
 
 #pragma once
 
@@ -9,11 +9,11 @@
 namespace biper {
 
 constexpr int kBlock = 32;           // channels of one block of fragments
-constexpr int kFragmentWords = 256;  // of 32 channels in one step: 2 pairs of groups, 32 lanes, 4
+constexpr int kFragmentWords = 256;  // words of 32 channels in a step: 2 pairs of groups x 32 x 4
 
 constexpr int kMaxClasses = 96;  // rectangles of valid taps that an image may have
 
-// A quotient and what is left.
+// A quotient and a remainder.
 struct Quotient {
   int value, rest;
 };
@@ -23,7 +23,7 @@ __device__ __forceinline__ Quotient divide(int number, const Divisor& by) {
   return {quotient, number - quotient * static_cast<int>(by.divisor)};
 }
 
-// What the kernel takes: the call, and how the launcher cut it.
+// Parameters of the kernel: the call, and how the launcher divided it.
 struct BconvMmaParams {
   ConvShape shape;
   ConvEpilogue epilogue;
@@ -31,42 +31,42 @@ struct BconvMmaParams {
   const uint32_t* bits;
   const uint32_t* fragments;
   const int32_t* sums;
-  int in_words;                        // of a pixel
+  int in_words;                        // words of a pixel
   uint32_t last_mask;                  // channels of its last word
-  int chunk_words;                     // of a pixel in one patch, even
-  int chunks;                          // of a pixel
-  int steps;                           // of 256 bits in a chunk
-  int stage_steps;                     // of a chunk whose weights are in shared memory at once
-  int stage_buffers;                   // 1, or 2 where there are several stages
-  int pixel_words;                     // of a pixel in shared memory, padded against bank conflicts
-  int copy_words;                      // 1, 2 or 4: of one asynchronous copy
+  int chunk_words;                     // words of a pixel in one patch, even
+  int chunks;                          // chunks of a pixel
+  int steps;                           // steps of 256 bits in a chunk
+  int stage_steps;                     // steps whose weights are in shared memory at once
+  int stage_buffers;                   // 1, or 2 if there are several stages
+  int pixel_words;                     // words of a pixel in shared memory, without bank conflicts
+  int copy_words;                      // words of one asynchronous copy: 1, 2 or 4
   int patch_width;                     // input columns
-  int patch_words;                     // of one patch
-  int patches;                         // 1, or 2 where there are several chunks
+  int patch_words;                     // words of one patch
+  int patches;                         // 1, or 2 if there are several chunks
   int units;                           // pool windows (output pixels) of a column of tiles
   Divisor tile_width;                  // output columns (pool windows) of a block's rows
-  Divisor out_h;                       // of shape.out_h
-  Divisor window_w;                    // of shape.pool.kernel_w
-  Divisor dilation_h;                  // of shape.conv.dilation_h
-  Divisor dilation_w;                  // of shape.conv.dilation_w
-  Divisor copies;                      // of a pixel in a chunk
-  Divisor image_rows;                  // patch rows of an image that is in the tile from its top on
+  Divisor out_h;                       // shape.out_h
+  Divisor window_w;                    // shape.pool.kernel_w
+  Divisor dilation_h;                  // shape.conv.dilation_h
+  Divisor dilation_w;                  // shape.conv.dilation_w
+  Divisor copies;                      // copies of a pixel in a chunk
+  Divisor image_rows;                  // patch rows of an image whose top is in the tile
   int window_shift;                    // log2 of the pixels in a pool window: 0 or 2
-  int rows_cut;                        // taps cut off at the lower border, at most
-  int columns_start;                   // taps before the left border, at most
-  int columns_cut;                     // taps cut off at the right border, at most
-  int classes;                         // rectangles of valid taps
-  uint8_t rectangles[kMaxClasses][4];  // top, bottom, left, right; empty where there is none
+  int rows_cut;                        // most taps cut off at the lower border
+  int columns_start;                   // most taps before the left border
+  int columns_cut;                     // most taps cut off at the right border
+  int classes;                         // number of rectangles of valid taps
+  uint8_t rectangles[kMaxClasses][4];  // top, bottom, left, right; empty if there is none
 };
 
-// What of a tile's rows the threads need again and again, [ROWS] each, in shared memory.
+// Data of a tile's rows that threads need repeatedly, [ROWS] each, in shared memory.
 struct TileRows {
   int* patch;    // word of the pixel's first tap in a patch
   int* classes;  // its rectangle of valid taps
-  int* output;   // pixel of the output, -1 for none
+  int* output;   // output pixel, or -1 for none
 };
 
-// What leaves the kernel. With kRagged the call says it, and channels need not come in whole lanes.
+// The outputs of the kernel. With kRagged, they are known at run time, and lanes may be partial.
 enum Leaving : int { kFloat32Stream, kFloat16Stream, kBfloat16Stream, kLimits, kRagged };
 
 // The first valid tap of a window along one axis, and the taps cut off at its end.
@@ -85,9 +85,9 @@ __device__ __forceinline__ Taps valid_taps(int start, int size, int kernel,
   return {first, kernel - end};
 }
 
-// Where a unit is.
+// The position of a unit.
 struct Unit {
-  int image, row, column;  // of the output, the column from the tile's first on
+  int image, row, column;  // in the output; the column is relative to the tile's first
 };
 
 __device__ __forceinline__ Unit locate(const BconvMmaParams& p, int unit) {
@@ -96,15 +96,15 @@ __device__ __forceinline__ Unit locate(const BconvMmaParams& p, int unit) {
   return {image.value, image.rest, row.rest};
 }
 
-// Where a tile begins and ends, and the pixels of its images in the patch.
+// The start and the end of a tile, and the pixels of its images in the patch.
 struct Tile {
   int first_unit;
   Unit first, last;
-  int first_column;   // input column of the patch's first
-  int rows_of_first;  // patch rows of the first image, were it in the tile to its bottom
+  int first_column;   // input column of the patch's first column
+  int rows_of_first;  // patch rows of the first image if the tile reached its bottom
 };
 
-// Input rows that some rows of units see.
+// The number of input rows for `unit_rows` rows of units.
 __device__ __forceinline__ int patch_rows(const ConvShape& s, int unit_rows) {
   return (unit_rows * s.pool.kernel_h - 1) * s.conv.stride_h +
          (s.conv.kernel_h - 1) * s.conv.dilation_h + 1;
@@ -161,7 +161,7 @@ __device__ __forceinline__ void describe_row(const BconvMmaParams& p, const Tile
   }
 }
 
-// Start copying the patch of a chunk, zeros for what is outside of the image or the channels.
+// Start copying the patch of a chunk, with zeros outside of the image and of the channels.
 template <int WORDS, int THREADS>
 __device__ __forceinline__ void copy_patch(const BconvMmaParams& p, const Tile& tile, int chunk,
                                            uint32_t* patch) {
@@ -205,7 +205,7 @@ __device__ __forceinline__ void copy_patch(const BconvMmaParams& p, const Tile& 
 template <int COLUMNS, int THREADS>
 __device__ __forceinline__ void copy_weights(const BconvMmaParams& p, int first_step, int steps,
                                              int first_block, int blocks, uint32_t* to) {
-  constexpr int kCopies = kFragmentWords / 4;  // of 16 bytes in a step of 32 channels
+  constexpr int kCopies = kFragmentWords / 4;  // copies of 16 bytes in a step of 32 channels
   const int total_steps = p.chunks * p.steps;
 #pragma unroll 1
   for (int i = threadIdx.x; i < steps * (COLUMNS / kBlock) * kCopies; i += THREADS) {
@@ -221,8 +221,8 @@ __device__ __forceinline__ void copy_weights(const BconvMmaParams& p, int first_
   }
 }
 
-// The words of the patch that a lane takes in a step: the pair's offset from the pixel's first tap,
-// and which word of the chunk it begins with. Pairs behind the last tap have no word.
+// The words of the patch that a lane uses in a step: the pair's offset from the pixel's first tap,
+// and its first word in the chunk. Pairs after the last tap have no word.
 __device__ __forceinline__ int2 pair_offset(const BconvMmaParams& p, int pair) {
   const int pairs = p.chunk_words / 2;
   const int tap = pair / pairs;
@@ -234,7 +234,7 @@ __device__ __forceinline__ int2 pair_offset(const BconvMmaParams& p, int pair) {
   return make_int2((y * p.patch_width + x) * p.pixel_words + word, word);
 }
 
-// The channels in a word of a pixel: the rest may have any bits.
+// A mask of the channels in a word of a pixel; the other bits may have any value.
 __device__ __forceinline__ uint32_t channel_mask(const BconvMmaParams& p, int word) {
   if (word < p.in_words - 1) return 0xffffffffu;
   return word == p.in_words - 1 ? p.last_mask : 0u;
@@ -254,7 +254,7 @@ __device__ __forceinline__ int border_term(const BconvMmaParams& p, int index, i
   return (bottom - top) * (right - left) * p.shape.in_channels - 2 * weights;
 }
 
-// Copy the parameters of the block's channels; neutral ones beyond the last channel.
+// Copy the parameters of the block's channels, with neutral ones beyond the last channel.
 template <int COLUMNS, int THREADS>
 __device__ __forceinline__ void copy_scales(const BconvMmaParams& p, int first,
                                             const SharedScales& to) {

@@ -1,5 +1,5 @@
-// The module biper_engine._cuda. Private to the package: biper_engine/ops/cuda.py is its only
-// caller.
+// The module biper_engine._cuda. It is private to the package: only biper_engine/ops/cuda.py calls
+// it.
 //
 // The caller keeps memory alive and the device current, and passes its stream.
 #include "bindings.h"
@@ -54,7 +54,7 @@ int64_t fragment_elements(const ConvShape& s) {
   return words(s.out_channels) * chunks * ((taps * chunk / 2 + 3) / 4) * 256;
 }
 
-// A convolution with fixed parameters; `run` takes what flows.
+// A convolution with fixed parameters; `run` takes the maps.
 class Conv {
  public:
   Conv(const GeometryValues& geometry, const PoolValues& pool, const OptionalMemory& fragments,
@@ -64,7 +64,7 @@ class Conv {
        const OptionalMemory& first, const OptionalMemory& span, std::optional<float> clamp_min,
        std::optional<float> clamp_max, int path, int processors)
       : geometry_(geometry), pool_(pool) {
-    // The kernel's own size stands for the image, which the parameters do not depend on.
+    // The parameters do not depend on the image's size, so the kernel's size is used for it.
     const ImageValues smallest = {1, (geometry[3] - 1) * geometry[11] + pool[0] * geometry[5] + 1,
                                   (geometry[4] - 1) * geometry[12] + pool[1] * geometry[6] + 1};
     const ConvShape s = conv_shape(geometry, pool, smallest);
@@ -151,7 +151,7 @@ int count_devices() {
   return count;
 }
 
-// Of the current device.
+// Properties of the current device.
 DeviceProperties properties() {
   DeviceProperties found = {};
   succeed(current_device(&found));

@@ -1,7 +1,7 @@
-// What the bindings share: memory as it comes from Python, and errors.
+// Shared parts of the bindings: memory from Python, and errors.
 //
-// Memory comes as (address, elements) on the current device; what a call needs is checked against
-// it, so that arguments that do not fit raise ValueError.
+// Memory is passed as (address, elements) on the current device. The elements that a call needs are
+// checked, so arguments that do not fit raise ValueError.
 
 #pragma once
 
@@ -33,7 +33,7 @@ inline void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-// The address of at least `elements` values.
+// Return the address of at least `elements` values.
 template <class T>
 T* values(const Memory& memory, int64_t elements, const char* name) {
   if (memory.second < elements) {

@@ -22,7 +22,7 @@ int narrow(int64_t value) {
   return static_cast<int>(value);
 }
 
-// Elements from the first to the last of a strided map, both counted.
+// Elements from the first to the last of a strided map, inclusive.
 int64_t extent(const Sizes& sizes, const Sizes& strides) {
   int64_t last = 0;
   for (int i = 0; i < 4; ++i) {

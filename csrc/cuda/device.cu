@@ -12,7 +12,7 @@ const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Nothing; whether there is code of it for a device says that of all kernels.
+// An empty kernel: if it has code for a device, all kernels have.
 __global__ void probe() {}
 
 const char* ask(int index, DeviceProperties* properties) {
@@ -35,7 +35,7 @@ const char* ask(int index, DeviceProperties* properties) {
     }
   }
   properties->capability = 10 * major + minor;
-  properties->has_binary_mma = major == 8 || major == 9;  // later ones emulate it
+  properties->has_binary_mma = major == 8 || major == 9;  // later devices emulate it
   properties->has_byte_mma = properties->has_half_mma = major >= 8;
   return nullptr;
 }

@@ -1,4 +1,4 @@
-// Division of 31-bit indices by a number that is fixed for a launch, without a division.
+// Division of 31-bit indices by a number that is fixed for a launch, without a divide instruction.
 //
 // With s = ceil(log2(d)) and m = floor(2^32 * (2^s - d) / d) + 1, n / d = (n + high(n * m)) >> s;
 // n below 2^31 keeps that sum within 32 bits.

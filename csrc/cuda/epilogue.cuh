@@ -1,15 +1,15 @@
-// What becomes of the accumulators of eight neighbouring output channels of one pixel.
+// The epilogue for the accumulators of eight neighbouring output channels of one pixel.
 //
-// The steps, their order and their rounding are those of biper_engine/ops/epilogue.py. Built with
-// -fmad=false; every fused multiply-add is explicit.
+// The steps, their order and their rounding follow biper_engine/ops/epilogue.py. The file is built
+// with -fmad=false; every fused multiply-add is explicit.
 //
-// An output takes some 12 instructions here, and a network on bits has more of these than of
-// anything else, so that the steps are chosen for their number:
+// An output takes about 12 instructions here. A network on bits executes these more than any
+// others, so the steps are chosen to need few instructions:
 //
 // - A clamp is a minimum and a maximum, unless a limit is zero: these do not keep a zero's sign.
-// - A bit `v >= t` is the sign of v - t, which rounding does not change, moved into the byte by one
-//   funnel shift. Zero minus zero must be +0, so that the term added is +0 for t = 0 of any sign.
-//   `v <= t` is that of t - v. A factor of +-1 and one addend serve both: fma(v, factor, addend).
+// - A bit `v >= t` is the sign of v - t, which rounding does not change. One funnel shift moves it
+//   into the byte. Zero minus zero must be +0, so the addend is +0 for t = 0 of any sign. `v <= t`
+//   is the sign of t - v. A factor of +-1 and one addend give both: fma(v, factor, addend).
 
 #pragma once
 
@@ -20,8 +20,8 @@ namespace biper {
 
 constexpr int kLane = 8;  // channels that one thread finishes at once
 
-// How many of a thread's channels there are, 0 to 8, and whether all are and lie on a boundary of
-// 16 bytes in every map.
+// How many of a thread's channels exist, 0 to 8, and whether all exist and are aligned to 16 bytes
+// in every map.
 struct Lane {
   int count;
   bool whole;
@@ -33,9 +33,9 @@ struct SharedScales {
   float* bias;
   float* slope;
   float* shift;
-  float* factor;  // of the comparison with the threshold
+  float* factor;  // factor of the comparison with the threshold
   float* addend;
-  int* pool_min;  // 1 where the pool takes the minimum
+  int* pool_min;  // 1 if the pool takes the minimum
 };
 
 constexpr int kSharedVectors = 7;
@@ -44,7 +44,7 @@ struct Comparison {
   float factor, addend;
 };
 
-// How `v >= threshold`, or `<=` where `sense`, becomes a sign: see above.
+// The numbers that turn `v >= threshold`, or `<=` if `sense`, into a sign: see above.
 __device__ __forceinline__ Comparison comparison(float threshold, bool sense) {
   const float addend = sense ? threshold : -threshold;
   return {sense ? -1.0f : 1.0f, threshold == 0.0f ? 0.0f : addend};
@@ -72,7 +72,7 @@ __device__ __forceinline__ void load_integers(const int* from, int (&values)[kLa
   }
 }
 
-// Eight values of a map, or only those that there are.
+// Load eight values of a map, or only those that exist.
 template <int TYPE, bool WHOLE>
 __device__ __forceinline__ void load_lane(const void* base, int64_t index, Lane lane,
                                           float (&values)[kLane]) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_lane(void* base, int64_t index, Lane lane,
   }
 }
 
-// The same where only the call says what a map has.
+// The same if the type of the map is only known at run time.
 __device__ __forceinline__ void load_any(int type, const void* base, int64_t index, Lane lane,
                                          float (&values)[kLane]) {
   if (type == kFloat16) {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void activate(const ConvEpilogue& epilogue, const Sha
   }
 }
 
-// The bits of eight values.
+// Return the bits of eight values.
 __device__ __forceinline__ uint32_t compare(const ConvEpilogue& epilogue,
                                             const SharedScales& scales, int channel,
                                             const float (&v)[kLane]) {
@@ -178,7 +178,7 @@ __device__ __forceinline__ uint32_t compare(const ConvEpilogue& epilogue,
   return ~negative & 0xffu;
 }
 
-// The bits of eight accumulators between limits; see ConvEpilogue.
+// Return the bits of eight accumulators by their limits; see ConvEpilogue.
 __device__ __forceinline__ uint32_t within(const int* first, const int* span,
                                            const int (&dots)[kLane]) {
   int firsts[kLane], spans[kLane];

@@ -1,4 +1,4 @@
-// Launchers of packed maps: which kernel fits strides and alignment, and how its grid is cut.
+// Launchers of packed maps: the choice of a kernel by strides and alignment, and its grid.
 #include "maps.cuh"
 
 namespace biper {
@@ -7,7 +7,7 @@ namespace {
 using namespace maps;
 
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
-constexpr int64_t kMostImages = 65535;  // of gridDim.y; kernels loop over the rest
+constexpr int64_t kMostImages = 65535;  // limit of gridDim.y; kernels loop over the rest
 constexpr const char* kTooLarge = "the map has too many pixels or channels for one launch";
 
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
@@ -16,14 +16,14 @@ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool is_float(int type) { return type == kFloat32 || type == kFloat16 || type == kBfloat16; }
 
-// Pixels that give every thread of a block kMapVectors vectors to move.
+// The number of pixels with which every thread of a block moves kMapVectors vectors.
 int64_t block_pixels(int64_t pixel_vectors) {
   const int64_t wanted = int64_t{kMapThreads} * kMapVectors / pixel_vectors;
   return wanted < 1 ? 1 : wanted;
 }
 
 bool is_dense(const BinarizeArgs& a) {
-  // A stride is without meaning where there is only one index.
+  // A stride has no meaning if there is only one index.
   const int64_t pixels[] = {a.c, int64_t{a.w} * a.c, int64_t{a.h} * a.w * a.c};
   return (a.c == 1 || a.stride_c == 1) && (a.w == 1 || a.stride_w == pixels[0]) &&
          (a.h == 1 || a.stride_h == pixels[1]) && (a.n == 1 || a.stride_n == pixels[2]);

@@ -1,8 +1,8 @@
-// Kernels of packed maps. All of them only move bytes: one pass, coalesced, 16 bytes an access.
+// Kernels of packed maps. All of them only move bytes: one pass, coalesced, 16 bytes per access.
 //
 // Per 16 bytes of a float map, binarize issues 1 load, 4 or 8 comparisons and as many conversions
-// and inserts, and log2(lanes of a word) shuffles: about 40 instructions for 512 bytes a warp,
-// while a multiprocessor of an H200 needs 27 clocks, or 108 issue slots, to be given those bytes.
+// and inserts, and log2(lanes of a word) shuffles: about 40 instructions for 512 bytes per warp. A
+// multiprocessor of an H200 needs 27 clocks, or 108 issue slots, to receive those bytes.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace biper::maps {
 
 constexpr int kMapThreads = 256;
-constexpr int kMapVectors = 4;  // 16-byte accesses of a thread that are on their way together
+constexpr int kMapVectors = 4;  // 16-byte accesses that a thread has in flight
 constexpr int kStridedThreads = 128;
 constexpr int kPoolThreads = 128;
 constexpr uint32_t kAllLanes = 0xffffffffu;
@@ -23,7 +23,7 @@ struct BinarizeParams {
   int64_t pixels;
   int words;
   int block_pixels;       // dense: pixels of a block
-  Divisor pixel_vectors;  // dense: 16-byte vectors of a pixel, whole words counted
+  Divisor pixel_vectors;  // dense: 16-byte vectors of a pixel, rounded up to whole words
   Divisor width;          // strided
 };
 
@@ -33,8 +33,8 @@ __device__ __forceinline__ uint32_t bit_of(float value, float threshold, bool se
 
 // -- floats to bits ------------------------------------------------------------------------------
 
-// Channels together, pixels dense, each pixel on a 16-byte boundary. A lane reads 16 bytes and
-// makes 4 or 8 bits of them; the lanes of a word, neighbours, join them by shuffles.
+// The map is dense with channels last, and each pixel is aligned to 16 bytes. A lane reads 16 bytes
+// and makes 4 or 8 bits of them; the neighbouring lanes of a word join them by shuffles.
 template <int TYPE>
 __global__ void __launch_bounds__(kMapThreads) binarize_dense(const BinarizeParams p) {
   constexpr int kValues = 16 / Stream<TYPE>::kBytes;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMapThreads) binarize_dense(const BinarizePara
   const int64_t first_pixel = static_cast<int64_t>(blockIdx.x) * p.block_pixels;
   const uint32_t vectors = p.block_pixels * p.pixel_vectors.divisor;
   const uint4* x = static_cast<const uint4*>(p.args.x);
-  const int stored_vectors = p.args.c / kValues;  // of a pixel; the rest only fill a word
+  const int stored_vectors = p.args.c / kValues;  // per pixel; the rest only fill a word
 
   for (uint32_t start = threadIdx.x; start - threadIdx.x < vectors;
        start += kMapThreads * kMapVectors) {
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMapThreads) binarize_dense(const BinarizePara
       unpack_word<TYPE>(raw[i].z, values + kValues / 2);
       unpack_word<TYPE>(raw[i].w, values + kValues / 4 * 3);
       float threshold[kValues] = {};
-      uint32_t sense[kValues / 4] = {};  // a byte for a channel
+      uint32_t sense[kValues / 4] = {};  // one byte per channel
       if (p.args.threshold && stored) {
         load_values<kFloat32, kValues>(p.args.threshold, channel, threshold);
       }
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kMapThreads) binarize_dense(const BinarizePara
   }
 }
 
-// Any strides. A thread makes one word; lanes run along the pixels of an image, so that planes are
-// read in whole lines. Blocks: pixels of an image, images, words.
+// For any strides. A thread makes one word; lanes run along the pixels of an image, so that planes
+// are read in whole cache lines. Blocks: pixels of an image, images, words.
 template <int TYPE>
 __global__ void __launch_bounds__(kStridedThreads) binarize_strided(const BinarizeParams p) {
   const BinarizeArgs& a = p.args;
@@ -133,7 +133,7 @@ struct UnbinarizeParams {
   Divisor pixel_vectors;  // runs of VALUES channels in a pixel
 };
 
-// VALUES: 16 bytes of channels, or 1 where the channels do not fill them.
+// VALUES: 16 bytes of channels, or 1 if the channels do not fill them.
 template <int TYPE, int VALUES>
 __global__ void __launch_bounds__(kMapThreads) unbinarize_kernel(const UnbinarizeParams p) {
   const int64_t first_pixel = static_cast<int64_t>(blockIdx.x) * p.block_pixels;
@@ -194,7 +194,7 @@ __device__ __forceinline__ void store_words(uint32_t* to, const Words<VECTOR>& w
 }
 
 // A thread makes VECTOR words of one output pixel. Blocks: vectors of an output image, images.
-// Dynamic shared memory: the words of `take_and`, where it is given.
+// Dynamic shared memory: the words of `take_and`, if it is given.
 template <int VECTOR>
 __global__ void __launch_bounds__(kPoolThreads, 6) bit_pool_kernel(const BitPoolParams p) {
   const BitPoolArgs& a = p.args;

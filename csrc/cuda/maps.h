@@ -1,7 +1,7 @@
-// Packed maps on a GPU: making them from floats, and back; pooling them.
+// Packed maps on a GPU: packing, unpacking and pooling.
 //
 // Packed maps are dense, [n, h, w, words]; strides are in elements. Every launcher returns nullptr,
-// or why nothing was started. An empty map starts nothing.
+// or the reason why nothing was launched. An empty map launches nothing.
 
 #pragma once
 
@@ -18,7 +18,7 @@ struct BinarizeArgs {
   int64_t stride_n, stride_c, stride_h, stride_w;
   const float* threshold;  // [c]; nullptr: 0
   const bool* sense;       // [c]; nullptr: false
-  uint32_t* bits;          // aligned to 16 bytes, as all packed maps here
+  uint32_t* bits;          // aligned to 16 bytes, like all packed maps here
   int64_t n;
   int c, h, w;
 };

@@ -1,5 +1,5 @@
-// Bursts between two events, of which the median counts. A GPU raises its clock when it has work,
-// so that bursts grow until one is long enough, and those count that come behind it.
+// The result is the median of bursts between two events. A GPU raises its clock when it has work,
+// so bursts grow until one is long enough, and only those after it count.
 #include "peak.h"
 
 #ifndef __CUDACC__
@@ -27,7 +27,7 @@ const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// A stream and two events, gone with the scope.
+// A stream and two events, destroyed at the end of the scope.
 class Stopwatch {
  public:
   Stopwatch() {
@@ -48,7 +48,7 @@ class Stopwatch {
   cudaStream_t stream() const { return stream_; }
   const char* error() const { return text_of(error_); }
 
-  // Seconds that what `start` puts on the stream takes, or an error's text.
+  // The time of the work that `start` puts on the stream, in seconds, or an error's text.
   template <class Start>
   const char* time(const Start& start, double* seconds) {
     const char* problem = text_of(cudaEventRecord(events_[0], stream_));
@@ -69,7 +69,7 @@ class Stopwatch {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Turns a second of what `burst(turns)` starts, the median of kBursts.
+// Turns per second of the work that `burst(turns)` starts; the median of kBursts.
 template <class Burst>
 const char* turns_per_second(int milliseconds, const Burst& burst, double* rate) {
   Stopwatch watch;
@@ -128,7 +128,7 @@ const char* rate_of(void (*kernel)(PeakParams), double macs, const Device& devic
 
 // An executable graph of kGraphNodes empty kernels in a row.
 const char* graph_of_nothing(cudaGraphExec_t* executable) {
-  Stopwatch owner;  // of the stream that is captured
+  Stopwatch owner;  // owns the stream that is captured
   if (owner.error() != nullptr) return owner.error();
   const cudaStream_t stream = owner.stream();
   cudaGraph_t graph = nullptr;
@@ -169,7 +169,7 @@ const char* measure_peak(int kind, int milliseconds, double* operations_per_seco
   Device device;
   const char* problem = current_device(&device);
   if (problem != nullptr) return problem;
-  // Elsewhere the kernels trap, which would end every other use of the device, too.
+  // On other devices the kernels trap, which would end all other work on the device, too.
   if (kind == kPeakBinary && (device.capability < 80 || device.capability >= 100)) {
     return "only compute capability 8.0 to 9.x has 1-bit matrix instructions";
   }

@@ -1,8 +1,8 @@
-// Loops that one kind of instruction bounds. Everything is in registers: operands come from the
-// parameters, so that nothing is known at compile time, and memory is never touched.
+// Loops that are bound by one kind of instruction. Everything is in registers: operands come from
+// the parameters, so that nothing is known at compile time, and memory is never accessed.
 //
-// Each warp has kPeakChains instructions in flight that do not depend on each other, each of the
-// four parts of an SM eight warps: 64 in flight, against a latency of some 30 clocks.
+// Each warp has kPeakChains independent instructions in flight, and each of the four parts of an SM
+// has eight warps: 64 in flight, for a latency of some 30 clocks.
 #pragma once
 
 #include "platform.cuh"
@@ -15,27 +15,27 @@ constexpr int kPeakChains = 8;
 constexpr int kPeakUnroll = 4;  // rounds of all chains in one turn of the loop
 
 struct PeakParams {
-  int turns;       // of the loop
-  uint32_t seed;   // what operands are made of; below 2^16, so that `keep` never stores
+  int turns;       // turns of the loop
+  uint32_t seed;   // value that operands are made from; below 2^16, so that `keep` never stores
   uint32_t* sink;  // never written
 };
 
-// Instructions of one warp, and what one of them does in all of its lanes.
+// Instructions of one warp, and the operations of one instruction in all lanes.
 constexpr double kPeakInstructions = double(kPeakChains) * kPeakUnroll;
 constexpr double kBinaryMacs = 16.0 * 8.0 * 256.0;
 constexpr double kPopcountMacs = 32.0 * 32.0;
 constexpr double kInt8Macs = 16.0 * 8.0 * 32.0;
 constexpr double kHalfMacs = 16.0 * 8.0 * 16.0;
 
-// Uses a result at a test that fails, which is known at run time only: without it ptxas drops the
-// whole loop, volatile asm and all.
+// Uses a result in a test that always fails, but only at run time. Without it, ptxas removes the
+// whole loop, including volatile asm.
 __device__ __forceinline__ void keep(const PeakParams& params, uint32_t result) {
   if ((result ^ params.seed) == 0xFFFFFFFFu) atomicExch(params.sink, result);
 }
 
 template <class Sum, class Multiply>
 __device__ __forceinline__ void peak_loop(const PeakParams& params, const Multiply& multiply) {
-  // Half of the bits are ones, as in packed maps: on zeros a GPU takes less power and may clock
+  // Half of the bits are ones, as in packed maps: with zeros, a GPU uses less power and may clock
   // higher.
   const uint32_t lane = (params.seed + threadIdx.x) * 0x9E3779B9u;
   const uint32_t a[4] = {lane, lane * 3u, lane * 5u, lane * 7u};
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kPeakThreads) peak_half(PeakParams params) {
   });
 }
 
-// x = popc(x ^ w): one LOP3 for each POPC, and POPC has a quarter of its rate or less.
+// x = popc(x ^ w): one LOP3 for each POPC, which has a quarter of LOP3's rate or less.
 __global__ void __launch_bounds__(kPeakThreads) peak_popcount(PeakParams params) {
   uint32_t x[kPeakChains];
 #pragma unroll

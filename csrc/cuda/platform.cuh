@@ -1,7 +1,7 @@
-// The instructions that kernels use, each under one name for every target.
+// The instructions that kernels use, with one name for all targets.
 //
-// Under nvcc they are inline PTX and intrinsics. Under a C++ compiler cuda_emulator.h of the tests
-// stands in for the same names, so that kernels and launchers run on a CPU as they are written.
+// With nvcc they are inline PTX and intrinsics. With a C++ compiler, cuda_emulator.h of the tests
+// defines the same names, so that kernels and launchers run on a CPU without changes.
 // Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k256", ".m16n8k32" and ".m16n8k16".
 
 #pragma once
@@ -87,8 +87,8 @@ __device__ __forceinline__ void hmma_bf16(float (&d)[4], const uint32_t (&a)[4],
 
 // -- copies to shared memory ----------------------------------------------------------------------
 
-// Copy BYTES (4, 8 or 16, aligned to that) in the background, or write zeros where not `valid`;
-// `global` is then not read, but must still be an address.
+// Copy BYTES (4, 8 or 16, aligned to that) in the background, or write zeros if not `valid`.
+// `global` is then not read, but must still be a valid pointer.
 template <int BYTES>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "what cp.async copies");
@@ -117,8 +117,8 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 
-// Wait until at most PENDING of this thread's groups are on their way. Others' copies are there
-// after a __syncthreads() behind it.
+// Wait until at most PENDING of this thread's groups are in flight. Copies of other threads are
+// complete after a __syncthreads() that follows.
 template <int PENDING>
 __device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
@@ -132,13 +132,13 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(biper_dynamic_shared);
 }
 
-// -- 16-bit floats, held as their bits ------------------------------------------------------------
+// -- 16-bit floats, stored as their bits ----------------------------------------------------------
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
 
-// To nearest, ties to even; beyond the range: infinity.
+// Round to nearest, ties to even; infinity beyond the range.
 __device__ __forceinline__ uint16_t float_to_half(float value) {
   return __half_as_ushort(__float2half_rn(value));
 }
@@ -153,14 +153,14 @@ __device__ __forceinline__ uint16_t float_to_bfloat(float value) {
 
 // -- launches -------------------------------------------------------------------------------------
 
-// Start a kernel. Returns nullptr, or what went wrong. An empty grid starts nothing.
+// Launch a kernel. Returns nullptr, or what went wrong. An empty grid launches nothing.
 template <class Params>
 const char* launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes,
                    cudaStream_t stream, const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
   if (shared_bytes > 48 * 1024) {
-    // Beyond what every kernel may have. What it may is the kernel's in all threads, and so it is
-    // always the device's most: no thread takes back what another one is about to use.
+    // A kernel needs permission for more than this. The limit applies to the kernel in all threads,
+    // so it is always set to the device's maximum: no thread lowers it before another's launch.
     int device = 0, most = 0;
     cudaError_t refused = cudaGetDevice(&device);
     if (refused == cudaSuccess) {

@@ -1,4 +1,4 @@
-// Launcher of the mean and linear layer: how images and classes are shared out.
+// Launcher of the mean and linear layer: how images and classes are divided among blocks.
 #include "pooled_linear.cuh"
 
 namespace biper {
@@ -20,7 +20,7 @@ const char* launch_images(Params& p, cudaStream_t stream) {
   if (p.turns > a.h * a.w) p.turns = a.h * a.w;
   const int64_t runs = ceil_divide(a.n, IMAGES);
   const int64_t slices = ceil_divide(kBlocks, runs);
-  // No warp without its classes, but where there are too few.
+  // Every warp gets classes, unless there are too few.
   constexpr int kLeast = kWarps * kClasses;
   p.slice = static_cast<int>(ceil_divide(ceil_divide(a.classes, slices), kLeast)) * kLeast;
   if (runs > (int64_t{1} << 31) - 1) return "the batch is too large for one launch";
@@ -34,7 +34,7 @@ const char* launch_images(Params& p, cudaStream_t stream) {
 
 template <int TYPE, int WEIGHT, int VALUES>
 const char* launch_values(Params& p, cudaStream_t stream) {
-  // The means of 8 images, where they leave room for the turns.
+  // The means of 8 images, if they leave room for the turns.
   if (p.args.n >= 64 && p.args.c <= 1024) {
     return launch_images<TYPE, WEIGHT, VALUES, 8>(p, stream);
   }

@@ -1,16 +1,16 @@
 // Mean over an image, then a linear layer.
 //
-// A block takes IMAGES images and a slice of the classes. It reads its images once, 16 bytes a
-// lane, several rows of lanes taking turns over the pixels, and leaves the means in shared memory.
-// Then each warp multiplies: two classes at a time, lanes along the channels, the weights read
-// once, 16 bytes a lane, for all images of the block. The lanes' sums join and spread over the
-// lanes at once, 16 sums in 16 shuffles.
+// A block computes a slice of the classes for IMAGES images. It reads its images once, 16 bytes per
+// lane, with several rows of lanes that share the pixels, and stores the means in shared memory.
+// Then each warp multiplies two classes at a time, with lanes along the channels. The weights are
+// read once for all images of the block, 16 bytes per lane. One reduction sums over the lanes and
+// distributes the results among them: 16 sums in 16 shuffles.
 //
-// For 512 channels, 7x7, 1000 classes in float16 an image has 50 KB of map, and weights are 1 MB.
-// At batch 256, with 8 images and 200 classes a block, the map is read 5 times and the weights 32
-// times, all but once from L2: 96 MB, 17 us at 5.5 TB/s, or 0.07 us an image. Shared memory gives
-// 16 * 8 means of 4 bytes a lane for two classes, 64 clocks a class and 8 images: 16 K clocks of
-// each of 132 multiprocessors, 9 us; multiply-adds take half of that.
+// For 512 channels, 7x7, 1000 classes in float16, the map of an image has 50 KB and the weights
+// 1 MB. At batch 256, with 8 images and 200 classes per block, the map is read 5 times and the
+// weights 32 times, all but once from L2: 96 MB, 17 us at 5.5 TB/s, or 0.07 us per image. For two
+// classes, a lane loads 16 * 8 means of 4 bytes from shared memory, 64 clocks per class and 8
+// images: 16 K clocks of each of 132 multiprocessors, 9 us; multiply-adds take half of that.
 
 #pragma once
 
@@ -26,11 +26,11 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 struct Params {
   PooledLinearArgs args;
   int slice;    // classes of a block
-  int vectors;  // of a pixel
+  int vectors;  // vectors of a pixel
   int turns;    // threads that share a vector of a pixel
 };
 
-// VALUES channels that are read together: 16 bytes, or 1 value where they do not fill these.
+// VALUES channels are read together: 16 bytes, or 1 value if the channels do not fill these.
 template <int TYPE, int VALUES>
 __device__ __forceinline__ void load_run(const void* from, int64_t index, float (&values)[VALUES]) {
   if constexpr (VALUES == 1) {
@@ -47,8 +47,8 @@ __device__ __forceinline__ float load_as(const void* from, int type, int64_t ind
   return load_value<kFloat32>(from, index);
 }
 
-// Means of image `image` into means[c]. `partial` is [turns, VALUES, vectors]: lanes write
-// neighbours.
+// Store the means of image `image` in means[c]. `partial` is [turns, VALUES, vectors]: lanes write
+// neighbouring values.
 template <int TYPE, int VALUES>
 __device__ __forceinline__ void pool_image(const Params& p, int64_t image, float* partial,
                                            float* means) {
@@ -77,12 +77,12 @@ __device__ __forceinline__ void pool_image(const Params& p, int64_t image, float
     for (int turn = 1; turn < p.turns; ++turn) sum += partial[turn * a.c + i];
     means[vector * VALUES + j] = sum / static_cast<float>(pixels);
   }
-  __syncthreads();  // before the next image takes `partial`
+  __syncthreads();  // before the next image writes to `partial`
 }
 
-// The sum over all lanes of value `lane / (32 / COUNT)`. Of COUNT values, a power of two,
-// half go to the other half of the lanes, again and again, until one is left. OTHER: lanes to that
-// half.
+// Return the sum over all lanes of value `lane / (32 / COUNT)`. COUNT is a power of two. In each
+// step, half of the values are exchanged with the other half of the lanes, until one is left.
+// OTHER: distance in lanes to that half.
 template <int COUNT, int OTHER = 16>
 __device__ __forceinline__ float sum_of_lanes(const float (&values)[COUNT]) {
   if constexpr (OTHER == 0) {
@@ -102,9 +102,9 @@ __device__ __forceinline__ float sum_of_lanes(const float (&values)[COUNT]) {
   }
 }
 
-constexpr int kClasses = 2;  // of a warp at a time
+constexpr int kClasses = 2;  // classes of a warp at a time
 
-// sums[IMAGES * class + image]. A class beyond the last has the sums of the last.
+// Compute sums[IMAGES * class + image]. A class beyond the last gets the sums of the last.
 template <int WEIGHT, int VALUES, int IMAGES>
 __device__ __forceinline__ void class_sums(const Params& p, int first, const float* means,
                                            float (&sums)[kClasses * IMAGES]) {
@@ -134,8 +134,8 @@ __device__ __forceinline__ void class_sums(const Params& p, int first, const flo
   }
 }
 
-// Blocks: runs of IMAGES images, slices of classes. VALUES values of x and of the weights are 16
-// bytes at least of one of them, and whole accesses of the other; or it is 1.
+// Blocks: runs of IMAGES images, slices of classes. VALUES values are at least 16 bytes of x or of
+// the weights, and whole accesses of the other; or VALUES is 1.
 // Dynamic shared memory: means [IMAGES, c], then sums of turns [turns, c].
 template <int TYPE, int WEIGHT, int VALUES, int IMAGES>
 __global__ void __launch_bounds__(kThreads, 2) pooled_linear_kernel(const Params p) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) pooled_linear_kernel(const Params
   const int64_t first_image = static_cast<int64_t>(blockIdx.x) * IMAGES;
 #pragma unroll 1
   for (int image = 0; image < IMAGES; ++image) {
-    // Beyond the last image its means are taken once more, and not stored.
+    // Beyond the last image, its means are computed again, but the results are not stored.
     const int64_t index = first_image + image < a.n ? first_image + image : a.n - 1;
     pool_image<TYPE, VALUES>(p, index, partial, means + image * a.c);
   }

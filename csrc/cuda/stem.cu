@@ -1,4 +1,4 @@
-// Launchers of the stem: which kernel fits a shape, and how images are cut into tiles.
+// Launchers of the stem: the choice of a kernel by shape, and the tiles of images.
 #include <algorithm>
 
 #include "device.h"
@@ -16,7 +16,7 @@ constexpr const char* kTooLarge = "the stem has too many tiles or channels for o
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tens of kilobytes are enough for a tile, and leave room for several blocks.
+// This is enough for a tile, and leaves room for several blocks.
 constexpr int kSharedBytes = 76 * 1024;
 
 bool is_identity_pool(const StemArgs& a) {
@@ -41,9 +41,9 @@ bool fits(const StemArgs& a) {
 
 template <class S>
 const char* launch_strips(const StemArgs& a, cudaStream_t stream) {
-  // Enough blocks for every multiprocessor of a large GPU twice, where the batch is small.
+  // If the batch is small, two blocks for every multiprocessor of a large GPU.
   constexpr int64_t kBlocks = 264;
-  // A block goes on to further tiles with the weights that it has, where there are many.
+  // If there are many tiles, a block computes several with the same weights.
   constexpr int64_t kManyBlocks = 4096, kMostSteps = 4;
   StripParams p{};
   p.args = a;
@@ -86,7 +86,7 @@ int64_t tile_bytes(const TileParams& p) {
               int64_t{p.patch_h} * p.pitch);
 }
 
-// Fill in what follows from the tile.
+// Fill in the parameters that depend on the tile.
 void set_tile(TileParams& p, int tile_h, int tile_w) {
   const StemArgs& a = p.args;
   p.tile_h = tile_h, p.tile_w = tile_w;

@@ -1,4 +1,4 @@
-// What the kernels of the stem share: reading pixels, and what becomes of finished sums.
+// Shared parts of the stem's kernels: reading pixels, and finishing sums.
 
 #pragma once
 
@@ -16,16 +16,16 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(int(0x
 
 // -- pixels --------------------------------------------------------------------------------------
 
-// Where the patch of a block starts in its image.
+// The start of a block's patch in its image.
 struct Patch {
-  int64_t image;  // elements before it
+  int64_t image;  // elements before the image
   int top, left;
-  const float* scale;  // of 4 channels in shared memory, then their offsets
+  const float* scale;  // scales of 4 channels in shared memory, then their offsets
 };
 
 constexpr int kScaleFloats = 8;
 
-// Scales and offsets to shared memory. A barrier must follow.
+// Copy scales and offsets to shared memory. A barrier must follow.
 __device__ __forceinline__ void load_scales(const StemArgs& a, float* shared) {
   if (a.scale == nullptr || threadIdx.x >= 8) return;
   const int c = threadIdx.x % 4;
@@ -33,8 +33,8 @@ __device__ __forceinline__ void load_scales(const StemArgs& a, float* shared) {
   shared[threadIdx.x] = c < a.c ? from[c] : 0.0f;
 }
 
-// One pixel, normalised, zeros outside of the image and beyond its channels. At least SURE channels
-// are there. The launcher has seen to it that an image spans less than 2^31 elements.
+// Read one pixel, with zeros outside of the image and beyond its channels. At least SURE channels
+// exist. The launcher ensures that an image spans less than 2^31 elements.
 template <int IMAGE, int SURE, int CHANNELS>
 __device__ __forceinline__ void read_pixel(const StemArgs& a, const Patch& patch, int row,
                                            int column, float (&values)[CHANNELS]) {
@@ -80,24 +80,24 @@ __device__ __forceinline__ void with_image_type(int type, const Load& load) {
 
 // -- finished sums -------------------------------------------------------------------------------
 
-// What a lane keeps of the parameters: lane t of four neighbours has channels 8 * t and on of the
+// The parameters of a lane: lane t of four neighbours has the channels from 8 * t on of the
 // group.
 struct LaneChannels {
-  int first;            // channel
-  int count;            // that are there, from 0 to 8
-  bool whole;           // all of them, and 16 bytes of any pixel start with them
-  const float* shared;  // the lane's own in the first of the arrays of load_channels
+  int first;            // first channel
+  int count;            // number of channels that exist, from 0 to 8
+  bool whole;           // all exist, and are aligned to 16 bytes in every pixel
+  const float* shared;  // the lane's values in the first of the arrays of load_channels
   int array;            // floats between these arrays
 };
 
-// What there is of each channel in shared memory, in three arrays of `groups` groups from `group`
-// on: bias, sign and limit of the comparison, where `bit` is value * sign + limit >= 0. A barrier
+// Copy the parameters of each channel to shared memory, in three arrays of `groups` groups from
+// `group` on: bias, sign and limit of the comparison. `bit` is value * sign + limit >= 0. A barrier
 // must follow.
 //
-// With the sign -1 where `sense` holds and else 1, and the limit -sign * threshold, that sum is
-// rounded once and has the exact sum's sign, and it is +0 where both are equal: the limit of a
-// threshold of 0 is +0, and -0 + 0 is +0. Then the bit is the sign bit, inverted. The limit
-// of what is not there, and of NaN, is minus infinity.
+// The sign is -1 if `sense` and else 1, and the limit is -sign * threshold. The sum is rounded once
+// and has the sign of the exact sum. It is +0 if both are equal: the limit of a threshold of 0 is
+// +0, and -0 + 0 is +0. The bit is therefore the inverted sign bit. The limit is minus infinity for
+// channels that do not exist, and for NaN.
 constexpr int kChannelArrays = 3;
 
 __device__ __forceinline__ void load_channels(const StemArgs& a, int group, int groups,
@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_channels(const StemArgs& a, int group, int 
   }
 }
 
-// Of local group `group` of `groups`, which is `all_group` in all.
+// Return the parameters of local group `group` of `groups`, which is group `all_group` overall.
 __device__ __forceinline__ LaneChannels lane_channels(const StemArgs& a, int group, int groups,
                                                       int all_group, const float* shared) {
   LaneChannels lane;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void load_channel_values(const LaneChannels& lane,
   load_values<kFloat32, 8>(lane.shared + 2 * lane.array, 0, channels.limit);
 }
 
-// Where a lane's channels of a pixel go.
+// The destination of a lane's channels of a pixel.
 template <int COMPUTE>
 struct Destination {
   typename Stream<COMPUTE>::Value* out;
@@ -154,8 +154,8 @@ struct Destination {
   }
 };
 
-// Bias, clamp, floats and bits of the pooled sums of a pixel. All lanes of a warp take part; the
-// four of a pixel are neighbours. The bias comes after the pool: sums round monotonically.
+// Add the bias, clamp, and store floats and bits of the pooled sums of a pixel. All lanes of a warp
+// take part; the four of a pixel are neighbours. The bias follows the pool: rounding is monotonic.
 template <int COMPUTE>
 __device__ __forceinline__ void emit(const StemArgs& a, const LaneChannels& lane,
                                      const ChannelValues& channels, const Destination<COMPUTE>& to,

@@ -1,34 +1,34 @@
 // The stem on tensor cores for the few shapes that networks have, in float16 or bfloat16.
 //
-// Tile. A warp makes 32 channels of a strip of 16 columns of the convolution, row after row: a row
-// is one m16 tile, its columns the tile's rows. Weights stay in registers. The block's patch of the
-// image lies in shared memory in the compute type, (row, column, channel); K runs along its rows,
-// so that a fragment is one 32-bit load at a constant offset, free of bank conflicts: columns lie
-// SX * C' / 2 words apart, lanes of a column 1, and those that meet read the same word.
+// Tile. A warp computes 32 channels of a strip of 16 columns of the convolution, row after row: a
+// row is one m16 tile, and its columns are the tile's rows. Weights stay in registers. The block's
+// patch of the image is in shared memory in the compute type, (row, column, channel). K runs along
+// its rows, so a fragment is one 32-bit load at a constant offset without bank conflicts: columns
+// are SX * C' / 2 words apart, lanes of a column 1, and lanes of equal banks read the same word.
 //
 // Pool, 3x3 at stride 2. A strip gives 7 pooled columns. Maxima down a column are taken in
-// registers; then lanes of even columns take over the left half of the strip and those of odd ones
-// the right half, by 16 shuffles, so that each ends with 8 neighbouring channels of one pooled
-// pixel: one 16-byte store. Nothing of the convolution's output is written anywhere before that.
+// registers. Then 16 shuffles give lanes of even columns the left half of the strip and lanes of
+// odd columns the right half, so that each has 8 neighbouring channels of one pooled pixel: one
+// 16-byte store. No output of the convolution is written before that.
 //
-// Counts for 7x7 at stride 2, 3 to 64 channels, 224x224, pooled to 56x56, an image:
-// - bytes: 301 KB of float16 image, 401 KB and 25 KB out, so 0.17 us at 4.3 TB/s; 236 MFLOP are
+// Counts per image for 7x7 at stride 2, 3 to 64 channels, 224x224, pooled to 56x56:
+// - bytes: 301 KB of float16 image, 401 KB and 25 KB out, so 0.17 us at 4.3 TB/s; 236 MFLOP take
 //   0.30 us at 790 TFLOP/s, which is the limit. 35 % of it are 0.85 us: 197 K clocks of one of 132
 //   multiprocessors at 1.75 GHz, each with 4 issue slots.
 // - m16n8k16: 8 strips * (56 * 2 + 7) rows * 2 groups * 44 = 83.8 K (11 steps for 147 values, 1.20
 //   as many; halo of the strips 1.14, of segments of 8 pooled rows 1.06). At the 62 % of the peak
 //   rate that mma.sync is said to reach, 1.6 clocks each: 134 K clocks.
 // - shared memory: 42 loads of 32 bits a lane for 44 products, one clock each, 80 K; shuffles 16 K,
-//   patch 8 K, parameters 6 K: 110 K clocks, beside those of the tensor cores.
-// - issue: two rows of 32 channels are 517 instructions for sm_90, of which some 95 belong to
-//   borders and ragged channels and seldom run: 88 products, 84 loads, 32 maxima, 66 to exchange
+//   patch 8 K, parameters 6 K: 110 K clocks, in parallel to those of the tensor cores.
+// - issue: two rows of 32 channels are 517 instructions on sm_90; about 95 of these are for borders
+//   and ragged channels and seldom run. There are 88 products, 84 loads, 32 maxima, 66 to exchange
 //   columns, 56 for bias, clamp, bits and stores. An image has 896 times that, 112 single rows and
 //   82 K instructions to read patches: 470 K slots, 118 K clocks.
-// So tensor cores come first, with the two others close: about 60 % of each at the 35 % wanted.
+// Tensor cores are the limit, the two others are close: about 60 % of each at the target of 35 %.
 //
-// Counts for 3x3 at stride 1, 3 to 64 channels, 32x32, an image: 145 KB, 34 ns or 7.8 K clocks. A
-// row of a strip and 32 channels is 250 instructions, some 50 of which seldom run, for 2 pixels of
-// 8 channels a lane; 128 of them and the patches are 31 K slots, 7.7 K clocks; 1.5 K products.
+// Counts per image for 3x3 at stride 1, 3 to 64 channels, 32x32: 145 KB, 34 ns or 7.8 K clocks. A
+// row of a strip and 32 channels is 250 instructions (about 50 seldom run) for 2 pixels of 8
+// channels per lane; 128 of them and the patches are 31 K slots, 7.7 K clocks; 1.5 K products.
 
 #pragma once
 
@@ -36,22 +36,22 @@
 
 namespace biper::stems {
 
-// POOL: 3x3 at stride 2, any padding; else none. VALUES: C' of stem.h.
+// POOL: 3x3 at stride 2 with any padding, or no pool. VALUES: C' of stem.h.
 template <int KERNEL, int STRIDE, int VALUES, bool POOL, int MIN_BLOCKS>
 struct Strips {
   static constexpr int kKernel = KERNEL, kStride = STRIDE, kValues = VALUES;
   static constexpr bool kPool = POOL;
   static constexpr int kMinBlocks = MIN_BLOCKS;
-  static constexpr int kStrips = 2;               // of a block
-  static constexpr int kColumns = POOL ? 7 : 16;  // that leave a strip
+  static constexpr int kStrips = 2;               // strips of a block
+  static constexpr int kColumns = POOL ? 7 : 16;  // output columns of a strip
   static constexpr int kStep = POOL ? 14 : 16;    // columns between strips
   static constexpr int kColumnWords = STRIDE * VALUES / 2;
-  static constexpr int kRuns = (KERNEL * VALUES + 7) / 8;  // of a kernel row
+  static constexpr int kRuns = (KERNEL * VALUES + 7) / 8;  // runs of a kernel row
   static constexpr int kAllRuns = KERNEL * kRuns;
   static constexpr int kSteps = (kAllRuns + 1) / 2;
   static constexpr int kConvColumns = (kStrips - 1) * kStep + 16;
   static constexpr int kPatchColumns = (kConvColumns - 1) * STRIDE + KERNEL;
-  // Words of a patch row, the last run of the last column included: whole items of the loader.
+  // Words of a patch row, including the last run of the last column: whole items of the loader.
   static constexpr int kNeeded = (kConvColumns - 1) * kColumnWords + kRuns * 4;
   static constexpr int kItemPixels = VALUES % 2 ? 2 : 1;
   static constexpr int kItemWords = kItemPixels * VALUES / 2;
@@ -62,7 +62,7 @@ struct Strips {
 
 struct StripParams {
   StemArgs args;
-  int segment_rows;  // rows that leave a tile
+  int segment_rows;  // output rows of a tile
   int block_groups;  // groups of 32 channels of a block, 1 or 2
   int patch_rows;
   uint32_t tiles;
@@ -71,7 +71,7 @@ struct StripParams {
 
 __device__ __forceinline__ int conv_rows(bool pool, int rows) { return pool ? 2 * rows + 1 : rows; }
 
-// A thread reads one item of every so many rows.
+// A thread reads one item of every `rows_at_once`-th row.
 template <class S, int IMAGE, int COMPUTE>
 __device__ __forceinline__ void load_patch(const StripParams& p, const Patch& patch,
                                            uint32_t* words) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_patch(const StripParams& p, const Patch& pa
           x * static_cast<int>(a.stride_w) + c * static_cast<int>(a.stride_c);
     }
   }
-  const bool fourth = S::kValues < 4 || a.c == 4;  // no padding channel
+  const bool fourth = S::kValues < 4 || a.c == 4;  // there is no padding channel
   const Value* row_start =
       static_cast<const Value*>(a.x) + patch.image + (patch.top + first_row) * a.stride_h;
   uint32_t* to = words + first_row * S::kPitch + item * S::kItemWords;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void load_weights(const StemArgs& a, int group, Weigh
   }
 }
 
-// One row of the strip: sums[tile] of columns g and g + 8. `row` is the lane's word in the patch.
+// Compute one row of the strip: sums[tile] of columns g and g + 8. `row` is the lane's patch word.
 template <class S, int COMPUTE>
 __device__ __forceinline__ void convolve_row(const uint32_t* row, const Weights<S>& weights,
                                              float (&sums)[4][4]) {
@@ -172,15 +172,15 @@ __device__ __forceinline__ void convolve_row(const uint32_t* row, const Weights<
   }
 }
 
-// Maxima of three neighbouring columns at every second one. left and right are those of column g
-// and g + 8; the result belongs to window g / 2, or 4 + g / 2 in lanes of odd columns, the last of
-// which has none.
+// The maximum of three neighbouring columns at every second column. left and right are the values
+// of columns g and g + 8. The result belongs to window g / 2, or to 4 + g / 2 in lanes of odd
+// columns; the last of these has no window.
 __device__ __forceinline__ void pool_columns(const float (&left)[8], const float (&right)[8],
                                              float (&pooled)[8]) {
   const int lane = threadIdx.x % 32, column = lane / 4;
   const bool odd = column % 2;
-  // The column behind a pair is the first of the next pair; behind column 7 that is column 8,
-  // which the lanes of column 1 have received.
+  // The column after a pair is the first of the next pair; after column 7 that is column 8, which
+  // the lanes of column 1 have received.
   const int next = column == 6 ? lane % 4 + 4 : lane + 8;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -198,10 +198,10 @@ struct Warp {
   const Weights<S>& weights;
   const uint32_t* patch;  // the lane's word in the first row
   int64_t image;
-  int out_row, out_column;    // the first that leave this strip
+  int out_row, out_column;    // the first outputs of this strip
   int conv_row, conv_column;  // the first that it computes
 
-  // Rows and columns that the convolution does not have never win.
+  // Rows and columns outside of the convolution's output never win.
   __device__ __forceinline__ void pooled_row(int row, float (&sums)[4][4]) const {
     const StemArgs& a = p.args;
     if (uint32_t(conv_row + row) >= uint32_t(a.conv_h)) {
@@ -275,9 +275,9 @@ struct Warp {
   }
 };
 
-// Warps of a block: block_groups groups of channels, each of kStrips strips. Blocks: tiles, in
+// Warps of a block: block_groups groups of channels, each with kStrips strips. Blocks: tiles, in
 // steps of the grid; block_groups groups of channels.
-// Dynamic shared memory: scales, what channels have, the patch.
+// Dynamic shared memory: scales, the arrays of load_channels, the patch.
 template <class S, int COMPUTE>
 __global__ void __launch_bounds__(kThreads, S::kMinBlocks) strip_kernel(const StripParams p) {
   const StemArgs& a = p.args;
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, S::kMinBlocks) strip_kernel(const St
     const int conv_column = S::kPool ? 2 * out_column - a.pool_padding_w : out_column;
     const Patch patch{image * a.stride_n, conv_row * S::kStride - a.padding_top,
                       conv_column * S::kStride - a.padding_left, scales};
-    __syncthreads();  // parameters are there, and the last tile is done with the patch
+    __syncthreads();  // parameters are loaded, and the previous tile is done with the patch
     with_image_type(
         a.type, [&](auto type) { load_patch<S, decltype(type)::kType, COMPUTE>(p, patch, words); });
     __syncthreads();

@@ -1,12 +1,12 @@
-// The stem for every other shape: in float32 by fused multiply-adds, or on tensor cores.
+// The stem for every other shape: in float32 with fused multiply-adds, or on tensor cores.
 //
-// Tile. A block makes 32 channels of a rectangle of output pixels. The patch of the image that
-// they need goes to shared memory once, in the compute type. All pixels of the convolution under
-// the rectangle follow, 128 at a time, as float32: to shared memory where a pool comes next, and
-// else straight to the output. Four neighbouring lanes have 8 channels each of one pixel.
-// By multiply-adds a lane has 8 channels of 4 pixels: 32 of them to 4 loads of pixels, free of bank
-// conflicts at stride 2, and 2 of 16 bytes of weights, which lanes share. On tensor cores a warp
-// has two m16 tiles; weights come from global memory, 32 bytes a lane and step, in cache.
+// Tile. A block computes 32 channels of a rectangle of output pixels. Their patch of the image is
+// copied to shared memory once, in the compute type. Then all pixels of the convolution under the
+// rectangle are computed in float32, 128 at a time. They go to shared memory if there is a pool, or
+// directly to the output. Four neighbouring lanes have 8 channels each of one pixel. With
+// multiply-adds, a lane has 8 channels of 4 pixels: 32 of them for 4 loads of pixels, free of bank
+// conflicts at stride 2, and 2 loads of 16 bytes of weights, which lanes share. On tensor cores, a
+// warp has two m16 tiles; weights come from cached global memory, 32 bytes per lane and step.
 
 #pragma once
 
@@ -21,14 +21,14 @@ struct TileParams {
   StemArgs args;
   bool pooled;
   int tile_h, tile_w;            // output pixels
-  int conv_tile_h, conv_tile_w;  // the convolution's under them
-  int patch_h, pitch;            // words of a patch row
-  int patch_columns;             // pixels that begin in a patch row
-  int values;                    // of a pixel: C' of stem.h, or c without tensor cores
-  int column_words;              // between windows of neighbouring columns
-  int runs, steps;               // with tensor cores: of a kernel row; in all
+  int conv_tile_h, conv_tile_w;  // pixels of the convolution under them
+  int patch_h, pitch;            // pitch: words of a patch row
+  int patch_columns;             // pixels that start in a patch row
+  int values;                    // values of a pixel: C' of stem.h, or c without tensor cores
+  int column_words;              // words between windows of neighbouring columns
+  int runs, steps;               // with tensor cores: runs of a kernel row; steps in total
   Divisor tile_width, conv_tile_width, patch_width, tiles_x, tiles_y;
-  int weight_floats;  // without tensor cores: of the group, in shared memory
+  int weight_floats;  // without tensor cores: weights of the group in shared memory
 };
 
 struct TileMemory {
@@ -50,11 +50,11 @@ __device__ __forceinline__ TileMemory tile_memory(const TileParams& p) {
   return memory;
 }
 
-// What a block makes.
+// The outputs of a block.
 struct Tile {
   int64_t image;
   int out_row, out_column;
-  int conv_row, conv_column;  // the first under it
+  int conv_row, conv_column;  // the first pixel of the convolution under it
 };
 
 __device__ __forceinline__ Tile tile_of_block(const TileParams& p) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void load_tile_patch(const TileParams& p, const Patch
   }
 }
 
-// The sums of pixel `index` of the tile's convolution, to where they are needed next.
+// Store the sums of pixel `index` of the tile's convolution for the pool, or finish the outputs.
 template <int COMPUTE>
 __device__ __forceinline__ void finish(const TileParams& p, const Tile& tile,
                                        const TileMemory& memory, const LaneChannels& channels,
@@ -115,7 +115,7 @@ __device__ __forceinline__ void finish(const TileParams& p, const Tile& tile,
                 inside && y < a.out_h && x < a.out_w, values);
 }
 
-// The first word of a conv pixel's window in the patch. Pixels beyond the tile take its last.
+// The first word of a conv pixel's window in the patch. Pixels beyond the tile use its last pixel.
 __device__ __forceinline__ int window_start(const TileParams& p, int index) {
   const int last = p.conv_tile_h * p.conv_tile_w - 1;
   const int pixel = index < last ? index : last;
@@ -165,7 +165,7 @@ template <int COMPUTE>
 __device__ __forceinline__ void matrix_tile(const TileParams& p, const Tile& tile,
                                             const TileMemory& memory,
                                             const LaneChannels& channels) {
-  constexpr int kTiles = 2;  // of 16 pixels
+  constexpr int kTiles = 2;  // tiles of 16 pixels
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int all_runs = p.args.kernel_h * p.runs;
   const uint4* all_weights = static_cast<const uint4*>(p.args.weight) +
@@ -252,7 +252,7 @@ __device__ __forceinline__ void pool_tile(const TileParams& p, const Tile& tile,
   }
 }
 
-// Blocks: tiles of images; groups of 32 channels. Dynamic shared memory: as TileMemory says.
+// Blocks: tiles of images; groups of 32 channels. Dynamic shared memory: see TileMemory.
 template <int COMPUTE, bool TENSOR>
 __global__ void __launch_bounds__(kThreads, 3) tile_kernel(const TileParams p) {
   const StemArgs& a = p.args;

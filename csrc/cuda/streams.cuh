@@ -1,7 +1,7 @@
-// Values of float maps and images, read and written as float32 whatever they are stored as.
+// Values of float maps and images, read and written as float32 for any storage type.
 //
 // Stores round to nearest, ties to even. Several neighbours move in accesses of up to 16 bytes; the
-// first of them must lie on that boundary, which is the caller's to see to.
+// caller must ensure that the first of them is aligned to the size of the access.
 
 #pragma once
 
@@ -42,7 +42,7 @@ struct Stream<kBfloat16> {
   __device__ __forceinline__ static Value store(float value) { return float_to_bfloat(value); }
 };
 
-// Images only: nothing is stored as bytes.
+// For images only: nothing is stored as bytes.
 template <>
 struct Stream<kUint8> {
   static constexpr int kType = kUint8;
@@ -87,7 +87,7 @@ __device__ __forceinline__ uint32_t pack_word(const float* values) {
     return word;
   }
 #ifdef __CUDACC__
-  // One instruction for the pair, which not every target's compiler makes of two conversions.
+  // One instruction for the pair; not every compiler merges two conversions into one.
   if constexpr (TYPE == kFloat16) {
     const __half2 pair = __floats2half2_rn(values[0], values[1]);
     memcpy(&word, &pair, sizeof(word));
@@ -105,7 +105,7 @@ __device__ __forceinline__ uint32_t pack_word(const float* values) {
 
 // -- neighbours in memory ------------------------------------------------------------------------
 
-// COUNT values from `index` on. Together they are 4, 8 or a multiple of 16 bytes.
+// Load COUNT values from `index` on. Together they are 4, 8 or a multiple of 16 bytes.
 template <int TYPE, int COUNT>
 __device__ __forceinline__ void load_values(const void* base, int64_t index,
                                             float (&values)[COUNT]) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void load_values(const void* base, int64_t index,
   }
 }
 
-// The same to memory, each rounded to the stored type.
+// Store the same values, each rounded to the stored type.
 template <int TYPE, int COUNT>
 __device__ __forceinline__ void store_values(void* base, int64_t index,
                                              const float (&values)[COUNT]) {

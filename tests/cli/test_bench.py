@@ -75,7 +75,7 @@ def test_a_file_of_a_known_network_gets_a_twin(biper: Biper, tmp_path: Path) -> 
     assert done.code == 0, done.err
     said = " ".join(done.out.split())
     assert "operators equal the reference" in said
-    assert "cifar10/resnet20_1w1a with random weights: the same work, other answers" in said
+    assert "cifar10/resnet20_1w1a with random weights: the same work, different answers" in said
 
 
 def test_an_engine_that_differs_is_not_timed(biper: Biper, tiny: Path) -> None:
@@ -301,8 +301,8 @@ def test_callers_without_a_processor_each_are_noted() -> None:
     assert stream_notes(stream_contest(1.95)) == checks
     assert stream_notes(stream_contest(1.5)) == [
         *checks,
-        "engine, batch 8: 2 callers had 1.50 processors only; leave the machine alone and count "
-        "again",
+        "engine, batch 8: 2 callers had only 1.50 processors; stop other work on the machine and "
+        "count again",
     ]
 
 

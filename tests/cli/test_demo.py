@@ -112,8 +112,8 @@ def test_a_difference_fails(biper: Biper, tmp_path: Path, monkeypatch: pytest.Mo
     done = biper("demo", "-o", tmp_path, "--json")
     assert done.code == 1
     values = json.loads(done.out)
-    assert values["failures"] == ["the reloaded file gives other logits"]
-    assert "Error: The demo failed: the reloaded file gives other logits." in done.err
+    assert values["failures"] == ["the reloaded file gives different logits"]
+    assert "Error: The demo failed: the reloaded file gives different logits." in done.err
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_the_names_that_do_not_fit_are_told_apart(tmp_path: Path, state: State) 
     assert str(caught.value) == (
         f"'{tmp_path / 'a.pt'}' does not fit ResNet18, by what is under 'net' / 'module.*': of "
         "another shape is linear.bias ([3], wanted [10]); missing is bn1.weight; unknown is extra. "
-        "Pass the weights of this very network."
+        "Pass the weights of exactly this network."
     )
     with pytest.raises(
         CheckpointError, match=r"under 'net' / 'module\.\*': bn1\.weight is missing"

@@ -222,7 +222,7 @@ FOREIGN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
         r"is a TorchScript archive.*torch.jit.load\('.*'\).state_dict\(\)",
     ),
     "folder": (Path.mkdir, "Cannot read checkpoint .*: it is a directory"),
-    "pipe": (os.mkfifo, "Cannot read checkpoint .*: it is no regular file"),
+    "pipe": (os.mkfifo, "Cannot read checkpoint .*: it is not a regular file"),
 }
 
 

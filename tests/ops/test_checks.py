@@ -224,7 +224,7 @@ def test_correct_arguments_are_accepted() -> None:
 
 def test_the_bits_of_other_operators_need_a_threshold_too() -> None:
     epilogue = dataclasses.replace(EPILOGUE, threshold=None, sense=None)
-    with pytest.raises(ValueError, match="`threshold` and `sense` must be given where bits leave"):
+    with pytest.raises(ValueError, match="`threshold` and `sense` must be given to return bits"):
         ops.bconv2d_bits(BITS, WEIGHT, CONV, epilogue)
     assert ops.bconv2d_float(BITS, WEIGHT, CONV, epilogue).shape == (2, 4, 3, 3)
 

@@ -375,7 +375,7 @@ LINEAR_REFUSED: dict[str, tuple[tuple[Tensor, ...], type[Exception], str]] = {
     "no pixels": (
         (random(1, 4, 0, 2), random(5, 4)),
         GeometryError,
-        r"`x` must have pixels to take the mean of, but its shape is \(1, 4, 0, 2\)",
+        r"`x` must have pixels, because their mean is taken, but its shape is \(1, 4, 0, 2\)",
     ),
     "weights": (
         (random(1, 4, 2, 2), random(5, 3)),

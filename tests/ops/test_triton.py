@@ -191,7 +191,7 @@ def test_a_gpu_that_triton_does_not_compile_for_is_refused(
 @pytest.mark.skipif(not triton_is_interpreted(), reason="needs TRITON_INTERPRET=1")
 def test_the_interpreter_serves_who_forces_it_and_nobody_else() -> None:
     reason = by_name("triton").unsupported_reason("binarize", None, CPU)
-    assert reason == "Triton's interpreter runs only where this backend is forced"
+    assert reason == "Triton's interpreter runs only if this backend is forced"
     assert select("binarize", None, CPU).name != "triton"
     with use_backend("triton"):
         assert select("binarize", None, CPU).name == "triton"

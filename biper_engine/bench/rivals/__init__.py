@@ -1,4 +1,4 @@
-"""Programs that run the same network, or its float twin, without the engine."""
+"""Other programs that run the same network, or its float twin."""
 
 from biper_engine.bench.rivals.deployed import (
     deployed_rivals,

@@ -1,7 +1,7 @@
-"""An engine's graph as an OpenVINO graph around its opset1 BinaryConvolution.
+"""Translate an engine's graph to an OpenVINO graph with opset1 BinaryConvolutions.
 
-OpenVINO makes no such graph of a model by itself; here it is built node by node. Its CPU plugin
-convolves bits where a FakeQuantize of two levels stands in front of a BinaryConvolution.
+OpenVINO makes no such graph from a model by itself, so it is built node by node. Its CPU plugin
+convolves bits if a FakeQuantize of two levels comes before a BinaryConvolution.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class UnsupportedGraphError(Exception):
 
 
 def strict_threshold(threshold: Tensor, sense: Tensor) -> Tensor:
-    """Return t such that `v > t` is the engine's bit, inverted where `sense`.
+    """Return t such that `v > t` is the engine's bit, inverted if `sense`.
 
-    FakeQuantize is strict. The bit is `v >= threshold`, that is `v > t` for the float32 in front of
-    it; where `sense`, it is `v <= threshold`, whose inverse is strict already. Next to 0, t is the
-    smallest normal number: processors may be told to treat smaller ones as 0.
+    FakeQuantize compares strictly. The bit is `v >= threshold`, which is `v > t` for the float32
+    just below. If `sense`, it is `v <= threshold`, whose inverse is strict already. Next to 0, t is
+    the smallest normal number, because processors may be set to treat smaller ones as 0.
 
     Args:
-        threshold: float32 [C]; NaN, which no value reaches, becomes an end of the range.
+        threshold: float32 [C]; NaN, which no value reaches, becomes one end of the range.
         sense: bool [C].
 
     Returns:
@@ -59,11 +59,11 @@ def strict_threshold(threshold: Tensor, sense: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Bits:
-    """A packed map: a float map and the rule that makes bits of it.
+    """A packed map: a float map and the rule that turns it into bits.
 
     Attributes:
         opset: OpenVINO's first set of operations.
-        source: node of the float map.
+        source: the node of the float map.
         threshold, sense: [C], as in the engine.
     """
 
@@ -80,7 +80,7 @@ class _Bits:
         return self.opset.fake_quantize(self.source, limit, limit, zero, one, 2)
 
     def pooled(self, pool: Callable[[Any], Any], take_and: Tensor | None) -> _Bits:
-        """Return the bits of the pooled map: a step is monotone, so the pool may come first."""
+        """Return the bits of the pooled map: a step is monotonic, so the pool may come first."""
         lowest = self.sense if take_and is None else self.sense != take_and
         pooled = _signed_pool(self.opset, self.source, pool, lowest)
         return _Bits(self.opset, pooled, self.threshold, self.sense)
@@ -89,16 +89,16 @@ class _Bits:
 def binary_model(graph_module: fx.GraphModule, shape: Sequence[int]) -> Any:
     """Return an `openvino.Model` that computes what an engine's graph does.
 
-    Bits equal the engine's where the floats in front of them do. Everything but the binary
+    The bits equal the engine's if the floats before them do. Everything except the binary
     convolutions is float32.
 
     Args:
-        graph_module: of an engine that takes one tensor and returns one.
-        shape: of the images, batch included.
+        graph_module: the graph of an engine that takes one tensor and returns one.
+        shape: the shape of the images, including the batch.
 
     Raises:
         UnsupportedGraphError: the graph has an operator that is not translated, or a binary
-            convolution with groups or channels that OpenVINO does not have, or gets wrong.
+            convolution with groups or channels that OpenVINO does not support, or gets wrong.
     """
     import openvino as ov
     from openvino import opset1
@@ -115,7 +115,7 @@ def _channels(values: Tensor) -> Any:
 
 
 def _signed_pool(opset: Any, source: Any, pool: Callable[[Any], Any], lowest: Tensor) -> Any:
-    """Pool a map; channels with `lowest` by the minimum."""
+    """Pool a map: channels with `lowest` by the minimum, the others by the maximum."""
     if not bool(lowest.any()):
         return pool(source)
     sign = _channels(torch.where(lowest, -1.0, 1.0))
@@ -158,7 +158,7 @@ class _Translation:
         assert isinstance(node.target, OpOverload)
         names = [argument.name for argument in node.target._schema.arguments]
         named = {**dict(zip(names, args, strict=False)), **kwargs}
-        # ATen calls its first argument `self` or `input`, which would be a method's own.
+        # ATen calls its first argument `self` or `input`; a method has its own `self`.
         return rule(**{_RENAMED.get(name, name): value for name, value in named.items()})
 
     def _constant(self, values: Tensor) -> Any:
@@ -257,7 +257,7 @@ class _Translation:
         return self._opset.clamp(x, low, high)
 
     def _pad(self, x: Any, pad: Sequence[int], value: float = 0) -> Any:
-        # ATen's pairs begin with the last dimension; the first dimensions have none.
+        # ATen's pairs start at the last dimension; the first dimensions have none.
         pairs = [*zip(pad[::2], pad[1::2], strict=True)]
         pairs = [*pairs, *[(0, 0)] * (len(x.shape) - len(pairs))][::-1]
         begin, end = (self._integers(sizes) for sizes in zip(*pairs, strict=True))
@@ -307,28 +307,28 @@ class _Translation:
         geometry, epilogue, residual, _ = split_options(weight, multiplier, bias, options)
         if geometry.groups != 1:
             raise UnsupportedGraphError(
-                f"OpenVINO has no binary convolution with groups; one here has {geometry.groups}"
+                f"OpenVINO has no binary convolution with groups; this one has {geometry.groups}"
             )
         if geometry.in_channels % _BYTE:
             raise UnsupportedGraphError(
-                "OpenVINO's binary convolution is wrong where channels do not fill bytes; one here "
+                "OpenVINO's binary convolution is wrong if channels do not fill bytes; this one "
                 f"has {geometry.in_channels}"
             )
         top, bottom, left, right = geometry.padding
         dot = self._opset.binary_convolution(
             *(bits.node, self._weights(weight, geometry, bits.sense)),
             *(list(geometry.stride), [top, left], [bottom, right], list(geometry.dilation)),
-            *("xnor-popcount", 0.0),  # padding counts nothing, neither as 1 nor as -1
+            *("xnor-popcount", 0.0),  # padding adds 0, neither 1 nor -1
         )
         return self._epilogue(dot, epilogue, residual)
 
     def _weights(self, weight: Tensor, geometry: Conv2dGeometry, inverted: Tensor) -> Any:
-        """Return weight bits; where the activation's bit is inverted, so is the weight's."""
+        """Return weight bits; if the activation's bit is inverted, so is the weight's."""
         positive = unpack_weight(weight, geometry.in_channels) ^ inverted.view(1, -1, 1, 1)
         packed = np.packbits(positive.numpy().reshape(-1), bitorder="little")
         shape = self._ov.Shape(list(positive.shape))
         tensor = self._ov.Tensor(packed, shape, self._ov.Type.u1)
-        # The array is gone when this returns: a constant on its memory would hold garbage.
+        # The array is freed when this returns: a constant that shares its memory would be garbage.
         return self._ov.op.Constant(tensor, shared_memory=False)
 
     def _epilogue(self, dot: Any, epilogue: Epilogue, residual: Any) -> Any:
@@ -349,8 +349,8 @@ class _Translation:
     def _pooled(self, v: Any, epilogue: Epilogue) -> Any:
         """Pool behind the multiply-add, which OpenVINO fuses into the convolution.
 
-        The extreme accumulator gives the largest v where the multiplier keeps the order and the
-        pool takes the maximum, or where neither is so; else the smallest.
+        The accumulator that the pool takes has the largest v if the multiplier keeps the order and
+        the pool takes the maximum, or if neither is true; otherwise it has the smallest v.
         """
         lowest = epilogue.multiplier < 0
         if epilogue.pool_min is not None:

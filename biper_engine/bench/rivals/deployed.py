@@ -1,4 +1,4 @@
-"""What a user would deploy on a CPU in place of an engine: all of it, for one batch."""
+"""Everything that a user could deploy on a CPU instead of an engine, for one batch."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["deployed_rivals", "openvino_float_rivals", "stream_rivals"]
 _ONNX = ("onnx", "onnxscript")
 _BINARY = "the engine's graph on BinaryConvolution (opset1, xnor-popcount)"
 
-# A recipe that lacks only how its model or file is loaded.
+# A recipe that only lacks the function that loads its model or file.
 _Loaded = Callable[[Callable[[Any], Network]], Recipe]
 
 
 def deployed_rivals(
     engine: Engine, networks: FloatNetworks, images: Tensor, threads: int
 ) -> list[Rival]:
-    """Return every runtime with every precision, checked where it must agree; none is timed.
+    """Return every runtime with every precision, checked if it must agree; none is timed.
 
-    The float twin in eager PyTorch, and on OpenVINO in float32, bfloat16 and int8; the engine's own
-    graph on OpenVINO's BinaryConvolution, in float32 and bfloat16 otherwise; the float twin on ONNX
-    Runtime in float32 and int8.
+    These are the float twin in eager PyTorch, on OpenVINO in float32, bfloat16 and int8, and on
+    ONNX Runtime in float32 and int8; and the engine's own graph on OpenVINO's BinaryConvolution,
+    with the other operators in float32 or bfloat16.
 
     Args:
         engine: takes and returns one tensor.
@@ -75,9 +75,9 @@ def stream_rivals(
 ) -> dict[str, list[Rival]]:
     """Return the fastest runtimes, working on several batches at once, each in several ways.
 
-    By program: OpenVINO int8 and OpenVINO binary f32 with one stream, one for every two threads,
-    one for each and two for each; ONNX Runtime int8 with a session of one thread for each. What is
-    bound is a `Streams`.
+    By program: OpenVINO int8 and OpenVINO binary f32 with one stream, one per two threads, one per
+    thread and two per thread; ONNX Runtime int8 with one session of one thread per thread. `bind`
+    returns a `Streams`.
 
     Args:
         engine: takes and returns one tensor.

@@ -1,4 +1,4 @@
-"""A network as ONNX files: float32, and int8 with scales from a few images."""
+"""Write a network as ONNX files: float32, and int8 with scales from a few images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALIBRATION_IMAGES, INPUT, OPSET = 8, "images", 18
 
 
 class _Single(nn.Module):
-    """A graph module that returns a tuple of one, as a network that returns a tensor."""
+    """Turn a graph module that returns a tuple of one into a network that returns a tensor."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def export_float(network: fx.GraphModule, images: Tensor, path: Path) -> None:
     Args:
         network: takes images, returns a tuple of one tensor.
         images: [N, C, H, W] float32; their values do not matter.
-        path: of the file; weights are inside of it.
+        path: path of the file, which holds the weights, too.
 
     Raises:
         torch.onnx.OnnxExporterError: PyTorch cannot export the network.
@@ -54,15 +54,15 @@ def export_float(network: fx.GraphModule, images: Tensor, path: Path) -> None:
 
 
 def quantize(source: Path, target: Path, shape: tuple[int, ...]) -> None:
-    """Write an int8 form of a float ONNX file: QuantizeLinear and DequantizeLinear around layers.
+    """Quantize a float ONNX file to int8: QuantizeLinear and DequantizeLinear around layers.
 
-    Activations are uint8 with one scale, weights int8 with a scale per output channel. Scales are
-    the ranges over seeded random images, `CALIBRATION_IMAGES` or one batch if that is more.
+    Activations are uint8 with one scale, weights int8 with a scale per output channel. Scales come
+    from the ranges over seeded random images: `CALIBRATION_IMAGES`, or one batch if that is more.
 
     Args:
         source: from `export_float`.
         target: file to write.
-        shape: of the images, batch included.
+        shape: shape of the images, including the batch.
 
     Raises:
         ValueError, RuntimeError: onnxruntime cannot quantize the network.
@@ -105,7 +105,7 @@ def _images(shape: tuple[int, ...]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence advice that both packages write about themselves."""
+    """Silence the advice that both packages print about themselves."""
     import logging
 
     before = logging.root.manager.disable

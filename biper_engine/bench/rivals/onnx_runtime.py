@@ -1,4 +1,4 @@
-"""The float twin on ONNX Runtime's CPU provider, from float32 and int8 ONNX files."""
+"""Run the float twin on ONNX Runtime's CPU provider, from float32 and int8 ONNX files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from biper_engine.bench.rivals.onnx_files import INPUT
 __all__ = ["REST_MS", "OnnxRuntimeNetwork", "OnnxRuntimeSessions"]
 
 REST_MS = 60.0
-"""How long a session's threads spin after a run. On two cores OpenVINO takes 1.7 to 2 times its
-time alone when it is called within 20 ms of one, and its time alone after 60 ms. The session option
+"""How long a session's threads spin after a run. On two cores, OpenVINO takes 1.7 to 2 times its
+time alone if it is called within 20 ms of a run, and its time alone after 60 ms. The session option
 that ends the spinning costs the next run up to 30 %."""
 
 
@@ -25,8 +25,8 @@ class OnnxRuntimeNetwork:
     """An ONNX file in a session of ONNX Runtime.
 
     Args:
-        path: the file; it is read at once.
-        threads: within an operator; operators run one after the other.
+        path: the file; it is read immediately.
+        threads: threads within an operator; operators run one after the other.
 
     Raises:
         OSError: the file cannot be read.
@@ -45,7 +45,7 @@ class OnnxRuntimeNetwork:
             self._session = onnxruntime.InferenceSession(
                 path.read_bytes(), options, providers=["CPUExecutionProvider"]
             )
-        except refusals as error:  # they derive from Exception alone
+        except refusals as error:  # they derive directly from Exception
             raise ValueError(str(error)) from error
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -72,11 +72,11 @@ class OnnxRuntimeNetwork:
 
 
 class OnnxRuntimeSessions:
-    """An ONNX file in several sessions of one thread, each with a caller of its own.
+    """An ONNX file in several sessions of one thread, each with its own caller.
 
     Args:
-        path: the file; it is read at once.
-        sessions: how many.
+        path: the file; it is read immediately.
+        sessions: number of sessions.
 
     Raises:
         OSError, ValueError: as for `OnnxRuntimeNetwork`.
@@ -100,7 +100,7 @@ class OnnxRuntimeSessions:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A session, and the memory that its binding shows."""
+    """A session, and the memory that is bound to it."""
 
     session: Any
     binding: Any

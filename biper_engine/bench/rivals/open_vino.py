@@ -1,4 +1,4 @@
-"""Networks on OpenVINO's CPU plugin."""
+"""Run networks on OpenVINO's CPU plugin."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from biper_engine.bench.callers import Streams, paced
 __all__ = ["OpenVinoNetwork", "OpenVinoStreams", "has_bf16"]
 
 _NO_WORK = ("Input", "Output", "Const")
-_REQUESTS = 2  # for each stream: one runs, one is ready when that has ended
+_REQUESTS = 2  # per stream: one runs, the other is ready when it ends
 
 
 def has_bf16() -> bool:
@@ -27,12 +27,12 @@ def has_bf16() -> bool:
 
 
 class OpenVinoNetwork:
-    """A compiled model for one image after the other (LATENCY), in one stream.
+    """A compiled model that runs one image after the other (LATENCY), in one stream.
 
     Args:
         model: path of an ONNX file, or an `openvino.Model`; static shapes, one input, one output.
         threads: INFERENCE_NUM_THREADS.
-        precision: "f32" or "bf16". Left alone the plugin may take bfloat16 where the processor
+        precision: "f32" or "bf16". By default, the plugin may use bfloat16 if the processor
             has it.
         options: other properties.
 
@@ -51,7 +51,7 @@ class OpenVinoNetwork:
             "PERFORMANCE_HINT": "LATENCY",
             **options,
         }
-        # Weights in the file's own memory would be lost with the file.
+        # Weights that are mapped from the file would be lost with the file.
         core.set_property({"ENABLE_MMAP": False})
         self._openvino = openvino
         self._model = core.compile_model(model, "CPU", options)
@@ -75,7 +75,7 @@ class OpenVinoNetwork:
         return dict(sorted(counts.items()))
 
     def _bound(self, images: Tensor, request: Any) -> _Bound:
-        """Give a request images of its own to read and memory of its own to write to."""
+        """Give a request its own images to read and its own memory to write to."""
         batch = images.clone(memory_format=torch.contiguous_format)
         result = torch.full(tuple(self._model.output(0).shape), torch.nan)
         request.set_input_tensor(self._openvino.Tensor(batch.numpy(), shared_memory=True))
@@ -84,7 +84,7 @@ class OpenVinoNetwork:
 
 
 class OpenVinoStreams(OpenVinoNetwork):
-    """A compiled model for as many images a second as possible (THROUGHPUT).
+    """A compiled model for as many images per second as possible (THROUGHPUT).
 
     Args:
         model: as for `OpenVinoNetwork`.
@@ -92,7 +92,7 @@ class OpenVinoStreams(OpenVinoNetwork):
         streams: NUM_STREAMS.
 
     Raises:
-        RuntimeError: OpenVINO cannot read or compile the model, or makes another number of streams.
+        RuntimeError: OpenVINO cannot read or compile the model, or makes more or fewer streams.
     """
 
     def __init__(self, model: Any, threads: int, streams: int) -> None:
@@ -111,7 +111,7 @@ class OpenVinoStreams(OpenVinoNetwork):
 
 @dataclass(frozen=True)
 class _Bound:
-    """A request, and the memory that its tensors show."""
+    """A request, and the memory of its tensors."""
 
     request: Any
     batch: Tensor
@@ -123,7 +123,7 @@ class _Bound:
 
 
 class _Queue(Streams):
-    """An AsyncInferQueue: it gives the next idle request to whatever stream is free."""
+    """An AsyncInferQueue: it gives the next idle request to any free stream."""
 
     def __init__(self, queue: Any, bound: list[_Bound]) -> None:
         self._queue, self._bound = queue, bound
@@ -131,15 +131,15 @@ class _Queue(Streams):
 
     def __call__(self) -> list[Tensor]:
         """Start every request once and wait for all of them."""
-        for _ in self._bound:  # idle ones are taken in the order in which they became idle
+        for _ in self._bound:  # idle requests are taken in the order in which they became idle
             self._queue.start_async()
         self._queue.wait_all()
         return [bound.result for bound in self._bound]
 
     def rate(self, seconds: float, warmup_seconds: float) -> float:
-        """Return the requests that finish in a second.
+        """Return the requests that finish per second.
 
-        Those that start are counted: once all are under way, one starts for each that has finished.
+        Starts are counted: once all requests run, one starts for each that has finished.
         """
         begin = perf_counter() + warmup_seconds
         started = paced(self._queue.start_async, begin, begin + seconds)

@@ -1,4 +1,4 @@
-"""The float network as PyTorch runs it best: eager and compiled."""
+"""The float network with PyTorch's best settings: eager and compiled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EAGER, COMPILED, COMPILED_BF16 = "float, eager", "float, torch.compile", "torch.
 
 
 def eager_rival(model: nn.Module) -> Rival:
-    """Return the network as it stands: eager, float32, in channels_last memory."""
+    """Return the network as it is: eager, float32, in channels_last memory."""
     how = "float32, channels_last, as the model is written"
     return Rival(name=EAGER, how=how, call=_channels_last(model))
 
@@ -49,31 +49,31 @@ def eager_twin_rival(twin: fx.GraphModule, images: Tensor) -> Rival:
 
 
 def compiled_rival(model: nn.Module, images: Tensor) -> Rival:
-    """Return the network through `torch.compile`, compiled for this very batch.
+    """Return the network with `torch.compile`, compiled for exactly this batch.
 
-    Inductor's freezing is on: it computes once what depends on parameters alone, folds BatchNorm,
-    and lays weights out for oneDNN. It is compiled in `torch.inference_mode`, and is to be called
-    in it: in another mode PyTorch compiles again, and without freezing.
+    Inductor's freezing is on: it computes once what depends only on parameters, folds BatchNorm,
+    and lays weights out for oneDNN. The network is compiled in `torch.inference_mode` and must be
+    called in it: in another mode, PyTorch compiles again, without freezing.
 
     Args:
         model: a copy of it is compiled, in eval mode.
         images: the batch, channels_last.
     """
     how = "float32, channels_last, freezing, static shapes"
-    # Every batch size compiles the same code again; past a limit PyTorch would quietly run eager.
+    # Every batch size compiles the same code again; past a limit, PyTorch would silently run eager.
     torch.compiler.reset()
     return _compiled(COMPILED, how, _channels_last(model), images)
 
 
 def compiled_bf16_rival(network: fx.GraphModule, images: Tensor) -> Rival:
-    """Return a network in bfloat16 through `torch.compile`, with the settings of float32.
+    """Return a network in bfloat16 with `torch.compile`, with the settings of float32.
 
-    Call it after `compiled_rival`, which forgets what was compiled before.
+    Call it after `compiled_rival`, which drops everything that was compiled before.
 
     Args:
         network: float32, with constants folded, so that bfloat16 does not round latent weights
             before they are binarized; a copy of it is compiled.
-        images: the batch, channels_last, float32; rounding it is no part of the time.
+        images: the batch, channels_last, float32; the time does not include rounding it.
     """
     how = "bfloat16, the network with its weights binarized in float32; else as torch.compile"
     half = _channels_last(network).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""How a rival is made, what it must agree with, and the networks and files that it is made of."""
+"""Recipes for rivals: how to make one, what it must agree with, and its networks and files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FloatNetworks:
     """A model as graphs with constants folded.
 
     Attributes:
-        network: what the model computes, signs of activations included.
+        network: what the model computes, including the signs of activations.
         twin: the same layers in float, without those signs.
     """
 
@@ -36,7 +36,7 @@ class FloatNetworks:
 
     @classmethod
     def of(cls, model: nn.Module, images: Tensor) -> FloatNetworks:
-        """Make both; not in `torch.inference_mode`, whose tensors PyTorch cannot compile with.
+        """Make both; not in `torch.inference_mode`, because PyTorch cannot compile its tensors.
 
         Raises:
             ConversionError: the model cannot be captured.
@@ -52,25 +52,25 @@ class Network(Protocol):
         ...
 
     def bind(self, images: Tensor) -> Callable[[], Any]:
-        """Return a call of no arguments on images: what is timed."""
+        """Return a call on images without arguments, which is timed."""
         ...
 
     def kernels(self) -> dict[str, int]:
-        """Return how many nodes each kind of kernel runs; empty where the runtime does not tell."""
+        """Return how many nodes each kind of kernel runs; empty if the runtime does not tell."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a rival is made, and what it must agree with.
+    """How to make a rival, and what it must agree with.
 
     Attributes:
-        name, how: of the rival.
-        modules: what it imports.
+        name, how: as in `Rival`.
+        modules: the modules that it imports.
         make: loads or compiles it.
-        wanted, beside: of the rival.
-        share: of the images that must agree; None where answers are only compared.
-        rest_ms: of the rival.
+        wanted, beside: as in `Rival`.
+        share: share of the images that must agree; None if answers are only compared.
+        rest_ms: as in `Rival`.
     """
 
     name: str
@@ -84,10 +84,10 @@ class Recipe:
 
 
 def rival_of(recipe: Recipe, images: Tensor) -> Rival:
-    """Make a rival for a batch and check it where it must agree, or say why it does not run.
+    """Make a rival for a batch and check it if it must agree, or give the reason why it cannot run.
 
     Args:
-        recipe: for it.
+        recipe: how to make it.
         images: the batch.
     """
     rival = Rival(
@@ -112,13 +112,13 @@ def rival_of(recipe: Recipe, images: Tensor) -> Rival:
 
 
 class OnnxFiles:
-    """ONNX files of the float twin in a folder, each written when it is first asked for."""
+    """ONNX files of the float twin in a folder, each written when it is first needed."""
 
     def __init__(self, folder: Path, twin: fx.GraphModule, images: Tensor) -> None:
         self._folder, self._twin, self._images = folder, twin, images
 
     def outputs(self, images: Tensor) -> Tensor:
-        """Return what the files must compute, as PyTorch does."""
+        """Return PyTorch's outputs, which the files must compute, too."""
         result: Tensor = self._twin(images)[0]
         return result
 

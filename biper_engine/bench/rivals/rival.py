@@ -1,4 +1,4 @@
-"""What a rival is, and what it must show before it is timed."""
+"""Rivals, and the check that a rival must pass before it is timed."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-4
-"""Largest norm of a difference over the norm of the outputs, for one image, in float32. Sums of
-4608 products in another order, through 20 layers, stay a hundred times below."""
+"""Largest norm of a difference over the norm of the outputs, for one image, in float32. Reordered
+sums of 4608 products, through 20 layers, differ a hundred times less."""
 
 _CHECKED_IMAGES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rival:
-    """A way to run the network or its float twin, or why it cannot run here.
+    """A way to run the network or its float twin, or the reason why it cannot run here.
 
     Attributes:
-        name: as tables show it.
+        name: its name in tables.
         how: one line about its settings.
-        call: takes images, returns what the network returns; None where `reason` is given.
-        reason: why it does not run; empty where it does.
-        bind: takes images and returns a call of no arguments on them, for runtimes that take their
-            input in a form of their own: making it is no part of the time. None binds `call`.
+        call: takes images, returns what the network returns; None if `reason` is given.
+        reason: why it does not run; empty if it does.
+        bind: takes images and returns a call on them without arguments, for runtimes with their
+            own input format: the time does not include the conversion. None binds `call`.
         wanted: computes what its outputs are compared with; None is the eager network.
         beside: what `wanted` is, in a word or two.
         agreed: images that agreed within `TOLERANCE` with `wanted`, and how many were tried; None
-            where no agreement is asked for, as with bfloat16 and int8.
-        rest_ms: how long its threads may spin after a call, and take a core from whoever is next.
-        kernels: how many nodes each kind of kernel runs, where its runtime tells.
+            if no agreement is required, as with bfloat16 and int8.
+        rest_ms: how long its threads may spin after a call, and take a core from the next one.
+        kernels: how many nodes each kind of kernel runs, if its runtime tells.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Rival:
     kernels: dict[str, int] = field(default_factory=dict)
 
     def bound(self, images: Tensor) -> Callable[[], Any]:
-        """Return a call of no arguments on these images: what is timed.
+        """Return a call on these images without arguments, which is timed.
 
         Raises:
             ValueError: the rival does not run.
@@ -73,7 +73,7 @@ class Rival:
 
 
 def missing(*modules: str) -> str:
-    """Return what to install where a module is not found, else an empty string."""
+    """Return what to install if a module is not found, else an empty string."""
     absent = [name for name in modules if find_spec(name) is None]
     if not absent:
         return ""
@@ -87,7 +87,7 @@ def first_line(error: BaseException) -> str:
 
 
 def relative_difference(outputs: Any, wanted: Any) -> float:
-    """Return the largest difference over the largest value wanted; the worst of several outputs."""
+    """Return the largest difference over the largest wanted value; the worst of several outputs."""
     pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True)
     return max((_relative(a, b) for a, b in pairs if isinstance(a, Tensor)), default=0.0)
 
@@ -98,7 +98,7 @@ def _relative(outputs: Tensor, wanted: Tensor) -> float:
 
 
 def check_images(images: Tensor) -> list[Tensor]:
-    """Return seeded batches of the size of `images`, eight images or more in all."""
+    """Return seeded batches of the size of `images`, eight images or more in total."""
     generator = torch.Generator().manual_seed(1)
     count = -(-_CHECKED_IMAGES // len(images))
     return [torch.randn(images.shape, generator=generator) for _ in range(count)]
@@ -110,9 +110,9 @@ def checked(rival: Rival, batches: Iterable[Tensor], *, share: float = 1.0) -> R
     Args:
         rival: has `call` and `wanted`.
         batches: images to try.
-        share: of the images that must agree. Where signs are taken it is below 1: an argument of
-            0 but for rounding may flip a bit, and with it all of the image; a wrong graph differs
-            on every image.
+        share: share of the images that must agree. It is below 1 if the network takes signs: an
+            argument that is 0 except for rounding may flip a bit, and so change the whole image.
+            A wrong graph differs on every image.
 
     Returns:
         The rival with `agreed`, or without `call` and with a reason.
@@ -135,9 +135,9 @@ def checked(rival: Rival, batches: Iterable[Tensor], *, share: float = 1.0) -> R
 
 
 def _relative_norms(outputs: Tensor, wanted: Tensor) -> list[float]:
-    """Return for each image the norm of the difference over the norm of what is wanted."""
+    """Return for each image the norm of the difference over the norm of the wanted outputs."""
     difference = (outputs - wanted).flatten(1).norm(dim=1)
     scale = wanted.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    # A NaN compares false with every tolerance, and so never agrees.
+    # A NaN compares false with every tolerance, so it never agrees.
     errors: list[float] = (difference / scale).tolist()
     return errors

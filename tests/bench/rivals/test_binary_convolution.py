@@ -140,7 +140,7 @@ def test_what_openvino_lacks_is_said() -> None:
     conv = g.call("conv", biper.bconv2d_float.default, g.bits(4), weight, *operands, **options)
     with pytest.raises(UnsupportedGraphError, match="no binary convolution with groups"):
         binary_model(g.module(conv), (1, 4, 5, 5))
-    with pytest.raises(UnsupportedGraphError, match="do not fill bytes; one here has 33"):
+    with pytest.raises(UnsupportedGraphError, match="do not fill bytes; this one has 33"):
         binary_model(classifier_graph(), (1, 3, 8, 8))
     g = Graph()
     with pytest.raises(UnsupportedGraphError, match=r"aten\.sin\.default is not translated"):
