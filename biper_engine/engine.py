@@ -14,26 +14,16 @@ from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from biper_engine import ops as _ops  # noqa: F401  (registers the operators that graphs call)
+from biper_engine.graph.choice import backends_of
+from biper_engine.graph.memory import align_weights, isolate_outputs
+from biper_engine.graph.portable import from_portable, release_source, to_portable
+from biper_engine.graph.reading import output_values
+from biper_engine.graph.signature import InputSpec, Signature
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.ops.cpu import thread_count
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
 from biper_engine.report import ConversionReport
-from biper_engine.runtime import (
-    InputSpec,
-    Plan,
-    PlanSlot,
-    ProfileReport,
-    Signature,
-    align_weights,
-    backends_of,
-    from_portable,
-    is_watched,
-    isolate_outputs,
-    output_values,
-    profile,
-    release_source,
-    to_portable,
-)
+from biper_engine.runtime import Plan, PlanSlot, ProfileReport, is_watched, profile
 
 __all__ = ["Engine", "InputSpec", "Signature"]
 

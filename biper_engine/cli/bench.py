@@ -232,7 +232,7 @@ def _streams(pair: Contestants, batch: list[int], budget: Budget, *, callers: in
 
 
 def _backends(pair: Contestants) -> list[str]:
-    from biper_engine.runtime import backends_of
+    from biper_engine.graph.choice import backends_of
 
     return list(backends_of(pair.engine.graph_module, pair.engine.device))
 

@@ -44,7 +44,7 @@ from biper_engine.conversion.tracing import (
     watch_generators,
 )
 from biper_engine.errors import ConversionError
-from biper_engine.runtime import flatten_structure
+from biper_engine.graph.structure import flatten_structure
 
 __all__ = ["Capture", "capture"]
 

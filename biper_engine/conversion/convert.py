@@ -17,9 +17,9 @@ from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import ConversionError, UnconvertedWarning
+from biper_engine.graph.structure import CONSTANT_TYPES
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport, LayerReport
-from biper_engine.runtime import CONSTANT_TYPES
 
 __all__ = ["convert"]
 

@@ -41,7 +41,7 @@ from biper_engine.conversion.observe import first_difference
 from biper_engine.conversion.pipeline import Built, build
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
 from biper_engine.engine import Engine, Signature
-from biper_engine.runtime import isolate_outputs
+from biper_engine.graph.memory import isolate_outputs
 
 __all__ = ["SegmentReport", "VerifyReport", "verify"]
 

@@ -21,6 +21,18 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from biper_engine.graph.patterns import (
+    all_arguments,
+    clamp_limits,
+    is_binarize,
+    max_pool_of,
+    only_user,
+    pair,
+)
+from biper_engine.graph.portable import release_source
+from biper_engine.graph.reading import get_constant, output_values
+from biper_engine.graph.shapes import BATCH, values_without_data
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import by_name, forced_name, select
 from biper_engine.ops.functional import stem_options
 from biper_engine.ops.stem import (
@@ -30,17 +42,6 @@ from biper_engine.ops.stem import (
     PLAN_OPERATORS,
     Stem,
 )
-from biper_engine.runtime.graph import get_constant, output_values, release_source
-from biper_engine.runtime.patterns import (
-    all_arguments,
-    clamp_limits,
-    is_binarize,
-    max_pool_of,
-    only_user,
-    pair,
-)
-from biper_engine.runtime.shapes import BATCH, values_without_data
-from biper_engine.runtime.signature import InputSpec
 
 __all__ = ["fuse_ends"]
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from biper_engine.graph.choice import node_backend
+from biper_engine.graph.reading import biper_op, get_constant, output_values
+from biper_engine.graph.shapes import BATCH, MISFITS, call_without_data, without_data
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import select
-from biper_engine.runtime.choice import node_backend
-from biper_engine.runtime.graph import biper_op, get_constant, output_values
 from biper_engine.runtime.runs import NativeRun, NativeStep, Unsupported
-from biper_engine.runtime.shapes import BATCH, MISFITS, call_without_data, without_data
-from biper_engine.runtime.signature import InputSpec
 from biper_engine.runtime.steps import RunBuilder
 
 __all__ = ["NativePlan", "native_plan"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.bits import words
+from biper_engine.graph.reading import get_constant
+from biper_engine.graph.shapes import BATCH
 from biper_engine.ops.cpu_program import CpuProgram, Map
-from biper_engine.runtime.graph import get_constant
-from biper_engine.runtime.shapes import BATCH
 
 __all__ = ["NativeRun", "NativeStep", "RunMaps", "Unsupported"]
 

@@ -15,12 +15,8 @@ import torch
 from torch import fx
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
-from biper_engine.ops.checks import check_epilogue
-from biper_engine.ops.cpu_program import Clamp, Map
-from biper_engine.ops.registration import split_options
-from biper_engine.runtime.binding import prepack_node
-from biper_engine.runtime.graph import biper_op, named_arguments
-from biper_engine.runtime.patterns import (
+from biper_engine.graph.choice import prepack_node
+from biper_engine.graph.patterns import (
     all_arguments,
     clamp_limits,
     is_binarize,
@@ -28,6 +24,10 @@ from biper_engine.runtime.patterns import (
     only_user,
     pair,
 )
+from biper_engine.graph.reading import biper_op, named_arguments
+from biper_engine.ops.checks import check_epilogue
+from biper_engine.ops.cpu_program import Clamp, Map
+from biper_engine.ops.registration import split_options
 from biper_engine.runtime.runs import RunMaps, Unsupported
 
 __all__ = ["RunBuilder"]

@@ -13,7 +13,7 @@ import torch
 
 from biper_engine.engine import Engine
 from biper_engine.errors import FileFormatError
-from biper_engine.runtime import output_values
+from biper_engine.graph.reading import output_values
 from biper_engine.serialization import container, graph_format
 from biper_engine.serialization.backend_check import check_backend
 from biper_engine.serialization.graph_decoding import decode

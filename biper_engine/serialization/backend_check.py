@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.engine import Engine
+from biper_engine.graph.choice import node_backend
+from biper_engine.graph.reading import biper_op, interpret
 from biper_engine.ops.backends import by_name, forced_name, use_backend
-from biper_engine.runtime import biper_op, interpret, node_backend
 from biper_engine.serialization.execution import call_node, digest, exactly, forced
 from biper_engine.serialization.proof import BYTES, Proof, example_inputs
 from biper_engine.serialization.reports import BackendReport, NodeReport

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from biper_engine.graph.choice import prepack_node
+from biper_engine.graph.reading import biper_op
 from biper_engine.ops.backends import use_backend
-from biper_engine.runtime import biper_op, prepack_node
 
 __all__ = ["call_node", "digest", "exactly", "forced"]
 

@@ -10,9 +10,9 @@ import torch
 from biper_engine.engine import Engine, InputSpec, Signature
 from biper_engine.errors import FileFormatError
 from biper_engine.graph import DTYPES
+from biper_engine.graph.structure import CONSTANT_TYPES, structure_of
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport
-from biper_engine.runtime import CONSTANT_TYPES, structure_of
 from biper_engine.serialization.forms import decode_form, encode_constant, encode_form
 
 __all__ = ["engine_arguments", "engine_entries"]

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from biper_engine.bits import count_different
 from biper_engine.engine import Engine, InputSpec
 from biper_engine.errors import FileFormatError
+from biper_engine.graph.reading import interpret, packed_map
 from biper_engine.ops.backends import forced_name
-from biper_engine.runtime import interpret, packed_map
 from biper_engine.serialization.execution import call_node, digest, exactly, forced
 from biper_engine.serialization.reports import ProofReport
 

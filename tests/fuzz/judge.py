@@ -20,7 +20,7 @@ import biper_engine
 from biper_engine.engine import Engine
 from biper_engine.errors import FileFormatError
 from biper_engine.graph import ImagesSize, Value, network_values, operator_of
-from biper_engine.runtime import interpret
+from biper_engine.graph.reading import interpret
 from biper_engine.serialization import check_backend
 from biper_engine.serialization.execution import call_node
 

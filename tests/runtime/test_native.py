@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from biper_engine.conversion import convert
 from biper_engine.engine import Engine
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.graph.reading import interpret
 from biper_engine.models import build
 from biper_engine.ops.backends import use_backend
 from biper_engine.ops.cpu_program import Clamp, CpuProgram
-from biper_engine.runtime import NativePlan, interpret
+from biper_engine.runtime import NativePlan
 from tests.concurrency import wrong_results
 from tests.golden import weights
 from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature

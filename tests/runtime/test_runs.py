@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from biper_engine.conversion import convert
 from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.graph.reading import interpret
 from biper_engine.models import build
 from biper_engine.ops.backends import backends
-from biper_engine.runtime import NativePlan, interpret
+from biper_engine.runtime import NativePlan
 from tests.concurrency import wrong_results
 from tests.conversion.comparison import converted
 from tests.conversion.test_foreign_models import NETWORKS

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from biper_engine.engine import Engine
 from biper_engine.errors import FileFormatError
-from biper_engine.runtime import Leaf, structure_of
+from biper_engine.graph.structure import Leaf, structure_of
 from biper_engine.serialization import load
 from biper_engine.serialization.forms import decode_form, encode_form
 from tests.networks_by_hand import GraphBuilder, leaf_report, signature

@@ -2,7 +2,7 @@
 
 PyTorch's own rules for tensors without data are Python for most operators, and the first of them to
 be used imports SymPy and Dynamo: 1 to 3 seconds for what takes milliseconds. So operators that are
-declared (`biper_engine.graph`) have their shapes from there; PyTorch's rule is used for the others,
+declared (`operators`) have their shapes from there; PyTorch's rule is used for the others,
 and for arguments that a declaration does not know.
 """
 
@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biper_engine.graph import MisfitError, Operator, Value, operator_for
-from biper_engine.runtime.graph import get_constant, with_defaults
-from biper_engine.runtime.signature import InputSpec
+from biper_engine.graph.operator import Operator
+from biper_engine.graph.operators import operator_for
+from biper_engine.graph.reading import get_constant, with_defaults
+from biper_engine.graph.signature import InputSpec
+from biper_engine.graph.sizes import MisfitError
+from biper_engine.graph.values import Value
 
 __all__ = ["BATCH", "MISFITS", "call_without_data", "values_without_data", "without_data"]
 

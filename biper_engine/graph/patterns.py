@@ -9,7 +9,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from biper_engine.geometry import Pool2dGeometry
-from biper_engine.runtime.graph import biper_op, with_defaults
+from biper_engine.graph.reading import biper_op, with_defaults
 
 __all__ = ["all_arguments", "clamp_limits", "is_binarize", "max_pool_of", "only_user", "pair"]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from biper_engine.engine import Engine
-from biper_engine.runtime import call_without_data
+from biper_engine.graph.shapes import call_without_data
 from tests.networks_by_hand import classifier, two_inputs
 
 aten = torch.ops.aten

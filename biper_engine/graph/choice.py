@@ -1,15 +1,15 @@
-"""Which backend runs the nodes of a network, answered without running them."""
+"""Which backend runs the nodes of a network, answered without running them, and weights for it."""
 
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.backends import select
-from biper_engine.runtime.graph import biper_op, conv_geometry, get_constant, named_arguments
+from biper_engine.graph.reading import biper_op, conv_geometry, get_constant, named_arguments
+from biper_engine.ops.backends import Backend, select
 
-__all__ = ["backends_of", "node_backend", "node_geometry"]
+__all__ = ["backends_of", "node_backend", "node_geometry", "prepack", "prepack_node"]
 
 
 def node_geometry(module: fx.GraphModule, node: fx.Node) -> Conv2dGeometry | None:
@@ -48,3 +48,28 @@ def backends_of(module: fx.GraphModule, device: torch.device | None) -> tuple[st
     """
     names = {node_backend(module, node, device) for node in module.graph.nodes}
     return tuple(sorted(name for name in names if name is not None))
+
+
+def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
+    """Return the weights of a `bconv2d*` node re-laid for the backend that will run it.
+
+    Raises:
+        BackendUnavailableError: a backend is forced that cannot run the node.
+    """
+    geometry = conv_geometry(named_arguments(node), weight)
+    op = biper_op(node)
+    assert op is not None
+    return prepack(select(op, geometry, weight.device), weight, geometry)
+
+
+def prepack(backend: Backend, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+    """Return the weights of a binary convolution re-laid for a backend."""
+    return torch.ops.biper.prepack(  # type: ignore[no-any-return]
+        weight,
+        in_channels=geometry.in_channels,
+        stride=list(geometry.stride),
+        padding=list(geometry.padding),
+        dilation=list(geometry.dilation),
+        groups=geometry.groups,
+        backend=backend.name,
+    )

@@ -1,0 +1,29 @@
+"""Reading a graph: running it node by node."""
+
+import torch
+from torch import fx
+
+from biper_engine.graph.reading import interpret, packed_map
+from tests.networks_by_hand import classifier_graph
+
+
+def test_interpret_visits_every_call_and_returns_the_outputs() -> None:
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    module = classifier_graph()
+    maps: dict[str, torch.Size] = {}
+
+    def call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        packed = packed_map(node, result)
+        if packed is not None:
+            maps[node.name] = packed.shape
+        return result
+
+    (logits,) = interpret(module, [images], call)
+    assert torch.equal(logits, module(images)[0])
+    assert maps == {
+        "stem_bits": (2, 8, 8, 2),
+        "layer1_0": (2, 8, 8, 2),
+        "layer1_1": (2, 8, 8, 2),
+        "pool": (2, 4, 4, 2),
+    }
