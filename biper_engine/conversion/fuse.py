@@ -22,20 +22,10 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    constant,
-    constant_node,
-    is_call,
-    parent,
-    repeat_call,
-    same_shape,
-    shape,
-    substitute,
-)
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.operands import pool_geometry
+from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
+from biper_engine.graph.reading import arguments, constant, is_call, parent, same_shape, shape
 
 __all__ = ["fuse"]
 
@@ -48,7 +38,7 @@ def fuse(graph_module: fx.GraphModule) -> None:
     """Rewrite `graph_module` in place; see the module."""
     _collapse_reshapes(graph_module)
     for node in list(graph_module.graph.nodes):
-        if ir.is_marker(node, ir.binary_conv):
+        if is_call(node, ir.binary_conv):
             while (grown := _absorb(graph_module, node)) is not None:
                 node = grown
     _fold_scales(graph_module)
@@ -104,7 +94,7 @@ def _partners(node: fx.Node) -> list[fx.Node] | None:
     partners = []
     while len(node.args) > 1:
         node = parent(node, 1)
-        if not ir.is_marker(node, ir.binary_conv) or len(node.users) > 1:
+        if not is_call(node, ir.binary_conv) or len(node.users) > 1:
             return None
         if node.meta["conv"].activated:
             return None

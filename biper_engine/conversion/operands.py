@@ -17,18 +17,12 @@ import torch
 from torch import fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    is_call,
-    parent,
-    repeat_call,
-    shape,
-)
 from biper_engine.conversion.ir import StepRule
 from biper_engine.conversion.ranges import is_move, value_set
 from biper_engine.conversion.values import ELEMENTWISE, Step, find_step, is_float
 from biper_engine.geometry import Pool2dGeometry
+from biper_engine.graph.editing import call, repeat_call
+from biper_engine.graph.reading import arguments, is_call, parent, shape
 
 __all__ = ["Operand", "binary_value", "pair", "peel_padding", "pool_geometry"]
 
@@ -160,7 +154,7 @@ def _as_float(graph_module: fx.GraphModule, x: fx.Node) -> fx.Node:
 def _bits(graph_module: fx.GraphModule, before: fx.Node, source: fx.Node, step: Step) -> fx.Node:
     """Return the node of the bits of `source`, shared by all layers that use the same step."""
     for user in source.users:
-        if ir.is_marker(user, ir.binarize) and _same_rule(user.meta["rule"], step.rule):
+        if is_call(user, ir.binarize) and _same_rule(user.meta["rule"], step.rule):
             return user
     with graph_module.graph.inserting_after(source):
         node = graph_module.graph.call_function(ir.binarize, (source,))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from biper_engine.conversion.graphs import arguments, constant, evaluate, is_call, parent
+from biper_engine.graph.reading import arguments, constant, evaluate, is_call, parent
 
 __all__ = ["MOVES", "ValueSet", "nonnegative", "value_set"]
 

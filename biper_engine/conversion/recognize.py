@@ -23,21 +23,13 @@ from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.costs import slower_on_bits
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    constant,
-    constant_node,
-    is_call,
-    parent,
-    shape,
-    substitute,
-)
 from biper_engine.conversion.ir import BinaryConv, StepRule
 from biper_engine.conversion.operands import Operand, binary_value, pair, peel_padding
 from biper_engine.conversion.products import Factor, Product, find_product
 from biper_engine.conversion.weights import BinaryWeight, analyse_weight
 from biper_engine.geometry import Conv2dGeometry
+from biper_engine.graph.editing import call, constant_node, substitute
+from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
 from biper_engine.report import LayerReport
 
 __all__ = ["recognize"]

@@ -16,19 +16,9 @@ import torch
 from torch import fx
 
 from biper_engine.conversion.gathers import index_written_maps
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    constant,
-    constant_node,
-    is_call,
-    parent,
-    repeat_call,
-    same_shape,
-    shape,
-    substitute,
-)
 from biper_engine.conversion.memory import fill_empty_memory, fix_layouts, is_read_as_memory
+from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
+from biper_engine.graph.reading import arguments, constant, is_call, parent, same_shape, shape
 
 __all__ = ["simplify"]
 

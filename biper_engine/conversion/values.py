@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from biper_engine.conversion.graphs import (
+from biper_engine.conversion.ir import StepRule
+from biper_engine.conversion.ranges import nonnegative
+from biper_engine.graph.reading import (
     arguments,
     constant,
     evaluate,
@@ -24,8 +26,6 @@ from biper_engine.conversion.graphs import (
     same_shape,
     shape,
 )
-from biper_engine.conversion.ir import StepRule
-from biper_engine.conversion.ranges import nonnegative
 
 __all__ = ["ELEMENTWISE", "Step", "describe", "find_step", "is_float"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.graph.reading import biper_op, conv_geometry, get_constant, named_arguments
+from biper_engine.graph.reading import biper_op, constant, conv_geometry, named_arguments
 from biper_engine.ops.backends import Backend, select
 
 __all__ = ["backends_of", "node_backend", "node_geometry", "prepack", "prepack_node"]
@@ -17,10 +17,8 @@ def node_geometry(module: fx.GraphModule, node: fx.Node) -> Conv2dGeometry | Non
     if not (biper_op(node) or "").startswith("bconv2d"):
         return None
     arguments = named_arguments(node)
-    weight = arguments["weight"]
-    if weight.op != "get_attr":
-        return None
-    return conv_geometry(arguments, get_constant(module, str(weight.target)))
+    weight = constant(module, arguments["weight"])
+    return None if weight is None else conv_geometry(arguments, weight)
 
 
 def node_backend(module: fx.GraphModule, node: fx.Node, device: torch.device | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import fx
 
 from biper_engine.graph.operator import Result
 from biper_engine.graph.operators import operator_of
+from biper_engine.graph.reading import constant
 from biper_engine.graph.sizes import BATCH, MisfitError
 from biper_engine.graph.values import Value
 
@@ -52,9 +52,8 @@ def network_values(
         if node.op == "placeholder":
             values[node] = input_value(next(taken))
         elif node.op == "get_attr":
-            constant = functools.reduce(getattr, str(node.target).split("."), module)
-            is_tensor = isinstance(constant, torch.Tensor)
-            values[node] = Value.of_constant(constant, open=False) if is_tensor else None  # type: ignore[arg-type]
+            held = constant(module, node)
+            values[node] = None if held is None else Value.of_constant(held, open=False)
         elif node.op == "call_function":
             values[node] = _result(node, values)
     return values

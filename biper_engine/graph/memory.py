@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from biper_engine.graph.reading import get_constant, named_arguments, output_values
+from biper_engine.graph.reading import constant, named_arguments, output_values
 
 __all__ = ["align_weights", "isolate_outputs"]
 
@@ -56,7 +56,6 @@ def align_weights(module: fx.GraphModule) -> None:
     convolutions = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
     for node in module.graph.nodes:
         weight = named_arguments(node)["weight"] if node.target in convolutions else None
-        if isinstance(weight, fx.Node) and weight.op == "get_attr":
-            tensor = get_constant(module, str(weight.target))
-            if tensor.dim() == 4:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        tensor = constant(module, weight)
+        if tensor is not None and tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

@@ -6,20 +6,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from biper_engine.geometry import Pool2dGeometry
-from biper_engine.graph.reading import biper_op, with_defaults
+from biper_engine.graph.reading import arguments, biper_op
 
-__all__ = ["all_arguments", "clamp_limits", "is_binarize", "max_pool_of", "only_user", "pair"]
+__all__ = ["clamp_limits", "is_binarize", "max_pool_of", "only_user", "pair"]
 
 _aten = torch.ops.aten
-
-
-def all_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of an operator call by the schema's names, defaults included."""
-    assert isinstance(node.target, OpOverload)
-    return with_defaults(node.target, node.args, node.kwargs)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -37,7 +30,7 @@ def max_pool_of(node: fx.Node) -> Pool2dGeometry | None:
     """Return a max pool's geometry; None for another node, or with dilation or ceil_mode."""
     if node.target is not _aten.max_pool2d.default:
         return None
-    named = all_arguments(node)
+    named = arguments(node)
     if named["ceil_mode"] or pair(named["dilation"]) != (1, 1):
         return None
     kernel = pair(named["kernel_size"])
@@ -55,7 +48,7 @@ def clamp_limits(node: fx.Node) -> tuple[float | None, float | None] | None:
         names = ("min", "max")
     else:
         return None
-    named = all_arguments(node)
+    named = arguments(node)
     low, high = (None if named[name] is None else float(named[name]) for name in names)
     return low, high
 
@@ -64,6 +57,6 @@ def is_binarize(node: fx.Node) -> bool:
     """Whether a node is a `binarize` with constant parameters."""
     if biper_op(node) != "binarize":
         return False
-    named = all_arguments(node)
+    named = arguments(node)
     parameters = (named["threshold"], named["sense"])
     return all(value is None or value.op == "get_attr" for value in parameters)

@@ -13,18 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 
 from biper_engine.geometry import Conv2dGeometry
 
 __all__ = [
     "Call",
+    "arguments",
     "biper_op",
+    "constant",
     "conv_geometry",
+    "evaluate",
     "get_constant",
     "interpret",
+    "is_call",
     "named_arguments",
     "output_values",
     "packed_map",
+    "parent",
+    "same_shape",
+    "shape",
     "with_defaults",
 ]
 
@@ -37,6 +45,11 @@ _PACKED_RESULTS = {
     "bconv2d_bits": None,
     "bconv2d_float_bits": 1,
 }
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """Whether `node` calls one of `targets` (overloads or functions)."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
 def biper_op(node: fx.Node) -> str | None:
@@ -58,6 +71,23 @@ def packed_map(node: fx.Node, result: Any) -> Tensor | None:
     return packed
 
 
+def parent(node: fx.Node, position: int = 0) -> fx.Node:
+    """Return the node that is a positional argument of a call."""
+    value = node.args[position]
+    assert isinstance(value, fx.Node), f"argument {position} of {node} is no node"
+    return value
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """Return the shape of a node's value; the batch may be symbolic."""
+    return tuple(node.meta["val"].shape)
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have one shape; symbolic sizes are compared as expressions."""
+    return [str(size) for size in shape(a)] == [str(size) for size in shape(b)]
+
+
 def output_values(graph: fx.Graph) -> tuple[Any, ...]:
     """Return what the output node returns: nodes, or constants such as None."""
     values = graph.output_node().args[0]
@@ -71,6 +101,14 @@ def get_constant(module: torch.nn.Module, target: str) -> Any:
         AttributeError: there is none.
     """
     return functools.reduce(getattr, target.split("."), module)
+
+
+def constant(module: torch.nn.Module, node: object) -> Tensor | None:
+    """Return the tensor that a get_attr node holds, or None for any other value."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = get_constant(module, str(node.target))
+    return value if isinstance(value, Tensor) else None
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
@@ -101,6 +139,12 @@ def with_defaults(
     values = {argument.name: argument.default_value for argument in arguments}
     values |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
     return {**values, **kwargs}
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of an operator call by the schema's names, defaults included."""
+    assert isinstance(node.target, OpOverload), f"{node.target} has no schema"
+    return with_defaults(node.target, node.args, node.kwargs)
 
 
 def _integers(value: Any, length: int) -> tuple[Any, ...]:
@@ -150,3 +194,14 @@ def interpret(module: fx.GraphModule, inputs: Sequence[Any], call: Call) -> tupl
         elif node.op == "call_function":
             results[node] = call(node, value_of(node.args), value_of(node.kwargs))
     return tuple(value_of(value) for value in output_values(module.graph))
+
+
+def evaluate(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
+    """Run one call_function node on given values of its inputs."""
+
+    def look_up(leaf: Any) -> Any:
+        return values[leaf] if isinstance(leaf, fx.Node) else leaf
+
+    args, kwargs = pytree.tree_map(look_up, (node.args, node.kwargs))
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]

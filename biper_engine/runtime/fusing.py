@@ -21,16 +21,9 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from biper_engine.graph.patterns import (
-    all_arguments,
-    clamp_limits,
-    is_binarize,
-    max_pool_of,
-    only_user,
-    pair,
-)
+from biper_engine.graph.patterns import clamp_limits, is_binarize, max_pool_of, only_user, pair
 from biper_engine.graph.portable import release_source
-from biper_engine.graph.reading import get_constant, output_values
+from biper_engine.graph.reading import arguments, get_constant, output_values
 from biper_engine.graph.shapes import BATCH, values_without_data
 from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import by_name, forced_name, select
@@ -101,7 +94,7 @@ def _is_constant(value: Any) -> bool:
 
 def _means_whole_map(node: fx.Node, x: Tensor) -> bool:
     """Whether a node is the mean of the map `x` over all of its pixels."""
-    named = all_arguments(node) if isinstance(node.target, OpOverload) else {}
+    named = arguments(node) if isinstance(node.target, OpOverload) else {}
     if node.target is _aten.mean.dim:
         dims = sorted(d % 4 for d in named["dim"] or ())
         return dims == [2, 3] and named["dtype"] is None
@@ -179,7 +172,7 @@ class _Fusion:
         stem = self._stem_of(conv)
         if stem is None:
             return
-        images, stem = self._take_images(all_arguments(conv)["input"], stem)
+        images, stem = self._take_images(arguments(conv)["input"], stem)
         last, stem = self._take_behind(conv, stem)
         binarizes = self._bits_of(last)
         if binarizes:
@@ -205,7 +198,7 @@ class _Fusion:
 
     def _stem_of(self, conv: fx.Node) -> Stem | None:
         """Return a convolution as a stem, or None where it is no convolution of images."""
-        named = all_arguments(conv)
+        named = arguments(conv)
         weight, bias = (self._constant(named[name]) for name in ("weight", "bias"))
         if (
             weight is None
@@ -278,11 +271,11 @@ class _Fusion:
     def _bits_of(self, node: fx.Node) -> list[fx.Node]:
         """Return the first `binarize` of a value, and those that are the same."""
         found = [user for user in node.users if is_binarize(user)]
-        wanted = [all_arguments(user) for user in found]
+        wanted = [arguments(user) for user in found]
         return [user for user, named in zip(found, wanted, strict=True) if named == wanted[0]]
 
     def _take_bits(self, binarize: fx.Node, stem: Stem) -> Stem:
-        named = all_arguments(binarize)
+        named = arguments(binarize)
         threshold, sense = (self._constant(named[name]) for name in ("threshold", "sense"))
         return replace(stem, threshold=threshold, sense=sense)
 
@@ -295,7 +288,7 @@ class _Fusion:
             self._fuse_classifier(node)
 
     def _fuse_classifier(self, linear: fx.Node) -> None:
-        named = all_arguments(linear)
+        named = arguments(linear)
         weight, bias = (self._constant(named[name]) for name in ("weight", "bias"))
         if weight is None or not _is_constant(named["bias"]) or weight.dtype not in _FLOATS:
             return
@@ -366,7 +359,7 @@ class _Fusion:
             return None
         if result.dtype not in _FLOATS:  # bytes wrap around
             return None
-        named = all_arguments(node)
+        named = arguments(node)
         left, right = named["self"], named["other"]
         swapped = isinstance(right, fx.Node) and right.op != "get_attr"
         flowing, held = (right, left) if swapped else (left, right)

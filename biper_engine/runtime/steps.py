@@ -16,15 +16,8 @@ from torch import fx
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
 from biper_engine.graph.choice import prepack_node
-from biper_engine.graph.patterns import (
-    all_arguments,
-    clamp_limits,
-    is_binarize,
-    max_pool_of,
-    only_user,
-    pair,
-)
-from biper_engine.graph.reading import biper_op, named_arguments
+from biper_engine.graph.patterns import clamp_limits, is_binarize, max_pool_of, only_user, pair
+from biper_engine.graph.reading import arguments, biper_op, named_arguments
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Clamp, Map
 from biper_engine.ops.registration import split_options
@@ -58,7 +51,7 @@ class RunBuilder(RunMaps):
             raise Unsupported("has no native step")
         inputs, steps = len(self.inputs), len(self.steps)
         try:
-            handler(self, node, all_arguments(node))
+            handler(self, node, arguments(node))
         except Unsupported:
             while len(self.inputs) > inputs:
                 unused, _ = self.inputs.popitem()
@@ -144,7 +137,7 @@ class RunBuilder(RunMaps):
         steps = [user for user in last.users if is_binarize(user)]
         options["want_float"] = len(last.users) > len(steps[:1])
         if steps:
-            bits = all_arguments(steps[0])
+            bits = arguments(steps[0])
             options["want_bits"] = True
             options |= {name: self._constant(bits.get(name)) for name in ("threshold", "sense")}
             nodes.append(steps[0])
@@ -294,7 +287,7 @@ def _padded_channels(node: fx.Node) -> tuple[int, int] | None:
     """Return the zero channels that a pad adds before and after, None for any other node."""
     if node.target is not aten.constant_pad_nd.default:
         return None
-    named = all_arguments(node)
+    named = arguments(node)
     pad = list(named["pad"])
     if len(pad) != 6 or any(pad[:4]) or min(pad) < 0 or named["value"] not in (0, None):
         return None
