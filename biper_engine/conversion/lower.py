@@ -194,8 +194,8 @@ class _Lowering:
             pool_min=conv.pool_min
             if conv.pool_min is not None and bool(conv.pool_min.any())
             else None,
-            clamp_min=low if math.isfinite(low) else None,
-            clamp_max=high if math.isfinite(high) else None,
+            clamp_min=None if low == -math.inf else low,
+            clamp_max=None if high == math.inf else high,
             slope=None if conv.slope is None else conv.slope.float(),
             shift=None if conv.shift is None else conv.shift.float(),
             threshold=None if rule is None else rule.threshold,

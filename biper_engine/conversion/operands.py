@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,11 +19,11 @@ from biper_engine.conversion import ir
 from biper_engine.conversion.ir import StepRule
 from biper_engine.conversion.ranges import is_move, value_set
 from biper_engine.conversion.values import ELEMENTWISE, Step, find_step, is_float
-from biper_engine.geometry import Pool2dGeometry
 from biper_engine.graph.editing import call, repeat_call
+from biper_engine.graph.patterns import max_pool_geometry, zero_pad
 from biper_engine.graph.reading import arguments, is_call, parent, shape
 
-__all__ = ["Operand", "binary_value", "pair", "peel_padding", "pool_geometry"]
+__all__ = ["Operand", "binary_value", "peel_padding"]
 
 aten = torch.ops.aten
 
@@ -66,14 +65,10 @@ def binary_value(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand
 def peel_padding(x: fx.Node) -> tuple[tuple[int, int, int, int], fx.Node]:
     """Return (top, bottom, left, right) of the zero pads before a layer, and what they pad."""
     total = (0, 0, 0, 0)
-    while is_call(x, aten.constant_pad_nd.default):
-        named = arguments(x)
-        pad = list(named["pad"])
-        if named["value"] not in (0, None) or any(pad[4:]) or min(pad) < 0:
-            break
+    while (pad := zero_pad(x)) is not None and not any(pad[4:]):
         left, right, top, bottom = ([*pad, 0, 0, 0, 0])[:4]
         total = (total[0] + top, total[1] + bottom, total[2] + left, total[3] + right)
-        x = named["self"]
+        x = parent(x)
     return total, x
 
 
@@ -180,7 +175,7 @@ def _moved(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | Non
 
 
 def _pooled(graph_module: fx.GraphModule, x: fx.Node) -> Operand | None:
-    pool = pool_geometry(x)
+    pool = max_pool_geometry(x)
     inner = binary_value(graph_module, parent(x), 1) if pool is not None else "is a general pool"
     if isinstance(inner, str):
         return None
@@ -193,22 +188,6 @@ def _pooled(graph_module: fx.GraphModule, x: fx.Node) -> Operand | None:
         return node
 
     return Operand(x, inner.rule, build)
-
-
-def pool_geometry(x: fx.Node) -> Pool2dGeometry | None:
-    """Return the geometry of a max_pool2d node, or None where it has dilation or ceil_mode."""
-    named = arguments(x)
-    kernel = pair(named["kernel_size"])
-    stride = pair(named["stride"]) if named["stride"] else kernel
-    if named["ceil_mode"] or pair(named["dilation"]) != (1, 1):
-        return None
-    return Pool2dGeometry(kernel_size=kernel, stride=stride, padding=pair(named["padding"]))
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """Return (vertical, horizontal) of an argument that may be one number, or a list of one."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return (values[0], values[-1])
 
 
 def _rearranged(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | None:

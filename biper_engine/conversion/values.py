@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from biper_engine.conversion.ir import StepRule
 from biper_engine.conversion.ranges import nonnegative
+from biper_engine.graph.patterns import clamp_limits
 from biper_engine.graph.reading import (
     arguments,
     constant,
@@ -451,14 +452,15 @@ def _third_values(cone: _Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
 
 def _rests_at_zero(node: fx.Node) -> bool:
     """Whether a map is exactly 0 in many places, whatever the input is like."""
-    if is_call(node, aten.relu.default, aten.round.default, aten.trunc.default):
+    if is_call(node, aten.round.default, aten.trunc.default):
         return True
+    limits = clamp_limits(node)
+    if limits is not None:
+        return 0 in limits
     if is_call(node, aten.constant_pad_nd.default) and arguments(node)["value"] == 0:
         return True
     if is_call(node, *_PASS_THROUGH):
         return _rests_at_zero(parent(node))
-    if is_call(node, aten.clamp.default, aten.hardtanh.default):
-        return 0 in node.args[1:]
     if is_call(node, aten.cat.default, aten.mul.Tensor):
         return any(_rests_at_zero(operand) for operand in node.all_input_nodes)
     if is_call(node, aten.add.Tensor):

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.graph.reading import biper_op, constant, conv_geometry, named_arguments
+from biper_engine.graph.reading import (
+    biper_op,
+    constant,
+    conv_geometry,
+    is_bconv2d,
+    named_arguments,
+)
 from biper_engine.ops.backends import Backend, select
 
 __all__ = ["backends_of", "node_backend", "node_geometry", "prepack", "prepack_node"]
@@ -14,7 +20,7 @@ __all__ = ["backends_of", "node_backend", "node_geometry", "prepack", "prepack_n
 
 def node_geometry(module: fx.GraphModule, node: fx.Node) -> Conv2dGeometry | None:
     """Return the geometry of a binary convolution with constant weights, None for other nodes."""
-    if not (biper_op(node) or "").startswith("bconv2d"):
+    if not is_bconv2d(node):
         return None
     arguments = named_arguments(node)
     weight = constant(module, arguments["weight"])

@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "get_constant",
     "interpret",
+    "is_bconv2d",
     "is_call",
     "named_arguments",
     "output_values",
@@ -59,6 +60,11 @@ def biper_op(node: fx.Node) -> str | None:
         return None
     namespace, _, name = target._schema.name.partition("::")
     return name if namespace == "biper" else None
+
+
+def is_bconv2d(node: fx.Node) -> bool:
+    """Whether a node is a binary convolution, with an epilogue or without."""
+    return (biper_op(node) or "").startswith("bconv2d")
 
 
 def packed_map(node: fx.Node, result: Any) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from biper_engine.graph.choice import node_backend
-from biper_engine.graph.reading import biper_op, get_constant, output_values
+from biper_engine.graph.reading import get_constant, is_bconv2d, is_call, output_values
 from biper_engine.graph.shapes import BATCH, MISFITS, call_without_data, without_data
 from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import select
@@ -237,6 +237,4 @@ class _Partition:
 
 
 def _is_convolution(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.conv2d.default or (biper_op(node) or "").startswith(
-        "bconv2d"
-    )
+    return is_call(node, torch.ops.aten.conv2d.default) or is_bconv2d(node)

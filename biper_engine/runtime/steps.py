@@ -6,7 +6,6 @@ the bits behind it along, an average pool the zero channels, a sum its clamp.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,15 @@ from torch import fx
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
 from biper_engine.graph.choice import prepack_node
-from biper_engine.graph.patterns import clamp_limits, is_binarize, max_pool_of, only_user, pair
+from biper_engine.graph.patterns import (
+    clamp_limits,
+    conv2d_geometry,
+    is_mean_of_pixels,
+    only_user,
+    pair,
+    tail_of,
+    zero_pad,
+)
 from biper_engine.graph.reading import arguments, biper_op, named_arguments
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Clamp, Map
@@ -115,39 +122,24 @@ class RunBuilder(RunMaps):
         assert weight is not None
         if named["groups"] != 1:
             raise Unsupported("has groups")
-        vertical, horizontal = pair(named["padding"])
-        geometry = Conv2dGeometry(
-            in_channels=x.channels,
-            out_channels=weight.shape[0],
-            kernel_size=(weight.shape[2], weight.shape[3]),
-            stride=pair(named["stride"]),
-            padding=(vertical, vertical, horizontal, horizontal),
-            dilation=pair(named["dilation"]),
-        )
-        nodes, last, options = [node], node, dict[str, Any]()
-        pool = only_user(last)
-        window = None if pool is None else max_pool_of(pool)
-        if pool is not None and window is not None:
-            options["pool"], last = window, pool
-            nodes.append(pool)
-        clamp = only_user(last)
-        if clamp is not None and clamp_limits(clamp) is not None:
-            options["clamp"], last = _limits(clamp), clamp
-            nodes.append(clamp)
-        steps = [user for user in last.users if is_binarize(user)]
-        options["want_float"] = len(last.users) > len(steps[:1])
-        if steps:
-            bits = arguments(steps[0])
-            options["want_bits"] = True
-            options |= {name: self._constant(bits.get(name)) for name in ("threshold", "sense")}
-            nodes.append(steps[0])
+        geometry, tail = conv2d_geometry(node, weight), tail_of(node)
+        last = tail.nodes[-1] if tail.nodes else node
+        named_bits = arguments(tail.bits[0]) if tail.bits else {}
         floats, packed = self._program.float_conv(
-            x, weight, self._constant(named["bias"]), geometry, **options
+            x,
+            weight,
+            self._constant(named["bias"]),
+            geometry,
+            pool=tail.pool,
+            clamp=Clamp(*tail.limits),
+            want_float=len(last.users) > len(tail.bits),
+            want_bits=bool(tail.bits),
+            threshold=self._constant(named_bits.get("threshold")),
+            sense=self._constant(named_bits.get("sense")),
         )
         self._maps[last] = floats
-        if steps:
-            self._maps[steps[0]] = packed
-        self._step(*nodes)
+        self._maps |= dict.fromkeys(tail.bits, packed)
+        self._step(node, *tail.nodes, *tail.bits)
 
     def _linear(self, node: fx.Node, named: dict[str, Any]) -> None:
         source = named["input"]
@@ -215,7 +207,7 @@ class RunBuilder(RunMaps):
 
     def _mean(self, node: fx.Node, named: dict[str, Any]) -> None:
         x = self._image(named["self"])
-        if sorted(d % 4 for d in named["dim"] or ()) != [2, 3] or named["dtype"] is not None:
+        if not is_mean_of_pixels(node):
             raise Unsupported("is no mean over height and width")
         whole = (x.height, x.width)
         self._maps[node] = self._program.average(x, whole, whole, (0, 0), (1, 1))
@@ -247,7 +239,9 @@ class RunBuilder(RunMaps):
         self._step(node)
 
     def _clamp(self, node: fx.Node, named: dict[str, Any]) -> None:
-        self._maps[node] = self._program.sum(self._image(named["self"]), None, _limits(node))
+        limits = clamp_limits(node)
+        assert limits is not None
+        self._maps[node] = self._program.sum(self._image(named["self"]), None, Clamp(*limits))
         self._step(node)
 
     def _add(self, node: fx.Node, named: dict[str, Any]) -> None:
@@ -258,12 +252,10 @@ class RunBuilder(RunMaps):
             b.width,
         ):
             raise Unsupported("is no sum of two maps of one shape")
-        nodes, last, clamp = [node], node, Clamp()
         behind = only_user(node)
-        if behind is not None and clamp_limits(behind) is not None:
-            clamp, last = _limits(behind), behind
-            nodes.append(behind)
-        self._maps[last] = self._program.sum(a, b, clamp)
+        limits = None if behind is None else clamp_limits(behind)
+        nodes = [node] if behind is None or limits is None else [node, behind]
+        self._maps[nodes[-1]] = self._program.sum(a, b, Clamp(*limits or ()))
         self._step(*nodes)
 
 
@@ -278,18 +270,10 @@ def _windows(x: Map, named: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     return kernel, stride, padding, (rows, columns)
 
 
-def _limits(node: fx.Node) -> Clamp:
-    low, high = clamp_limits(node) or (None, None)
-    return Clamp(-math.inf if low is None else low, math.inf if high is None else high)
-
-
 def _padded_channels(node: fx.Node) -> tuple[int, int] | None:
     """Return the zero channels that a pad adds before and after, None for any other node."""
-    if node.target is not aten.constant_pad_nd.default:
-        return None
-    named = arguments(node)
-    pad = list(named["pad"])
-    if len(pad) != 6 or any(pad[:4]) or min(pad) < 0 or named["value"] not in (0, None):
+    pad = zero_pad(node)
+    if pad is None or len(pad) != 6 or any(pad[:4]):
         return None
     return pad[4], pad[5]
 

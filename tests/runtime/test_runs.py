@@ -148,6 +148,20 @@ def test_an_operator_without_a_step_runs_alone_wherever_it_is(place: str) -> Non
     assert_same_bits(engine)
 
 
+def test_a_float_convolution_takes_a_clamp_before_its_pool_and_all_equal_bits_along() -> None:
+    g = Network()
+    weight = g.constant("weight", g.normal(CHANNELS, CHANNELS, 3, 3))
+    conv = g.call("stem", _aten.conv2d.default, g.input("x"), weight, None, [1, 1], [1, 1])
+    pool = g.call("pool", _aten.max_pool2d.default, g.call("clamp", _aten.relu.default, conv), 2)
+    first, second = g.bits("first", pool), g.bits("second", pool)
+    engine = g.engine(g.conv("conv1", first), g.conv("conv2", second))
+    assert runs(engine) == [["stem", "clamp", "pool", "first", "second", "conv1", "conv2"]]
+    assert len(plan_of(engine).steps) == 3
+    x = batch_of(3, CHANNELS, 6, 6)
+    for got, wanted in zip(engine(x), one_by_one(engine, x), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_a_packed_map_crosses_from_one_program_to_the_next() -> None:
     engine = residual_network("branch")
     first, second = plan_of(engine).runs
