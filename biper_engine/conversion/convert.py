@@ -15,8 +15,10 @@ from biper_engine.conversion.check import Batch, check_against_model
 from biper_engine.conversion.copying import unwrapped
 from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
-from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.converted import ConvertedNetwork
+from biper_engine.engine import Engine
 from biper_engine.errors import ConversionError, UnconvertedWarning
+from biper_engine.graph.signature import InputSpec, Signature
 from biper_engine.graph.structure import CONSTANT_TYPES
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport, LayerReport
@@ -214,7 +216,7 @@ def _engine(
         defaults=names[1],
     )
     own = getattr(model, "metadata", None)
-    return Engine(
+    network = ConvertedNetwork(
         _bare(built.lowered),
         signature=signature,
         report=report,
@@ -222,6 +224,7 @@ def _engine(
         provenance=_provenance(model),
         options=options,
     )
+    return Engine(network)
 
 
 def _bare(lowered: fx.GraphModule) -> fx.GraphModule:

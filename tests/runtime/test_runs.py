@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from biper_engine.conversion import convert
-from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.engine import Engine
 from biper_engine.graph.reading import interpret
+from biper_engine.graph.signature import InputSpec, Signature
 from biper_engine.models import build
 from biper_engine.ops.backends import backends
 from biper_engine.runtime import NativePlan
@@ -24,7 +25,7 @@ from tests.concurrency import wrong_results
 from tests.conversion.comparison import converted
 from tests.conversion.test_foreign_models import NETWORKS
 from tests.golden import weights
-from tests.networks_by_hand import GraphBuilder, leaf_report, signature, two_inputs
+from tests.networks_by_hand import GraphBuilder, engine_of, signature, two_inputs
 
 _aten, _biper = torch.ops.aten, torch.ops.biper
 
@@ -74,7 +75,7 @@ class Network(GraphBuilder):
 
     def engine(self, *outputs: Any, shape: tuple[int, ...] = (CHANNELS, 6, 6)) -> Engine:
         form = signature({"x": shape}, (0,), {}, [0] * len(outputs))
-        engine = Engine(self.module(*outputs), signature=form, report=leaf_report())
+        engine = engine_of(self.module(*outputs), form)
         engine._device = torch.device("cpu")  # also where a network has no tensors
         return engine
 
@@ -242,7 +243,7 @@ def test_images_that_are_no_float32_maps_are_changed_in_front() -> None:
         pytree.tree_structure(0),
         (InputSpec("x", torch.uint8, (None, CHANNELS, 6, 6)),),
     )
-    engine = Engine(module, signature=form, report=leaf_report())
+    engine = engine_of(module, form)
     assert (runs(engine), outside(engine)) == ([["bits", "conv"]], ["floats", "scaled"])
     images = batch_of(2, CHANNELS, 6, 6).mul(64).add(128).clamp(0, 255).to(torch.uint8)
     assert torch.equal(engine(images), one_by_one(engine, images)[0])
