@@ -409,9 +409,22 @@ def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)
 
 
+_RUNS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "binarize": (_binarize, _binarize_fake),
+    "unbinarize": (_unbinarize, _unbinarize_fake),
+    "bmaxpool2d": (_bmaxpool2d, _bmaxpool2d_fake),
+    "prepack": (_prepack, _prepack_fake),
+    "bconv2d": (_bconv2d, _bconv2d_fake),
+    "bconv2d_float": (_bconv2d_float, _bconv2d_float_fake),
+    "bconv2d_bits": (_bconv2d_bits, _bconv2d_bits_fake),
+    "bconv2d_float_bits": (_bconv2d_float_bits, _bconv2d_float_bits_fake),
+}
+"""What runs each operator, and its fake."""
+
+for _name, (_run, _fake) in _RUNS.items():
+    register(_name, SCHEMAS[_name], _run, _fake)
+
 backends.register(CudaBackend())
 backends.register(TritonBackend())
 backends.register(CpuBackend())
 backends.register(ReferenceBackend())
-for _name, _schema in SCHEMAS.items():
-    register(_name, _schema, globals()[f"_{_name}"], globals()[f"_{_name}_fake"])
