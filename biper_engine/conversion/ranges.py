@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from biper_engine.graph.patterns import clamp_limits
 from biper_engine.graph.reading import arguments, constant, evaluate, is_call, parent
 
 __all__ = ["MOVES", "ValueSet", "nonnegative", "value_set"]
@@ -83,10 +84,9 @@ def nonnegative(node: fx.Node) -> bool:
     kind = packet(node)
     if kind in _NEVER_NEGATIVE:
         return True
-    if is_call(node, aten.clamp.default, aten.hardtanh.default):
-        named = arguments(node)
-        low = named.get("min_val", named.get("min"))
-        return (low is not None and low >= 0) or nonnegative(parent(node))
+    limits = clamp_limits(node)
+    if limits is not None:  # the upper one wins where they cross
+        return limits[1] >= 0 and (limits[0] >= 0 or nonnegative(parent(node)))
     if is_call(node, aten.constant_pad_nd.default):
         return (arguments(node)["value"] or 0) >= 0 and nonnegative(parent(node))
     if kind in _LARGEST or kind in _AVERAGES or is_move(node):

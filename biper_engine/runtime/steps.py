@@ -15,6 +15,7 @@ from torch import fx
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
 from biper_engine.graph.choice import prepack_node
+from biper_engine.graph.operators import operator_of
 from biper_engine.graph.patterns import (
     clamp_limits,
     conv2d_geometry,
@@ -53,7 +54,8 @@ class RunBuilder(RunMaps):
             self._maps[node] = self._maps[source][index]
             self.nodes.append(node)
             return (node,)
-        handler = _HANDLERS.get(node.target)
+        declared = operator_of(node)
+        handler = None if declared is None else _HANDLERS.get(declared.name)
         if handler is None:
             raise Unsupported("has no native step")
         inputs, steps = len(self.inputs), len(self.steps)
@@ -278,22 +280,23 @@ def _padded_channels(node: fx.Node) -> tuple[int, int] | None:
     return pad[4], pad[5]
 
 
-_HANDLERS: dict[Any, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
-    torch.ops.biper.bconv2d_float.default: RunBuilder._bconv,
-    torch.ops.biper.bconv2d_bits.default: RunBuilder._bconv,
-    torch.ops.biper.bconv2d_float_bits.default: RunBuilder._bconv,
-    torch.ops.biper.binarize.default: RunBuilder._binarize,
-    torch.ops.biper.bmaxpool2d.default: RunBuilder._bit_pool,
-    aten.conv2d.default: RunBuilder._conv2d,
-    aten.linear.default: RunBuilder._linear,
-    aten.reshape.default: RunBuilder._reshape,
-    aten.max_pool2d.default: RunBuilder._max_pool2d,
-    aten.avg_pool2d.default: RunBuilder._avg_pool2d,
-    aten.mean.dim: RunBuilder._mean,
-    aten._adaptive_avg_pool2d.default: RunBuilder._adaptive,
-    aten.constant_pad_nd.default: RunBuilder._pad,
-    aten.hardtanh.default: RunBuilder._clamp,
-    aten.clamp.default: RunBuilder._clamp,
-    aten.relu.default: RunBuilder._clamp,
-    aten.add.Tensor: RunBuilder._add,
+_HANDLERS: dict[str, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
+    "biper.bconv2d_float": RunBuilder._bconv,
+    "biper.bconv2d_bits": RunBuilder._bconv,
+    "biper.bconv2d_float_bits": RunBuilder._bconv,
+    "biper.binarize": RunBuilder._binarize,
+    "biper.bmaxpool2d": RunBuilder._bit_pool,
+    "conv2d": RunBuilder._conv2d,
+    "linear": RunBuilder._linear,
+    "reshape": RunBuilder._reshape,
+    "max_pool2d": RunBuilder._max_pool2d,
+    "avg_pool2d": RunBuilder._avg_pool2d,
+    "mean": RunBuilder._mean,
+    "adaptive_avg_pool2d": RunBuilder._adaptive,
+    "pad": RunBuilder._pad,
+    "hardtanh": RunBuilder._clamp,
+    "clamp": RunBuilder._clamp,
+    "relu": RunBuilder._clamp,
+    "add": RunBuilder._add,
 }
+"""The native step of each operator that has one, by the name of its declaration."""

@@ -16,11 +16,13 @@ from torch.utils import _pytree as pytree
 
 from biper_engine.conversion import convert
 from biper_engine.engine import Engine
+from biper_engine.graph import OPERATORS
 from biper_engine.graph.reading import interpret
 from biper_engine.graph.signature import InputSpec, Signature
 from biper_engine.models import build
 from biper_engine.ops.backends import backends
 from biper_engine.runtime import NativePlan
+from biper_engine.runtime.steps import _HANDLERS
 from tests.concurrency import wrong_results
 from tests.conversion.comparison import converted
 from tests.conversion.test_foreign_models import NETWORKS
@@ -135,6 +137,10 @@ PLACES = {
     "branch": [["bits", "conv1"], ["conv2", "pool", "total"]],
     "end": [["bits", "conv1", "conv2", "pool", "total"]],
 }
+
+
+def test_every_native_step_is_that_of_a_declared_operator() -> None:
+    assert set(_HANDLERS) <= set(OPERATORS)
 
 
 @pytest.mark.parametrize("place", PLACES)
