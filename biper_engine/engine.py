@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any, Self
 
@@ -74,13 +75,7 @@ class Engine(nn.Module):
     def network(self) -> ConvertedNetwork:
         """The converted network that it runs, as it is now."""
         return ConvertedNetwork(
-            self.graph_module,
-            signature=self.signature,
-            report=self.report,
-            metadata=self.metadata,
-            provenance=self.provenance,
-            options=self.options,
-            proof=self.proof,
+            **{known.name: getattr(self, known.name) for known in fields(ConvertedNetwork)}
         )
 
     @property

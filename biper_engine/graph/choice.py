@@ -9,11 +9,11 @@ from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.reading import (
     biper_op,
     constant,
-    conv_geometry,
     is_bconv2d,
     named_arguments,
 )
 from biper_engine.ops.backends import Backend, select
+from biper_engine.ops.registration import conv_geometry
 
 __all__ = ["backends_of", "node_backend", "node_geometry", "prepack", "prepack_node"]
 
@@ -24,7 +24,7 @@ def node_geometry(module: fx.GraphModule, node: fx.Node) -> Conv2dGeometry | Non
         return None
     arguments = named_arguments(node)
     weight = constant(module, arguments["weight"])
-    return None if weight is None else conv_geometry(arguments, weight)
+    return None if weight is None else conv_geometry(weight, arguments)
 
 
 def node_backend(module: fx.GraphModule, node: fx.Node, device: torch.device | None) -> str | None:
@@ -60,7 +60,7 @@ def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
     Raises:
         BackendUnavailableError: a backend is forced that cannot run the node.
     """
-    geometry = conv_geometry(named_arguments(node), weight)
+    geometry = conv_geometry(weight, named_arguments(node))
     op = biper_op(node)
     assert op is not None
     return prepack(select(op, geometry, weight.device), weight, geometry)

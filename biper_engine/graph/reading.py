@@ -15,14 +15,11 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from biper_engine.geometry import Conv2dGeometry
-
 __all__ = [
     "Call",
     "arguments",
     "biper_op",
     "constant",
-    "conv_geometry",
     "evaluate",
     "get_constant",
     "interpret",
@@ -151,28 +148,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of an operator call by the schema's names, defaults included."""
     assert isinstance(node.target, OpOverload), f"{node.target} has no schema"
     return with_defaults(node.target, node.args, node.kwargs)
-
-
-def _integers(value: Any, length: int) -> tuple[Any, ...]:
-    return (value,) * length if isinstance(value, int) else tuple(value)
-
-
-def conv_geometry(arguments: Mapping[str, Any], weight: Tensor) -> Conv2dGeometry:
-    """Return the geometry of a binary convolution from its named arguments and packed weights.
-
-    Raises:
-        GeometryError: the values make no geometry.
-    """
-    out_channels, height, width, _ = weight.shape
-    return Conv2dGeometry(
-        in_channels=arguments["in_channels"],
-        out_channels=out_channels,
-        kernel_size=(height, width),
-        stride=_integers(arguments.get("stride", 1), 2),
-        padding=_integers(arguments.get("padding", 0), 4),
-        dilation=_integers(arguments.get("dilation", 1), 2),
-        groups=arguments.get("groups", 1),
-    )
 
 
 def interpret(module: fx.GraphModule, inputs: Sequence[Any], call: Call) -> tuple[Any, ...]:

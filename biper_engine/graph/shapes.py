@@ -25,6 +25,7 @@ from biper_engine.graph.values import Value
 __all__ = [
     "BATCH",
     "call_without_data",
+    "input_without_data",
     "result_without_data",
     "values_without_data",
     "without_data",
@@ -47,6 +48,12 @@ AssertionError where a rule in Python checks. Functions on sizes divide by zero.
 def without_data(value: Any) -> Any:
     """Return a tensor without its data, and any other value as it is."""
     return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def input_without_data(spec: InputSpec) -> Tensor:
+    """Return BATCH images of an input as a tensor without data."""
+    sizes = [BATCH if size is None else size for size in spec.shape]
+    return torch.empty(sizes, dtype=spec.dtype, device="meta")
 
 
 def call_without_data(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -124,9 +131,7 @@ def values_without_data(module: fx.GraphModule, inputs: Sequence[InputSpec]) -> 
     specs = iter(inputs)
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            spec = next(specs)
-            sizes = [BATCH if size is None else size for size in spec.shape]
-            values[node] = torch.empty(sizes, dtype=spec.dtype, device="meta")
+            values[node] = input_without_data(next(specs))
         elif node.op == "get_attr":
             values[node] = without_data(get_constant(module, str(node.target)))
         elif node.op == "call_function":

@@ -19,7 +19,7 @@ from torch import fx
 
 from biper_engine.graph.choice import node_backend
 from biper_engine.graph.reading import get_constant, is_bconv2d, is_call, output_values
-from biper_engine.graph.shapes import BATCH, result_without_data, without_data
+from biper_engine.graph.shapes import input_without_data, result_without_data, without_data
 from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import select
 from biper_engine.runtime.runs import NativeRun, NativeStep, Unsupported
@@ -145,9 +145,7 @@ class _Partition:
         specs = iter(self._specs)
         for node in self._module.graph.nodes:
             if node.op == "placeholder":
-                spec = next(specs)
-                sizes = [BATCH if size is None else size for size in spec.shape]
-                self._outside[node] = torch.empty(sizes, dtype=spec.dtype, device="meta")
+                self._outside[node] = input_without_data(next(specs))
                 self._levels[node] = 0
             elif node.op == "call_function" and node not in self._owners:
                 self._place(node)
