@@ -11,14 +11,7 @@ import typer
 from biper_engine.cli.bench_tables import bench_notes, bench_table, stream_notes, stream_table
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.contestants import Contestants, contestants, random_images
-from biper_engine.cli.sources import (
-    Arch,
-    Frequency,
-    InputShape,
-    ModelSource,
-    Stage,
-    Weights,
-)
+from biper_engine.cli.sources import Arch, Frequency, InputShape, ModelSource, Stage, Weights
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,13 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.graph.reading import (
-    biper_op,
-    constant,
-    is_bconv2d,
-    named_arguments,
-)
+from biper_engine.graph.reading import arguments, biper_op, constant, is_bconv2d
 from biper_engine.ops.backends import Backend, select
+from biper_engine.ops.functional import geometry_options
 from biper_engine.ops.registration import conv_geometry
 
 __all__ = ["backends_of", "node_backend", "node_geometry", "prepack", "prepack_node"]
@@ -22,9 +18,9 @@ def node_geometry(module: fx.GraphModule, node: fx.Node) -> Conv2dGeometry | Non
     """Return the geometry of a binary convolution with constant weights, None for other nodes."""
     if not is_bconv2d(node):
         return None
-    arguments = named_arguments(node)
-    weight = constant(module, arguments["weight"])
-    return None if weight is None else conv_geometry(weight, arguments)
+    named = arguments(node)
+    weight = constant(module, named["weight"])
+    return None if weight is None else conv_geometry(weight, named)
 
 
 def node_backend(module: fx.GraphModule, node: fx.Node, device: torch.device | None) -> str | None:
@@ -60,7 +56,7 @@ def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
     Raises:
         BackendUnavailableError: a backend is forced that cannot run the node.
     """
-    geometry = conv_geometry(weight, named_arguments(node))
+    geometry = conv_geometry(weight, arguments(node))
     op = biper_op(node)
     assert op is not None
     return prepack(select(op, geometry, weight.device), weight, geometry)
@@ -68,12 +64,6 @@ def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
 
 def prepack(backend: Backend, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
     """Return the weights of a binary convolution re-laid for a backend."""
-    return torch.ops.biper.prepack(  # type: ignore[no-any-return]
-        weight,
-        in_channels=geometry.in_channels,
-        stride=list(geometry.stride),
-        padding=list(geometry.padding),
-        dilation=list(geometry.dilation),
-        groups=geometry.groups,
-        backend=backend.name,
-    )
+    options = geometry_options(geometry)
+    packed: Tensor = torch.ops.biper.prepack(weight, **options, backend=backend.name)
+    return packed

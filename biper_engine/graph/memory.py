@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from biper_engine.graph.reading import constant, named_arguments, output_values
+from biper_engine.graph.reading import arguments, constant, output_values
 
 __all__ = ["align_weights", "isolate_outputs"]
 
@@ -16,7 +16,7 @@ def _aliased(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return None
     for argument in node.target._schema.arguments:
-        source = named_arguments(node).get(argument.name)
+        source = arguments(node)[argument.name]
         if argument.alias_info is not None and isinstance(source, fx.Node):
             return source
     return None
@@ -55,7 +55,7 @@ def align_weights(module: fx.GraphModule) -> None:
     """
     convolutions = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
     for node in module.graph.nodes:
-        weight = named_arguments(node)["weight"] if node.target in convolutions else None
+        weight = arguments(node)["weight"] if node.target in convolutions else None
         tensor = constant(module, weight)
         if tensor is not None and tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)

@@ -20,12 +20,12 @@ __all__ = [
     "arguments",
     "biper_op",
     "constant",
+    "defaults_of",
     "evaluate",
     "get_constant",
     "interpret",
     "is_bconv2d",
     "is_call",
-    "named_arguments",
     "output_values",
     "packed_map",
     "parent",
@@ -43,6 +43,10 @@ _PACKED_RESULTS = {
     "bconv2d_bits": None,
     "bconv2d_float_bits": 1,
 }
+
+
+# A schema counts dtypes where they are defaults.
+_COUNTED_DTYPES = {6: torch.float32}
 
 
 def is_call(node: object, *targets: Any) -> bool:
@@ -114,21 +118,15 @@ def constant(module: torch.nn.Module, node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of an operator call by the schema's names, defaults left out.
-
-    Raises:
-        TypeError: the call has more arguments than the schema.
-    """
-    assert isinstance(node.target, OpOverload)
-    arguments = node.target._schema.arguments
-    if len(node.args) > len(arguments):
-        raise TypeError(
-            f"Node {node.name!r} passes {len(node.args)} arguments, but {node.target} takes "
-            f"{len(arguments)}."
-        )
-    named = {a.name: value for a, value in zip(arguments, node.args, strict=False)}
-    return {**named, **node.kwargs}
+@functools.cache
+def defaults_of(target: OpOverload) -> Mapping[str, Any]:
+    """Return the values of the arguments that a call may leave out, by the schema's names."""
+    found: dict[str, Any] = {
+        a.name: a.default_value for a in target._schema.arguments if a.has_default_value()
+    }
+    if isinstance(dtype := found.get("dtype"), int):
+        found["dtype"] = _COUNTED_DTYPES[dtype]
+    return found
 
 
 def with_defaults(
@@ -137,11 +135,15 @@ def with_defaults(
     """Return a value for every argument of an operator's schema, in its order.
 
     What is left out has its default, or None where it has none.
+
+    Raises:
+        TypeError: there are more arguments than the operator takes.
     """
-    arguments = target._schema.arguments
-    values = {argument.name: argument.default_value for argument in arguments}
-    values |= {argument.name: value for argument, value in zip(arguments, args, strict=False)}
-    return {**values, **kwargs}
+    names = [argument.name for argument in target._schema.arguments]
+    if len(args) > len(names):
+        raise TypeError(f"{target} takes {len(names)} arguments, but a call passes {len(args)}.")
+    given = dict(zip(names, args, strict=False))
+    return {**dict.fromkeys(names), **defaults_of(target), **given, **kwargs}
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from biper_engine.geometry import Pool2dGeometry
 from biper_engine.graph.choice import prepack
-from biper_engine.graph.reading import biper_op, get_constant, named_arguments
+from biper_engine.graph.reading import arguments, biper_op, get_constant
 from biper_engine.ops.backends import select
 from biper_engine.ops.checks import check_epilogue, check_stem_parameters
 from biper_engine.ops.plan_operators import split_stem
@@ -56,14 +56,14 @@ def bind_node(
     op = biper_op(node)
     if op is None or op not in _BINDERS or device is None:
         return None
-    arguments = named_arguments(node)
-    for name, value in arguments.items():
+    held = arguments(node)
+    for name, value in held.items():
         if name in _FLOWING or not isinstance(value, fx.Node):
             continue
         if value.op != "get_attr":
             return None
-        arguments[name] = get_constant(module, str(value.target))
-    return _BINDERS[op](node, arguments, device)
+        held[name] = get_constant(module, str(value.target))
+    return _BINDERS[op](node, held, device)
 
 
 def _bind_fused(node: fx.Node, arguments: dict[str, Any], device: torch.device) -> BoundOperation:

@@ -332,12 +332,10 @@ class _Fusion:
         """Whether a node only takes [N, C, 1, 1] to [N, C]."""
         if node.target not in (_aten.reshape.default, _aten.squeeze.dims):
             return False
-        before, after = self._values[node.all_input_nodes[0]], self._values[node]
-        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        before, after = (_shape_of(self._values[x]) for x in (node.all_input_nodes[0], node))
+        if before is None or after != (BATCH, channels):
             return False
-        shapes = tuple(before.shape), tuple(after.shape)
-        unchanged = shapes[0] == shapes[1]
-        return shapes[1] == (BATCH, channels) and (unchanged or drops_pixels(*shapes))
+        return before == after or drops_pixels(before, after)
 
     # -- constants --------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from biper_engine.graph.patterns import (
     tail_of,
     zero_pad,
 )
-from biper_engine.graph.reading import arguments, biper_op, named_arguments
+from biper_engine.graph.reading import arguments, biper_op
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Clamp, Map
 from biper_engine.ops.registration import split_options
@@ -84,9 +84,8 @@ class RunBuilder(RunMaps):
         geometry, epilogue, _, _ = split_options(weight, held["multiplier"], held["bias"], given)
         want_bits, want_float = op != "bconv2d_float", op != "bconv2d_bits"
         check_epilogue(epilogue, geometry.out_channels, torch.device("cpu"), wants_bits=want_bits)
-        dtype = named_arguments(node).get("dtype", torch.float32)
-        if want_float and dtype != torch.float32:
-            raise Unsupported(f"writes {dtype}")
+        if want_float and named["dtype"] != torch.float32:
+            raise Unsupported(f"writes {named['dtype']}")
         residual = None if named.get("residual") is None else self._image(named["residual"])
         source = self._map(named["bits"], geometry.in_channels)
         floats, bits = self._program.conv(
