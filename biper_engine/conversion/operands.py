@@ -18,7 +18,7 @@ from torch import fx
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import StepRule
 from biper_engine.conversion.ranges import is_move, value_set
-from biper_engine.conversion.values import ELEMENTWISE, Step, find_step, is_float
+from biper_engine.conversion.values import Step, find_step, is_float
 from biper_engine.graph.editing import call, repeat_call
 from biper_engine.graph.patterns import max_pool_geometry, zero_pad
 from biper_engine.graph.reading import arguments, is_call, parent, shape
@@ -83,7 +83,7 @@ def _two_values(graph_module: fx.GraphModule, x: fx.Node, axis: int, reason: str
         ties.append(step.rule.tie)
         return frozenset((step.rule.low, step.rule.high))
 
-    numbers = sorted(value_set(graph_module, x, ELEMENTWISE, steps) or ())
+    numbers = sorted(value_set(graph_module, x, steps) or ())
     if len(numbers) > 2:
         return f"takes the values {', '.join(f'{number:g}' for number in numbers)}"
     if len(numbers) < 2 or numbers[1] - numbers[0] < _LEAST_GAP * max(map(abs, numbers)):
