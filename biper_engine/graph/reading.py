@@ -46,7 +46,7 @@ _PACKED_RESULTS = {
 
 
 # A schema counts dtypes where they are defaults.
-_COUNTED_DTYPES = {6: torch.float32}
+_COUNTED_DTYPES: dict[Any, torch.dtype] = {4: torch.int64, 6: torch.float32}
 
 
 def is_call(node: object, *targets: Any) -> bool:
@@ -121,12 +121,13 @@ def constant(module: torch.nn.Module, node: object) -> Tensor | None:
 @functools.cache
 def defaults_of(target: OpOverload) -> Mapping[str, Any]:
     """Return the values of the arguments that a call may leave out, by the schema's names."""
-    found: dict[str, Any] = {
-        a.name: a.default_value for a in target._schema.arguments if a.has_default_value()
+    return {
+        a.name: _COUNTED_DTYPES.get(a.default_value, a.default_value)
+        if str(a.real_type) in ("ScalarType", "Optional[ScalarType]")
+        else a.default_value
+        for a in target._schema.arguments
+        if a.has_default_value()
     }
-    if isinstance(dtype := found.get("dtype"), int):
-        found["dtype"] = _COUNTED_DTYPES[dtype]
-    return found
 
 
 def with_defaults(

@@ -1,10 +1,24 @@
 """Reading a graph: running it node by node."""
 
+import pytest
 import torch
 from torch import fx
 
-from biper_engine.graph.reading import interpret, packed_map
-from tests.networks_by_hand import classifier_graph
+from biper_engine.graph.reading import arguments, interpret, packed_map
+from tests.networks_by_hand import GraphBuilder, classifier_graph
+
+
+def test_arguments_are_named_and_have_their_defaults() -> None:
+    aten, g = torch.ops.aten, GraphBuilder()
+    x = g.input("x")
+    clamp = g.call("clamp", aten.clamp.default, x, max=3)
+    assert arguments(clamp) == {"self": x, "min": None, "max": 3}
+    unbinarize = g.call("floats", torch.ops.biper.unbinarize.default, x, 33)
+    assert arguments(unbinarize) == {"bits": x, "channels": 33, "dtype": torch.float32}
+    indices = g.call("indices", aten.tril_indices.default, 3, 3)
+    assert arguments(indices)["dtype"] == torch.int64
+    with pytest.raises(TypeError, match="takes 1 arguments, but a call passes 2"):
+        arguments(g.call("relu", aten.relu.default, x, 1))
 
 
 def test_interpret_visits_every_call_and_returns_the_outputs() -> None:
