@@ -13,7 +13,7 @@ if not (_package / "kernels").exists() and (_package.parent / "kernels" / "__ini
     __path__.append(str(_package.parent))  # a checkout: biper_engine.kernels is ../kernels
 
 from biper_engine import models, nn, ops  # noqa: E402  (after __path__ is complete)
-from biper_engine.engine import Engine  # noqa: E402
+from biper_engine.engine import Engine, load  # noqa: E402
 from biper_engine.errors import (  # noqa: E402
     BackendUnavailableError,
     BiperError,
@@ -27,7 +27,6 @@ from biper_engine.metadata import Metadata, Provenance  # noqa: E402
 from biper_engine.models import load_checkpoint  # noqa: E402
 from biper_engine.ops.backends import BackendInfo, backends, use_backend  # noqa: E402
 from biper_engine.report import ConversionReport, LayerReport  # noqa: E402
-from biper_engine.serialization import load  # noqa: E402
 
 if TYPE_CHECKING:
     from biper_engine.conversion.convert import convert

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from biper_engine import ops as _ops  # noqa: F401  (registers the operators that graphs call)
-from biper_engine.metadata import Metadata, Provenance
+from biper_engine import serialization
+from biper_engine.converted import ConvertedNetwork
+from biper_engine.graph.choice import backends_of
+from biper_engine.graph.memory import align_weights, isolate_outputs
+from biper_engine.graph.portable import from_portable, release_source, to_portable
 from biper_engine.ops.cpu import thread_count
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
-from biper_engine.report import ConversionReport
-from biper_engine.runtime import (
-    InputSpec,
-    Plan,
-    PlanSlot,
-    ProfileReport,
-    Signature,
-    align_weights,
-    backends_of,
-    from_portable,
-    is_watched,
-    isolate_outputs,
-    output_values,
-    profile,
-    release_source,
-    to_portable,
-)
+from biper_engine.runtime import Plan, PlanSlot, ProfileReport, is_watched, profile
 
-__all__ = ["Engine", "InputSpec", "Signature"]
+__all__ = ["Engine", "load"]
 
 
 class Engine(nn.Module):
@@ -59,47 +48,35 @@ class Engine(nn.Module):
     engine's operators. Float32 is float32: TF32 is off, whatever PyTorch's switches say.
 
     Args:
-        graph_module: the converted network; the engine owns it from now on.
-        signature: how it is called.
-        report: what conversion did to every layer.
-        metadata: preprocessing and labels, or None.
-        provenance: where the weights came from, or None.
-        options: the arguments of the `convert` call, as JSON values.
-
-    Attributes:
-        proof: a proof that a file carried (see `biper_engine.serialization`), or None.
-
-    Raises:
-        ValueError: `signature` does not fit the graph.
+        network: the converted network; the engine owns its graph from now on, and has the rest as
+            attributes of the same names.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        *,
-        signature: Signature,
-        report: ConversionReport,
-        metadata: Metadata | None = None,
-        provenance: Provenance | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, network: ConvertedNetwork) -> None:
         super().__init__()
-        _require_fit(graph_module, signature)
+        graph_module = network.graph_module
         isolate_outputs(graph_module)
         align_weights(graph_module)
         graph_module.requires_grad_(False)
         super().train(False)
         self.graph_module = release_source(graph_module.eval())
-        self.signature = signature
-        self.report = report
-        self.metadata = metadata
-        self.provenance = provenance
-        self.options = dict(options or {})
-        self.proof: Any = None
+        self.signature = network.signature
+        self.report = network.report
+        self.metadata = network.metadata
+        self.provenance = network.provenance
+        self.options = dict(network.options)
+        self.proof = network.proof
         self._plan = PlanSlot()
-        self._returns_tensor = signature.out_spec == pytree.tree_structure(0)
+        self._returns_tensor = self.signature.out_spec == pytree.tree_structure(0)
         self._refresh()
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    @property
+    def network(self) -> ConvertedNetwork:
+        """The converted network that it runs, as it is now."""
+        return ConvertedNetwork(
+            **{known.name: getattr(self, known.name) for known in fields(ConvertedNetwork)}
+        )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -243,9 +220,7 @@ class Engine(nn.Module):
                 outputs that files cannot hold; no file is written.
             OSError: the file cannot be written; an older one stays as it was.
         """
-        from biper_engine.serialization import save
-
-        save(self, path)
+        serialization.write(self.network, path)
 
     def train(self, mode: bool = True) -> Self:
         """Do nothing: an engine is always in evaluation mode, also inside a model that trains."""
@@ -339,6 +314,23 @@ class Engine(nn.Module):
         self.graph_module = from_portable(graph).eval()
 
 
+def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Engine:
+    """Read an engine from a `.biper` file; `engine.proof` is the file's proof, not yet replayed.
+
+    Args:
+        path: a file that `Engine.save` wrote.
+        device: where the engine shall be.
+
+    Raises:
+        FileFormatError: the file is truncated, edited, foreign or of an unknown version; the
+            message says what came, what was wanted and what to do.
+        OSError: there is no such file, or it cannot be read.
+    """
+    with torch.inference_mode(False):
+        engine = Engine(serialization.read(path))
+        return engine if torch.device(device).type == "cpu" else engine.to(device)
+
+
 def _after_load(engine: Engine, _incompatible_keys: Any) -> None:
     engine._refresh()
 
@@ -346,16 +338,3 @@ def _after_load(engine: Engine, _incompatible_keys: Any) -> None:
 def _is_traced(inputs: list[Tensor]) -> bool:
     """Whether a call is recorded or transformed: FakeTensor, make_fx, torch.jit, torch.func."""
     return is_watched() or any(not has_plain_dispatch(x) or is_wrapped(x) for x in inputs)
-
-
-def _require_fit(module: fx.GraphModule, signature: Signature) -> None:
-    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    wanted = [spec.name for spec in signature.inputs]
-    if names != wanted:
-        raise ValueError(f"`signature` names the inputs {wanted}, but the graph's are {names}.")
-    outputs = len(output_values(module.graph))
-    if outputs != signature.out_spec.num_leaves:
-        raise ValueError(
-            f"`signature.out_spec` has {signature.out_spec.num_leaves} leaves, but the graph "
-            f"returns {outputs} values."
-        )

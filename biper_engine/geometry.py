@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from biper_engine.bits import words
 from biper_engine.errors import GeometryError
@@ -128,27 +127,10 @@ class Conv2dGeometry:
             )
         return size
 
-    def valid_taps(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return |V|, the number of taps inside the image, as int32 `[OH, OW]`."""
-        rows, columns = self.output_size(height, width)
-        vertical = _valid(
-            rows, height, self.kernel_size[0], self.stride[0], self.padding[0], self.dilation[0]
-        )
-        horizontal = _valid(
-            columns, width, self.kernel_size[1], self.stride[1], self.padding[2], self.dilation[1]
-        )
-        return torch.outer(vertical, horizontal).to(device)
-
     def macs(self, height: int, width: int) -> int:
         """Return the multiply-accumulates of one image, including padded taps."""
         rows, columns = self.output_size(height, width)
         return rows * columns * self.out_channels * self.reduction
-
-
-def _valid(outputs: int, size: int, kernel: int, stride: int, before: int, dilation: int) -> Tensor:
-    starts = torch.arange(outputs, dtype=torch.int32) * stride - before
-    positions = starts[:, None] + torch.arange(kernel, dtype=torch.int32) * dilation
-    return ((positions >= 0) & (positions < size)).sum(1, dtype=torch.int32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from biper_engine.bits import pack_weight
-from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.converted import ConvertedNetwork
+from biper_engine.engine import Engine
+from biper_engine.graph.signature import InputSpec, Signature
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport, LayerReport
 
@@ -80,6 +82,11 @@ def signature(inputs: dict[str, tuple[int, ...]], args: Any, kwargs: Any, out: A
     )
 
 
+def engine_of(module: fx.GraphModule, form: Signature) -> Engine:
+    """Return an engine of a graph, with some report."""
+    return Engine(ConvertedNetwork(module, signature=form, report=leaf_report()))
+
+
 def classifier_graph(seed: int = 0, *, channels: int = 33) -> fx.GraphModule:
     """Stem, a residual binary convolution, one to bits, a bit pool, one to floats, a linear."""
     g = GraphBuilder(seed)
@@ -136,7 +143,8 @@ def classifier(seed: int = 0, *, graph: fx.GraphModule | None = None, **changes:
         "provenance": Provenance(architecture="hand", frequency=20.0, stage=2, licence="MIT"),
         "options": {"keep_float": ["fc"]},
     }
-    return Engine(classifier_graph(seed) if graph is None else graph, **{**arguments, **changes})
+    module = classifier_graph(seed) if graph is None else graph
+    return Engine(ConvertedNetwork(module, **{**arguments, **changes}))
 
 
 def two_inputs() -> Engine:
@@ -161,4 +169,4 @@ def two_inputs() -> Engine:
         {"extra": {"mask": 0}},
         {"maps": [0, 0], "image": 0},
     )
-    return Engine(g.module(a, b, image), signature=form, report=leaf_report())
+    return engine_of(g.module(a, b, image), form)

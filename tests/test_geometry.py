@@ -23,7 +23,7 @@ def geometry(**changes: Any) -> Conv2dGeometry:
 
 @given(SIZES, PAIRS, PAIRS, PADDINGS, PAIRS)
 @settings(max_examples=200)
-def test_valid_taps_and_output_size_are_those_of_a_convolution_of_ones(
+def test_output_size_is_that_of_a_convolution_of_ones(
     size: tuple[int, int],
     kernel: tuple[int, int],
     stride: tuple[int, int],
@@ -39,13 +39,8 @@ def test_valid_taps_and_output_size_are_those_of_a_convolution_of_ones(
     except RuntimeError:
         with pytest.raises(GeometryError, match="does not fit"):
             conv.output_size(*size)
-        with pytest.raises(GeometryError, match="does not fit"):
-            conv.valid_taps(*size)
         return
     assert conv.output_size(*size) == expected.shape[2:]
-    taps = conv.valid_taps(*size)
-    assert taps.dtype == torch.int32
-    assert torch.equal(taps, expected[0, 0].to(torch.int32))
     assert conv.macs(*size) == expected.numel() * conv.taps
 
 
@@ -88,11 +83,6 @@ def test_derived_quantities_follow_from_the_shape() -> None:
     assert conv.reduction == 15 * 33
     assert conv.weight_shape == (4, 3, 5, words(33))
     assert conv.macs(7, 9) == 5 * 5 * 4 * 15 * 33
-
-
-def test_valid_taps_live_on_the_device_asked_for() -> None:
-    assert geometry().valid_taps(4, 4, device="meta").device.type == "meta"
-    assert geometry().valid_taps(4, 4, torch.device("cpu")).device.type == "cpu"
 
 
 def pool(**options: Any) -> Pool2dGeometry:

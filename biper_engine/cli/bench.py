@@ -11,14 +11,7 @@ import typer
 from biper_engine.cli.bench_tables import bench_notes, bench_table, stream_notes, stream_table
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.contestants import Contestants, contestants, random_images
-from biper_engine.cli.sources import (
-    Arch,
-    Frequency,
-    InputShape,
-    ModelSource,
-    Stage,
-    Weights,
-)
+from biper_engine.cli.sources import Arch, Frequency, InputShape, ModelSource, Stage, Weights
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -234,7 +227,7 @@ def _streams(pair: Contestants, batch: list[int], budget: Budget, *, callers: in
 
 
 def _backends(pair: Contestants) -> list[str]:
-    from biper_engine.runtime import backends_of
+    from biper_engine.graph.choice import backends_of
 
     return list(backends_of(pair.engine.graph_module, pair.engine.device))
 

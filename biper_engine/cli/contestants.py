@@ -100,7 +100,7 @@ def _beside_twin(engine: Engine, path: Path) -> Contestants:
             "network to compare with. Pass the model: --against CHECKPOINT, or module:callable."
         )
     with status("Comparing each operator with the reference"):
-        report = check_backend(engine)
+        report = check_backend(engine.network)
     if not report.ok:
         raise ConversionError(f"Nothing was timed: the engine differs.\n{report.table()}")
     classes = engine(random_images(engine, 1)).shape[1]

@@ -32,7 +32,7 @@ from biper_engine.bench import (
 from biper_engine.cli.console import status
 from biper_engine.cli.train import fit_quietly
 from biper_engine.files import write_atomically
-from biper_engine.runtime import backends_of
+from biper_engine.graph.choice import backends_of
 from biper_engine.training import RunOptions, TrainingConfig, TrainingResult, data
 
 __all__ = ["DemoResult", "LayerTimes", "run_demo"]

@@ -84,6 +84,7 @@ def _load(path: Path) -> tuple[Engine, dict[str, Any]]:
     with status("Loading"):
         engine = biper_engine.load(path)
         header, _ = read(path)
+    assert engine.proof is not None, "every file has one"
     proof = f"{len(engine.proof.maps)} packed maps and the outputs"
     values = (header["format"], path.stat().st_size, proof)
     return engine, dict(zip(_FILE_FACTS, values, strict=True))

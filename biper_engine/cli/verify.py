@@ -98,9 +98,9 @@ def _alone(
     from biper_engine.serialization import check_backend, replay
 
     with status("Comparing each operator with the reference"):
-        operators = check_backend(engine, backend)
+        operators = check_backend(engine.network, backend)
     with status("Replaying the proof"):
-        proof = replay(engine, backend=backend)
+        proof = replay(engine.network, backend=backend)
     ok = operators.ok and proof.ok
     if json_output:
         print_json(

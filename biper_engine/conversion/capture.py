@@ -26,10 +26,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    StatelessSymbolicContext,
-)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from biper_engine.conversion.batch_size import BatchSizes
@@ -44,7 +41,7 @@ from biper_engine.conversion.tracing import (
     watch_generators,
 )
 from biper_engine.errors import ConversionError
-from biper_engine.runtime import flatten_structure
+from biper_engine.graph.structure import flatten_structure
 
 __all__ = ["Capture", "capture"]
 

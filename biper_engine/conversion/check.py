@@ -16,7 +16,7 @@ from biper_engine.conversion.segments import EndToEnd, Segments
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
 from biper_engine.engine import Engine
-from biper_engine.runtime import flatten_structure
+from biper_engine.graph.structure import flatten_structure
 
 __all__ = ["Batch", "check_against_model"]
 

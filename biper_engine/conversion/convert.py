@@ -17,11 +17,13 @@ from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
 from biper_engine.conversion.segments import NanInputError
 from biper_engine.conversion.verify_report import VerifyReport
-from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.converted import ConvertedNetwork
+from biper_engine.engine import Engine
 from biper_engine.errors import ConversionError, UnconvertedWarning
+from biper_engine.graph.signature import InputSpec, Signature
+from biper_engine.graph.structure import CONSTANT_TYPES
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport, LayerReport
-from biper_engine.runtime import CONSTANT_TYPES
 
 __all__ = ["convert", "convert_and_verify"]
 
@@ -238,7 +240,7 @@ def _engine(
         defaults=names[1],
     )
     own = getattr(model, "metadata", None)
-    return Engine(
+    network = ConvertedNetwork(
         _bare(built.lowered),
         signature=signature,
         report=report,
@@ -246,6 +248,7 @@ def _engine(
         provenance=_provenance(model),
         options=options,
     )
+    return Engine(network)
 
 
 def _bare(lowered: fx.GraphModule) -> fx.GraphModule:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from biper_engine.conversion.graphs import constant
 from biper_engine.conversion.products import find_product
 from biper_engine.errors import ConversionError
+from biper_engine.graph.reading import constant
 
 __all__ = ["require_finite"]
 

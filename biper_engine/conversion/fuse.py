@@ -14,7 +14,6 @@ them, and a clamp moves behind a max pool, which leaves it a quarter of the valu
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,33 +21,27 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    constant,
-    constant_node,
-    is_call,
-    parent,
-    repeat_call,
-    same_shape,
-    shape,
-    substitute,
-)
 from biper_engine.conversion.ir import BinaryConv
-from biper_engine.conversion.operands import pool_geometry
+from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
+from biper_engine.graph.patterns import (
+    clamp_limits,
+    drops_pixels,
+    max_pool_geometry,
+    only_user,
+    per_channel,
+)
+from biper_engine.graph.reading import arguments, constant, is_call, parent, same_shape, shape
 
 __all__ = ["fuse"]
 
 aten = torch.ops.aten
-
-_CLAMPS = (aten.hardtanh.default, aten.clamp.default, aten.relu.default)
 
 
 def fuse(graph_module: fx.GraphModule) -> None:
     """Rewrite `graph_module` in place; see the module."""
     _collapse_reshapes(graph_module)
     for node in list(graph_module.graph.nodes):
-        if ir.is_marker(node, ir.binary_conv):
+        if is_call(node, ir.binary_conv):
             while (grown := _absorb(graph_module, node)) is not None:
                 node = grown
     _fold_scales(graph_module)
@@ -76,10 +69,10 @@ def _collapse_reshapes(graph_module: fx.GraphModule) -> None:
 
 def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Absorb the only user of a binary convolution; return the new node, or None at the end."""
-    user = _only_user(node)
+    user = only_user(node)
     flattened = user if user is not None and _flattens(user) else None
     if flattened is not None:
-        user = _only_user(flattened)
+        user = only_user(flattened)
     if user is None or user.op != "call_function":
         return None
     value = flattened or node
@@ -104,7 +97,7 @@ def _partners(node: fx.Node) -> list[fx.Node] | None:
     partners = []
     while len(node.args) > 1:
         node = parent(node, 1)
-        if not ir.is_marker(node, ir.binary_conv) or len(node.users) > 1:
+        if not is_call(node, ir.binary_conv) or len(node.users) > 1:
             return None
         if node.meta["conv"].activated:
             return None
@@ -126,16 +119,11 @@ def _takes_residual(node: fx.Node, user: fx.Node, other: fx.Node) -> bool:
     return True
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _flattens(user: fx.Node) -> bool:
     """Whether `user` drops the two dimensions of size 1 that a linear layer's map has."""
     if not is_call(user, aten.reshape.default):
         return False
-    before = shape(parent(user))
-    return len(shape(user)) == 2 and tuple(before[1:]) == (shape(user)[-1], 1, 1)
+    return drops_pixels(shape(parent(user)), shape(user))
 
 
 def _replace(
@@ -165,18 +153,11 @@ def _replace(
 def _per_channel(
     value: Any, graph_module: fx.GraphModule, like: fx.Node, channels: int
 ) -> Tensor | None:
-    """Return a constant operand as float64 [channels], or None where it is none per channel."""
-    if isinstance(value, (int, float)):
-        return ir.float64(float(value), channels)
-    tensor = constant(graph_module, value)
-    if tensor is None or not tensor.dtype.is_floating_point:
+    """Return a float operand as float64 [channels], or None where it is none per channel."""
+    held = constant(graph_module, value)
+    if held is not None and not held.is_floating_point():
         return None
-    if tensor.numel() == 1 and tensor.dim() <= len(shape(like)):
-        return ir.float64(tensor, channels)
-    wanted = [1] * len(shape(like))
-    wanted[1] = channels
-    padded = [1] * (len(wanted) - tensor.dim()) + list(tensor.shape)
-    return ir.float64(tensor, channels) if padded == wanted else None
+    return per_channel(value if held is None else held, channels, len(shape(like)))
 
 
 def _affine(
@@ -257,8 +238,9 @@ def _activation(
 ) -> BinaryConv | None:
     if conv.activated or not user.args or user.args[0] is not value:
         return None
-    if is_call(user, *_CLAMPS):
-        return replace(conv, clamp=_limits(user))
+    limits = clamp_limits(user)
+    if limits is not None:
+        return replace(conv, clamp=limits)
     channels = conv.geometry.out_channels
     if is_call(user, aten.leaky_relu.default):
         return replace(conv, slope=ir.float64(arguments(user)["negative_slope"], channels))
@@ -268,20 +250,11 @@ def _activation(
     return None
 
 
-def _limits(node: fx.Node) -> tuple[float, float]:
-    named = arguments(node)
-    if is_call(node, aten.relu.default):
-        return 0.0, math.inf
-    names = ("min_val", "max_val") if is_call(node, aten.hardtanh.default) else ("min", "max")
-    low, high = (named[name] for name in names)
-    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-
-
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
-    if not is_call(user, aten.max_pool2d.default) or not conv.monotone or not conv.pool.is_identity:
+    pool = max_pool_geometry(user)
+    if pool is None or not conv.monotone or not conv.pool.is_identity:
         return None
-    pool = pool_geometry(user)
-    return None if pool is None else replace(conv, pool=pool, pool_min=conv.multiplier < 0)
+    return replace(conv, pool=pool, pool_min=conv.multiplier < 0)
 
 
 def _residual(
@@ -317,7 +290,7 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
         if not is_call(node, aten.batch_norm.default):
             continue
         before = parent(node)
-        after = _only_user(node)
+        after = only_user(node)
         if _folds_behind(before):
             scale, offset = batch_norm_affine(graph_module, node)
             _fold_behind(graph_module, before, node, scale, offset)
@@ -329,10 +302,10 @@ def _fold_batch_norms(graph_module: fx.GraphModule) -> None:
 def _pool_before_clamps(graph_module: fx.GraphModule) -> None:
     """`max_pool(clamp(x))` becomes `clamp(max_pool(x))`, the same values: a clamp is monotone."""
     for pool in list(graph_module.graph.nodes):
-        if not is_call(pool, aten.max_pool2d.default) or not is_call(parent(pool), *_CLAMPS):
+        if not is_call(pool, aten.max_pool2d.default):
             continue
         clamp = parent(pool)
-        if _only_user(clamp) is None:
+        if clamp_limits(clamp) is None or only_user(clamp) is None:
             continue
         pooled = repeat_call(graph_module.graph, pool, pool, parent(clamp))
         pooled.meta.pop("source", None)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from biper_engine.conversion.graphs import constant_node, is_call, shape, substitute
+from biper_engine.graph.editing import constant_node, substitute
+from biper_engine.graph.reading import is_call, shape
 
 __all__ = ["index_written_maps"]
 

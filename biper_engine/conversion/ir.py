@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 
@@ -114,11 +114,6 @@ class BinaryConv:
     def monotone(self) -> bool:
         """Whether the value is monotone in the accumulator, per channel, if nothing is added."""
         return self.slope is None or bool((self.slope >= 0).all())
-
-
-def is_marker(node: object, marker: object) -> bool:
-    """Whether `node` calls `marker`."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is marker
 
 
 def float64(values: Tensor | float, channels: int) -> Tensor:

@@ -16,8 +16,8 @@ from torch._ops import OpOverload
 
 from biper_engine import bits as contract
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import constant
 from biper_engine.conversion.ir import BinaryConv, StepRule
+from biper_engine.graph.reading import constant, is_call
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.functional import epilogue_options, geometry_options
 
@@ -49,13 +49,13 @@ class _Lowering:
                 self._new[node] = self._placeholder(node)
             elif node.op == "output":
                 self._output(node)
-            elif ir.is_marker(node, ir.binary_conv):
+            elif is_call(node, ir.binary_conv):
                 self._conv(node)
-            elif ir.is_marker(node, ir.binarize):
+            elif is_call(node, ir.binarize):
                 self._new[node] = self._binarize(node)
-            elif ir.is_marker(node, ir.unbinarize):
+            elif is_call(node, ir.unbinarize):
                 self._new[node] = self._signs(node)
-            elif ir.is_marker(node, ir.binary_max_pool):
+            elif is_call(node, ir.binary_max_pool):
                 self._new[node] = self._max_pool(node)
             elif node.op == "call_function":
                 self._new[node] = self._float_op(node)
@@ -119,9 +119,9 @@ class _Lowering:
     def _owner(self, node: fx.Node) -> str:
         """Return the path of the first layer that uses some bits."""
         for user in node.users:
-            if ir.is_marker(user, ir.binary_conv):
+            if is_call(user, ir.binary_conv):
                 return str(user.meta["layer"])
-            if ir.is_marker(user, ir.binary_max_pool):
+            if is_call(user, ir.binary_max_pool):
                 return self._owner(user)
         return str(node.name)
 
@@ -145,7 +145,7 @@ class _Lowering:
     def _conv(self, node: fx.Node) -> None:
         conv: BinaryConv = node.meta["conv"]
         layer = str(node.meta["layer"])
-        steps = [user for user in node.users if ir.is_marker(user, ir.binarize)]
+        steps = [user for user in node.users if is_call(user, ir.binarize)]
         # Bits of one rule leave the convolution; a second rule reads the floats.
         floats_leave = len(node.users) > len(steps[:1])
         epilogue = self._epilogue(conv, steps[0].meta["rule"] if steps else None)
@@ -194,8 +194,8 @@ class _Lowering:
             pool_min=conv.pool_min
             if conv.pool_min is not None and bool(conv.pool_min.any())
             else None,
-            clamp_min=low if math.isfinite(low) else None,
-            clamp_max=high if math.isfinite(high) else None,
+            clamp_min=None if low == -math.inf else low,
+            clamp_max=None if high == math.inf else high,
             slope=None if conv.slope is None else conv.slope.float(),
             shift=None if conv.shift is None else conv.shift.float(),
             threshold=None if rule is None else rule.threshold,

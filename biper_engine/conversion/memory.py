@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from biper_engine.conversion.graphs import arguments, constant, is_call
 from biper_engine.errors import ConversionError
+from biper_engine.graph.reading import arguments, constant, is_call
 
 __all__ = ["fill_empty_memory", "fix_layouts", "is_read_as_memory"]
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from biper_engine.conversion.copying import private_copy, unwrapped
 from biper_engine.conversion.modes import callers_defaults, plain_modes
 from biper_engine.errors import ConversionError
-from biper_engine.runtime import flatten_structure
+from biper_engine.graph.structure import flatten_structure
 
 __all__ = ["Observation", "Observed", "first_difference"]
 

@@ -11,26 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from biper_engine.conversion import ir
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    is_call,
-    parent,
-    repeat_call,
-    shape,
-)
 from biper_engine.conversion.ir import StepRule
 from biper_engine.conversion.ranges import is_move, value_set
-from biper_engine.conversion.values import ELEMENTWISE, Step, find_step, is_float
-from biper_engine.geometry import Pool2dGeometry
+from biper_engine.conversion.values import Step, find_step, is_float
+from biper_engine.graph.editing import call, repeat_call
+from biper_engine.graph.patterns import max_pool_geometry, zero_pad
+from biper_engine.graph.reading import arguments, is_call, parent, shape
 
-__all__ = ["Operand", "binary_value", "pair", "peel_padding", "pool_geometry"]
+__all__ = ["Operand", "binary_value", "peel_padding"]
 
 aten = torch.ops.aten
 
@@ -72,14 +65,10 @@ def binary_value(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand
 def peel_padding(x: fx.Node) -> tuple[tuple[int, int, int, int], fx.Node]:
     """Return (top, bottom, left, right) of the zero pads before a layer, and what they pad."""
     total = (0, 0, 0, 0)
-    while is_call(x, aten.constant_pad_nd.default):
-        named = arguments(x)
-        pad = list(named["pad"])
-        if named["value"] not in (0, None) or any(pad[4:]) or min(pad) < 0:
-            break
+    while (pad := zero_pad(x)) is not None and not any(pad[4:]):
         left, right, top, bottom = ([*pad, 0, 0, 0, 0])[:4]
         total = (total[0] + top, total[1] + bottom, total[2] + left, total[3] + right)
-        x = named["self"]
+        x = parent(x)
     return total, x
 
 
@@ -94,7 +83,7 @@ def _two_values(graph_module: fx.GraphModule, x: fx.Node, axis: int, reason: str
         ties.append(step.rule.tie)
         return frozenset((step.rule.low, step.rule.high))
 
-    numbers = sorted(value_set(graph_module, x, ELEMENTWISE, steps) or ())
+    numbers = sorted(value_set(graph_module, x, steps) or ())
     if len(numbers) > 2:
         return f"takes the values {', '.join(f'{number:g}' for number in numbers)}"
     if len(numbers) < 2 or numbers[1] - numbers[0] < _LEAST_GAP * max(map(abs, numbers)):
@@ -160,7 +149,7 @@ def _as_float(graph_module: fx.GraphModule, x: fx.Node) -> fx.Node:
 def _bits(graph_module: fx.GraphModule, before: fx.Node, source: fx.Node, step: Step) -> fx.Node:
     """Return the node of the bits of `source`, shared by all layers that use the same step."""
     for user in source.users:
-        if ir.is_marker(user, ir.binarize) and _same_rule(user.meta["rule"], step.rule):
+        if is_call(user, ir.binarize) and _same_rule(user.meta["rule"], step.rule):
             return user
     with graph_module.graph.inserting_after(source):
         node = graph_module.graph.call_function(ir.binarize, (source,))
@@ -186,7 +175,7 @@ def _moved(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | Non
 
 
 def _pooled(graph_module: fx.GraphModule, x: fx.Node) -> Operand | None:
-    pool = pool_geometry(x)
+    pool = max_pool_geometry(x)
     inner = binary_value(graph_module, parent(x), 1) if pool is not None else "is a general pool"
     if isinstance(inner, str):
         return None
@@ -199,22 +188,6 @@ def _pooled(graph_module: fx.GraphModule, x: fx.Node) -> Operand | None:
         return node
 
     return Operand(x, inner.rule, build)
-
-
-def pool_geometry(x: fx.Node) -> Pool2dGeometry | None:
-    """Return the geometry of a max_pool2d node, or None where it has dilation or ceil_mode."""
-    named = arguments(x)
-    kernel = pair(named["kernel_size"])
-    stride = pair(named["stride"]) if named["stride"] else kernel
-    if named["ceil_mode"] or pair(named["dilation"]) != (1, 1):
-        return None
-    return Pool2dGeometry(kernel_size=kernel, stride=stride, padding=pair(named["padding"]))
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """Return (vertical, horizontal) of an argument that may be one number, or a list of one."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return (values[0], values[-1])
 
 
 def _rearranged(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | None:

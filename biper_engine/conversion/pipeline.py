@@ -16,13 +16,13 @@ from biper_engine.conversion import ir
 from biper_engine.conversion.capture import capture
 from biper_engine.conversion.finite import require_finite
 from biper_engine.conversion.fuse import fuse
-from biper_engine.conversion.graphs import constant
 from biper_engine.conversion.lower import lower
 from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.products import find_product
 from biper_engine.conversion.recognize import recognize
 from biper_engine.conversion.simplify import simplify
 from biper_engine.conversion.ties import tied_channels
+from biper_engine.graph.reading import constant, is_call
 from biper_engine.metadata import Provenance
 from biper_engine.report import LayerReport
 
@@ -103,10 +103,10 @@ def _with_ties(rows: list[LayerReport], graph_module: fx.GraphModule) -> list[La
     """Return the rows with the ties of layers whose sums go straight into a sign."""
     ties: dict[str, int] = {}
     for node in graph_module.graph.nodes:
-        if not ir.is_marker(node, ir.binary_conv) or len(node.args) > 1:
+        if not is_call(node, ir.binary_conv) or len(node.args) > 1:
             continue
         for user in node.users:
-            if ir.is_marker(user, ir.binarize):
+            if is_call(user, ir.binarize):
                 ties[node.meta["layer"]] = tied_channels(node.meta["conv"], user.meta["rule"])
     return [replace(row, ties=ties.get(row.name, 0)) for row in rows]
 

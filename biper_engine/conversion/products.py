@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biper_engine.conversion.graphs import arguments, constant, is_call, parent, shape
+from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
 
 __all__ = ["Factor", "Product", "find_product"]
 

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from biper_engine.conversion.graphs import arguments, constant, evaluate, is_call, parent
+from biper_engine.graph.operator import Numbers
+from biper_engine.graph.operators import numbers_of
+from biper_engine.graph.patterns import clamp_limits
+from biper_engine.graph.reading import arguments, constant, evaluate, is_call, parent
 
-__all__ = ["MOVES", "ValueSet", "nonnegative", "value_set"]
+__all__ = ["created_number", "is_move", "nonnegative", "value_set"]
 
 aten = torch.ops.aten
 
@@ -26,22 +29,6 @@ MOST_VALUES = 4
 MOST_OPERANDS = 4
 MOST_ELEMENTS = 1 << 16
 
-MOVES = frozenset(
-    (
-        *(aten.reshape, aten.permute, aten.slice, aten.select, aten.expand, aten.repeat),
-        *(aten.flip, aten.roll, aten.index, aten._unsafe_index, aten.index_select),
-        *(aten.pixel_shuffle, aten.pixel_unshuffle),
-        *(aten.channel_shuffle, aten.native_channel_shuffle),
-        *(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d),
-        *(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d),
-        *(aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d),
-    )
-)
-"""Operators whose results are values of their first argument, at other places."""
-
-_PARTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
-_LARGEST = frozenset((aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.amax, aten.amin))
-_JOINS = (aten.cat.default, aten.stack.default)
 _STEPS = frozenset(
     (aten.sign, aten.sgn, aten.heaviside, aten.copysign, aten.div, aten.round, aten._to_copy)
 )
@@ -72,10 +59,16 @@ def packet(node: fx.Node) -> object:
 
 def is_move(node: fx.Node) -> bool:
     """Whether a call moves, repeats or drops values of its first argument, at fixed places."""
-    if packet(node) not in MOVES:
+    if numbers_of(node) is not Numbers.MOVED:
         return False
     others = [other for other in node.all_input_nodes if other is not node.args[0]]
     return all(other.op == "get_attr" or is_call(other, aten.sym_size.int) for other in others)
+
+
+def created_number(node: fx.Node) -> float | None:
+    """Return the number that a call makes everywhere, None for any other call."""
+    make = _CREATED.get(packet(node))
+    return None if make is None else make(arguments(node))
 
 
 def nonnegative(node: fx.Node) -> bool:
@@ -83,15 +76,14 @@ def nonnegative(node: fx.Node) -> bool:
     kind = packet(node)
     if kind in _NEVER_NEGATIVE:
         return True
-    if is_call(node, aten.clamp.default, aten.hardtanh.default):
-        named = arguments(node)
-        low = named.get("min_val", named.get("min"))
-        return (low is not None and low >= 0) or nonnegative(parent(node))
+    limits = clamp_limits(node)
+    if limits is not None:  # the upper one wins where they cross
+        return limits[1] >= 0 and (limits[0] >= 0 or nonnegative(parent(node)))
     if is_call(node, aten.constant_pad_nd.default):
         return (arguments(node)["value"] or 0) >= 0 and nonnegative(parent(node))
-    if kind in _LARGEST or kind in _AVERAGES or is_move(node):
+    if numbers_of(node) is Numbers.LARGEST or kind in _AVERAGES or is_move(node):
         return nonnegative(parent(node))
-    if is_call(node, *_JOINS):
+    if numbers_of(node) is Numbers.JOINED:
         return all(nonnegative(part) for part in arguments(node)["tensors"])
     if is_call(node, aten.add.Tensor, aten.mul.Tensor) and arguments(node).get("alpha", 1) == 1:
         return all(_is_nonnegative(operand) for operand in node.args[:2])
@@ -104,15 +96,12 @@ def _is_nonnegative(operand: object) -> bool:
     return isinstance(operand, (int, float)) and operand >= 0
 
 
-def value_set(
-    graph_module: fx.GraphModule, node: fx.Node, elementwise: frozenset[object], steps: Steps
-) -> ValueSet | None:
+def value_set(graph_module: fx.GraphModule, node: fx.Node, steps: Steps) -> ValueSet | None:
     """Return the numbers that a value can hold, or None where they are many or unknown.
 
     Args:
         graph_module: the graph, simplified.
         node: the value.
-        elementwise: operators whose results depend on the operands at the same place alone.
         steps: gives the numbers of a value that is a step of a float map, or None.
 
     Returns:
@@ -122,7 +111,7 @@ def value_set(
 
     def find(value: fx.Node) -> ValueSet | None:
         if value not in known:
-            found = _values(graph_module, value, elementwise, find)
+            found = _values(graph_module, value, find)
             if found is None and packet(value) in _STEPS and value is not node:
                 found = steps(value)
             if found is None and _is_bool(value):
@@ -140,19 +129,20 @@ def _is_bool(node: fx.Node) -> bool:
 def _values(
     graph_module: fx.GraphModule,
     node: fx.Node,
-    elementwise: frozenset[object],
     find: Callable[[fx.Node], ValueSet | None],
 ) -> ValueSet | None:
     held = constant(graph_module, node)
     if held is not None:
         return _numbers(held) if held.numel() <= MOST_ELEMENTS else None
-    if packet(node) in _CREATED:
-        return frozenset([float(_CREATED[packet(node)](arguments(node)))])
-    if is_call(node, operator.getitem) and is_call(parent(node), *_PARTS):
+    number = created_number(node)
+    if number is not None:
+        return frozenset([float(number)])
+    if is_call(node, operator.getitem) and numbers_of(parent(node)) is Numbers.SPLIT:
         return find(parent(parent(node)))
-    if is_move(node) or packet(node) in _LARGEST:
+    numbers = numbers_of(node)
+    if is_move(node) or numbers is Numbers.LARGEST:
         return find(parent(node))
-    if is_call(node, *_JOINS):
+    if numbers is Numbers.JOINED:
         return _union([find(part) for part in arguments(node)["tensors"]])
     if is_call(node, aten.constant_pad_nd.default):
         return _union([find(parent(node)), frozenset([float(arguments(node)["value"] or 0)])])
@@ -161,7 +151,7 @@ def _values(
         return _union([find(parent(node)), frozenset([0.0] if padded else [])])
     if is_call(node, aten.argmax.default, aten.argmin.default):
         return _positions(node)
-    if packet(node) in elementwise:
+    if numbers is Numbers.ELEMENTWISE:
         return _combined(graph_module, node, find)
     return None
 

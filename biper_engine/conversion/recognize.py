@@ -23,21 +23,14 @@ from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.costs import slower_on_bits
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    constant,
-    constant_node,
-    is_call,
-    parent,
-    shape,
-    substitute,
-)
 from biper_engine.conversion.ir import BinaryConv, StepRule
-from biper_engine.conversion.operands import Operand, binary_value, pair, peel_padding
+from biper_engine.conversion.operands import Operand, binary_value, peel_padding
 from biper_engine.conversion.products import Factor, Product, find_product
 from biper_engine.conversion.weights import BinaryWeight, analyse_weight
 from biper_engine.geometry import Conv2dGeometry
+from biper_engine.graph.editing import call, constant_node, substitute
+from biper_engine.graph.patterns import conv2d_geometry
+from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
 from biper_engine.report import LayerReport
 
 __all__ = ["recognize"]
@@ -238,18 +231,10 @@ def _geometry(node: fx.Node, kind: str, positive: Tensor) -> Conv2dGeometry:
         return Conv2dGeometry(
             in_channels=positive.shape[1], out_channels=positive.shape[0], kernel_size=kernel
         )
-    named = arguments(node)
-    (top, bottom, left, right), _ = peel_padding(named["input"])
-    vertical, horizontal = pair(named["padding"])
-    return Conv2dGeometry(
-        in_channels=positive.shape[1] * named["groups"],
-        out_channels=positive.shape[0],
-        kernel_size=(positive.shape[2], positive.shape[3]),
-        stride=pair(named["stride"]),
-        padding=(top + vertical, bottom + vertical, left + horizontal, right + horizontal),
-        dilation=pair(named["dilation"]),
-        groups=named["groups"],
-    )
+    geometry = conv2d_geometry(node, positive)
+    (top, bottom, left, right), _ = peel_padding(parent(node))
+    own = geometry.padding
+    return replace(geometry, padding=(top + own[0], bottom + own[1], left + own[2], right + own[3]))
 
 
 def _whole_map(

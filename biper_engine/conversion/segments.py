@@ -15,12 +15,12 @@ from torch import Tensor, fx
 
 from biper_engine import bits as contract
 from biper_engine import ops
-from biper_engine.conversion.graphs import is_call, parent
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.pipeline import Built
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ROUNDING, SegmentReport
 from biper_engine.errors import ConversionError
+from biper_engine.graph.reading import is_call, parent
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.reference import apply_epilogue
 from biper_engine.ops.registration import split_options

@@ -16,19 +16,10 @@ import torch
 from torch import fx
 
 from biper_engine.conversion.gathers import index_written_maps
-from biper_engine.conversion.graphs import (
-    arguments,
-    call,
-    constant,
-    constant_node,
-    is_call,
-    parent,
-    repeat_call,
-    same_shape,
-    shape,
-    substitute,
-)
 from biper_engine.conversion.memory import fill_empty_memory, fix_layouts, is_read_as_memory
+from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
+from biper_engine.graph.patterns import clamp_limits, pair
+from biper_engine.graph.reading import arguments, constant, is_call, parent, same_shape, shape
 
 __all__ = ["simplify"]
 
@@ -155,7 +146,7 @@ def _layers(graph_module: fx.GraphModule) -> None:
             named = arguments(node)
             if named["transposed"] or len(shape(named["weight"])) != 4:
                 continue
-            sizes = [_pair(named[name]) for name in ("stride", "padding", "dilation")]
+            sizes = [list(pair(named[name])) for name in ("stride", "padding", "dilation")]
             args = (named["input"], named["weight"], named["bias"], *sizes, named["groups"])
             new = call(graph_module.graph, node, aten.conv2d.default, *args, like=node)
             substitute(node, new)
@@ -163,10 +154,6 @@ def _layers(graph_module: fx.GraphModule) -> None:
             _linear(graph_module, node)
         elif is_call(node, aten.bmm.default):
             _batched_linear(graph_module, node)
-
-
-def _pair(values: Sequence[int]) -> list[int]:
-    return list(values) * 2 if len(values) == 1 else list(values)
 
 
 def _linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -315,14 +302,10 @@ def _pads_behind(graph_module: fx.GraphModule) -> None:
 
 
 def _maps_zero_to_zero(node: fx.Node) -> bool:
-    if is_call(node, aten.sign.default, aten.sgn.default, aten.relu.default, aten.tanh.default):
+    if is_call(node, aten.sign.default, aten.sgn.default, aten.tanh.default):
         return True
-    if not is_call(node, aten.hardtanh.default, aten.clamp.default):
-        return False
-    named = arguments(node)
-    low = named.get("min_val", named.get("min"))
-    high = named.get("max_val", named.get("max"))
-    return (low is None or low <= 0) and (high is None or high >= 0)
+    limits = clamp_limits(node)
+    return limits is not None and limits[0] <= 0 <= limits[1]
 
 
 def _reversed_differences(graph_module: fx.GraphModule) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from biper_engine.conversion.fuse import fuse
-from biper_engine.conversion.graphs import arguments, constant, is_call
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.pipeline import Built, build
+from biper_engine.graph.reading import arguments, constant, is_call
 
 __all__ = ["float_twin", "folded_network"]
 

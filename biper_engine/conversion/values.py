@@ -15,7 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from biper_engine.conversion.graphs import (
+from biper_engine.conversion.ir import StepRule
+from biper_engine.conversion.ranges import created_number, nonnegative
+from biper_engine.graph.operator import Numbers
+from biper_engine.graph.operators import numbers_of
+from biper_engine.graph.patterns import clamp_limits
+from biper_engine.graph.reading import (
     arguments,
     constant,
     evaluate,
@@ -24,10 +29,8 @@ from biper_engine.conversion.graphs import (
     same_shape,
     shape,
 )
-from biper_engine.conversion.ir import StepRule
-from biper_engine.conversion.ranges import nonnegative
 
-__all__ = ["ELEMENTWISE", "Step", "describe", "find_step", "is_float"]
+__all__ = ["Step", "describe", "find_step", "is_float"]
 
 aten = torch.ops.aten
 
@@ -36,16 +39,6 @@ EXTREME = 1e30
 NEGLIGIBLE = 2.0**-60
 _RESTS = "is a sign whose argument rests at 0, so it takes three values, -1, 0 and +1"
 
-_ELEMENTWISE_NAMES = """
-    abs add bitwise_and bitwise_not bitwise_or bitwise_xor ceil clamp clamp_max clamp_min
-    copysign div elu eq erf exp floor full_like ge gelu gt hardsigmoid hardswish hardtanh
-    heaviside le leaky_relu logical_and logical_not logical_or logical_xor lt masked_fill
-    maximum minimum mul ne neg ones_like pow _prelu_kernel reciprocal relu relu6 round rsub
-    sgn sigmoid sign silu softplus sqrt square sub tanh threshold trunc where zeros_like
-    _to_copy batch_norm sin cos bitwise_left_shift fill hardshrink softshrink signbit isnan
-    remainder
-"""
-ELEMENTWISE = frozenset(getattr(aten, name) for name in _ELEMENTWISE_NAMES.split())
 _CREATED = (aten.full.default, aten.scalar_tensor.default, aten.ones.default, aten.zeros.default)
 _PASS_THROUGH = (
     aten.max_pool2d.default,
@@ -142,17 +135,9 @@ def _takes_third_value(cone: _Cone, rule: StepRule) -> bool:
 def describe(node: fx.Node) -> str:
     """Name a node's operator for a message."""
     names = {
-        "relu": "a ReLU",
-        "hardtanh": "a clamp",
-        "clamp": "a clamp",
-        "add": "a sum",
-        "batch_norm": "a batch norm",
-    }
-    names |= {
-        "max_pool2d": "a max pool",
-        "avg_pool2d": "an average pool",
-        "conv2d": "a convolution",
-        "linear": "a linear layer",
+        **{"relu": "a ReLU", "hardtanh": "a clamp", "clamp": "a clamp", "add": "a sum"},
+        **{"batch_norm": "a batch norm", "max_pool2d": "a max pool", "conv2d": "a convolution"},
+        **{"avg_pool2d": "an average pool", "linear": "a linear layer"},
     }
     if is_call(node, *_MOVES):
         return describe(parent(node))
@@ -184,7 +169,9 @@ class _Cone:
     def grow(self) -> bool:
         """Take the latest operator of the frontier into the cone, if that is possible."""
         latest = max(self._frontier, key=self._order.__getitem__, default=None)
-        if latest is None or len(self.members) >= MAX_CONE or not _elementwise(latest):
+        if latest is None or len(self.members) >= MAX_CONE:
+            return False
+        if numbers_of(latest) is not Numbers.ELEMENTWISE:
             return False
         self._frontier.remove(latest)
         self.members.append(latest)
@@ -226,15 +213,12 @@ class _Cone:
         held = constant(self._graph_module, node)
         if held is not None:
             return held
-        if is_call(node, aten.full.default):
-            return torch.tensor(node.args[1], dtype=node.meta["val"].dtype)
-        if is_call(node, aten.ones.default):
-            return torch.ones((), dtype=node.meta["val"].dtype)
-        if is_call(node, aten.zeros.default):
-            return torch.zeros((), dtype=node.meta["val"].dtype)
         if is_call(node, aten.scalar_tensor.default):
             return evaluate(node, {})
-        raise _NotElementwise
+        number = created_number(node)
+        if number is None:
+            raise _NotElementwise
+        return torch.tensor(number, dtype=node.meta["val"].dtype)
 
     def extended(self) -> _Cone | None:
         """Return a larger cone with one operator more, if it again has a single source."""
@@ -248,12 +232,6 @@ class _Cone:
 
 def _is_size(node: fx.Node) -> bool:
     return is_call(node, aten.sym_size.int)
-
-
-def _elementwise(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function" and getattr(node.target, "overloadpacket", None) in ELEMENTWISE
-    )
 
 
 def _probes(channels: int) -> Tensor:
@@ -451,14 +429,15 @@ def _third_values(cone: _Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
 
 def _rests_at_zero(node: fx.Node) -> bool:
     """Whether a map is exactly 0 in many places, whatever the input is like."""
-    if is_call(node, aten.relu.default, aten.round.default, aten.trunc.default):
+    if is_call(node, aten.round.default, aten.trunc.default):
         return True
+    limits = clamp_limits(node)
+    if limits is not None:
+        return 0 in limits
     if is_call(node, aten.constant_pad_nd.default) and arguments(node)["value"] == 0:
         return True
     if is_call(node, *_PASS_THROUGH):
         return _rests_at_zero(parent(node))
-    if is_call(node, aten.clamp.default, aten.hardtanh.default):
-        return 0 in node.args[1:]
     if is_call(node, aten.cat.default, aten.mul.Tensor):
         return any(_rests_at_zero(operand) for operand in node.all_input_nodes)
     if is_call(node, aten.add.Tensor):

@@ -36,12 +36,13 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from biper_engine.conversion.check import Batch, check_against_model
-from biper_engine.conversion.graphs import arguments
 from biper_engine.conversion.observe import first_difference
 from biper_engine.conversion.pipeline import Built, build
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
-from biper_engine.engine import Engine, Signature
-from biper_engine.runtime import isolate_outputs
+from biper_engine.engine import Engine
+from biper_engine.graph.memory import isolate_outputs
+from biper_engine.graph.reading import arguments
+from biper_engine.graph.signature import Signature
 
 __all__ = ["SegmentReport", "VerifyReport", "verify"]
 

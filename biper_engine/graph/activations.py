@@ -8,7 +8,7 @@ import torch
 
 from biper_engine.graph import rows
 from biper_engine.graph.arguments import DIM, FALSE, FLOAT, NUMBER, TENSOR, Kind, choice
-from biper_engine.graph.operator import Operator
+from biper_engine.graph.operator import Numbers, Operator, passing
 from biper_engine.graph.sizes import divided
 from biper_engine.graph.values import (
     FLOATS,
@@ -69,11 +69,10 @@ def _log_sigmoid(self: Value) -> tuple[Value, ...]:
 
 _SOFTMAX = {"self": TENSOR, "dim": DIM, "half_to_float": FALSE}
 
-OPERATORS: list[Operator] = [
-    *map(_activation, ("relu", "silu", "hardswish", "hardsigmoid", "mish")),
+_ELEMENTWISE = [
+    *map(_activation, ("relu", "silu", "hardswish", "hardsigmoid")),
     _activation("leaky_relu", negative_slope=FLOAT),
     _activation("elu", alpha=FLOAT, scale=FLOAT, input_scale=FLOAT),
-    _activation("celu", alpha=FLOAT),
     _activation("gelu", approximate=choice("none", "tanh")),
     _activation("softplus", beta=FLOAT, threshold=FLOAT),
     _activation("threshold", threshold=NUMBER, value=NUMBER),
@@ -84,6 +83,12 @@ OPERATORS: list[Operator] = [
         result=_prelu,
         rows=rows.elementwise,
     ),
+]
+
+OPERATORS: list[Operator] = [
+    *passing(Numbers.ELEMENTWISE, _ELEMENTWISE),
+    _activation("mish"),
+    _activation("celu", alpha=FLOAT),
     Operator(
         name="glu",
         target=_aten.glu.default,

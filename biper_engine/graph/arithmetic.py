@@ -18,7 +18,7 @@ from biper_engine.graph.arguments import (
     choice,
     optional,
 )
-from biper_engine.graph.operator import Operator, Rule
+from biper_engine.graph.operator import Numbers, Operator, Rule, passing
 from biper_engine.graph.values import (
     ANY,
     BOOLS,
@@ -73,9 +73,10 @@ def _to_bool(dtypes: Sequence[torch.dtype]) -> Rule:
     return rule
 
 
-_FLOAT_FUNCTIONS = (
-    "reciprocal rsqrt sqrt exp exp2 expm1 log log1p log2 log10 sin cos tan asin acos atan sinh "
-    "cosh tanh asinh acosh atanh erf erfc sigmoid sinc frac lgamma digamma"
+_FLOAT_FUNCTIONS = "reciprocal sqrt exp sin cos tanh erf sigmoid"
+_OTHER_FUNCTIONS = (
+    "rsqrt exp2 expm1 log log1p log2 log10 tan asin acos atan sinh cosh asinh acosh atanh erfc "
+    "sinc frac lgamma digamma"
 )
 _NUMBER_FUNCTIONS = "abs neg sign sgn round floor ceil trunc"
 
@@ -277,7 +278,7 @@ def _clone(self: Value, memory_format: Any) -> Value:
 
 _ROUNDING = choice("floor", "trunc")
 
-OPERATORS: list[Operator] = [
+_ELEMENTWISE = [
     *_functions(_FLOAT_FUNCTIONS, FLOATS),
     *_functions(_NUMBER_FUNCTIONS, NUMBERS),
     _operator("logical_not", _aten.logical_not.default, {"self": TENSOR}, _to_bool(ANY)),
@@ -285,22 +286,10 @@ OPERATORS: list[Operator] = [
         "bitwise_not", _aten.bitwise_not.default, {"self": TENSOR}, _same((*BOOLS, *INTEGERS))
     ),
     _operator("is_nan", _aten.isnan.default, {"self": TENSOR}, _to_bool(FLOATS)),
-    _operator("is_inf", _aten.isinf.default, {"self": TENSOR}, _to_bool(FLOATS)),
-    _operator(
-        "nan_to_num",
-        _aten.nan_to_num.default,
-        {"self": TENSOR, **dict.fromkeys(("nan", "posinf", "neginf"), optional(FLOAT))},
-        _same(FLOATS),
-    ),
-    _operator(
-        "logit", _aten.logit.default, {"self": TENSOR, "eps": optional(FLOAT)}, _same(FLOATS)
-    ),
-    # two operands
     *_two_forms("add", _aten.add, _arithmetic(ANY), alpha=NUMBER),
     *_two_forms("sub", _aten.sub, _arithmetic(NUMBERS), alpha=NUMBER),
     *_two_forms("mul", _aten.mul, _arithmetic(ANY)),
     *_two_forms("div", _aten.div, _arithmetic(ANY, computing_dtype)),
-    *_two_forms("fmod", _aten.fmod, _of_floats, _remainder),
     *_two_forms("remainder", _aten.remainder, _of_floats, _remainder),
     _operator(
         "div_rounded",
@@ -308,12 +297,9 @@ OPERATORS: list[Operator] = [
         {**_WITH_EITHER, "rounding_mode": optional(_ROUNDING)},
         _of_floats,
     ),
-    _operator("floor_divide", _aten.floor_divide.default, _WITH_EITHER, _of_floats),
     _operator("reversed_sub", _aten.rsub.Scalar, {**_WITH_NUMBER, "alpha": NUMBER}, _of_floats),
     _operator("maximum", _aten.maximum.default, _OPERANDS, _arithmetic(ANY)),
     _operator("minimum", _aten.minimum.default, _OPERANDS, _arithmetic(ANY)),
-    _operator("atan2", _aten.atan2.default, _OPERANDS, _of_floats),
-    _operator("hypot", _aten.hypot.default, _OPERANDS, _of_floats),
     _operator("copysign", _aten.copysign.Tensor, _OPERANDS, _of_floats),
     _operator("heaviside", _aten.heaviside.default, {"self": TENSOR, "values": TENSOR}, _heaviside),
     _operator("power", _aten.pow.Tensor_Scalar, {"self": TENSOR, "exponent": NUMBER}, _power),
@@ -333,7 +319,6 @@ OPERATORS: list[Operator] = [
         for name in ("and", "or", "xor")
         for operator in _two_forms(f"bitwise_{name}", getattr(_aten, f"bitwise_{name}"), _bitwise)
     ],
-    # three operands
     _operator(
         "where", _aten.where.self, {"condition": TENSOR, "self": TENSOR, "other": TENSOR}, _where
     ),
@@ -349,20 +334,6 @@ OPERATORS: list[Operator] = [
         {"self": TENSOR, "mask": TENSOR, "value": TENSOR},
         _masked_fill,
     ),
-    *[
-        _operator(
-            name,
-            getattr(_aten, name).default,
-            {"self": TENSOR, "tensor1": TENSOR, "tensor2": TENSOR, "value": FLOAT},
-            _scaled_sum,
-        )
-        for name in ("addcmul", "addcdiv")
-    ],
-    _operator("lerp", _aten.lerp.Tensor, {"self": TENSOR, "end": TENSOR, "weight": TENSOR}, _lerp),
-    _operator(
-        "lerp_number", _aten.lerp.Scalar, {"self": TENSOR, "end": TENSOR, "weight": FLOAT}, _lerp
-    ),
-    # limits
     _operator(
         "clamp",
         _aten.clamp.default,
@@ -389,12 +360,43 @@ OPERATORS: list[Operator] = [
         {"self": TENSOR, "min_val": NUMBER, "max_val": NUMBER},
         _hardtanh,
     ),
-    # dtypes
     _operator(
         "to_dtype",
         _aten._to_copy.default,
         {"self": TENSOR, "dtype": optional(DTYPE), "memory_format": LAYOUT},
         _to_dtype,
+    ),
+]
+
+OPERATORS: list[Operator] = [
+    *passing(Numbers.ELEMENTWISE, _ELEMENTWISE),
+    *_functions(_OTHER_FUNCTIONS, FLOATS),
+    _operator("is_inf", _aten.isinf.default, {"self": TENSOR}, _to_bool(FLOATS)),
+    _operator(
+        "nan_to_num",
+        _aten.nan_to_num.default,
+        {"self": TENSOR, **dict.fromkeys(("nan", "posinf", "neginf"), optional(FLOAT))},
+        _same(FLOATS),
+    ),
+    _operator(
+        "logit", _aten.logit.default, {"self": TENSOR, "eps": optional(FLOAT)}, _same(FLOATS)
+    ),
+    *_two_forms("fmod", _aten.fmod, _of_floats, _remainder),
+    _operator("floor_divide", _aten.floor_divide.default, _WITH_EITHER, _of_floats),
+    _operator("atan2", _aten.atan2.default, _OPERANDS, _of_floats),
+    _operator("hypot", _aten.hypot.default, _OPERANDS, _of_floats),
+    *[
+        _operator(
+            name,
+            getattr(_aten, name).default,
+            {"self": TENSOR, "tensor1": TENSOR, "tensor2": TENSOR, "value": FLOAT},
+            _scaled_sum,
+        )
+        for name in ("addcmul", "addcdiv")
+    ],
+    _operator("lerp", _aten.lerp.Tensor, {"self": TENSOR, "end": TENSOR, "weight": TENSOR}, _lerp),
+    _operator(
+        "lerp_number", _aten.lerp.Scalar, {"self": TENSOR, "end": TENSOR, "weight": FLOAT}, _lerp
     ),
     _operator("clone", _aten.clone.default, {"self": TENSOR, "memory_format": LAYOUT}, _clone),
 ]

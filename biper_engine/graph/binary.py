@@ -17,6 +17,7 @@ from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.graph import rows
 from biper_engine.graph.arguments import COUNT, DTYPE, TENSOR, Kind, integers, number, optional
 from biper_engine.graph.operator import Operator, Result, Rule
+from biper_engine.graph.patterns import pair
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import Value, require, require_dtype
 
@@ -91,15 +92,8 @@ def _max_pool(
 ) -> Value:
     batch, height, width = _require_packed("bits", bits, channels)
     _require_vectors(channels, take_and=take_and)
-    pool = Pool2dGeometry(
-        kernel_size=_pair(kernel_size), stride=_pair(stride), padding=_pair(padding)
-    )
+    pool = Pool2dGeometry(kernel_size=pair(kernel_size), stride=pair(stride), padding=pair(padding))
     return _packed(batch, channels, *pool.output_size(height, width))
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    first, second = [values] * 2 if isinstance(values, int) else values
-    return first, second
 
 
 # -- convolutions ----------------------------------------------------------------------------------
@@ -121,9 +115,9 @@ def _conv_sizes(
         in_channels=in_channels,
         out_channels=out_channels,
         kernel_size=(kernel_h, kernel_w),
-        stride=_pair(geometry["stride"]),
+        stride=pair(geometry["stride"]),
         padding=(padding,) * 4 if isinstance(padding, int) else tuple(padding),
-        dilation=_pair(geometry["dilation"]),
+        dilation=pair(geometry["dilation"]),
         groups=geometry["groups"],
     )
     if weight.shape != conv.weight_shape:
@@ -155,9 +149,9 @@ def _epilogue_sizes(
     clamped = named["clamp_min"] is not None or named["clamp_max"] is not None
     require(not clamped or named["slope"] is None, "`slope` and `clamp_min`/`clamp_max` exclude")
     pool = Pool2dGeometry(
-        kernel_size=_pair(named["pool_kernel_size"]),
-        stride=_pair(named["pool_stride"]),
-        padding=_pair(named["pool_padding"]),
+        kernel_size=pair(named["pool_kernel_size"]),
+        stride=pair(named["pool_stride"]),
+        padding=pair(named["pool_padding"]),
     )
     if not pool.is_identity:
         height, width = pool.output_size(height, width)

@@ -20,7 +20,7 @@ from biper_engine.graph.arguments import (
     Kind,
     optional,
 )
-from biper_engine.graph.operator import Operator, Rule
+from biper_engine.graph.operator import Numbers, Operator, Rule, passing
 from biper_engine.graph.sizes import ImagesSize, Size, divided
 from biper_engine.graph.values import ANY, Value, axis, require, require_dtype
 
@@ -173,7 +173,14 @@ def _likes() -> list[Operator]:
     ]
 
 
+_ELEMENTWISE = [
+    *_likes(),
+    _operator("fill", _aten.fill.Scalar, {"self": TENSOR, "value": NUMBER}, _fill),
+    _operator("fill_tensor", _aten.fill.Tensor, {"self": TENSOR, "value": TENSOR}, _fill),
+]
+
 OPERATORS: list[Operator] = [
+    *passing(Numbers.ELEMENTWISE, _ELEMENTWISE),
     _operator(
         "zeros",
         _aten.zeros.default,
@@ -183,7 +190,6 @@ OPERATORS: list[Operator] = [
     ),
     _operator("ones", _aten.ones.default, {"size": SHAPE, **_DTYPE}, _constant(1)),
     _operator("full", _aten.full.default, {"size": SHAPE, "fill_value": NUMBER, **_DTYPE}, _full),
-    *_likes(),
     _operator(
         "new_zeros",
         _aten.new_zeros.default,
@@ -203,8 +209,6 @@ OPERATORS: list[Operator] = [
         {"self": TENSOR, "size": SHAPE, "fill_value": NUMBER, **_DTYPE},
         _new_full,
     ),
-    _operator("fill", _aten.fill.Scalar, {"self": TENSOR, "value": NUMBER}, _fill),
-    _operator("fill_tensor", _aten.fill.Tensor, {"self": TENSOR, "value": TENSOR}, _fill),
     _operator("arange", _aten.arange.default, _RANGE_END, _arange),
     _operator("arange_from", _aten.arange.start, {"start": SIZE, **_RANGE_END}, _arange),
     _operator(
@@ -213,7 +217,6 @@ OPERATORS: list[Operator] = [
         {"start": SIZE, "end": SIZE, "step": _STEP, **_DTYPE},
         _arange,
     ),
-    # sizes
     _operator("size", _aten.sym_size.int, {"self": TENSOR, "dim": DIM}, _size_of),
     _operator("size_sum", operator.add, _SIZES, _on_sizes(operator.add)),
     _operator("size_difference", operator.sub, _SIZES, _on_sizes(operator.sub)),

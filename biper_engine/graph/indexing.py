@@ -24,7 +24,7 @@ from biper_engine.graph.arguments import (
     Kind,
     integer,
 )
-from biper_engine.graph.operator import Operator, Rule
+from biper_engine.graph.operator import Numbers, Operator, Rule, passing
 from biper_engine.graph.sizes import ImagesSize, Size
 from biper_engine.graph.values import ANY, FLOATS, Value, axis, broadcast, require, require_dtype
 
@@ -170,21 +170,8 @@ def _operator(
     return Operator(name=name, target=target, arguments=arguments, result=result, rows=batching)
 
 
-OPERATORS: list[Operator] = [
-    _operator(
-        "embedding",
-        _aten.embedding.default,
-        {
-            **{"weight": TENSOR, "indices": TENSOR, "padding_idx": integer(-1)},
-            **dict.fromkeys(("scale_grad_by_freq", "sparse"), BOOL),
-        },
-        _embedding,
-        _of_constants,
-    ),
+_MOVED = [
     _operator("index_select", _aten.index_select.default, _AT, _index_select, _constant_index),
-    _operator("gather", _aten.gather.default, {**_AT, "sparse_grad": FALSE}, _gather, _gather_rows),
-    _operator("scatter", _aten.scatter.src, {**_AT, "src": TENSOR}, _scatter),
-    _operator("scatter_value", _aten.scatter.value, {**_AT, "value": NUMBER}, _scatter),
     _operator(
         "index", _aten.index.Tensor, {"self": TENSOR, "indices": INDEX}, _index, _not_the_batch
     ),
@@ -195,6 +182,23 @@ OPERATORS: list[Operator] = [
         _index,
         _not_the_batch,
     ),
+]
+
+OPERATORS: list[Operator] = [
+    *passing(Numbers.MOVED, _MOVED),
+    _operator(
+        "embedding",
+        _aten.embedding.default,
+        {
+            **{"weight": TENSOR, "indices": TENSOR, "padding_idx": integer(-1)},
+            **dict.fromkeys(("scale_grad_by_freq", "sparse"), BOOL),
+        },
+        _embedding,
+        _of_constants,
+    ),
+    _operator("gather", _aten.gather.default, {**_AT, "sparse_grad": FALSE}, _gather, _gather_rows),
+    _operator("scatter", _aten.scatter.src, {**_AT, "src": TENSOR}, _scatter),
+    _operator("scatter_value", _aten.scatter.value, {**_AT, "value": NUMBER}, _scatter),
     _operator(
         "index_add",
         _aten.index_add.default,

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import fx
 
 from biper_engine.graph.operator import Result
 from biper_engine.graph.operators import operator_of
+from biper_engine.graph.reading import constant
+from biper_engine.graph.signature import InputSpec
 from biper_engine.graph.sizes import BATCH, MisfitError
 from biper_engine.graph.values import Value
 
-__all__ = ["TakenTensor", "input_value", "network_values"]
+__all__ = ["input_value", "network_values"]
 
 
-class TakenTensor(Protocol):
-    """A tensor that a network takes; None is the size that is the batch."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> tuple[int | None, ...]: ...
-
-
-def input_value(taken: TakenTensor) -> Value:
+def input_value(taken: InputSpec) -> Value:
     """Return the value of an input.
 
     Raises:
@@ -38,7 +28,7 @@ def input_value(taken: TakenTensor) -> Value:
 
 
 def network_values(
-    module: fx.GraphModule, inputs: Iterable[TakenTensor]
+    module: fx.GraphModule, inputs: Iterable[InputSpec]
 ) -> dict[fx.Node, Result | None]:
     """Return the value of every node; None for what no declaration tells.
 
@@ -52,9 +42,8 @@ def network_values(
         if node.op == "placeholder":
             values[node] = input_value(next(taken))
         elif node.op == "get_attr":
-            constant = functools.reduce(getattr, str(node.target).split("."), module)
-            is_tensor = isinstance(constant, torch.Tensor)
-            values[node] = Value.of_constant(constant, open=False) if is_tensor else None  # type: ignore[arg-type]
+            held = constant(module, node)
+            values[node] = None if held is None else Value.of_constant(held, open=False)
         elif node.op == "call_function":
             values[node] = _result(node, values)
     return values

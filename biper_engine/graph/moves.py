@@ -20,17 +20,9 @@ from biper_engine.graph.arguments import (
     integers,
     optional,
 )
-from biper_engine.graph.operator import Operator, Result, Rule
+from biper_engine.graph.operator import Numbers, Operator, Result, Rule, passing
 from biper_engine.graph.sizes import ImagesSize, MisfitError, Size, divided, product
-from biper_engine.graph.values import (
-    ANY,
-    MAX_RANK,
-    Value,
-    axes,
-    axis,
-    require,
-    require_dtype,
-)
+from biper_engine.graph.values import ANY, MAX_RANK, Value, axes, axis, require, require_dtype
 
 __all__ = ["OPERATORS"]
 
@@ -346,8 +338,7 @@ _SLICE = {**_SELF_DIM, "start": optional(_POSITION), "end": optional(_POSITION),
 _OFFSET = integer(-(1 << 31))
 _DIMS = {"self": TENSOR, "dims": DIMS}
 
-OPERATORS: list[Operator] = [
-    # shapes
+_MOVED = [
     _operator(
         "reshape", _aten.reshape.default, {"self": TENSOR, "shape": SHAPE}, _reshape, _reshape_rows
     ),
@@ -355,10 +346,6 @@ OPERATORS: list[Operator] = [
     _operator(
         "expand", _aten.expand.default, {"self": TENSOR, "size": SHAPE}, _expand, _expand_rows
     ),
-    _operator(
-        "squeeze", _aten.squeeze.dims, {"self": TENSOR, "dim": DIMS}, _squeeze, rows.over_dims
-    ),
-    _operator("unsqueeze", _aten.unsqueeze.default, _SELF_DIM, _unsqueeze, rows.unless_first),
     _operator(
         "pixel_shuffle",
         _aten.pixel_shuffle.default,
@@ -380,7 +367,6 @@ OPERATORS: list[Operator] = [
         _channel_shuffle,
         _matrix_rows,
     ),
-    # parts
     _operator("slice", _aten.slice.Tensor, _SLICE, _slice, rows.over_dims),
     _operator(
         "select",
@@ -389,16 +375,23 @@ OPERATORS: list[Operator] = [
         _select,
         rows.over_dims,
     ),
+    _operator("flip", _aten.flip.default, _DIMS, _flip, _dims_rows),
+    _operator(
+        "roll",
+        _aten.roll.default,
+        {"self": TENSOR, "shifts": integers(range(1, MAX_RANK + 1), -(1 << 31)), "dims": DIMS},
+        _roll,
+        _dims_rows,
+    ),
+    _operator(
+        "repeat", _aten.repeat.default, {"self": TENSOR, "repeats": SHAPE}, _repeat, _repeat_rows
+    ),
+]
+
+_SPLIT = [
     _operator(
         "split",
         _aten.split.Tensor,
-        {"self": TENSOR, "split_size": COUNT, "dim": DIM},
-        _split,
-        rows.over_dims,
-    ),
-    _operator(
-        "unsafe_split",
-        _aten.unsafe_split.Tensor,
         {"self": TENSOR, "split_size": COUNT, "dim": DIM},
         _split,
         rows.over_dims,
@@ -411,6 +404,28 @@ OPERATORS: list[Operator] = [
         rows.over_dims,
     ),
     _operator("unbind", _aten.unbind.int, _SELF_DIM, _unbind, rows.over_dims),
+]
+
+_JOINED = [
+    _operator("cat", _aten.cat.default, {"tensors": TENSORS, "dim": DIM}, _cat, rows.cat),
+    _operator("stack", _aten.stack.default, {"tensors": TENSORS, "dim": DIM}, _stack, rows.cat),
+]
+
+OPERATORS: list[Operator] = [
+    *passing(Numbers.MOVED, _MOVED),
+    *passing(Numbers.SPLIT, _SPLIT),
+    *passing(Numbers.JOINED, _JOINED),
+    _operator(
+        "squeeze", _aten.squeeze.dims, {"self": TENSOR, "dim": DIMS}, _squeeze, rows.over_dims
+    ),
+    _operator("unsqueeze", _aten.unsqueeze.default, _SELF_DIM, _unsqueeze, rows.unless_first),
+    _operator(
+        "unsafe_split",
+        _aten.unsafe_split.Tensor,
+        {"self": TENSOR, "split_size": COUNT, "dim": DIM},
+        _split,
+        rows.over_dims,
+    ),
     _operator(
         "diagonal",
         _aten.diagonal.default,
@@ -432,20 +447,6 @@ OPERATORS: list[Operator] = [
         _aten.unfold.default,
         {"self": TENSOR, "dimension": DIM, "size": COUNT, "step": COUNT},
         _unfold,
-    ),
-    # joins and repeats
-    _operator("cat", _aten.cat.default, {"tensors": TENSORS, "dim": DIM}, _cat, rows.cat),
-    _operator("stack", _aten.stack.default, {"tensors": TENSORS, "dim": DIM}, _stack, rows.cat),
-    _operator("flip", _aten.flip.default, _DIMS, _flip, _dims_rows),
-    _operator(
-        "roll",
-        _aten.roll.default,
-        {"self": TENSOR, "shifts": integers(range(1, MAX_RANK + 1), -(1 << 31)), "dims": DIMS},
-        _roll,
-        _dims_rows,
-    ),
-    _operator(
-        "repeat", _aten.repeat.default, {"self": TENSOR, "repeats": SHAPE}, _repeat, _repeat_rows
     ),
     _operator(
         "slice_scatter",

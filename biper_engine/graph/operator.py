@@ -1,15 +1,15 @@
 """What a declaration of an operator says, and the table of all operators.
 
-An operator of converted networks is declared once, in the file of its kind. Files, shapes and
-batching read the declaration.
+An operator of converted networks is declared once, in the file of its kind. Files, shapes,
+batching, recognition and native steps read the declaration.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from torch import fx
 from torch._ops import OpOverload
 
 from biper_engine.graph.arguments import Kind
+from biper_engine.graph.reading import defaults_of
 from biper_engine.graph.rows import RowsRule, mixes
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import Value
 
-__all__ = ["Operator", "Result", "Rule", "table"]
+__all__ = ["Numbers", "Operator", "Result", "Rule", "passing", "table"]
 
 Result = Value | Size | tuple[Value, ...]
 Rule = Callable[..., Result]
@@ -35,6 +36,16 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Numbers(Enum):
+    """How the numbers of a result come from those of the operands, so that few stay few."""
+
+    ELEMENTWISE = "each is computed from those at the same place, or channel, alone"
+    MOVED = "they are the first operand's, at other places"
+    LARGEST = "they are the first operand's, the largest or smallest of some"
+    JOINED = "they are those of all operands"
+    SPLIT = "those of each result are the first operand's"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """An operator that a converted network may call.
@@ -46,6 +57,8 @@ class Operator:
         result: from the arguments, all of them and by name, to the result: values of the right
             dtype, shape and channels. It raises MisfitError where they do not fit.
         rows: whether row i of the result depends on row i of each operand alone.
+        numbers: how the numbers of the result come from those of the operands; None for any other
+            way. Conversion follows binary values by it.
         also: other targets with the same arguments, which files write as this one: whatever they
             may give, this one gives.
     """
@@ -55,12 +68,13 @@ class Operator:
     arguments: Mapping[str, Kind]
     result: Rule
     rows: RowsRule = mixes
+    numbers: Numbers | None = None
     also: tuple[Any, ...] = ()
 
     @property
     def defaults(self) -> Mapping[str, Any]:
         """Values of the arguments that may be left out."""
-        return _defaults(self.target)
+        return defaults_of(self.target) if isinstance(self.target, OpOverload) else {}
 
     def named(self, node: fx.Node) -> dict[str, Any]:
         """Return a node's arguments by name, defaults left out.
@@ -68,7 +82,8 @@ class Operator:
         Raises:
             MisfitError: there are more than the target takes.
         """
-        names = _argument_names(self)
+        overload = isinstance(self.target, OpOverload)
+        names = [a.name for a in self.target._schema.arguments] if overload else [*self.arguments]
         if len(node.args) > len(names):
             raise MisfitError(f"{len(node.args)} arguments, but {self.name} takes {len(names)}")
         return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -127,26 +142,9 @@ class Operator:
         return complete
 
 
-# A schema counts dtypes where they are defaults.
-_COUNTED_DTYPES = {6: torch.float32}
-
-
-@functools.cache
-def _defaults(target: Any) -> Mapping[str, Any]:
-    if not isinstance(target, OpOverload):
-        return {}
-    found: dict[str, Any] = {
-        a.name: a.default_value for a in target._schema.arguments if a.has_default_value()
-    }
-    if isinstance(dtype := found.get("dtype"), int):
-        found["dtype"] = _COUNTED_DTYPES[dtype]
-    return found
-
-
-def _argument_names(operator: Operator) -> Sequence[str]:
-    if not isinstance(operator.target, OpOverload):
-        return tuple(operator.arguments)
-    return [argument.name for argument in operator.target._schema.arguments]
+def passing(numbers: Numbers, operators: Iterable[Operator]) -> list[Operator]:
+    """Return operators whose results have their numbers in one way."""
+    return [replace(operator, numbers=numbers) for operator in operators]
 
 
 def table(*groups: Iterable[Operator]) -> dict[str, Operator]:

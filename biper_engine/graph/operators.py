@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from biper_engine.graph import (
@@ -19,9 +20,9 @@ from biper_engine.graph import (
     products,
     reductions,
 )
-from biper_engine.graph.operator import Operator, table
+from biper_engine.graph.operator import Numbers, Operator, table
 
-__all__ = ["OPERATORS", "operator_for", "operator_of"]
+__all__ = ["OPERATORS", "numbers_of", "operator_for", "operator_of"]
 
 OPERATORS: dict[str, Operator] = table(
     binary.OPERATORS,
@@ -53,3 +54,27 @@ def operator_for(target: Any) -> Operator | None:
 def operator_of(node: fx.Node) -> Operator | None:
     """Return the declaration of what a node calls, or None where there is none."""
     return _BY_TARGET.get(node.target) if node.op == "call_function" else None
+
+
+# Of captured graphs, which files do not hold.
+_CAPTURED = {
+    Numbers.ELEMENTWISE: "square signbit bitwise_left_shift softshrink hardshrink relu6",
+    Numbers.MOVED: "native_channel_shuffle",
+    Numbers.LARGEST: "max_pool1d max_pool3d",
+}
+
+_NUMBERS = {
+    getattr(declared.target, "overloadpacket", None): declared.numbers
+    for declared in OPERATORS.values()
+    if declared.numbers is not None
+} | {
+    getattr(torch.ops.aten, name): numbers
+    for numbers, names in _CAPTURED.items()
+    for name in names.split()
+}
+
+
+def numbers_of(node: fx.Node) -> Numbers | None:
+    """Return how the numbers of a call's result come from its operands', whatever its overload."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return _NUMBERS.get(packet) if node.op == "call_function" else None

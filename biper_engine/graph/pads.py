@@ -9,7 +9,7 @@ import torch
 
 from biper_engine.graph import rows
 from biper_engine.graph.arguments import NUMBER, TENSOR, Kind, integers
-from biper_engine.graph.operator import Operator, Rule
+from biper_engine.graph.operator import Numbers, Operator, Rule, passing
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import ANY, FLOATS, MAX_RANK, Value, require, require_dtype
 
@@ -86,6 +86,7 @@ def _pad_rows(named: Mapping[str, Any], result: Any) -> bool:
 
 
 OPERATORS: list[Operator] = [
+    *passing(Numbers.MOVED, _edge_pads()),
     _operator(
         "pad",
         _aten.constant_pad_nd.default,
@@ -93,5 +94,4 @@ OPERATORS: list[Operator] = [
         _pad,
         _pad_rows,
     ),
-    *_edge_pads(),
 ]

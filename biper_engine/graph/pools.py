@@ -11,7 +11,7 @@ from biper_engine.geometry import pool_positions
 from biper_engine.graph import rows
 from biper_engine.graph.arguments import BOOL, TENSOR, Kind, integers, number, optional
 from biper_engine.graph.convolutions import fixed_sizes, per_axis
-from biper_engine.graph.operator import Operator, Rule
+from biper_engine.graph.operator import Numbers, Operator, Rule, passing
 from biper_engine.graph.sizes import ImagesSize, divided
 from biper_engine.graph.values import FLOATS, Value, require, require_dtype
 
@@ -132,28 +132,21 @@ def _upsample(count: int) -> Rule:
     return rule
 
 
-def _upsamples() -> list[Operator]:
-    names = {1: ("nearest1d", "linear1d"), 2: ("nearest2d", "bilinear2d", "bicubic2d")}
-    names[3] = ("nearest3d", "trilinear3d")
-    found = []
-    for count, kinds in names.items():
-        for kind in kinds:
-            corners = {} if kind.startswith("nearest") else {"align_corners": BOOL}
-            found.append(
-                Operator(
-                    name=f"upsample_{kind}",
-                    target=getattr(_aten, f"upsample_{kind}").vec,
-                    arguments={
-                        "input": TENSOR,
-                        "output_size": optional(integers((count,), 1)),
-                        **corners,
-                        "scale_factors": optional(_FACTORS),
-                    },
-                    result=_upsample(count),
-                    rows=rows.image,
-                )
-            )
-    return found
+def _upsamples(kinds: str, **corners: Kind) -> list[Operator]:
+    return [
+        _operator(
+            f"upsample_{kind}",
+            getattr(_aten, f"upsample_{kind}").vec,
+            {
+                "input": TENSOR,
+                "output_size": optional(integers((int(kind[-2]),), 1)),
+                **corners,
+                "scale_factors": optional(_FACTORS),
+            },
+            _upsample(int(kind[-2])),
+        )
+        for kind in kinds.split()
+    ]
 
 
 # -- windows as columns ----------------------------------------------------------------------------
@@ -236,7 +229,11 @@ _UNFOLD = {
 }
 
 OPERATORS: list[Operator] = [
-    _operator("max_pool2d", _aten.max_pool2d.default, _max_arguments(2), _max_pool(2)),
+    *passing(
+        Numbers.LARGEST,
+        [_operator("max_pool2d", _aten.max_pool2d.default, _max_arguments(2), _max_pool(2))],
+    ),
+    *passing(Numbers.MOVED, _upsamples("nearest1d nearest2d nearest3d")),
     *[
         _operator(
             f"max_pool{count}d_positions",
@@ -266,7 +263,7 @@ OPERATORS: list[Operator] = [
         )
         for count in (2, 3)
     ],
-    *_upsamples(),
+    *_upsamples("linear1d bilinear2d bicubic2d trilinear3d", align_corners=BOOL),
     _operator("unfold_columns", _aten.im2col.default, {"self": TENSOR, **_UNFOLD}, _columns),
     _operator(
         "fold_columns",

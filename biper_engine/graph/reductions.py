@@ -22,7 +22,7 @@ from biper_engine.graph.arguments import (
     number,
     optional,
 )
-from biper_engine.graph.operator import Operator, Result, Rule
+from biper_engine.graph.operator import Numbers, Operator, Result, Rule, passing
 from biper_engine.graph.sizes import Size, divided
 from biper_engine.graph.values import (
     ANY,
@@ -277,11 +277,23 @@ _BATCH_NORM = {
 }
 _AFFINE = {"input": TENSOR, "weight": optional(TENSOR), "bias": optional(TENSOR)}
 
-OPERATORS: list[Operator] = [
-    _operator("mean", _aten.mean.dim, _DIMS, _mean),
-    _operator("sum", _aten.sum.dim_IntList, _DIMS, _sum),
+_LARGEST = [
     _operator("amax", _aten.amax.default, {**_DIMS, "dim": DIMS}, _extreme),
     _operator("amin", _aten.amin.default, {**_DIMS, "dim": DIMS}, _extreme),
+]
+
+OPERATORS: list[Operator] = [
+    *passing(Numbers.LARGEST, _LARGEST),
+    *passing(
+        Numbers.ELEMENTWISE,
+        [
+            _operator(
+                "batch_norm", _aten.batch_norm.default, _BATCH_NORM, _batch_norm, _normalises_rows
+            )
+        ],
+    ),
+    _operator("mean", _aten.mean.dim, _DIMS, _mean),
+    _operator("sum", _aten.sum.dim_IntList, _DIMS, _sum),
     _operator("variance", _aten.var.correction, _SPREAD, _mean),
     _operator("deviation", _aten.std.correction, _SPREAD, _mean),
     _operator("variance_mean", _aten.var_mean.correction, _SPREAD, _pair_over),
@@ -298,7 +310,6 @@ OPERATORS: list[Operator] = [
     _operator("min_all", _aten.min.default, {"self": TENSOR}, _whole(_extreme), rows.mixes),
     _operator("any_all", _aten.any.default, {"self": TENSOR}, _whole(_truth), rows.mixes),
     _operator("all_all", _aten.all.default, {"self": TENSOR}, _whole(_truth), rows.mixes),
-    # one dimension
     _operator("argmax", _aten.argmax.default, {**_DIM, "dim": optional(DIM)}, _index_of),
     _operator("argmin", _aten.argmin.default, {**_DIM, "dim": optional(DIM)}, _index_of),
     _operator("max", _aten.max.dim, _DIM, _extreme_at),
@@ -316,8 +327,6 @@ OPERATORS: list[Operator] = [
         _topk,
     ),
     _operator("sort", _aten.sort.default, {"self": TENSOR, "dim": DIM, "descending": BOOL}, _sort),
-    # normalisation
-    _operator("batch_norm", _aten.batch_norm.default, _BATCH_NORM, _batch_norm, _normalises_rows),
     _operator(
         "batch_statistics_norm",
         _aten._native_batch_norm_legit.no_stats,

@@ -142,5 +142,6 @@ def _pooled_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-for _name, _schema in PLAN_SCHEMAS.items():
-    register(_name, _schema, globals()[f"_{_name}"], globals()[f"_{_name}_fake"])
+register("stem", PLAN_SCHEMAS["stem"], _stem, _stem_fake)
+register("stem_bits", PLAN_SCHEMAS["stem_bits"], _stem_bits, _stem_bits_fake)
+register("pooled_linear", PLAN_SCHEMAS["pooled_linear"], _pooled_linear, _pooled_linear_fake)

@@ -7,7 +7,7 @@ same checks, so a wrong shape is found while tracing, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from biper_engine.ops.readable import in_memory, refuse_tangents
 from biper_engine.ops.reference import ReferenceBackend
 from biper_engine.ops.triton import TritonBackend
 
-__all__ = ["LIBRARY", "SCHEMAS", "empty_map", "empty_packed", "register"]
+__all__ = ["LIBRARY", "SCHEMAS", "conv_geometry", "empty_map", "empty_packed", "register"]
 
 _GEOMETRY = (
     "int in_channels, int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1, "
@@ -63,26 +63,29 @@ SCHEMAS = {
 LIBRARY = torch.library.Library("biper", "DEF")  # type: ignore[no-untyped-call, unused-ignore]
 
 
-def _geometry(
-    weight: Tensor,
-    in_channels: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Conv2dGeometry:
+def conv_geometry(weight: Tensor, options: Mapping[str, Any]) -> Conv2dGeometry:
+    """Return the geometry of a binary convolution of packed weights and keyword arguments.
+
+    Raises:
+        GeometryError: the values make no geometry.
+    """
     if weight.dim() != 4:
         raise GeometryError(
             f"`weight` must be [O, KH, KW, words], but its shape is {tuple(weight.shape)}."
         )
+
+    def integers(name: str, length: int, default: int) -> tuple[Any, ...]:
+        value = options.get(name, default)
+        return (value,) * length if isinstance(value, int) else tuple(value)
+
     return Conv2dGeometry(
-        in_channels=in_channels,
+        in_channels=options["in_channels"],
         out_channels=weight.shape[0],
         kernel_size=(weight.shape[1], weight.shape[2]),
-        stride=tuple(stride),  # type: ignore[arg-type]
-        padding=tuple(padding),  # type: ignore[arg-type]
-        dilation=tuple(dilation),  # type: ignore[arg-type]
-        groups=groups,
+        stride=integers("stride", 2, 1),
+        padding=integers("padding", 4, 0),
+        dilation=integers("dilation", 2, 1),
+        groups=options.get("groups", 1),
     )
 
 
@@ -90,14 +93,7 @@ def split_options(
     weight: Tensor, multiplier: Tensor, bias: Tensor, options: dict[str, Any]
 ) -> tuple[Conv2dGeometry, Epilogue, Tensor | None, Tensor | None]:
     """Return geometry, epilogue, residual and prepacked weights of flat keyword arguments."""
-    geometry = _geometry(
-        weight,
-        options["in_channels"],
-        options.get("stride", (1, 1)),
-        options.get("padding", (0, 0, 0, 0)),
-        options.get("dilation", (1, 1)),
-        options.get("groups", 1),
-    )
+    geometry = conv_geometry(weight, options)
     pool = Pool2dGeometry(
         kernel_size=tuple(options.get("pool_kernel_size", (1, 1))),
         stride=tuple(options.get("pool_stride", (1, 1))),
@@ -235,7 +231,7 @@ def _select(
 
 
 def _prepack_geometry(weight: Tensor, options: dict[str, Any]) -> Conv2dGeometry:
-    geometry = split_options(weight, weight, weight, options)[0]
+    geometry = conv_geometry(weight, options)
     if weight.dtype != torch.int32 or tuple(weight.shape) != geometry.weight_shape:
         raise GeometryError(
             f"`weight` must be int32 {list(geometry.weight_shape)}, but it is {weight.dtype} "
@@ -409,9 +405,22 @@ def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[...
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)
 
 
+_RUNS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "binarize": (_binarize, _binarize_fake),
+    "unbinarize": (_unbinarize, _unbinarize_fake),
+    "bmaxpool2d": (_bmaxpool2d, _bmaxpool2d_fake),
+    "prepack": (_prepack, _prepack_fake),
+    "bconv2d": (_bconv2d, _bconv2d_fake),
+    "bconv2d_float": (_bconv2d_float, _bconv2d_float_fake),
+    "bconv2d_bits": (_bconv2d_bits, _bconv2d_bits_fake),
+    "bconv2d_float_bits": (_bconv2d_float_bits, _bconv2d_float_bits_fake),
+}
+"""What runs each operator, and its fake."""
+
+for _name, (_run, _fake) in _RUNS.items():
+    register(_name, SCHEMAS[_name], _run, _fake)
+
 backends.register(CudaBackend())
 backends.register(TritonBackend())
 backends.register(CpuBackend())
 backends.register(ReferenceBackend())
-for _name, _schema in SCHEMAS.items():
-    register(_name, _schema, globals()[f"_{_name}"], globals()[f"_{_name}_fake"])

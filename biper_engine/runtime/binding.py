@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
-from biper_engine.ops.backends import Backend, select
+from biper_engine.geometry import Pool2dGeometry
+from biper_engine.graph.choice import prepack
+from biper_engine.graph.reading import arguments, biper_op, get_constant
+from biper_engine.ops.backends import select
 from biper_engine.ops.checks import check_epilogue, check_stem_parameters
 from biper_engine.ops.plan_operators import split_stem
 from biper_engine.ops.registration import split_options
-from biper_engine.runtime.graph import biper_op, conv_geometry, get_constant, named_arguments
 
-__all__ = ["BoundOperation", "bind_node", "prepack_node"]
+__all__ = ["BoundOperation", "bind_node"]
 
 _FLOWING = ("x", "bits", "residual")
 """Arguments whose values come from call to call; the others must be constants of the graph."""
@@ -34,18 +35,6 @@ class BoundOperation:
 
     call: Callable[..., Any]
     inputs: tuple[fx.Node | None, ...]
-
-
-def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
-    """Return the weights of a `bconv2d*` node re-laid for the backend that will run it.
-
-    Raises:
-        BackendUnavailableError: a backend is forced that cannot run the node.
-    """
-    geometry = conv_geometry(named_arguments(node), weight)
-    op = biper_op(node)
-    assert op is not None
-    return _prepack(select(op, geometry, weight.device), weight, geometry)
 
 
 def bind_node(
@@ -67,14 +56,14 @@ def bind_node(
     op = biper_op(node)
     if op is None or op not in _BINDERS or device is None:
         return None
-    arguments = named_arguments(node)
-    for name, value in arguments.items():
+    held = arguments(node)
+    for name, value in held.items():
         if name in _FLOWING or not isinstance(value, fx.Node):
             continue
         if value.op != "get_attr":
             return None
-        arguments[name] = get_constant(module, str(value.target))
-    return _BINDERS[op](node, arguments, device)
+        held[name] = get_constant(module, str(value.target))
+    return _BINDERS[op](node, held, device)
 
 
 def _bind_fused(node: fx.Node, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
@@ -88,7 +77,7 @@ def _bind_fused(node: fx.Node, arguments: dict[str, Any], device: torch.device) 
     backend = select(op, geometry, device)
     dtype = None if op == "bconv2d_bits" else arguments.get("dtype", torch.float32)
     run = backend.bind_fused(
-        geometry, epilogue, _prepack(backend, weight, geometry), dtype, want_bits
+        geometry, epilogue, prepack(backend, weight, geometry), dtype, want_bits
     )
 
     def floats_of(bits: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -183,15 +172,3 @@ _BINDERS: dict[str, Callable[[fx.Node, dict[str, Any], torch.device], BoundOpera
     "stem_bits": _bind_stem,
     "pooled_linear": _bind_pooled_linear,
 }
-
-
-def _prepack(backend: Backend, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
-    return torch.ops.biper.prepack(  # type: ignore[no-any-return]
-        weight,
-        in_channels=geometry.in_channels,
-        stride=list(geometry.stride),
-        padding=list(geometry.padding),
-        dilation=list(geometry.dilation),
-        groups=geometry.groups,
-        backend=backend.name,
-    )

@@ -12,6 +12,7 @@ its float32 sums, as those of every binary convolution do.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
+from biper_engine.graph.patterns import (
+    ConvTail,
+    conv2d_geometry,
+    drops_pixels,
+    is_mean_of_pixels,
+    pair,
+    per_channel,
+    tail_of,
+)
+from biper_engine.graph.portable import release_source
+from biper_engine.graph.reading import arguments, get_constant, is_call, output_values
+from biper_engine.graph.shapes import BATCH, values_without_data
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import by_name, forced_name, select
 from biper_engine.ops.functional import stem_options
 from biper_engine.ops.stem import (
@@ -30,17 +43,6 @@ from biper_engine.ops.stem import (
     PLAN_OPERATORS,
     Stem,
 )
-from biper_engine.runtime.graph import get_constant, output_values, release_source
-from biper_engine.runtime.patterns import (
-    all_arguments,
-    clamp_limits,
-    is_binarize,
-    max_pool_of,
-    only_user,
-    pair,
-)
-from biper_engine.runtime.shapes import BATCH, values_without_data
-from biper_engine.runtime.signature import InputSpec
 
 __all__ = ["fuse_ends"]
 
@@ -100,14 +102,13 @@ def _is_constant(value: Any) -> bool:
 
 def _means_whole_map(node: fx.Node, x: Tensor) -> bool:
     """Whether a node is the mean of the map `x` over all of its pixels."""
-    named = all_arguments(node) if isinstance(node.target, OpOverload) else {}
-    if node.target is _aten.mean.dim:
-        dims = sorted(d % 4 for d in named["dim"] or ())
-        return dims == [2, 3] and named["dtype"] is None
-    if node.target is _aten._adaptive_avg_pool2d.default:
-        return tuple(named["output_size"]) == (1, 1)
-    if node.target is not _aten.avg_pool2d.default:
+    if is_mean_of_pixels(node):
+        return True
+    if is_call(node, _aten._adaptive_avg_pool2d.default):
+        return tuple(arguments(node)["output_size"]) == (1, 1)
+    if not is_call(node, _aten.avg_pool2d.default):
         return False
+    named = arguments(node)
     whole = pair(named["kernel_size"]) == tuple(x.shape[2:])
     return whole and pair(named["padding"]) == (0, 0) and named["divisor_override"] is None
 
@@ -178,14 +179,13 @@ class _Fusion:
         stem = self._stem_of(conv)
         if stem is None:
             return
-        images, stem = self._take_images(all_arguments(conv)["input"], stem)
-        last, stem = self._take_behind(conv, stem)
-        binarizes = self._bits_of(last)
-        if binarizes:
-            stem = self._take_bits(binarizes[0], stem)
-        want_float = len(last.users) > len(binarizes)
+        images, stem = self._take_images(arguments(conv)["input"], stem)
+        tail = tail_of(conv)
+        last = tail.nodes[-1] if tail.nodes else conv
+        stem = self._take_tail(tail, stem)
+        want_float = len(last.users) > len(tail.bits)
         op = "stem" if want_float else "stem_bits"
-        alone = not binarizes and last is conv and stem.scale is None
+        alone = not tail.bits and not tail.nodes and stem.scale is None
         if alone or op not in self._ops:
             return
         target = getattr(torch.ops.biper, op).default
@@ -195,7 +195,7 @@ class _Fusion:
             if want_float:
                 floats = self._graph.call_function(operator.getitem, (fused, 0))
                 bits = self._graph.call_function(operator.getitem, (fused, 1))
-        for binarize in binarizes:
+        for binarize in tail.bits:
             binarize.replace_all_uses_with(bits)
             self._graph.erase_node(binarize)
         if want_float:
@@ -204,7 +204,7 @@ class _Fusion:
 
     def _stem_of(self, conv: fx.Node) -> Stem | None:
         """Return a convolution as a stem, or None where it is no convolution of images."""
-        named = all_arguments(conv)
+        named = arguments(conv)
         weight, bias = (self._constant(named[name]) for name in ("weight", "bias"))
         if (
             weight is None
@@ -212,19 +212,19 @@ class _Fusion:
             or not isinstance(named["input"], fx.Node)
         ):
             return None
-        vertical, horizontal = pair(named["padding"])
-        fits = weight.dim() == 4 and weight.shape[1] <= MAX_STEM_CHANNELS
-        fits = fits and weight[0].numel() <= MAX_STEM_WEIGHTS
-        plain = named["groups"] == 1 and pair(named["dilation"]) == (1, 1)
-        if not fits or not plain or weight.dtype not in _FLOATS:
+        fits = weight.dim() == 4 and weight.numel() > 0 and weight.shape[1] <= MAX_STEM_CHANNELS
+        if not fits or weight[0].numel() > MAX_STEM_WEIGHTS or weight.dtype not in _FLOATS:
+            return None
+        geometry = conv2d_geometry(conv, weight)
+        if geometry.groups != 1 or geometry.dilation != (1, 1):
             return None
         if not isinstance(self._values[conv], Tensor) or self._values[conv].dim() != 4:
             return None
         return Stem(
             weight=weight.float().contiguous(),
             bias=None if bias is None else bias.float(),
-            stride=pair(named["stride"]),
-            padding=(vertical, vertical, horizontal, horizontal),
+            stride=geometry.stride,
+            padding=geometry.padding,
             compute_dtype=weight.dtype,
         )
 
@@ -256,32 +256,18 @@ class _Fusion:
         scale, offset = (value.float().to(device) for value in (steps.scale, steps.offset))
         return node, replace(stem, scale=scale, offset=offset)
 
-    def _take_behind(self, conv: fx.Node, stem: Stem) -> tuple[fx.Node, Stem]:
-        """Return the last of one pool and one clamp behind a convolution, in either order.
-
-        They commute: a clamp is monotone, and padding wins in neither order.
-        """
-        last, has_clamp = conv, False
-        while (user := only_user(last)) is not None and user.op == "call_function":
-            pool, limits = max_pool_of(user), clamp_limits(user)
-            if pool is not None and stem.pool.is_identity:
-                stem = replace(stem, pool=pool)
-            elif limits is not None and not has_clamp:
-                stem = replace(stem, clamp_min=limits[0], clamp_max=limits[1])
-                has_clamp = True
-            else:
-                break
-            last = user
-        return last, stem
-
-    def _bits_of(self, node: fx.Node) -> list[fx.Node]:
-        """Return the first `binarize` of a value, and those that are the same."""
-        found = [user for user in node.users if is_binarize(user)]
-        wanted = [all_arguments(user) for user in found]
-        return [user for user, named in zip(found, wanted, strict=True) if named == wanted[0]]
-
-    def _take_bits(self, binarize: fx.Node, stem: Stem) -> Stem:
-        named = all_arguments(binarize)
+    def _take_tail(self, tail: ConvTail, stem: Stem) -> Stem:
+        """Return a stem with what stands behind its convolution."""
+        low, high = tail.limits
+        stem = replace(
+            stem,
+            pool=tail.pool,
+            clamp_min=None if low == -math.inf else low,
+            clamp_max=None if high == math.inf else high,
+        )
+        if not tail.bits:
+            return stem
+        named = arguments(tail.bits[0])
         threshold, sense = (self._constant(named[name]) for name in ("threshold", "sense"))
         return replace(stem, threshold=threshold, sense=sense)
 
@@ -294,7 +280,7 @@ class _Fusion:
             self._fuse_classifier(node)
 
     def _fuse_classifier(self, linear: fx.Node) -> None:
-        named = all_arguments(linear)
+        named = arguments(linear)
         weight, bias = (self._constant(named[name]) for name in ("weight", "bias"))
         if weight is None or not _is_constant(named["bias"]) or weight.dtype not in _FLOATS:
             return
@@ -346,13 +332,10 @@ class _Fusion:
         """Whether a node only takes [N, C, 1, 1] to [N, C]."""
         if node.target not in (_aten.reshape.default, _aten.squeeze.dims):
             return False
-        before, after = self._values[node.all_input_nodes[0]], self._values[node]
-        if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        before, after = (_shape_of(self._values[x]) for x in (node.all_input_nodes[0], node))
+        if before is None or after != (BATCH, channels):
             return False
-        return tuple(after.shape) == (BATCH, channels) and tuple(before.shape) in (
-            (BATCH, channels, 1, 1),
-            (BATCH, channels),
-        )
+        return before == after or drops_pixels(before, after)
 
     # -- constants --------------------------------------------------------------------------------
 
@@ -365,7 +348,7 @@ class _Fusion:
             return None
         if result.dtype not in _FLOATS:  # bytes wrap around
             return None
-        named = all_arguments(node)
+        named = arguments(node)
         left, right = named["self"], named["other"]
         swapped = isinstance(right, fx.Node) and right.op != "get_attr"
         flowing, held = (right, left) if swapped else (left, right)
@@ -375,7 +358,8 @@ class _Fusion:
             or _shape_of(self._values[flowing]) != tuple(result.shape)
         ):
             return None
-        value = self._per_channel(held, channels, dims)
+        constant = self._constant(held) if isinstance(held, fx.Node) else held
+        value = per_channel(constant, channels, dims)
         if value is None or (swapped and node.target is _aten.div.Tensor):
             return None
         one = torch.ones_like(value)
@@ -389,21 +373,6 @@ class _Fusion:
         if swapped:
             return flowing, _Affine(sign * alpha * one, value)
         return flowing, _Affine(one, sign * alpha * value)
-
-    def _per_channel(self, held: Any, channels: int, dims: int) -> Tensor | None:
-        """Return a constant as float64 [C], on the CPU; None where it is no value per channel."""
-        if isinstance(held, (int, float)) and not isinstance(held, bool):
-            return torch.full((channels,), float(held), dtype=torch.float64)
-        constant = self._constant(held) if isinstance(held, fx.Node) else None
-        if constant is None or constant.is_complex():
-            return None
-        # Aligned at the right: [C, 1, 1] of four dimensions, [C] of two.
-        shape = [1] * (dims - constant.dim()) + list(constant.shape)
-        if len(shape) != dims or any(size != 1 for axis, size in enumerate(shape) if axis != 1):
-            return None
-        if shape[1] not in (1, channels):
-            return None
-        return constant.double().cpu().flatten().expand(channels)
 
     def _constant(self, value: Any) -> Tensor | None:
         if not isinstance(value, fx.Node) or value.op != "get_attr":

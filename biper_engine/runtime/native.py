@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from biper_engine.graph.choice import node_backend
+from biper_engine.graph.reading import get_constant, is_bconv2d, is_call, output_values
+from biper_engine.graph.shapes import input_without_data, result_without_data, without_data
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import select
-from biper_engine.runtime.choice import node_backend
-from biper_engine.runtime.graph import biper_op, get_constant, output_values
 from biper_engine.runtime.runs import NativeRun, NativeStep, Unsupported
-from biper_engine.runtime.shapes import BATCH, MISFITS, call_without_data, without_data
-from biper_engine.runtime.signature import InputSpec
 from biper_engine.runtime.steps import RunBuilder
 
 __all__ = ["NativePlan", "native_plan"]
@@ -145,9 +145,7 @@ class _Partition:
         specs = iter(self._specs)
         for node in self._module.graph.nodes:
             if node.op == "placeholder":
-                spec = next(specs)
-                sizes = [BATCH if size is None else size for size in spec.shape]
-                self._outside[node] = torch.empty(sizes, dtype=spec.dtype, device="meta")
+                self._outside[node] = input_without_data(next(specs))
                 self._levels[node] = 0
             elif node.op == "call_function" and node not in self._owners:
                 self._place(node)
@@ -178,7 +176,7 @@ class _Partition:
     def _leave(self, node: fx.Node) -> None:
         """Leave a node outside of the runs, at the level of what it needs."""
         self._levels[node] = max((self._levels.get(x, 0) for x in node.all_input_nodes), default=0)
-        self._outside[node] = self._compute(node)
+        self._outside[node] = result_without_data(node, self._value)
 
     def _value(self, node: fx.Node) -> Any:
         owner = self._owners.get(node)
@@ -187,15 +185,6 @@ class _Partition:
         if node.op == "get_attr":
             return without_data(get_constant(self._module, str(node.target)))
         return self._outside[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        if any(self._value(source) is None for source in node.all_input_nodes):
-            return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-        try:
-            return call_without_data(node.target, args, kwargs)
-        except MISFITS:  # its shape depends on values, or PyTorch has no rule for it
-            return None
 
     # -- runs -------------------------------------------------------------------------------------
 
@@ -237,6 +226,4 @@ class _Partition:
 
 
 def _is_convolution(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.conv2d.default or (biper_op(node) or "").startswith(
-        "bconv2d"
-    )
+    return is_call(node, torch.ops.aten.conv2d.default) or is_bconv2d(node)

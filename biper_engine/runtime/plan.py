@@ -25,17 +25,18 @@ from torch._C import (
 )
 from torch.autograd import forward_ad
 
+from biper_engine.graph.batching import images_are_independent
+from biper_engine.graph.portable import release_source
+from biper_engine.graph.reading import get_constant, output_values
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import forced_name
 from biper_engine.ops.cpu_program import CpuProgram
-from biper_engine.runtime.batching import images_are_independent
 from biper_engine.runtime.binding import bind_node
 from biper_engine.runtime.cuda_driver import GraphDriver, graph_driver
 from biper_engine.runtime.cuda_graphs import CudaGraphs, uncapturable_reason
 from biper_engine.runtime.fusing import fuse_ends
-from biper_engine.runtime.graph import get_constant, output_values, release_source
 from biper_engine.runtime.native import NativePlan, native_plan
 from biper_engine.runtime.runs import NativeRun
-from biper_engine.runtime.signature import InputSpec
 from biper_engine.runtime.tensors import Watch, own_tensors, refuse_gradients
 
 __all__ = ["Plan", "PlanSlot", "bound_graph", "is_watched"]

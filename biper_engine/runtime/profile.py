@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from biper_engine.graph.choice import node_backend, node_geometry
+from biper_engine.graph.reading import biper_op, interpret
 from biper_engine.ops.precision import without_tf32
-from biper_engine.runtime.choice import node_backend, node_geometry
-from biper_engine.runtime.graph import biper_op, interpret
 from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import bound_graph
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.bits import words
+from biper_engine.graph.reading import constant, is_call
+from biper_engine.graph.shapes import BATCH
 from biper_engine.ops.cpu_program import CpuProgram, Map
-from biper_engine.runtime.graph import get_constant
-from biper_engine.runtime.shapes import BATCH
 
 __all__ = ["NativeRun", "NativeStep", "RunMaps", "Unsupported"]
 
@@ -136,7 +136,7 @@ class RunMaps:
 
     def _takes_planar(self, node: fx.Node) -> bool:
         users = set(node.users).intersection(self.nodes)
-        return all(user.target is torch.ops.aten.conv2d.default for user in users)
+        return all(is_call(user, torch.ops.aten.conv2d.default) for user in users)
 
     # -- values -----------------------------------------------------------------------------------
 
@@ -178,9 +178,9 @@ class RunMaps:
     def _constant(self, value: Any) -> Tensor | None:
         if value is None:
             return None
-        if not isinstance(value, fx.Node) or value.op != "get_attr":
+        tensor = constant(self._module, value)
+        if tensor is None:
             raise Unsupported(f"has {value}, which is computed from the input")
-        tensor: Tensor = get_constant(self._module, str(value.target))
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise Unsupported(f"has {value.target} in {tensor.dtype}")
         return tensor

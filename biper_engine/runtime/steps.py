@@ -6,7 +6,6 @@ the bits behind it along, an average pool the zero channels, a sum its clamp.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -15,19 +14,21 @@ import torch
 from torch import fx
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry, pool_positions
+from biper_engine.graph.choice import prepack_node
+from biper_engine.graph.operators import operator_of
+from biper_engine.graph.patterns import (
+    clamp_limits,
+    conv2d_geometry,
+    is_mean_of_pixels,
+    only_user,
+    pair,
+    tail_of,
+    zero_pad,
+)
+from biper_engine.graph.reading import arguments, biper_op
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Clamp, Map
 from biper_engine.ops.registration import split_options
-from biper_engine.runtime.binding import prepack_node
-from biper_engine.runtime.graph import biper_op, named_arguments
-from biper_engine.runtime.patterns import (
-    all_arguments,
-    clamp_limits,
-    is_binarize,
-    max_pool_of,
-    only_user,
-    pair,
-)
 from biper_engine.runtime.runs import RunMaps, Unsupported
 
 __all__ = ["RunBuilder"]
@@ -53,12 +54,13 @@ class RunBuilder(RunMaps):
             self._maps[node] = self._maps[source][index]
             self.nodes.append(node)
             return (node,)
-        handler = _HANDLERS.get(node.target)
+        declared = operator_of(node)
+        handler = None if declared is None else _HANDLERS.get(declared.name)
         if handler is None:
             raise Unsupported("has no native step")
         inputs, steps = len(self.inputs), len(self.steps)
         try:
-            handler(self, node, all_arguments(node))
+            handler(self, node, arguments(node))
         except Unsupported:
             while len(self.inputs) > inputs:
                 unused, _ = self.inputs.popitem()
@@ -82,9 +84,8 @@ class RunBuilder(RunMaps):
         geometry, epilogue, _, _ = split_options(weight, held["multiplier"], held["bias"], given)
         want_bits, want_float = op != "bconv2d_float", op != "bconv2d_bits"
         check_epilogue(epilogue, geometry.out_channels, torch.device("cpu"), wants_bits=want_bits)
-        dtype = named_arguments(node).get("dtype", torch.float32)
-        if want_float and dtype != torch.float32:
-            raise Unsupported(f"writes {dtype}")
+        if want_float and named["dtype"] != torch.float32:
+            raise Unsupported(f"writes {named['dtype']}")
         residual = None if named.get("residual") is None else self._image(named["residual"])
         source = self._map(named["bits"], geometry.in_channels)
         floats, bits = self._program.conv(
@@ -122,39 +123,24 @@ class RunBuilder(RunMaps):
         assert weight is not None
         if named["groups"] != 1:
             raise Unsupported("has groups")
-        vertical, horizontal = pair(named["padding"])
-        geometry = Conv2dGeometry(
-            in_channels=x.channels,
-            out_channels=weight.shape[0],
-            kernel_size=(weight.shape[2], weight.shape[3]),
-            stride=pair(named["stride"]),
-            padding=(vertical, vertical, horizontal, horizontal),
-            dilation=pair(named["dilation"]),
-        )
-        nodes, last, options = [node], node, dict[str, Any]()
-        pool = only_user(last)
-        window = None if pool is None else max_pool_of(pool)
-        if pool is not None and window is not None:
-            options["pool"], last = window, pool
-            nodes.append(pool)
-        clamp = only_user(last)
-        if clamp is not None and clamp_limits(clamp) is not None:
-            options["clamp"], last = _limits(clamp), clamp
-            nodes.append(clamp)
-        steps = [user for user in last.users if is_binarize(user)]
-        options["want_float"] = len(last.users) > len(steps[:1])
-        if steps:
-            bits = all_arguments(steps[0])
-            options["want_bits"] = True
-            options |= {name: self._constant(bits.get(name)) for name in ("threshold", "sense")}
-            nodes.append(steps[0])
+        geometry, tail = conv2d_geometry(node, weight), tail_of(node)
+        last = tail.nodes[-1] if tail.nodes else node
+        named_bits = arguments(tail.bits[0]) if tail.bits else {}
         floats, packed = self._program.float_conv(
-            x, weight, self._constant(named["bias"]), geometry, **options
+            x,
+            weight,
+            self._constant(named["bias"]),
+            geometry,
+            pool=tail.pool,
+            clamp=Clamp(*tail.limits),
+            want_float=len(last.users) > len(tail.bits),
+            want_bits=bool(tail.bits),
+            threshold=self._constant(named_bits.get("threshold")),
+            sense=self._constant(named_bits.get("sense")),
         )
         self._maps[last] = floats
-        if steps:
-            self._maps[steps[0]] = packed
-        self._step(*nodes)
+        self._maps |= dict.fromkeys(tail.bits, packed)
+        self._step(node, *tail.nodes, *tail.bits)
 
     def _linear(self, node: fx.Node, named: dict[str, Any]) -> None:
         source = named["input"]
@@ -222,7 +208,7 @@ class RunBuilder(RunMaps):
 
     def _mean(self, node: fx.Node, named: dict[str, Any]) -> None:
         x = self._image(named["self"])
-        if sorted(d % 4 for d in named["dim"] or ()) != [2, 3] or named["dtype"] is not None:
+        if not is_mean_of_pixels(node):
             raise Unsupported("is no mean over height and width")
         whole = (x.height, x.width)
         self._maps[node] = self._program.average(x, whole, whole, (0, 0), (1, 1))
@@ -254,7 +240,9 @@ class RunBuilder(RunMaps):
         self._step(node)
 
     def _clamp(self, node: fx.Node, named: dict[str, Any]) -> None:
-        self._maps[node] = self._program.sum(self._image(named["self"]), None, _limits(node))
+        limits = clamp_limits(node)
+        assert limits is not None
+        self._maps[node] = self._program.sum(self._image(named["self"]), None, Clamp(*limits))
         self._step(node)
 
     def _add(self, node: fx.Node, named: dict[str, Any]) -> None:
@@ -265,12 +253,10 @@ class RunBuilder(RunMaps):
             b.width,
         ):
             raise Unsupported("is no sum of two maps of one shape")
-        nodes, last, clamp = [node], node, Clamp()
         behind = only_user(node)
-        if behind is not None and clamp_limits(behind) is not None:
-            clamp, last = _limits(behind), behind
-            nodes.append(behind)
-        self._maps[last] = self._program.sum(a, b, clamp)
+        limits = None if behind is None else clamp_limits(behind)
+        nodes = [node] if behind is None or limits is None else [node, behind]
+        self._maps[nodes[-1]] = self._program.sum(a, b, Clamp(*limits or ()))
         self._step(*nodes)
 
 
@@ -285,38 +271,31 @@ def _windows(x: Map, named: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     return kernel, stride, padding, (rows, columns)
 
 
-def _limits(node: fx.Node) -> Clamp:
-    low, high = clamp_limits(node) or (None, None)
-    return Clamp(-math.inf if low is None else low, math.inf if high is None else high)
-
-
 def _padded_channels(node: fx.Node) -> tuple[int, int] | None:
     """Return the zero channels that a pad adds before and after, None for any other node."""
-    if node.target is not aten.constant_pad_nd.default:
-        return None
-    named = all_arguments(node)
-    pad = list(named["pad"])
-    if len(pad) != 6 or any(pad[:4]) or min(pad) < 0 or named["value"] not in (0, None):
+    pad = zero_pad(node)
+    if pad is None or len(pad) != 6 or any(pad[:4]):
         return None
     return pad[4], pad[5]
 
 
-_HANDLERS: dict[Any, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
-    torch.ops.biper.bconv2d_float.default: RunBuilder._bconv,
-    torch.ops.biper.bconv2d_bits.default: RunBuilder._bconv,
-    torch.ops.biper.bconv2d_float_bits.default: RunBuilder._bconv,
-    torch.ops.biper.binarize.default: RunBuilder._binarize,
-    torch.ops.biper.bmaxpool2d.default: RunBuilder._bit_pool,
-    aten.conv2d.default: RunBuilder._conv2d,
-    aten.linear.default: RunBuilder._linear,
-    aten.reshape.default: RunBuilder._reshape,
-    aten.max_pool2d.default: RunBuilder._max_pool2d,
-    aten.avg_pool2d.default: RunBuilder._avg_pool2d,
-    aten.mean.dim: RunBuilder._mean,
-    aten._adaptive_avg_pool2d.default: RunBuilder._adaptive,
-    aten.constant_pad_nd.default: RunBuilder._pad,
-    aten.hardtanh.default: RunBuilder._clamp,
-    aten.clamp.default: RunBuilder._clamp,
-    aten.relu.default: RunBuilder._clamp,
-    aten.add.Tensor: RunBuilder._add,
+_HANDLERS: dict[str, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
+    "biper.bconv2d_float": RunBuilder._bconv,
+    "biper.bconv2d_bits": RunBuilder._bconv,
+    "biper.bconv2d_float_bits": RunBuilder._bconv,
+    "biper.binarize": RunBuilder._binarize,
+    "biper.bmaxpool2d": RunBuilder._bit_pool,
+    "conv2d": RunBuilder._conv2d,
+    "linear": RunBuilder._linear,
+    "reshape": RunBuilder._reshape,
+    "max_pool2d": RunBuilder._max_pool2d,
+    "avg_pool2d": RunBuilder._avg_pool2d,
+    "mean": RunBuilder._mean,
+    "adaptive_avg_pool2d": RunBuilder._adaptive,
+    "pad": RunBuilder._pad,
+    "hardtanh": RunBuilder._clamp,
+    "clamp": RunBuilder._clamp,
+    "relu": RunBuilder._clamp,
+    "add": RunBuilder._add,
 }
+"""The native step of each operator that has one, by the name of its declaration."""

@@ -12,9 +12,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx, nn
 
+from biper_engine.graph.reading import get_constant
 from biper_engine.ops.cpu import native
 from biper_engine.ops.readable import readable
-from biper_engine.runtime.graph import get_constant
 
 __all__ = ["Watch", "own_tensors", "refuse_gradients"]
 

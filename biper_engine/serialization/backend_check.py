@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from biper_engine.engine import Engine
+from biper_engine.converted import BYTES, ConvertedNetwork
+from biper_engine.graph.choice import node_backend
+from biper_engine.graph.reading import biper_op, interpret
 from biper_engine.ops.backends import by_name, forced_name, use_backend
-from biper_engine.runtime import biper_op, interpret, node_backend
 from biper_engine.serialization.execution import call_node, digest, exactly, forced
-from biper_engine.serialization.proof import BYTES, Proof, example_inputs
+from biper_engine.serialization.proof import example_inputs
 from biper_engine.serialization.reports import BackendReport, NodeReport
 
 __all__ = ["check_backend"]
 
 
 def check_backend(
-    engine: Engine,
+    network: ConvertedNetwork,
     backend: str | None = None,
     *,
     inputs: Sequence[Tensor] | None = None,
@@ -28,9 +29,9 @@ def check_backend(
     """Compare a backend with the reference, operator by operator, each on the reference's inputs.
 
     Args:
-        engine: any engine; no proof is needed.
-        backend: a name from `biper_engine.backends()`; None takes what the engine would.
-        inputs: the engine's flat inputs; None makes them from `seed`.
+        network: any; no proof is needed.
+        backend: a name from `biper_engine.backends()`; None takes what an engine would.
+        inputs: the network's flat inputs; None makes them from `seed`.
         seed: see `example_inputs`.
 
     Returns:
@@ -41,11 +42,11 @@ def check_backend(
     """
     if backend is not None:
         by_name(backend)
-    device = engine.device or torch.device("cpu")
+    device = network.device or torch.device("cpu")
     if inputs is None:
-        bound = engine.proof.bound if isinstance(engine.proof, Proof) else BYTES
-        inputs = example_inputs(engine.signature.inputs, seed, bound)
-    module, rows = engine.graph_module, []
+        bound = BYTES if network.proof is None else network.proof.bound
+        inputs = example_inputs(network.signature.inputs, seed, bound)
+    module, rows = network.graph_module, []
 
     def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         op = biper_op(node)

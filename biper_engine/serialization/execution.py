@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from biper_engine.graph.choice import prepack_node
+from biper_engine.graph.reading import is_bconv2d
 from biper_engine.ops.backends import use_backend
-from biper_engine.runtime import biper_op, prepack_node
 
 __all__ = ["call_node", "digest", "exactly", "forced"]
 
@@ -41,6 +42,6 @@ def exactly() -> Iterator[None]:
 def call_node(node: fx.Node, args: tuple[Any, ...], kwargs: Any, *, prepack: bool) -> Any:
     """Run one node, with weights re-laid as the engine's plan does, if `prepack`."""
     assert callable(node.target)
-    if prepack and (biper_op(node) or "").startswith("bconv2d"):
+    if prepack and is_bconv2d(node):
         kwargs = {**kwargs, "prepacked": prepack_node(node, args[1])}
     return node.target(*args, **kwargs)

@@ -22,7 +22,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from biper_engine.errors import FileFormatError
-from biper_engine.runtime import CONSTANT_TYPES, Leaf, marked_structure
+from biper_engine.graph.structure import CONSTANT_TYPES, Leaf, marked_structure
 
 __all__ = ["decode_form", "encode_constant", "encode_form"]
 

@@ -25,7 +25,8 @@ from biper_engine.graph import (
     Value,
     input_value,
 )
-from biper_engine.runtime import InputSpec, PortableGraph, from_portable
+from biper_engine.graph.portable import PortableGraph, from_portable
+from biper_engine.graph.signature import InputSpec
 from biper_engine.serialization.graph_format import LAYOUTS
 
 __all__ = ["decode"]

@@ -24,7 +24,8 @@ from torch import Tensor, fx
 
 from biper_engine.errors import FileFormatError
 from biper_engine.graph import DTYPES, MisfitError, Operator, operator_of
-from biper_engine.runtime import output_values, to_portable
+from biper_engine.graph.portable import to_portable
+from biper_engine.graph.reading import output_values
 
 __all__ = ["LAYOUTS", "encode"]
 

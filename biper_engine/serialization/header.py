@@ -7,15 +7,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.converted import ConvertedNetwork
 from biper_engine.errors import FileFormatError
 from biper_engine.graph import DTYPES
+from biper_engine.graph.signature import InputSpec, Signature
+from biper_engine.graph.structure import CONSTANT_TYPES, structure_of
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport
-from biper_engine.runtime import CONSTANT_TYPES, structure_of
 from biper_engine.serialization.forms import decode_form, encode_constant, encode_form
 
-__all__ = ["engine_arguments", "engine_entries"]
+__all__ = ["header_entries", "header_values"]
 
 T = TypeVar("T")
 
@@ -26,27 +27,27 @@ _MAX_INPUTS = 1024
 _MAX_DEPTH = 32  # of lists and objects in `options`
 
 
-def engine_entries(engine: Engine) -> dict[str, Any]:
-    """Return the header entries of an engine, apart from graph and proof.
+def header_entries(network: ConvertedNetwork) -> dict[str, Any]:
+    """Return the header entries of a network, apart from graph and proof.
 
     Raises:
         FileFormatError: inputs or outputs have a form that files cannot hold.
     """
-    metadata, provenance = engine.metadata, engine.provenance
+    metadata, provenance = network.metadata, network.provenance
     return {
-        "signature": _encode_signature(engine.signature),
-        "report": engine.report.to_dict(),
+        "signature": _encode_signature(network.signature),
+        "report": network.report.to_dict(),
         "metadata": None if metadata is None else metadata.to_dict(),
         "provenance": None if provenance is None else provenance.to_dict(),
-        "options": engine.options,
+        "options": dict(network.options),
     }
 
 
-def engine_arguments(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `Engine` arguments in a header, apart from the graph module.
+def header_values(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a network that a header has, apart from graph and proof.
 
     Raises:
-        FileFormatError: an entry is missing or is not what `engine_entries` makes.
+        FileFormatError: an entry is missing or is not what `header_entries` makes.
     """
     return {
         "signature": _entry(header, "signature", _decode_signature),

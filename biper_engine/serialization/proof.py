@@ -9,24 +9,32 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from biper_engine.bits import count_different
-from biper_engine.engine import Engine, InputSpec
+from biper_engine.converted import BYTES, ConvertedNetwork, Proof
 from biper_engine.errors import FileFormatError
+from biper_engine.graph.reading import interpret, packed_map
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import forced_name
-from biper_engine.runtime import interpret, packed_map
 from biper_engine.serialization.execution import call_node, digest, exactly, forced
 from biper_engine.serialization.reports import ProofReport
 
-__all__ = ["BATCH", "BYTES", "Proof", "example_inputs", "make_proof", "replay"]
+__all__ = [
+    "BATCH",
+    "example_inputs",
+    "make_proof",
+    "proof_entry",
+    "proof_tensors",
+    "read_proof",
+    "replay",
+]
 
 BATCH = 2
-BYTES = 256
 _MAX_STORED_VALUES = 65_536
 _TENSOR_PREFIX = "proof/output/"
 
@@ -35,65 +43,46 @@ _TENSOR_PREFIX = "proof/output/"
 _OUTPUT_TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What the reference backend computed from a seed when an engine was saved.
+def proof_entry(proof: Proof) -> dict[str, Any]:
+    """Return the header entry of a proof; `proof_tensors` has the rest."""
+    return {
+        "seed": proof.seed,
+        "maps": [[name, digest] for name, digest in proof.maps.items()],
+        "outputs": list(proof.outputs),
+        "values": sorted(proof.values),
+        **({} if proof.bound == BYTES else {"bound": proof.bound}),
+    }
 
-    Attributes:
-        seed: makes the inputs; see `example_inputs`.
-        maps: SHA-256 of every packed map, int32 little endian, by node name, in order.
-        outputs: SHA-256 of every output's bytes, None for one that is no tensor.
-        values: the outputs that are small enough to be kept, by position.
-        bound: integers of the inputs are below it; see `example_inputs`.
+
+def proof_tensors(proof: Proof) -> dict[str, Tensor]:
+    """Return the stored outputs of a proof by their names in files."""
+    return {f"{_TENSOR_PREFIX}{i}": value for i, value in proof.values.items()}
+
+
+def read_proof(entry: Any, tensors: dict[str, Tensor]) -> Proof:
+    """Return the proof of a header entry, taking its tensors out of `tensors`.
+
+    Raises:
+        FileFormatError: the entry is not what `proof_entry` makes.
     """
-
-    seed: int
-    maps: Mapping[str, str]
-    outputs: tuple[str | None, ...]
-    values: Mapping[int, Tensor]
-    bound: int = BYTES
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the header entry; `tensors` has the rest."""
-        return {
-            "seed": self.seed,
-            "maps": [[name, digest] for name, digest in self.maps.items()],
-            "outputs": list(self.outputs),
-            "values": sorted(self.values),
-            **({} if self.bound == BYTES else {"bound": self.bound}),
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the stored outputs by their names in files."""
-        return {f"{_TENSOR_PREFIX}{i}": value for i, value in self.values.items()}
-
-    @classmethod
-    def from_dict(cls, entry: Any, tensors: dict[str, Tensor]) -> Proof:
-        """Build from a header entry, taking its tensors out of `tensors`.
-
-        Raises:
-            FileFormatError: the entry is not what `to_dict` makes.
-        """
-        try:
-            maps, outputs, positions = entry["maps"], entry["outputs"], entry["values"]
-            _require(type(entry["seed"]) is int and 0 <= entry["seed"] < 1 << 63, "a seed")
-            _require(all(type(part) is list for part in (maps, outputs, positions)), "lists")
-            _require(all(map(_is_record, maps)), "maps by name")
-            _require(all(o is None or _is_digest(o) for o in outputs), "hashes of outputs")
-            whole = all(type(i) is int and 0 <= i < len(outputs) for i in positions)
-            _require(whole and positions == sorted(set(positions)), "positions of outputs")
-            bound = entry.get("bound", BYTES)
-            _require(type(bound) is int and 1 <= bound <= BYTES, "a bound of integers")
-            values = {i: tensors.pop(f"{_TENSOR_PREFIX}{i}") for i in positions}
-            _require(all(outputs[i] is not None for i in positions), "hashes of what it holds")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(
-                f"The file's header has a wrong proof: {error!r:.200}."
-            ) from error
-        named = {name: digest for name, digest in maps}  # noqa: C416  (a dict of lists)
-        if len(named) != len(maps):
-            raise FileFormatError("The file's header has a wrong proof: a map occurs twice.")
-        return cls(entry["seed"], named, tuple(outputs), values, bound)
+    try:
+        maps, outputs, positions = entry["maps"], entry["outputs"], entry["values"]
+        _require(type(entry["seed"]) is int and 0 <= entry["seed"] < 1 << 63, "a seed")
+        _require(all(type(part) is list for part in (maps, outputs, positions)), "lists")
+        _require(all(map(_is_record, maps)), "maps by name")
+        _require(all(o is None or _is_digest(o) for o in outputs), "hashes of outputs")
+        whole = all(type(i) is int and 0 <= i < len(outputs) for i in positions)
+        _require(whole and positions == sorted(set(positions)), "positions of outputs")
+        bound = entry.get("bound", BYTES)
+        _require(type(bound) is int and 1 <= bound <= BYTES, "a bound of integers")
+        values = {i: tensors.pop(f"{_TENSOR_PREFIX}{i}") for i in positions}
+        _require(all(outputs[i] is not None for i in positions), "hashes of what it holds")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"The file's header has a wrong proof: {error!r:.200}.") from error
+    named = {name: digest for name, digest in maps}  # noqa: C416  (a dict of lists)
+    if len(named) != len(maps):
+        raise FileFormatError("The file's header has a wrong proof: a map occurs twice.")
+    return Proof(entry["seed"], named, tuple(outputs), values, bound)
 
 
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -195,32 +184,32 @@ def _run(
 
 
 def replay(
-    engine: Engine, proof: Proof | None = None, *, backend: str | None = None
+    network: ConvertedNetwork, proof: Proof | None = None, *, backend: str | None = None
 ) -> ProofReport:
     """Repeat a proof and compare with what was recorded.
 
     Args:
-        engine: a loaded engine, on any device.
-        proof: None means the engine's own.
-        backend: a name from `biper_engine.backends()`; None takes what the engine would.
+        network: that was read from a file, on any device.
+        proof: None means the network's own.
+        backend: a name from `biper_engine.backends()`; None takes what an engine would.
 
     Returns:
         Whether every packed map and output has the recorded bytes; if not, the first map that
         differs, in how many bits from the reference on this machine, and how far the outputs are.
 
     Raises:
-        ValueError: there is no proof, since the engine was not loaded from a file.
+        ValueError: there is no proof, since the network was not read from a file.
         BackendUnavailableError: `backend` cannot run the network.
     """
-    proof = engine.proof if proof is None else proof
-    if not isinstance(proof, Proof):
+    proof = network.proof if proof is None else proof
+    if proof is None:
         raise ValueError(
             "This engine has no proof: it was not loaded from a file. Save and load it."
         )
-    device = engine.device or torch.device("cpu")
-    made = example_inputs(engine.signature.inputs, proof.seed, proof.bound)
+    device = network.device or torch.device("cpu")
+    made = example_inputs(network.signature.inputs, proof.seed, proof.bound)
     inputs = [value.to(device) for value in made]
-    maps, outputs = _run(engine.graph_module, inputs, backend)
+    maps, outputs = _run(network.graph_module, inputs, backend)
     got = {name: digest(value) for name, value in maps.items()}
     digests = tuple(digest(value) if isinstance(value, Tensor) else None for value in outputs)
     report = ProofReport(
@@ -235,7 +224,7 @@ def replay(
     first = next((name for name in proof.maps if got.get(name) != proof.maps[name]), None)
     if first is None:
         return report
-    return _locate(engine.graph_module, inputs, maps, replace(report, node=first), proof)
+    return _locate(network.graph_module, inputs, maps, replace(report, node=first), proof)
 
 
 def _locate(

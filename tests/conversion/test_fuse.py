@@ -1,5 +1,6 @@
 """Fuse: what follows a binary convolution goes into its epilogue, and means the same."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from biper_engine.conversion import convert
 from biper_engine.engine import Engine
 from tests.conversion.comparison import Functional, assert_close, converted, images_of
 from tests.conversion.foreign_models import LearnableBias, QConv, QLinear
@@ -70,6 +72,14 @@ def test_an_epilogue_means_what_the_model_means(run: Any, wanted: list[str] | No
     assert_close(engine, model, images)
     if wanted is not None:
         assert operators(engine) == wanted
+
+
+@pytest.mark.parametrize("limits", [(math.inf, None), (None, -math.inf)])
+def test_an_infinite_limit_that_leaves_no_other_value_is_kept(limits: Any) -> None:
+    model = Functional(lambda s, x: s.c(x).clamp(*limits), **layers())
+    engine = convert(model, images_of((6, 8, 8)))
+    wanted = torch.full((4, 8, 8, 8), next(x for x in limits if x is not None))
+    assert torch.equal(engine(images_of((6, 8, 8))), wanted)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-8, -1.0])

@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from biper_engine.bits import pack_weight
-from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.engine import Engine
 from biper_engine.graph import OPERATORS, ImagesSize
+from biper_engine.graph.signature import InputSpec, Signature
 from tests.graph.calls import CALLS, Flowing
-from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature, two_inputs
+from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature, two_inputs
 
 _aten, _biper = torch.ops.aten, torch.ops.biper
 
@@ -142,7 +143,7 @@ def float_network() -> Engine:
 
 def _engine(module: fx.GraphModule, inputs: dict[str, tuple[int, ...]], out: Any) -> Engine:
     form = signature(inputs, (0,) * len(inputs), {}, out)
-    return Engine(module, signature=form, report=leaf_report())
+    return engine_of(module, form)
 
 
 # -- every operator --------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def operator_network(part: int) -> Engine:
         out_spec=pytree.tree_structure([0] * len(builder.outputs)),
         inputs=tuple(specs),
     )
-    return Engine(builder.module(*builder.outputs), signature=form, report=leaf_report())
+    return engine_of(builder.module(*builder.outputs), form)
 
 
 _PARTS = range(-(-len(CALLS) // _CALLS_PER_NETWORK))

@@ -20,7 +20,7 @@ import biper_engine
 from biper_engine.engine import Engine
 from biper_engine.errors import FileFormatError
 from biper_engine.graph import ImagesSize, Value, network_values, operator_of
-from biper_engine.runtime import interpret
+from biper_engine.graph.reading import interpret
 from biper_engine.serialization import check_backend
 from biper_engine.serialization.execution import call_node
 
@@ -102,7 +102,7 @@ def run(engine: Engine) -> str | None:
             wanted = [outputs(engine, inputs) for inputs in batches]
     if any(_is_outside_contract(x) for x in itertools.chain(*wanted)):
         return None
-    report = check_backend(engine, inputs=batches[-1])
+    report = check_backend(engine.network, inputs=batches[-1])
     if report.first_different is not None and _values_are_finite(engine, batches[-1]):
         return f"operator {report.first_different} differs from the reference"
     exact, flips = _is_exact(engine), _may_flip(engine)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from biper_engine.engine import load
 from biper_engine.graph import OPERATORS, operator_of
-from biper_engine.serialization import load
 from tests.fuzz.bases import BASES, write_bases
 from tests.fuzz.cases import Cases
 from tests.fuzz.judge import judge

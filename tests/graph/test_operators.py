@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from biper_engine.graph import BATCH, OPERATORS, MisfitError, Operator, Value
+from biper_engine.graph.operator import Numbers
+from biper_engine.graph.operators import numbers_of
 from biper_engine.graph.values import ANY
 from tests.graph.calls import CALLS, Flowing, concrete
+from tests.networks_by_hand import GraphBuilder
 
 OVERLOADS = {
     name: operator
@@ -125,3 +128,38 @@ def test_arguments_are_those_of_the_overload(name: str) -> None:
 def test_every_overload_has_one_name() -> None:
     targets = [operator.target for operator in OPERATORS.values()]
     assert len(set(targets)) == len(targets)
+
+
+_KEPT = (Numbers.MOVED, Numbers.LARGEST, Numbers.JOINED, Numbers.SPLIT)
+KEEPING = [call for call in CALLS if OPERATORS[call[0]].numbers in _KEPT]
+
+
+def _numbers(value: Any) -> set[float]:
+    if isinstance(value, tuple | list):
+        return set().union(*map(_numbers, value))
+    return set(value.flatten().tolist())
+
+
+@pytest.mark.parametrize(("name", "arguments"), KEEPING, ids=lambda x: x if type(x) is str else "")
+def test_numbers_come_from_the_operands_where_the_declaration_says_so(
+    name: str, arguments: Mapping[str, Any]
+) -> None:
+    named = {key: passed(value, 2) for key, value in arguments.items()}
+    first = next(iter(named.values()))
+    assert _numbers(OPERATORS[name].target(**named)) <= _numbers(first)
+
+
+def test_captured_operators_are_told_apart_by_how_their_numbers_come() -> None:
+    aten, g = torch.ops.aten, GraphBuilder()
+    a = g.input("a")
+    wanted = {
+        aten.sign.default: Numbers.ELEMENTWISE,
+        aten.softshrink.default: Numbers.ELEMENTWISE,  # which files do not hold
+        aten.flip.out: Numbers.MOVED,  # another overload than the declared one
+        aten.max_pool2d.default: Numbers.LARGEST,
+        aten.cat.default: Numbers.JOINED,
+        aten.unbind.int: Numbers.SPLIT,
+        aten.log.default: None,
+    }
+    assert {t: numbers_of(g.call("call", t, a)) for t in wanted} == wanted
+    assert numbers_of(a) is None

@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from biper_engine.bits import unpack_channels
 from biper_engine.engine import Engine
+from biper_engine.graph.reading import biper_op, get_constant
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.stem import PLAN_OPERATORS
-from biper_engine.runtime import biper_op, get_constant
 from biper_engine.runtime.fusing import fuse_ends
-from biper_engine.runtime.signature import InputSpec
 from tests.networks_by_hand import GraphBuilder
 
 _aten, _biper = torch.ops.aten, torch.ops.biper

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from biper_engine.engine import Engine, Signature
+from biper_engine.engine import Engine
+from biper_engine.graph.signature import Signature
 from biper_engine.ops.cpu_program import Clamp, CpuProgram
 from tests.networks_by_hand import classifier
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import biper_engine
 from biper_engine import models
+from biper_engine.graph.reading import biper_op
 from biper_engine.ops import backends
 from biper_engine.ops.backends import Backend, use_backend
-from biper_engine.runtime import biper_op
 
 pytestmark = pytest.mark.deep
 

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from biper_engine.conversion import convert
 from biper_engine.engine import Engine
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.graph.reading import interpret
 from biper_engine.models import build
 from biper_engine.ops.backends import use_backend
 from biper_engine.ops.cpu_program import Clamp, CpuProgram
-from biper_engine.runtime import NativePlan, interpret
+from biper_engine.runtime import NativePlan
 from tests.concurrency import wrong_results
 from tests.golden import weights
-from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature
+from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -357,9 +358,7 @@ def test_an_average_pool_in_a_graph_is_torchs(options: dict[str, Any]) -> None:
     ]
     pool = g.call("pool", _aten.avg_pool2d.default, x, *args)
     pad = g.call("pad", _aten.constant_pad_nd.default, pool, [0, 0, 0, 0, 2, 3])
-    engine = Engine(
-        g.module(pad), signature=signature({"x": (5, 9, 7)}, (0,), {}, 0), report=leaf_report()
-    )
+    engine = engine_of(g.module(pad), signature({"x": (5, 9, 7)}, (0,), {}, 0))
     images = torch.randn(3, 5, 9, 7, generator=torch.Generator().manual_seed(0))
     engine._device = torch.device("cpu")  # a network without tensors is on none
     assert engine.execution == "one native program of 1 step"
@@ -379,9 +378,7 @@ POOLS = [
 def test_pools_that_torch_cuts_to_size(target: Any, options: tuple[Any, ...]) -> None:
     g = GraphBuilder()
     pool = g.call("pool", target, g.input("x"), *options)
-    engine = Engine(
-        g.module(pool), signature=signature({"x": (5, 9, 7)}, (0,), {}, 0), report=leaf_report()
-    )
+    engine = engine_of(g.module(pool), signature({"x": (5, 9, 7)}, (0,), {}, 0))
     engine._device = torch.device("cpu")
     assert engine.execution == "one native program of 1 step"
     images = torch.randn(3, 5, 9, 7, generator=torch.Generator().manual_seed(0))

@@ -15,19 +15,10 @@ from torch import Tensor, fx, nn
 
 from biper_engine.engine import Engine
 from biper_engine.geometry import Conv2dGeometry
+from biper_engine.graph.reading import biper_op, interpret
 from biper_engine.ops.backends import use_backend
 from biper_engine.ops.reference import ReferenceBackend
-from biper_engine.runtime import (
-    PlanSlot,
-    biper_op,
-    from_portable,
-    interpret,
-    isolate_outputs,
-    output_values,
-    packed_map,
-    plan,
-    to_portable,
-)
+from biper_engine.runtime import PlanSlot, plan
 from tests.networks_by_hand import GraphBuilder, classifier, classifier_graph
 
 _aten = torch.ops.aten
@@ -178,51 +169,6 @@ def test_copies_of_a_slot_are_empty() -> None:
 
 
 # -- graphs ---------------------------------------------------------------------------------------
-
-
-def test_a_portable_graph_keeps_names_and_shares_tensors(images: Tensor) -> None:
-    module = classifier_graph()
-    rebuilt = from_portable(to_portable(module))
-    assert str(rebuilt.graph) == str(module.graph)
-    weights = (m.get_buffer("layer1.0.conv1.weight") for m in (module, rebuilt))
-    assert len({weight.data_ptr() for weight in weights}) == 1
-    assert torch.equal(rebuilt(images)[0], module(images)[0])
-
-
-def test_interpret_visits_every_call_and_returns_the_outputs(images: Tensor) -> None:
-    module = classifier_graph()
-    maps: dict[str, torch.Size] = {}
-
-    def call(node: fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        result = node.target(*args, **kwargs)  # type: ignore[operator]
-        packed = packed_map(node, result)
-        if packed is not None:
-            maps[node.name] = packed.shape
-        return result
-
-    (logits,) = interpret(module, [images], call)
-    assert torch.equal(logits, module(images)[0])
-    assert maps == {
-        "stem_bits": (2, 8, 8, 2),
-        "layer1_0": (2, 8, 8, 2),
-        "layer1_1": (2, 8, 8, 2),
-        "pool": (2, 4, 4, 2),
-    }
-
-
-def test_only_outputs_that_alias_inputs_or_constants_are_cloned() -> None:
-    g = GraphBuilder()
-    x = g.input("x")
-    fresh = g.call("fresh", _aten.relu.default, x)
-    view = g.call("view", _aten.permute.default, fresh, [0, 2, 1])
-    alias = g.call("alias", _aten.permute.default, x, [0, 2, 1])
-    module = g.module(fresh, view, alias, None)
-    isolate_outputs(module)
-    isolate_outputs(module)
-    fresh_out, view_out, alias_out, nothing = output_values(module.graph)
-    assert (fresh_out, view_out, nothing) == (fresh, view, None)
-    assert alias_out.target is _aten.clone.default
-    assert sum(node.target is _aten.clone.default for node in module.graph.nodes) == 1
 
 
 def test_the_source_of_a_graph_goes_with_its_engine(images: Tensor) -> None:

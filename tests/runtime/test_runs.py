@@ -15,15 +15,19 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from biper_engine.conversion import convert
-from biper_engine.engine import Engine, InputSpec, Signature
+from biper_engine.engine import Engine
+from biper_engine.graph import OPERATORS
+from biper_engine.graph.reading import interpret
+from biper_engine.graph.signature import InputSpec, Signature
 from biper_engine.models import build
 from biper_engine.ops.backends import backends
-from biper_engine.runtime import NativePlan, interpret
+from biper_engine.runtime import NativePlan
+from biper_engine.runtime.steps import _HANDLERS
 from tests.concurrency import wrong_results
 from tests.conversion.comparison import converted
 from tests.conversion.test_foreign_models import NETWORKS
 from tests.golden import weights
-from tests.networks_by_hand import GraphBuilder, leaf_report, signature, two_inputs
+from tests.networks_by_hand import GraphBuilder, engine_of, signature, two_inputs
 
 _aten, _biper = torch.ops.aten, torch.ops.biper
 
@@ -73,7 +77,7 @@ class Network(GraphBuilder):
 
     def engine(self, *outputs: Any, shape: tuple[int, ...] = (CHANNELS, 6, 6)) -> Engine:
         form = signature({"x": shape}, (0,), {}, [0] * len(outputs))
-        engine = Engine(self.module(*outputs), signature=form, report=leaf_report())
+        engine = engine_of(self.module(*outputs), form)
         engine._device = torch.device("cpu")  # also where a network has no tensors
         return engine
 
@@ -135,6 +139,10 @@ PLACES = {
 }
 
 
+def test_every_native_step_is_that_of_a_declared_operator() -> None:
+    assert set(_HANDLERS) <= set(OPERATORS)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_an_operator_without_a_step_runs_alone_wherever_it_is(place: str) -> None:
     engine = residual_network(place)
@@ -145,6 +153,20 @@ def test_an_operator_without_a_step_runs_alone_wherever_it_is(place: str) -> Non
     steps = sum(map(len, PLACES[place]))
     assert engine.execution == f"{programs} of {steps} steps, {reason}"
     assert_same_bits(engine)
+
+
+def test_a_float_convolution_takes_a_clamp_before_its_pool_and_all_equal_bits_along() -> None:
+    g = Network()
+    weight = g.constant("weight", g.normal(CHANNELS, CHANNELS, 3, 3))
+    conv = g.call("stem", _aten.conv2d.default, g.input("x"), weight, None, [1, 1], [1, 1])
+    pool = g.call("pool", _aten.max_pool2d.default, g.call("clamp", _aten.relu.default, conv), 2)
+    first, second = g.bits("first", pool), g.bits("second", pool)
+    engine = g.engine(g.conv("conv1", first), g.conv("conv2", second))
+    assert runs(engine) == [["stem", "clamp", "pool", "first", "second", "conv1", "conv2"]]
+    assert len(plan_of(engine).steps) == 3
+    x = batch_of(3, CHANNELS, 6, 6)
+    for got, wanted in zip(engine(x), one_by_one(engine, x), strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_a_packed_map_crosses_from_one_program_to_the_next() -> None:
@@ -227,7 +249,7 @@ def test_images_that_are_no_float32_maps_are_changed_in_front() -> None:
         pytree.tree_structure(0),
         (InputSpec("x", torch.uint8, (None, CHANNELS, 6, 6)),),
     )
-    engine = Engine(module, signature=form, report=leaf_report())
+    engine = engine_of(module, form)
     assert (runs(engine), outside(engine)) == ([["bits", "conv"]], ["floats", "scaled"])
     images = batch_of(2, CHANNELS, 6, 6).mul(64).add(128).clamp(0, 255).to(torch.uint8)
     assert torch.equal(engine(images), one_by_one(engine, images)[0])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from biper_engine.engine import load
 from biper_engine.errors import FileFormatError
-from biper_engine.serialization import container, load
+from biper_engine.serialization import container
 from tests.networks_by_hand import classifier
 
 

@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from biper_engine.engine import Engine
+from biper_engine.engine import Engine, load
 from biper_engine.errors import FileFormatError
-from biper_engine.serialization import load
 from biper_engine.serialization.container import read
 from tests.networks_by_hand import classifier
 

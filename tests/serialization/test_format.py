@@ -13,10 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from biper_engine.engine import Engine, Signature
+from biper_engine.engine import Engine, load
 from biper_engine.errors import FileFormatError
-from biper_engine.serialization import container, load, save
-from tests.networks_by_hand import GraphBuilder, classifier, leaf_report, signature, two_inputs
+from biper_engine.graph.signature import Signature
+from biper_engine.serialization import container, write
+from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature, two_inputs
 
 _aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ def one_call(target: object, *args: object, **kwargs: object) -> Engine:
     g = GraphBuilder()
     x = g.input("x")
     module = g.module(g.call("y", target, x, *args, **kwargs))
-    return Engine(module, signature=signature({"x": (4,)}, (0,), {}, 0), report=leaf_report())
+    return engine_of(module, signature({"x": (4,)}, (0,), {}, 0))
 
 
 def test_everything_goes_round(tmp_path: Path, images: Tensor) -> None:
@@ -60,7 +61,7 @@ def test_equal_engines_give_equal_files(tmp_path: Path, images: Tensor) -> None:
     engine = classifier()
     engine.save(tmp_path / "a.biper")
     engine(images)
-    save(engine, tmp_path / "b.biper")
+    write(engine.network, tmp_path / "b.biper")
     load(tmp_path / "a.biper").save(tmp_path / "c.biper")
     first = (tmp_path / "a.biper").read_bytes()
     assert first == (tmp_path / "b.biper").read_bytes() == (tmp_path / "c.biper").read_bytes()
@@ -100,7 +101,7 @@ def test_dtypes_of_constants_go_round(tmp_path: Path) -> None:
     for i, dtype in enumerate((torch.bool, torch.int64, torch.float16, torch.bfloat16)):
         outputs.append(g.constant(f"c{i}", torch.tensor([0, 1, 1]).to(dtype)))
     form = signature({"x": (1,)}, (0,), {}, [0] * 5)
-    engine = Engine(g.module(*outputs), signature=form, report=leaf_report())
+    engine = engine_of(g.module(*outputs), form)
     engine.save(tmp_path / "net.biper")
     x = torch.zeros(1, 1)
     torch.testing.assert_close(load(tmp_path / "net.biper")(x), engine(x), rtol=0, atol=0)

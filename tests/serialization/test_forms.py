@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from biper_engine.engine import Engine
+from biper_engine.engine import load
 from biper_engine.errors import FileFormatError
-from biper_engine.runtime import Leaf, structure_of
-from biper_engine.serialization import load
+from biper_engine.graph.structure import Leaf, structure_of
 from biper_engine.serialization.forms import decode_form, encode_form
-from tests.networks_by_hand import GraphBuilder, leaf_report, signature
+from tests.networks_by_hand import GraphBuilder, engine_of, signature
 
 Out = namedtuple("Out", ["logits", "aux"])
 _aten = torch.ops.aten
@@ -105,7 +104,7 @@ def test_constants_and_named_tuples_leave_a_loaded_engine(tmp_path: Path) -> Non
     size = g.call("size", _aten.sym_size.int, x, 0)
     form = signature({"x": (4,)}, (0,), {}, Out(0, [0, 0, 0, 0, OrderedDict(size=0)]))
     module = g.module(y, None, 3, 0.5, "words", size)
-    Engine(module, signature=form, report=leaf_report()).save(tmp_path / "net.biper")
+    engine_of(module, form).save(tmp_path / "net.biper")
     engine = load(tmp_path / "net.biper")
     for images in (1, 3):
         out = engine(torch.ones(images, 4))

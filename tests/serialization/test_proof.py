@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from biper_engine.engine import Engine, InputSpec
+from biper_engine.engine import Engine, load
 from biper_engine.errors import BackendUnavailableError
+from biper_engine.graph.signature import InputSpec
 from biper_engine.ops import reference
 from biper_engine.ops.backends import _REGISTERED as REGISTERED
 from biper_engine.ops.backends import use_backend
-from biper_engine.serialization import check_backend, example_inputs, load, replay
+from biper_engine.serialization import check_backend, example_inputs, replay
 from tests.networks_by_hand import classifier, two_inputs
 
 
@@ -58,7 +59,7 @@ def test_inputs_have_the_dtype_that_the_network_takes(dtype: torch.dtype) -> Non
 
 
 def test_a_proof_replays_bit_identically(loaded: Engine) -> None:
-    report = replay(loaded, backend="reference")
+    report = replay(loaded.network, backend="reference")
     assert report.ok
     assert report.bit_identical
     assert (report.maps, report.node, report.max_output_difference) == (4, None, 0.0)
@@ -75,7 +76,7 @@ def test_a_proof_of_several_outputs_replays(tmp_path: Path) -> None:
     two_inputs().save(tmp_path / "net.biper")
     engine = load(tmp_path / "net.biper")
     assert len(engine.proof.outputs) == 3
-    assert replay(engine).ok
+    assert replay(engine.network).ok
 
 
 def test_large_outputs_are_hashed_but_not_stored(
@@ -85,13 +86,13 @@ def test_large_outputs_are_hashed_but_not_stored(
     classifier().save(tmp_path / "net.biper")
     engine = load(tmp_path / "net.biper")
     assert not engine.proof.values
-    report = replay(engine)
+    report = replay(engine.network)
     assert report.ok
     assert report.max_output_difference is None
 
 
 def test_the_first_different_map_and_its_bits_are_reported(loaded: Engine, faulty: None) -> None:
-    report = replay(loaded, backend="cpu")
+    report = replay(loaded.network, backend="cpu")
     assert not report.ok
     assert (report.node, report.bits_differ, report.reference_agrees) == ("pool", 1, True)
     assert report.max_output_difference is not None
@@ -101,7 +102,7 @@ def test_the_first_different_map_and_its_bits_are_reported(loaded: Engine, fault
 
 def test_another_networks_proof_does_not_replay(loaded: Engine, tmp_path: Path) -> None:
     classifier(1).save(tmp_path / "other.biper")
-    report = replay(loaded, load(tmp_path / "other.biper").proof)
+    report = replay(loaded.network, load(tmp_path / "other.biper").proof)
     assert not report.ok
     assert (report.node, report.reference_agrees) == ("stem_bits", False)
     assert "round differently" in report.table()
@@ -109,7 +110,7 @@ def test_another_networks_proof_does_not_replay(loaded: Engine, tmp_path: Path) 
 
 def test_float_rounding_alone_is_not_held_against_a_network(loaded: Engine) -> None:
     loaded.get_buffer("graph_module.fc.bias").mul_(1 + 2**-22)
-    report = replay(loaded)
+    report = replay(loaded.network)
     assert report.ok
     assert not report.bit_identical
     assert "outputs differ in rounding" in report.table()
@@ -117,11 +118,11 @@ def test_float_rounding_alone_is_not_held_against_a_network(loaded: Engine) -> N
 
 def test_an_engine_without_a_proof_says_so() -> None:
     with pytest.raises(ValueError, match="no proof: it was not loaded from a file"):
-        replay(classifier())
+        replay(classifier().network)
 
 
 def test_every_node_of_the_reference_equals_itself() -> None:
-    report = check_backend(classifier(), "reference")
+    report = check_backend(classifier().network, "reference")
     assert report.ok
     assert report.first_different is None
     assert [node.op for node in report.nodes] == [
@@ -136,7 +137,7 @@ def test_every_node_of_the_reference_equals_itself() -> None:
 
 
 def test_each_node_is_checked_on_the_references_inputs(faulty: None) -> None:
-    report = check_backend(classifier(), "cpu")
+    report = check_backend(classifier().network, "cpu")
     assert [node.node for node in report.nodes if not node.equal] == ["pool"]
     first = report.first_different
     assert first is not None
@@ -147,15 +148,15 @@ def test_each_node_is_checked_on_the_references_inputs(faulty: None) -> None:
 
 def test_the_backend_forced_outside_is_the_one_that_is_checked(faulty: None) -> None:
     with use_backend("cpu"):
-        assert {node.backend for node in check_backend(classifier()).nodes} == {"cpu"}
+        assert {node.backend for node in check_backend(classifier().network).nodes} == {"cpu"}
         assert not replay_ok()
 
 
 def replay_ok() -> bool:
     engine = classifier()
-    return check_backend(engine, inputs=[torch.zeros(1, 3, 8, 8)]).ok
+    return check_backend(engine.network, inputs=[torch.zeros(1, 3, 8, 8)]).ok
 
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(BackendUnavailableError, match="Unknown backend 'gpu'"):
-        check_backend(classifier(), "gpu")
+        check_backend(classifier().network, "gpu")

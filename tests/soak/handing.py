@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import biper_engine
 from biper_engine import Engine
-from biper_engine.runtime import release_source
+from biper_engine.graph.portable import release_source
 from tests.soak.subjects import Batch, DifferenceError, Subject, difference
 
 _BATCH = Batch((0, 1), "contiguous")

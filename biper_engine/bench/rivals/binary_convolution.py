@@ -20,9 +20,9 @@ from torch._ops import OpOverload
 
 from biper_engine.bits import unpack_weight
 from biper_engine.geometry import Conv2dGeometry
+from biper_engine.graph.reading import interpret
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.registration import split_options
-from biper_engine.runtime import interpret
 
 __all__ = ["UnsupportedGraphError", "binary_model", "strict_threshold"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import fx
 
-from biper_engine.runtime.batching import images_are_independent
-from biper_engine.runtime.signature import InputSpec
+from biper_engine.graph.batching import images_are_independent
+from biper_engine.graph.signature import InputSpec
 from tests.networks_by_hand import GraphBuilder, classifier, two_inputs
 
 _aten = torch.ops.aten

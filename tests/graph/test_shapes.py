@@ -1,5 +1,6 @@
 """Shapes without data: the rules of ours say what PyTorch's say."""
 
+import operator
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from biper_engine.engine import Engine
-from biper_engine.runtime import call_without_data
+from biper_engine.graph import OPERATORS, MisfitError
+from biper_engine.graph.shapes import call_without_data
 from tests.networks_by_hand import classifier, two_inputs
 
 aten = torch.ops.aten
@@ -120,6 +122,47 @@ def test_a_call_has_the_shape_that_pytorch_gives_it_or_is_refused(
     target: Any, args: tuple[Any, ...]
 ) -> None:
     assert outcome(lambda *a: call_without_data(target, a, {}), args) == outcome(target, args)
+
+
+def _half_of_four(x: Tensor) -> Tensor:
+    """An operator of somebody else, with a check of its own."""
+    assert x.shape[0] % 4 == 0
+    return x[::2]
+
+
+X61 = blank(61, 6, 9, 8)
+REFUSED: list[tuple[Any, tuple[Any, ...]]] = [
+    (aten.nonzero.default, (X61,)),  # the shape depends on values
+    (aten._local_scalar_dense.default, (blank(),)),
+    (aten.geqrf.default, (X61,)),  # no rule
+    (aten.reshape.default, (X61, [7, -1])),  # another batch than 61
+    (aten.add.Tensor, (X61, blank(2, 6, 9, 8))),
+    (aten.select.int, (X61, 0, 100)),
+    (operator.floordiv, (61, 0)),
+    (_half_of_four, (X61,)),
+    (torch.ops.biper.bconv2d.default, (blank(61, 9, 8, 1, dtype=torch.int32), WEIGHT)),
+]
+
+
+@pytest.mark.parametrize(("target", "args"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_call_that_may_be_fine_with_data_has_no_known_result(
+    target: Any, args: tuple[Any, ...]
+) -> None:
+    kwargs = {"in_channels": 64} if target is torch.ops.biper.bconv2d.default else {}
+    with pytest.raises(MisfitError):
+        call_without_data(target, args, kwargs)
+
+
+@pytest.mark.parametrize("error", [AttributeError, AssertionError, KeyError, TypeError])
+def test_a_mistake_in_a_rule_of_ours_is_not_hidden(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rule(**_: Any) -> Any:
+        raise error("a mistake")
+
+    monkeypatch.setitem(vars(OPERATORS["relu"]), "result", rule)
+    with pytest.raises(error, match="a mistake"):
+        call_without_data(aten.relu.default, (X,), {})
 
 
 @given(

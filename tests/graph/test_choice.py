@@ -5,9 +5,8 @@ import torch
 
 from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry
+from biper_engine.graph.choice import backends_of, node_backend, node_geometry
 from biper_engine.ops.backends import use_backend
-from biper_engine.runtime import backends_of, node_backend
-from biper_engine.runtime.choice import node_geometry
 from tests.networks_by_hand import GraphBuilder, classifier
 
 CPU = torch.device("cpu")

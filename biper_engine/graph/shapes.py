@@ -2,34 +2,47 @@
 
 PyTorch's own rules for tensors without data are Python for most operators, and the first of them to
 be used imports SymPy and Dynamo: 1 to 3 seconds for what takes milliseconds. So operators that are
-declared (`biper_engine.graph`) have their shapes from there; PyTorch's rule is used for the others,
+declared (`operators`) have their shapes from there; PyTorch's rule is used for the others,
 and for arguments that a declaration does not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from biper_engine.graph import MisfitError, Operator, Value, operator_for
-from biper_engine.runtime.graph import get_constant, with_defaults
-from biper_engine.runtime.signature import InputSpec
+from biper_engine.errors import GeometryError
+from biper_engine.graph.operator import Operator
+from biper_engine.graph.operators import operator_for
+from biper_engine.graph.reading import get_constant, with_defaults
+from biper_engine.graph.signature import InputSpec
+from biper_engine.graph.sizes import MisfitError
+from biper_engine.graph.values import Value
 
-__all__ = ["BATCH", "MISFITS", "call_without_data", "values_without_data", "without_data"]
+__all__ = [
+    "BATCH",
+    "call_without_data",
+    "input_without_data",
+    "result_without_data",
+    "values_without_data",
+    "without_data",
+]
 
 BATCH = 61
 """Images of the tensors without data that stand for values; no other size of a network is likely
 to be this one, so that a first dimension of it is the batch."""
 
-MISFITS = (
-    *(ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(MemoryError, RuntimeError, TypeError, ValueError),
-)
-"""What torch raises where arguments do not fit an operator, or where it has no rule for the result
-or one that needs values; a fake of ours raises GeometryError."""
+_REFUSALS = (RuntimeError, IndexError, AssertionError, ZeroDivisionError, GeometryError)
+"""What a call raises without data that need not fail with it.
+
+PyTorch's operators raise RuntimeError where they have no rule, where the shape depends on
+values and where it does not fit BATCH images, IndexError for a position beyond these, and
+AssertionError where a rule in Python checks. Functions on sizes divide by zero. Operators of
+`torch.ops.biper` raise GeometryError.
+"""
 
 
 def without_data(value: Any) -> Any:
@@ -37,15 +50,47 @@ def without_data(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
+def input_without_data(spec: InputSpec) -> Tensor:
+    """Return BATCH images of an input as a tensor without data."""
+    sizes = [BATCH if size is None else size for size in spec.shape]
+    return torch.empty(sizes, dtype=spec.dtype, device="meta")
+
+
 def call_without_data(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Call an operator on tensors without data."""
+    """Call an operator on tensors without data.
+
+    Raises:
+        MisfitError: the shape of the result depends on values, or the arguments do not fit.
+    """
     declared = operator_for(target)
     if declared is not None:
         try:
             return _inferred(declared, args, kwargs)
         except MisfitError:
             pass  # PyTorch tells what it is, or what is wrong with it
-    return target(*args, **kwargs)
+    try:
+        return target(*args, **kwargs)
+    except _REFUSALS as error:
+        raise MisfitError(str(error)) from error
+
+
+def result_without_data(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Return the result of a call for BATCH images as a tensor without data.
+
+    Args:
+        node: the call.
+        value_of: gives the values that it takes, without data; None for one that is not known.
+
+    Returns:
+        None where it is not known before it is computed.
+    """
+    if any(value_of(source) is None for source in node.all_input_nodes):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    try:
+        return call_without_data(node.target, args, kwargs)
+    except MisfitError:
+        return None
 
 
 def _inferred(declared: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -80,27 +125,15 @@ def _blank(result: Any) -> Any:
 def values_without_data(module: fx.GraphModule, inputs: Sequence[InputSpec]) -> dict[fx.Node, Any]:
     """Return the value of every node for BATCH images as a tensor without data.
 
-    It is None where its shape depends on data, or PyTorch has no rule for it.
+    It is None where it is not known before it is computed.
     """
     values: dict[fx.Node, Any] = {}
     specs = iter(inputs)
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            spec = next(specs)
-            sizes = [BATCH if size is None else size for size in spec.shape]
-            values[node] = torch.empty(sizes, dtype=spec.dtype, device="meta")
+            values[node] = input_without_data(next(specs))
         elif node.op == "get_attr":
             values[node] = without_data(get_constant(module, str(node.target)))
         elif node.op == "call_function":
-            values[node] = _result_without_data(node, values)
+            values[node] = result_without_data(node, values.__getitem__)
     return values
-
-
-def _result_without_data(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    if any(values[source] is None for source in node.all_input_nodes):
-        return None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    try:
-        return call_without_data(node.target, args, kwargs)
-    except MISFITS:
-        return None

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-__all__ = ["CONSTANT_TYPES", "Fixed", "Leaf", "fixed", "flatten", "marked", "structure"]
+__all__ = [
+    "CONSTANT_TYPES",
+    "Fixed",
+    "Leaf",
+    "fixed",
+    "flatten_structure",
+    "marked_structure",
+    "structure_of",
+]
 
 CONSTANT_TYPES = (type(None), bool, int, float, str)
 """Types of values that may stand between tensors."""
@@ -41,7 +49,7 @@ pytree.register_pytree_node(
 )
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+def flatten_structure(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """Return the leaves of a tree that are no constants, and its spec, which has the constants."""
     return pytree.tree_flatten(fixed(tree))
 
@@ -51,12 +59,12 @@ def fixed(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: Fixed(leaf) if type(leaf) in CONSTANT_TYPES else leaf, tree)
 
 
-def marked(spec: pytree.TreeSpec, mark: Callable[[int], Any] | None = None) -> Any:
+def marked_structure(spec: pytree.TreeSpec, mark: Callable[[int], Any] | None = None) -> Any:
     """Return a tree of a spec: a `Leaf`, or `mark(index)`, for each tensor."""
     leaves = [Leaf() if mark is None else mark(index) for index in range(spec.num_leaves)]
     return pytree.tree_unflatten(leaves, spec)
 
 
-def structure(tree: Any) -> pytree.TreeSpec:
-    """Return the spec of a tree that `marked` made."""
-    return flatten(tree)[1]
+def structure_of(tree: Any) -> pytree.TreeSpec:
+    """Return the spec of a tree that `marked_structure` made."""
+    return flatten_structure(tree)[1]

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from biper_engine.errors import GeometryError
-from biper_engine.runtime.structure import (
+from biper_engine.graph.structure import (
     CONSTANT_TYPES,
     Fixed,
     Leaf,
     fixed,
-    flatten,
-    marked,
-    structure,
+    flatten_structure,
+    marked_structure,
+    structure_of,
 )
 
 __all__ = ["InputSpec", "Signature"]
@@ -74,7 +74,7 @@ class Signature:
                 f"{len(self.inputs)} tensors."
             )
         # Not functools.cached_property, whose lock `torch.compile` cannot trace in Python 3.11.
-        args, kwargs = marked(self.in_spec)
+        args, kwargs = marked_structure(self.in_spec)
         object.__setattr__(self, "_positionals", len(args))
         object.__setattr__(self, "_keywords", tuple(kwargs))
         positional = len(args) == len(self.inputs) and not kwargs
@@ -86,7 +86,7 @@ class Signature:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Trees of marks stand for the specs, whose own pickles depend on torch's version.
-        trees = [marked(spec) for spec in (self.in_spec, self.out_spec)]
+        trees = [marked_structure(spec) for spec in (self.in_spec, self.out_spec)]
         return _from_trees, (*trees, self.inputs, self.names, self.defaults)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -99,7 +99,7 @@ class Signature:
         if as_they_are and all(isinstance(value, Tensor) for value in args):
             return list(args)
         args, kwargs = self._as_converted(args, kwargs)
-        inputs, spec = flatten((args, kwargs))
+        inputs, spec = flatten_structure((args, kwargs))
         if spec != self.in_spec:
             try:  # dicts with the same keys in another order are the same structure
                 leaves = self.in_spec.flatten_up_to(fixed((args, kwargs)))
@@ -129,7 +129,7 @@ class Signature:
 
     def _refuse_structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         wanted, got = len(self.inputs), len(pytree.tree_leaves((args, kwargs)))
-        form = marked(self.in_spec, lambda index: self.inputs[index].name)
+        form = marked_structure(self.in_spec, lambda index: self.inputs[index].name)
         came = pytree.tree_map(_described, (args, kwargs))
         constants = " Other values are fixed at conversion." if _has_constants(form, self) else ""
         raise TypeError(
@@ -184,7 +184,7 @@ def _from_trees(
     names: tuple[str, ...] = (),
     defaults: tuple[tuple[str, Any], ...] = (),
 ) -> Signature:
-    return Signature(structure(takes), structure(returns), inputs, names, defaults)
+    return Signature(structure_of(takes), structure_of(returns), inputs, names, defaults)
 
 
 def _is_same(value: Any, constant: Any) -> bool:

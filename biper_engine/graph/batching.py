@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import fx
 
-from biper_engine.graph import MisfitError, network_values, operator_of
+from biper_engine.graph.inference import network_values
+from biper_engine.graph.operators import operator_of
+from biper_engine.graph.reading import output_values
 from biper_engine.graph.rows import is_batch
-from biper_engine.runtime.graph import output_values
-from biper_engine.runtime.signature import InputSpec
+from biper_engine.graph.signature import InputSpec
+from biper_engine.graph.sizes import MisfitError
 
 __all__ = ["images_are_independent"]
 
