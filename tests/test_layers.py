@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -160,6 +161,27 @@ def kernel_breaches(directory: Path) -> list[str]:
     ]
 
 
+def import_circle(directory: Path, package: str = "") -> list[str]:
+    """Return modules in `directory` each of which imports the next, from one back to it, or none.
+
+    Args:
+        directory: of the modules, at whatever place they import each other.
+        package: that they are in; none where they are found on the path.
+    """
+    found = [(module.lstrip("."), each.target) for module, each in imports(directory, package)]
+    names = {module.lstrip(".") for module, _ in imports(directory, package)}
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for module, target in found:
+        imported = target if target in names else target.rpartition(".")[0]
+        if imported in names:
+            order.add(module, imported)
+    try:
+        order.prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 def plant(directory: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = directory / name
@@ -258,6 +280,22 @@ def test_a_planted_import_in_the_kernels_is_found(tmp_path: Path, text: str) -> 
     lawful = "import triton.language as tl\nfrom . import common\nfrom torch import Tensor\n"
     (breach,) = kernel_breaches(plant(tmp_path, {"bconv.py": lawful + text}))
     assert breach.startswith(f"{tmp_path / 'bconv.py'}:4 ")
+
+
+def test_benchmarks_do_not_import_each_other_in_a_circle() -> None:
+    assert import_circle(ROOT / "benchmarks") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from b import x", "import b", "def f():\n    from b import x", "from c.d import x"],
+    ids=repr,
+)
+def test_a_planted_circle_is_found(tmp_path: Path, text: str) -> None:
+    files = {"a.py": text, "b.py": "import a", "c/__init__.py": "", "c/d.py": "from c import e\n"}
+    plant(tmp_path, {**files, "c/e.py": "if True:\n    import b", "f.py": "import a"})
+    assert {"a", "b"} <= set(import_circle(tmp_path)) <= {"a", "b", "c.d", "c.e"}
+    assert import_circle(plant(tmp_path, {"b.py": "import torch"})) == []
 
 
 def test_import_stays_light() -> None:
