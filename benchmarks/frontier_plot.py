@@ -1,15 +1,15 @@
-"""The picture of `frontier_report.py`: published accuracy against measured latency."""
+"""The picture of `frontier_result.py`: published accuracy against measured latency."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from frontier_result import Network, Result
 
 from biper_engine.bench.plot import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
-
-if TYPE_CHECKING:
-    from frontier_report import Network, Result
+from biper_engine.files import write_atomically
 
 __all__ = ["digest", "draw", "write_plot"]
 
@@ -39,7 +39,8 @@ def write_plot(result: Result, path: Path, source: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    draw(result).savefig(path, metadata={"Source": digest(source)})
+    figure, metadata = draw(result), {"Source": digest(source)}
+    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata=metadata))
 
 
 def draw(result: Result) -> Any:

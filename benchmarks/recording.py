@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from biper_engine.files import write_atomically
+
 __all__ = ["RESULTS", "ROOT", "commit", "disturbance", "least_disturbed", "record", "tries_told"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +30,9 @@ def commit() -> str:
 
 
 def record(values: Mapping[str, Any], path: Path) -> None:
-    """Write JSON values to a file, the commit in front."""
-    text = json.dumps({"commit": commit(), **values}, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write JSON values to a file, whole or not at all, the commit in front."""
+    text = json.dumps({"commit": commit(), **values}, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def disturbance(values: Mapping[str, Any]) -> float | None:

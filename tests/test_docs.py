@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from frontier_plot import digest, draw
-from frontier_report import PICTURE, RESULT, Result, rounding, table, verdict, weights
+from frontier_report import PICTURE, rounding, table, verdict, weights
+from frontier_result import RESULT, Result
 from PIL import Image
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -117,25 +118,6 @@ def layer_breaches(directory: Path) -> list[str]:
     return breaches
 
 
-def circle(directory: Path) -> list[str]:
-    """Return modules of a biper_engine of which each imports the next one, the last the first."""
-    found = [(module, one) for module, one in imports(directory, PACKAGE) if module != PACKAGE]
-    known = {module for module, _ in found}
-    wanted: dict[str, set[str]] = {module: set() for module in known}
-    for module, one in found:
-        target = one.target if one.target in known else one.target.rpartition(".")[0]
-        wanted[module] |= {target} & known
-    while wanted:  # what imports nothing that is left is in no circle
-        free = {module for module, targets_of in wanted.items() if not targets_of & wanted.keys()}
-        if not free:
-            break
-        wanted = {module: some for module, some in wanted.items() if module not in free}
-    path = list(wanted)[:1]
-    while path and path[-1] not in path[:-1]:
-        path.append(min(wanted[path[-1]] & wanted.keys()))
-    return path[path.index(path[-1]) + 1 :] if path else []
-
-
 def kernel_breaches(directory: Path) -> list[str]:
     """Return a line for every import in `directory` of anything but triton, torch and itself."""
     own = f"{PACKAGE}.kernels"
@@ -145,6 +127,29 @@ def kernel_breaches(directory: Path) -> list[str]:
         if found.target.partition(".")[0] not in {"__future__", "torch", "triton"}
         and not f"{found.target}.".startswith(f"{own}.")
     ]
+
+
+def import_circle(directory: Path, package: str = "") -> list[str]:
+    """Return modules in `directory` of which each imports the next, from one back to it, or none.
+
+    Args:
+        directory: of the modules; imports within functions count, too.
+        package: that they are in, whose own `__init__` may import them all; none if they are found
+            on the path.
+    """
+    every = [(module.lstrip("."), each.target) for module, each in imports(directory, package)]
+    found = [(module, target) for module, target in every if module != package]
+    names = {module for module, _ in found}
+    order: TopologicalSorter[str] = TopologicalSorter()
+    for module, target in found:
+        imported = target if target in names else target.rpartition(".")[0]
+        if imported in names:
+            order.add(module, imported)
+    try:
+        order.prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def plant(directory: Path, files: dict[str, str]) -> Path:
@@ -167,14 +172,15 @@ def test_every_unit_has_a_layer() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    assert circle(ROOT / PACKAGE) == []
+    assert import_circle(ROOT / PACKAGE, PACKAGE) == []
 
 
-def test_a_planted_circle_is_found(tmp_path: Path) -> None:
+def test_a_planted_circle_in_the_package_is_found(tmp_path: Path) -> None:
     files = {"ops/__init__.py": "", "ops/a.py": "from biper_engine.ops import b"}
     files["ops/b.py"] = "def f():\n    from .c import x"
     files["ops/c.py"] = "from .a import y"
-    assert sorted(circle(plant(tmp_path, files))) == [f"{PACKAGE}.ops.{name}" for name in "abc"]
+    found = import_circle(plant(tmp_path, files), PACKAGE)
+    assert set(found) == {f"{PACKAGE}.ops.{name}" for name in "abc"}
 
 
 def test_kernels_import_triton_and_torch_only() -> None:
@@ -249,6 +255,22 @@ def test_a_planted_import_in_the_kernels_is_found(tmp_path: Path, text: str) -> 
     lawful = "import triton.language as tl\nfrom . import common\nfrom torch import Tensor\n"
     (breach,) = kernel_breaches(plant(tmp_path, {"bconv.py": lawful + text}))
     assert breach.startswith(f"{tmp_path / 'bconv.py'}:4 ")
+
+
+def test_benchmarks_do_not_import_each_other_in_a_circle() -> None:
+    assert import_circle(ROOT / "benchmarks") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from b import x", "import b", "def f():\n    from b import x", "from c.d import x"],
+    ids=repr,
+)
+def test_a_planted_circle_is_found(tmp_path: Path, text: str) -> None:
+    files = {"a.py": text, "b.py": "import a", "c/__init__.py": "", "c/d.py": "from c import e\n"}
+    plant(tmp_path, {**files, "c/e.py": "if True:\n    import b", "f.py": "import a"})
+    assert {"a", "b"} <= set(import_circle(tmp_path)) <= {"a", "b", "c.d", "c.e"}
+    assert import_circle(plant(tmp_path, {"b.py": "import torch"})) == []
 
 
 def test_import_stays_light() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from frontier_report import Result, sentence
+from frontier_report import sentence
+from frontier_result import Result
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

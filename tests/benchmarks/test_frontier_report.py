@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from frontier_plot import digest, draw, write_plot
-from frontier_report import Result, rounding, sentence, table, verdict, weights
+from frontier_report import rounding, sentence, table, verdict, weights
+from frontier_result import Result
 from PIL import Image
 
 ENTRIES = {

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,23 @@ def test_what_is_recorded_starts_with_the_commit(
     text = (tmp_path / "a.json").read_text("utf-8")
     assert list(json.loads(text).items()) == [("commit", "0123abc"), ("threads", 2)]
     assert text.endswith("}\n")
+
+
+def test_a_record_that_cannot_be_written_leaves_the_one_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "commit", lambda: "0123abc")
+    path = tmp_path / "a.json"
+    recording.record({"threads": 2}, path)
+    before = path.read_bytes()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        recording.record({"threads": 4}, path)
+    assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == {"a.json": before}
 
 
 def turns(*ratios: float) -> dict[str, Any]:

@@ -185,6 +185,22 @@ def test_bytes_meet_in_the_one_instruction_for_them_and_no_other(kernels: list[K
         assert kernel.matrix_products() == {"IMMA.16832.U8.U8"}, kernel
 
 
+PEAKS = {
+    "peak_binary": "BMMA.168256.AND.POPC",
+    "peak_int8": "IMMA.16832.U8.U8",
+    "peak_half": "HMMA.16816.F32",
+    "peak_popcount": "POPC",
+}
+
+
+@on(80, 90)
+def test_the_loops_of_the_peaks_are_the_instruction_and_nothing_else(kernels: list[Kernel]) -> None:
+    for name, instruction in PEAKS.items():
+        (kernel,) = named(kernels, name)
+        assert kernel.count(instruction) == 32, kernel  # of eight chains, unrolled four times
+        assert kernel.count("LDG", "STG", "LDL", "STL", "LDS", "STS") == 0, kernel
+
+
 # On sm_80 a call is also how threads that went apart come together again.
 @on(90, 100, 120)
 def test_no_product_is_emulated(kernels: list[Kernel]) -> None:
