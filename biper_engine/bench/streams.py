@@ -174,7 +174,7 @@ def throughput(
         ValueError: `callers` is below 1 or more than the processors that may be used, or
             BIPER_NUM_THREADS gives each caller a number of threads other than one.
         ConversionError: the model cannot be captured.
-        BackendUnavailableError: concurrent calls gave other outputs than a single call.
+        BackendUnavailableError: concurrent calls gave different outputs than a single call.
     """
     callers = common_threads(callers)
     common_threads(1)

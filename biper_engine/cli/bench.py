@@ -35,7 +35,7 @@ def bench(
             "--batch",
             "-b",
             min=1,
-            help="Images per call, repeatable. [default: 1, 64; with --streams 1]",
+            help="Images per call, repeatable (default: 1, 64; with --streams 1).",
         ),
     ] = None,
     threads: Annotated[
@@ -48,7 +48,7 @@ def bench(
         float | None,
         typer.Option(
             min=0.0,
-            help="Time per batch size. [default: 5; with --rivals 20, --streams 60]",
+            help="Time per batch size (default: 5; with --rivals 20, --streams 60).",
             show_default=False,
         ),
     ] = None,

@@ -1,6 +1,6 @@
 """Find a network's tensors in the contents of a checkpoint file, whatever is around them.
 
-Training scripts put a state dict under their own entry ("state_dict", "model", "ema", ...),
+Training scripts put a state dict under various entries ("state_dict", "model", "ema", ...),
 and wrappers put a prefix before its names ("module.", "model.", "_orig_mod.", ...). The search uses
 none of these words: the network's own names show which dict and which prefix are meant.
 """
@@ -42,7 +42,7 @@ class Candidate:
 
 
 def candidates(contents: Mapping[Any, Any], names: Collection[str]) -> list[Candidate]:
-    """Return what may be the tensors of `names`, the best match first.
+    """Return what may be the tensors of `names`; those with most of the names come first.
 
     Args:
         contents: the contents of a file.
@@ -63,7 +63,7 @@ def candidates(contents: Mapping[Any, Any], names: Collection[str]) -> list[Cand
 
 
 def the_one(path: str, fitting: list[Candidate], names: Collection[str]) -> Candidate:
-    """Return the candidate that fits; several must be equal.
+    """Return the candidate that fits; if several fit, they must be equal.
 
     Raises:
         CheckpointError: they are different networks.

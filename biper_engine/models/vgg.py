@@ -17,7 +17,7 @@ __all__ = ["VGGSmall"]
 
 
 class VGGSmall(Network):
-    """128-256-512 channels; convolutions come before a halving pool, then BatchNorm, hardtanh."""
+    """128-256-512 channels; after each convolution a pool (every second), BatchNorm, hardtanh."""
 
     def __init__(self, num_classes: int = 10, *, frequency: float = 20.0, stage: int = 2) -> None:
         super().__init__()

@@ -210,7 +210,7 @@ def set_tau(module: nn.Module, tau: float) -> None:
 def regularizer(module: nn.Module) -> Tensor:
     """Return the periodic weight decay of BiPer, to be added to the loss in both stages.
 
-    The sum over binary layers of `tau * mean(0.5 - 0.5*cos(2*w0*w))`, which is
+    It is the sum over binary layers of `tau * mean(0.5 - 0.5*cos(2*w0*w))`, which is
     `tau * mean(sin(w0*w)**2)`, with each layer's own `tau` buffer (1 until `set_tau`) and w0.
     It is smallest, 0, where every sine is 0. No gradient reaches `tau`.
 

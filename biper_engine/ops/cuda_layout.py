@@ -16,7 +16,7 @@ from biper_engine.ops.reference import apply_epilogue
 
 __all__ = ["Layout", "bit_limits", "layout_of", "plain_signs", "prepacked_stem", "prepacked_words"]
 
-_FRAGMENT_WORDS = 256  # of 32 channels in a step of 256 bits
+_FRAGMENT_WORDS = 256  # words of 32 channels in a step of 256 bits
 _STEP_PAIRS = 4  # pairs of words in a step
 
 

@@ -163,7 +163,7 @@ def test_an_engine_that_calls_at_once_disturb_is_not_timed(
     def disturbed(images: Tensor) -> Tensor:
         return torch.full((1,), next(answers))
 
-    with pytest.raises(BackendUnavailableError, match="1 calls of the engine at once"):
+    with pytest.raises(BackendUnavailableError, match="1 concurrent calls of the engine"):
         measured(monkeypatch, disturbed, lambda *_: {})
 
 

@@ -121,7 +121,7 @@ def test_a_difference_fails(biper: Biper, tmp_path: Path, monkeypatch: pytest.Mo
     [
         ({"top1_equal": 499}, "top-1 is equal on 499 of 500 images only"),
         ({"verified": False, "layers_equal": 17}, "17 of 18 layers"),
-        ({"reload_identical": False}, "other logits"),
+        ({"reload_identical": False}, "different logits"),
     ],
 )
 def test_what_must_be_true(changes: dict[str, object], message: str) -> None:
