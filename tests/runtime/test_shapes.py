@@ -1,7 +1,5 @@
 """Shapes without data: the rules of ours say what PyTorch's say."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from biper_engine.engine import Engine
 from biper_engine.runtime import call_without_data
+from tests.fresh import fresh_run
 from tests.networks_by_hand import classifier, two_inputs
 
 aten = torch.ops.aten
@@ -151,4 +150,5 @@ def test_loading_and_planning_import_no_compiler(
         "loaded = {'sympy', 'torch._dynamo'} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh_run(code)
+    assert done.returncode == 0, done.stderr
