@@ -5,9 +5,7 @@ An import of torch takes seconds; a server that has done it once forks the proce
 
 import multiprocessing
 import os
-import sys
 import tempfile
-import traceback
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -17,19 +15,7 @@ def _child(program: str, environment: dict[str, str], folder: str) -> None:
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    status = 0
-    try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
 
 
 def fresh_run(program: str, **environment: str) -> CompletedProcess[str]:
