@@ -21,6 +21,8 @@ BUILT := $(VENV)/built
 # installed, the tests skip and say so.
 TRITON := $(VENV)/triton
 OLDEST_TRITON := $(VENV)/oldest-triton
+# Date and commit of the last run of the weekly tests in which all passed.
+WEEKLY := .ci/weekly
 export BIPER_REQUIRE_NATIVE ?= auto
 # Compiling the CUDA kernels for all architectures takes minutes. Without a GPU nothing runs them, and
 # the deep tests compile them once anyway.
@@ -30,7 +32,7 @@ endif
 export BIPER_CUDA
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deep lint format bench clean FORCE
+.PHONY: help setup demo test test-deep test-weekly lint format bench clean FORCE
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,7 +42,7 @@ setup: $(BUILT)  ## Create .venv with everything for development
 demo: $(BUILT)  ## Train, convert, verify, save and run a BiPer net on real digits
 	@$(BIN)/biper demo $(ARGS)
 
-# Tests run in one process per core, each with one thread.
+# Tests run in processes of one thread each.
 test: $(BUILT) $(TRITON)  ## Run the tests
 	@echo "==> Tests"
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
@@ -48,8 +50,14 @@ test: $(BUILT) $(TRITON)  ## Run the tests
 # pytest exits with 5 if it selects no test.
 test-deep: $(BUILT) $(TRITON) $(OLDEST_TRITON)  ## Run the slow tests, and those that need a compiler or a build
 	@echo "==> Deep tests"
-	@$(RUN) pytest tests --no-header -m deep -n 2 --dist loadfile -p no:benchmark -rs $(ARGS) || \
+	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -m "deep and not weekly" -n 2 --dist loadfile -p no:benchmark -rs $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
+
+# Whoever sees it pass commits the new record.
+test-weekly: $(BUILT) $(TRITON) $(OLDEST_TRITON)  ## Run the long and rare tests, and record that they passed
+	@echo "==> Weekly tests; they last passed: $$(cat $(WEEKLY))"
+	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -m weekly -n 2 --dist loadfile -p no:benchmark -rs $(ARGS)
+	@test -n "$(ARGS)" || printf '%s at %s\n' "$$(date -u +%F)" "$$(git describe --always --dirty --abbrev=12)" > $(WEEKLY)
 
 lint: $(STAMP)  ## Check style, formatting and types
 	@echo "==> ruff check"

@@ -1,18 +1,22 @@
-"""Hypothesis without a deadline, every backend in turn, and an exact fused multiply-add."""
+"""What all tests share: settings of hypothesis, every backend in turn, images, networks."""
 
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 from biper_engine.ops.backends import _REGISTERED, PREFERENCE, Backend, backends, use_backend
 from tests.emulated_cuda import emulated_backend
+from tests.golden import networks
+from tests.images import images
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("fixed", deadline=None, derandomize=True)
@@ -30,29 +34,89 @@ CPU_ISAS = ("avx512", "avx2", "neon", "portable")
 EMULATED_CAPABILITIES = ("90", "120", "75")
 
 
-def _runs() -> Iterator[Any]:
+def _usable_isas() -> list[str]:
+    """Return the instruction sets that the cpu backend runs here, best first."""
+    try:
+        from biper_engine import _cpu
+    except ImportError:
+        return []
+    return list(_cpu.usable_isas())
+
+
+USABLE_ISAS = _usable_isas()
+
+
+def triton_is_interpreted() -> bool:
+    """Tell whether Triton's kernels run in its interpreter, on CPU tensors."""
+    from biper_engine.ops.triton import _interpreted
+
+    return _interpreted()
+
+
+def _absence(name: str, device: str, isa: str | None) -> str | None:
+    """Return why a backend cannot run here on a kind of device with an instruction set."""
+    reason = {info.name: info.reason for info in backends()}[name]
+    if reason is not None:
+        return reason
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA GPU"
+    if name == "triton" and (device == "cpu") != triton_is_interpreted():
+        needed = "TRITON_INTERPRET=1" if device == "cpu" else "kernels that are not interpreted"
+        return f"this run needs {needed}"
+    if isa is not None and isa not in USABLE_ISAS:
+        return f"this build or processor has no {isa}"
+    return None
+
+
+def _runs() -> Iterator[tuple[str, str, str | None]]:
     """Yield (backend, device, instruction set) in order of preference."""
     for name in PREFERENCE:
         for device in DEVICES[name]:
             for isa in CPU_ISAS if name == "cpu" else (None,):
-                parts = (name, device if len(DEVICES[name]) > 1 else None, isa)
-                yield pytest.param((name, device, isa), id="-".join(filter(None, parts)))
-    for capability in EMULATED_CAPABILITIES:
-        yield pytest.param(
-            ("cuda", "cpu", capability), id=f"cuda-emulated-{capability}", marks=pytest.mark.deep
-        )
+                yield name, device, isa
+
+
+def _label(name: str, device: str, isa: str | None) -> str:
+    return "-".join(filter(None, (name, device if len(DEVICES[name]) > 1 else None, isa)))
+
+
+# What cannot run here is no parameter; tests/ops/test_backends.py skips once for each.
+ABSENT = {_label(*run): reason for run in _runs() if (reason := _absence(*run)) is not None}
+RUNS = [pytest.param(run, id=_label(*run)) for run in _runs() if _label(*run) not in ABSENT]
+EMULATED = [
+    pytest.param(
+        ("cuda", "cpu", capability), id=f"cuda-emulated-{capability}", marks=pytest.mark.deep
+    )
+    for capability in EMULATED_CAPABILITIES
+]
+
+
+def _emulated_capability(item: pytest.Item) -> str | None:
+    """Return the kind of the emulated GPU that a test is for, or None."""
+    run = item.callspec.params.get("run") if hasattr(item, "callspec") else None
+    return run[2] if isinstance(run, tuple) and run[:2] == ("cuda", "cpu") else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep emulated GPUs to operators, and all but the first to what shows their products."""
+    left_out = {i for i in items if _emulated_capability(i) and "ops" not in i.path.parts}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        others = _emulated_capability(item) in EMULATED_CAPABILITIES[1:]
+        if others and not item.name.startswith("test_accumulators"):
+            item.add_marker(pytest.mark.weekly)
 
 
 @contextmanager
 def _isa(name: str | None) -> Iterator[None]:
-    """Run the cpu backend's kernels for one instruction set; skip where the processor lacks it."""
+    """Run the cpu backend's kernels for one instruction set."""
     if name is None:
         yield
         return
     from biper_engine import _cpu
 
-    if name not in _cpu.usable_isas():
-        pytest.skip(f"cpu: this build or processor has no {name}")
     before = _cpu.isa()
     _cpu.select_isa(name)
     try:
@@ -67,14 +131,32 @@ def emulated_cuda(tmp_path_factory: pytest.TempPathFactory) -> Backend:
     return emulated_backend(tmp_path_factory)
 
 
-def triton_is_interpreted() -> bool:
-    """Tell whether Triton's kernels run in its interpreter, on CPU tensors."""
-    from biper_engine.ops.triton import _interpreted
-
-    return _interpreted()
+@pytest.fixture(autouse=True)
+def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BIPER_BACKEND", raising=False)
 
 
-@pytest.fixture(params=_runs())
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let torch have one thread: on small maps a second one only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(name="images")
+def three_images() -> Tensor:
+    return images()
+
+
+@pytest.fixture(scope="session")
+def golden_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return `networks.converted_file`: a network's name, then its dtype if not float32."""
+    return partial(networks.converted_file, tmp_path_factory)
+
+
+@pytest.fixture(params=[*RUNS, *EMULATED])
 def run(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, torch.device]]:
@@ -84,19 +166,9 @@ def run(
     """
     name, device, isa = request.param
     if (name, device) == ("cuda", "cpu"):
-        if "ops" not in request.path.parts:
-            pytest.skip("cuda, emulated: networks are in tests/runtime/test_cuda_networks.py")
         monkeypatch.setitem(_REGISTERED, name, request.getfixturevalue("emulated_cuda"))
         monkeypatch.setenv("BIPER_EMULATED_CAPABILITY", isa)
         isa = None
-    reason = {info.name: info.reason for info in backends()}[name]
-    if reason is not None:
-        pytest.skip(f"{name}: {reason}")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"{name} on {device}: no CUDA GPU")
-    if name == "triton" and (device == "cpu") != triton_is_interpreted():
-        needed = "TRITON_INTERPRET=1" if device == "cpu" else "kernels that are not interpreted"
-        pytest.skip(f"{name} on {device}: this run needs {needed}")
     with _isa(isa), use_backend(name):
         yield name, torch.device(device)
 

@@ -48,7 +48,7 @@ def test_no_words_overlap_in_the_picture() -> None:
         assert all(box.y0 >= frame.y0 and box.y1 <= frame.y1 for box in inside)
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 def test_the_networks_are_what_converting_finds() -> None:
     assert runpy.run_path(str(DOCS / "tables.py"))["networks"]() in NETWORKS.read_text("utf-8")
 

@@ -26,11 +26,6 @@ def engine() -> Engine:
     return classifier()
 
 
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
 def test_a_call_gives_what_the_graph_gives(engine: Engine, images: Tensor) -> None:
     # Native float layers round in another order than torch's.
     torch.testing.assert_close(engine(images), engine.graph_module(images)[0])

@@ -2,8 +2,6 @@
 
 import ast
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+
+from tests.fresh import fresh_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "biper_engine"
@@ -282,9 +282,8 @@ import {PACKAGE}
 loaded = sorted(set(sys.modules) - before)
 print(json.dumps({{"loaded": loaded, "cuda": torch.cuda.is_initialized()}}))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    done = fresh_run(program)
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     heavy = {"triton", "lightning", "pytorch_lightning", "sklearn", "matplotlib", "datasets"}
     extensions = {f"{PACKAGE}._cpu", f"{PACKAGE}._cuda"}

@@ -1,20 +1,19 @@
 """What is built holds what it must, and works away from the checkout."""
 
-import functools
 import importlib.metadata
 import os
 import re
-import runpy
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.native.builds import need_native, setup_functions
+from tests.native.builds import run as attempt
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_BEHIND = (".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "dist", "*.egg-info")
@@ -30,25 +29,10 @@ PIP_INSTALL = (
 pytestmark = pytest.mark.deep
 
 
-def attempt(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    words = [str(c) for c in command]
-    return subprocess.run(words, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
-
-
 def run(*command: str | Path, **options: object) -> str:
     done = attempt(*command, **options)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-@functools.cache
-def setup_functions() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_without_setup")
-
-
-def need_native() -> None:
-    if reason := setup_functions()["obstacle"]():
-        pytest.skip(reason)
 
 
 def need(*programs: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.builds import ROOT, run, setup_functions, succeed
+from tests.native.builds import ROOT, need_native, run, setup_functions, succeed
 
 MODULE, CUDA_MODULE = (
     f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in ("_cpu", "_cuda")
@@ -18,11 +18,6 @@ MODULE, CUDA_MODULE = (
 WITHOUT_CUDA = {"BIPER_CUDA": "0"}
 
 pytestmark = pytest.mark.deep
-
-
-def need_native() -> None:
-    if reason := setup_functions()["obstacle"]():
-        pytest.skip(reason)
 
 
 # -- building again -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from biper_engine.bench import comparison as module
 from biper_engine.bench.rivals import compiled_bf16_rival
 from biper_engine.bench.rivals.pytorch import eager_twin_rival
 from biper_engine.engine import Engine
+from tests.images import images
 from tests.networks_by_hand import classifier
 
 ONCE = Budget(seconds=0.0, fewest=2, most=2, warmup=0)
@@ -41,10 +42,6 @@ class Float(nn.Module):
 @pytest.fixture
 def engine() -> Engine:
     return classifier()
-
-
-def images(batch: int) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 def test_every_contestant_is_timed_at_every_batch_size(engine: Engine) -> None:

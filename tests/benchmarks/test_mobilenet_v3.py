@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.images import images
+
 # Parameters of the usual PyTorch model; multiply-accumulates as in the paper, which counts without
 # saying how: ours, of convolutions and linear layers, padded taps included, are within 2 %.
 COUNTS = (
@@ -34,10 +36,6 @@ MAPS = (
 Build = Callable[[], MobileNetV3]
 
 
-def images(count: int, size: int = 224) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize(("build", "parameters", "macs"), COUNTS)
 def test_it_has_the_published_parameters_and_work(
     build: Build, parameters: int, macs: float
@@ -45,7 +43,7 @@ def test_it_has_the_published_parameters_and_work(
     network = build().eval()
     assert sum(values.numel() for values in network.parameters()) == parameters
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        logits = network(images(1))
+        logits = network(images(1, 3, 224, 224))
     assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=0.02)
     assert logits.shape == (1, 1000)
     assert logits.isfinite().all()
@@ -53,7 +51,7 @@ def test_it_has_the_published_parameters_and_work(
 
 @pytest.mark.parametrize(("build", "wanted"), MAPS)
 def test_maps_have_the_shapes_of_the_tables(build: Build, wanted: list[tuple[int, int]]) -> None:
-    x, last = images(1), {}
+    x, last = images(1, 3, 224, 224), {}
     with torch.no_grad():
         for block in build().eval().features:
             x = block(x)
@@ -64,7 +62,7 @@ def test_maps_have_the_shapes_of_the_tables(build: Build, wanted: list[tuple[int
 
 @pytest.mark.parametrize("build", [mobilenet_v3_small, mobilenet_v3_large])
 def test_in_eval_mode_an_image_has_one_answer_whatever_is_beside_it(build: Build) -> None:
-    network, batch = build().eval(), images(3, 64)
+    network, batch = build().eval(), images(3, 3, 64, 64)
     with torch.no_grad():
         together, again, alone = network(batch), network(batch), network(batch[1:2])
         trained = network.train()(batch)

@@ -104,8 +104,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         engine(images.clone().requires_grad_())
 
 
-@pytest.mark.parametrize("model_class", [SmallNet, BinaryNet])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("model_class", "training"), [(SmallNet, True), (BinaryNet, False)])
 def test_the_model_is_left_alone(model_class: type[nn.Module], training: bool) -> None:
     model = seeded(model_class).train(training)
     before = copy.deepcopy(model.state_dict())

@@ -73,7 +73,11 @@ def test_copies_and_state_dicts(small: Converted) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "dtype"), [(SmallNet, torch.bfloat16), (ReActNet, torch.float16)]
+    ("build", "dtype"),
+    [
+        (SmallNet, torch.bfloat16),
+        pytest.param(ReActNet, torch.float16, marks=pytest.mark.deep),
+    ],
 )
 def test_narrow_float_maps_are_close_and_leave_as_float32(
     build: type[nn.Module], dtype: torch.dtype

@@ -2,17 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from biper_engine import models
 from biper_engine.conversion.twin import float_twin, folded_network
 from biper_engine.nn import BinaryConv2d
+from tests.images import images
 
 aten = torch.ops.aten
-
-
-def images(count: int = 2) -> Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 
 
 def network() -> nn.Module:
@@ -36,17 +33,19 @@ def calls(graph_module: fx.GraphModule, *targets: object) -> list[fx.Node]:
 
 def test_the_folded_network_computes_what_the_model_does_at_any_batch() -> None:
     model = network()
-    folded = folded_network(model, images())
+    folded = folded_network(model, images(2, 3, 16, 16))
     assert not calls(folded, aten.sin.default, aten.mul.Tensor)
     assert len(calls(folded, aten.sign.default, aten.ge.Scalar, aten.where.self)) > 0
     for count in (1, 5):
-        torch.testing.assert_close(folded(images(count))[0], model(images(count)))
+        torch.testing.assert_close(
+            folded(images(count, 3, 16, 16))[0], model(images(count, 3, 16, 16))
+        )
 
 
 def test_the_twin_has_the_same_layers_without_signs() -> None:
     model = network()
-    twin = float_twin(model, images())
-    folded = folded_network(model, images())
+    twin = float_twin(model, images(2, 3, 16, 16))
+    folded = folded_network(model, images(2, 3, 16, 16))
     signs = [node for node in folded.graph.nodes if "sign" in str(node.target)]
     assert signs
     assert not [node for node in twin.graph.nodes if "sign" in str(node.target)]
@@ -55,12 +54,12 @@ def test_the_twin_has_the_same_layers_without_signs() -> None:
     assert [node.args[3:] for node in calls(twin, aten.conv2d.default)] == [
         node.args[3:] for node in calls(folded, aten.conv2d.default)
     ]
-    assert twin(images(3))[0].shape == (3, 5)
+    assert twin(images(3, 3, 16, 16))[0].shape == (3, 5)
 
 
 def test_weights_of_layers_that_were_binary_have_a_norm_of_one_half() -> None:
     model = network()
-    twin = float_twin(model, images())
+    twin = float_twin(model, images(2, 3, 16, 16))
     stem, *binary = (
         twin.get_buffer(str(node.args[1].target))  # type: ignore[union-attr]
         for node in calls(twin, aten.conv2d.default)
@@ -87,5 +86,5 @@ def test_differences_of_rounding_stay_small_through_many_layers() -> None:
 def test_the_model_is_not_changed(make: object) -> None:
     model = network()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    make(model, images())  # type: ignore[operator]
+    make(model, images(2, 3, 16, 16))  # type: ignore[operator]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""The fuzzer itself, and a little of it; `python -m tests.fuzz` has more."""
+"""The fuzzer itself, and a little of it; the weekly test and `python -m tests.fuzz` have more."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tests.fuzz.runner import Summary, fuzz
 from tests.fuzz.worker import run
 from tests.native import builds
 
-_MINUTE = 60.0
-_FIRST = 1_000_000  # of the deep tests; not among those of longer runs by hand
+_FIRST = 1_000_000  # of the long tests; not among those of longer runs by hand
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +53,20 @@ def test_findings_are_summed_up() -> None:
     assert "1 findings\n  seed 4: crash with status -11: words" in str(summary)
 
 
-@pytest.mark.deep
-def test_a_minute() -> None:
-    summary = fuzz(_FIRST, None, _MINUTE)
+@pytest.mark.weekly
+def test_many_seeds() -> None:
+    summary = fuzz(_FIRST, 20_000, None)
     assert summary.findings == {}, str(summary)
     assert summary.outcomes["runs"] > 0
 
 
-@pytest.mark.deep
-def test_a_minute_under_sanitizers(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    "seeds",
+    [pytest.param(40, marks=pytest.mark.deep), pytest.param(2_000, marks=pytest.mark.weekly)],
+)
+def test_seeds_under_sanitizers(seeds: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("sanitized_cpu")
     environment = builds.sanitizer_environment()
     extension = builds.sanitized_cpu_module(folder)
-    summary = fuzz(_FIRST, None, _MINUTE, extension=str(extension), environment=environment)
+    summary = fuzz(_FIRST, seeds, None, extension=str(extension), environment=environment)
     assert summary.findings == {}, str(summary)

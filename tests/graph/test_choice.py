@@ -12,11 +12,6 @@ from tests.networks_by_hand import GraphBuilder, classifier
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-
-
 def test_binary_convolutions_have_a_geometry_and_others_none() -> None:
     module = classifier().graph_module
     found = {node.name: node_geometry(module, node) for node in module.graph.nodes}

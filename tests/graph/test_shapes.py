@@ -1,8 +1,6 @@
 """Shapes without data: the rules of ours say what PyTorch's say."""
 
 import operator
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor
 from biper_engine.engine import Engine
 from biper_engine.graph import OPERATORS, MisfitError
 from biper_engine.graph.shapes import call_without_data
+from tests.fresh import fresh_run
 from tests.networks_by_hand import classifier, two_inputs
 
 aten = torch.ops.aten
@@ -30,28 +29,16 @@ INT = blank(2, 6, 9, 8, dtype=torch.int32)
 V = [blank(6) for _ in range(4)]
 WEIGHT = blank(4, 3, 3, 2)
 
+# Whatever else fits is in tests/graph/test_operators.py.
 CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.hardtanh.default, (X,)),
-    (aten.hardtanh.default, (F64, -2, 3)),
     (aten.hardtanh.default, (INT, -2, 3)),
     (aten.clamp.default, (X, -1.0, 1.0)),
-    (aten.clamp.default, (X, 0.5)),
-    (aten.clamp.default, (X,)),
-    (aten.relu.default, (F64,)),
-    (aten.leaky_relu.default, (X, 0.3)),
     (aten.sigmoid.default, (X,)),
-    (aten.sigmoid.default, (INT,)),
-    (aten.add.Tensor, (X, X)),
     (aten.add.Tensor, (X, F64)),
     (aten.add.Tensor, (X, blank(6, 1, 1))),
     (aten.add.Tensor, (X, blank(5, 1, 1))),
-    (aten.sub.Tensor, (X, 2.0)),
-    (aten.mul.Tensor, (X, V[0])),
-    (aten.mul.Tensor, (X, X)),
-    (aten.mul.Tensor, (blank(6, 1, 1), X)),
-    (aten.add.Tensor, (X, 1)),
     (aten.add.Tensor, (X, blank(2, 1, 9, 1))),
-    (aten.div.Tensor, (X, 255.0)),
     *[
         (op, (images, number))
         for op in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
@@ -59,30 +46,18 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
         for number in (2, 0.5, True)
         if not (op is aten.sub.Tensor and number is True)
     ],
-    (aten.mul.Tensor, (INT, INT)),
-    (aten._prelu_kernel.default, (X, blank(1, 6, 1, 1))),
     (aten._prelu_kernel.default, (X, blank(1, 5, 1, 1))),
-    *[
-        (unary, (X,))
-        for unary in (
-            *(aten.silu.default, aten.hardswish.default, aten.tanh.default),
-            *(aten.sign.default, aten.abs.default, aten.neg.default),
-        )
-    ],
-    (aten.cat.default, ([X, X], 1)),
     (aten.cat.default, ([X, blank(2, 6, 9, 1)], -1)),
     (aten.cat.default, ([X, blank(2, 6, 8, 1)], -1)),
     (aten.cat.default, ([X, F64], 0)),
     (aten.cat.default, ([X, INT], 5)),
     (aten.conv2d.default, (X, WEIGHT, blank(4), [2, 1], [1, 0], [1, 2], 2)),
-    (aten.conv2d.default, (X, WEIGHT, None, [1, 1], [0, 0], [1, 1], 1)),
     (aten.conv2d.default, (X, WEIGHT, blank(3), [1, 1], [0, 0], [1, 1], 2)),
     (aten.conv2d.default, (X, WEIGHT, None, [0, 1], [0, 0], [1, 1], 2)),
     (aten.conv2d.default, (X, WEIGHT, None, [1, 1], [0, 0], [9, 1], 2)),
     (aten.conv2d.default, (X, WEIGHT.double(), None, [1, 1], [0, 0], [1, 1], 2)),
     (aten.conv2d.default, (X, WEIGHT, None, [2], [1], [1], 2)),
     (aten.linear.default, (blank(2, 5), blank(3, 5), blank(3))),
-    (aten.linear.default, (blank(2, 7, 5), blank(3, 5))),
     (aten.linear.default, (blank(2, 4), blank(3, 5))),
     (aten.linear.default, (blank(2, 5), blank(3, 5), blank(4))),
     (aten.batch_norm.default, (X, *V, False, 0.1, 1e-5, False)),
@@ -90,11 +65,9 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.batch_norm.default, (X, *V[:3], blank(5), False, 0.1, 1e-5, False)),
     (aten.max_pool2d.default, (X, [2, 2], [2, 2], [0, 0], [1, 1], False)),
     (aten.max_pool2d.default, (X, [3], [2], [1], [1], True)),
-    (aten.max_pool2d.default, (X, [3, 3], [1, 1], [0, 0], [2, 2], False)),
     (aten.max_pool2d.default, (X, [10, 3])),
     (aten.max_pool2d.default, (X, [2, 2], [2, 2], [2, 2])),
     (aten.avg_pool2d.default, (X, [2, 2])),
-    (aten.avg_pool2d.default, (X, [2, 2], [2, 2], [0, 0], True, False)),
     (aten.avg_pool2d.default, (X, [2, 2], [], [0, 0], False, True, 3)),
     (aten.avg_pool2d.default, (X, [2, 2], [0, 1])),
     (aten.mean.dim, (X, [-1, -2], True)),
@@ -194,4 +167,5 @@ def test_loading_and_planning_import_no_compiler(
         "loaded = {'sympy', 'torch._dynamo'} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh_run(code)
+    assert done.returncode == 0, done.stderr

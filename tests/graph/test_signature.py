@@ -57,9 +57,9 @@ def test_constants_and_names() -> None:
     assert verify(engine, model, (IMAGES,)).ok
 
 
-@pytest.mark.parametrize(
-    ("args", "kwargs"),
-    [
+def test_other_constants_are_refused() -> None:
+    engine = convert_quietly(Rich().eval(), (IMAGES[:2], None, "once", 3), check=False)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((IMAGES, None, "once", 4), {}),
         ((IMAGES, None, "twice", 3), {}),
         ((IMAGES, None, "once", 3.0), {}),
@@ -67,12 +67,10 @@ def test_constants_and_names() -> None:
         ((IMAGES,), {}),
         ((IMAGES, None, "once", 3), {"x": IMAGES}),
         ((IMAGES, None, "once", 3), {"other": 1}),
-    ],
-)
-def test_other_constants_are_refused(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    engine = convert_quietly(Rich().eval(), (IMAGES[:2], None, "once", 3), check=False)
-    with pytest.raises(TypeError, match=r"'once', 3\).*Other values are fixed at conversion"):
-        engine(*args, **kwargs)
+    ]
+    for args, kwargs in calls:
+        with pytest.raises(TypeError, match=r"'once', 3\).*Other values are fixed at conversion"):
+            engine(*args, **kwargs)
 
 
 def test_arguments_by_name_with_defaults_left_out() -> None:

@@ -1,15 +1,13 @@
-"""Kills while saving and training: a few of them; `python -m tests.kills` does many."""
+"""Kills while saving and training: a few of them, and weekly as many as `python -m tests.kills`."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.fresh import fresh_run
 from tests.kills.__main__ import shares
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_shares_add_up() -> None:
@@ -18,27 +16,32 @@ def test_shares_add_up() -> None:
 
 
 def run(*options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kills", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    program = "import sys; from tests.kills.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = fresh_run(f"import sys; sys.argv[1:] = {options!r}; {program}")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
-def test_kills_while_saving_lose_nothing(tmp_path: Path) -> None:
-    said = run("--saves", "6", "--trains", "0", "--folders", str(tmp_path))
-    assert "6 kills while saving: the file was whole each time" in said
+def test_kills_while_saving_lose_nothing(tmp_path: Path, golden_file: Callable[..., Path]) -> None:
+    files = [str(golden_file(f"cifar10/{name}")) for name in ("resnet20_1w1a", "resnet18A_1w1a")]
+    done = fresh_run(
+        "from pathlib import Path; from biper_engine import load; from tests.kills import saves\n"
+        f"saves._engines = lambda: [load(path) for path in {files}]\n"
+        f"print(saves.kill_saves(6, Path({str(tmp_path)!r}), 0))"
+    )
+    assert "6 kills while saving: the file was whole each time" in done.stdout, done.stderr
 
 
-@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("saves", "trains"),
+    [
+        pytest.param("6", "2", marks=pytest.mark.deep),
+        pytest.param("200", "50", marks=pytest.mark.weekly),
+    ],
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
-def test_kills_while_saving_and_training_lose_nothing() -> None:
-    said = run("--saves", "20", "--trains", "4")
+def test_kills_while_saving_and_training_lose_nothing(saves: str, trains: str) -> None:
+    said = run("--saves", saves, "--trains", trains)
     assert "kills while saving: the file was whole each time" in said
     assert "every run ended with the bits of one that was not killed" in said

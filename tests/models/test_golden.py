@@ -8,14 +8,7 @@ from biper_engine.models import available, build
 from biper_engine.nn import regularizer, set_tau
 from tests.golden import weights
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """PyTorch's float64 convolutions on eight images gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network_of(name, stage):
@@ -40,7 +33,9 @@ def test_names_shapes_and_logits_are_the_official_ones(name, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", ["resnet20_1w1a", "vgg_small_1w1a"])
+@pytest.mark.parametrize(
+    "name", ["resnet20_1w1a", pytest.param("vgg_small_1w1a", marks=pytest.mark.deep)]
+)
 def test_three_training_steps_are_the_official_ones(name, stage):
     case = weights.read("training")[f"{name}/stage{stage}"]
     network = network_of(f"cifar10/{name}", stage).train()

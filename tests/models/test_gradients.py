@@ -26,24 +26,19 @@ SHAPES = {
     "imagenet/resnet34_1w1a": (3, 193),
 }
 USUAL = (4, 32)
-# Steps of what takes a second or two; the deep test has all networks and all steps. From the second
-# one on, alpha has the whole of float64's digits, as any trained one has of its type's.
-QUICK = {
-    "cifar10/resnet20_1w1a": STEPS,
-    "cifar10/resnet20_1w32a": STEPS,
-    "cifar10/resnet18A_1w1a": 2,
-    "cifar10/vgg_small_1w1a": 2,
-    "imagenet/mobilenet_1w1a": 2,
-}
+# Networks whose two steps take a second or two; the weekly test has all steps. From the second one
+# on, alpha has the whole of float64's digits, as any trained one has of its type's.
+QUICK = (
+    "cifar10/resnet20_1w1a",
+    "cifar10/resnet20_1w32a",
+    "cifar10/resnet18A_1w1a",
+    "cifar10/vgg_small_1w1a",
+    "imagenet/mobilenet_1w1a",
+)
+CASES = [pytest.param(n, marks=() if n in QUICK else (pytest.mark.deep,)) for n in available()]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """PyTorch's float64 convolutions on a few images gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wanted_gradients(
@@ -102,12 +97,12 @@ def compare(network: Network, gradients: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_equations(name: str, stage: int) -> None:
-    check(name, stage, QUICK[name])
+    check(name, stage, 2)
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", available())
 def test_gradients_are_those_of_the_equations_for_twenty_steps(name: str, stage: int) -> None:

@@ -29,6 +29,12 @@ def setup_functions() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_without_setup")
 
 
+def need_native() -> None:
+    """Skip where there is no compiler for csrc/cpu."""
+    if reason := setup_functions()["obstacle"]():
+        pytest.skip(reason)
+
+
 def module_sources() -> list[Path]:
     """Return what of csrc/cpu is Python's module and needs its headers."""
     names = ("bindings", "caller", "tensors", "watch")
@@ -236,8 +242,7 @@ def emulated_library(folder: Path, sanitize: bool = False) -> Path:
 
     A program that loads the sanitized one needs `sanitizer_environment`.
     """
-    if reason := setup_functions()["obstacle"]():
-        pytest.skip(reason)
+    need_native()
     toolchain = native(folder, *(SANITIZE if sanitize else ()))
     includes = ("-I", str(CUDA), "-I", str(EMULATOR), *setup_functions()["include_flags"]())
     flags = ("-O1" if sanitize else "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
@@ -255,8 +260,7 @@ def sanitized_cpu_module(folder: Path) -> Path:
 
     A program that loads it needs `sanitizer_environment`.
     """
-    if reason := setup_functions()["obstacle"]():
-        pytest.skip(reason)
+    need_native()
     toolchain = native(folder, *SANITIZE)
     objects = toolchain.compile(
         sorted((ROOT / "csrc/cpu").glob("*.cpp")),

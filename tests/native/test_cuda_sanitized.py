@@ -26,7 +26,7 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     own = {k: v for k, v in os.environ.items() if k.startswith("PYTEST_")}
     clean = {k: v for k, v in environment.items() if k not in own}
     return subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-m", "deep", *arguments],
+        [*command, "-p", "no:cacheprovider", "-m", "not weekly", *arguments],
         cwd=builds.ROOT,
         env={**clean, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -35,8 +35,17 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     )
 
 
-def test_the_operator_matrix_touches_no_memory_of_others(environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param("and (33 or 65 or everything or prelu or cuda)", id="some"),
+        pytest.param("", id="all", marks=pytest.mark.weekly),
+    ],
+)
+def test_the_operator_matrix_touches_no_memory_of_others(
+    environment: dict[str, str], chosen: str
+) -> None:
     files = [str(Path("tests/ops", f"test_{suite}.py")) for suite in SUITES]
-    done = run(environment, "-k", "emulated and not 120 and not 75", *files)
+    done = run(environment, "-k", f"emulated and not 120 and not 75 {chosen}", *files)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout

@@ -12,11 +12,6 @@ from biper_engine.ops.backends import by_name
 from tests.ops.matrix import Operands
 
 
-@pytest.fixture(autouse=True)
-def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-
-
 @pytest.fixture
 def need(run: tuple[str, torch.device]) -> Callable[..., None]:
     """Return a function that skips, with the backend's reason, where it cannot run a call."""

@@ -1,6 +1,7 @@
 """The operator matrix: geometries, epilogues, maps and pools that every backend must get right."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -118,6 +119,15 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "clamped above": {"clamp_max": 0.1},
     "prelu": {"slope": True},
 }
+# Pool, activation and residual follow each other: every two of them meet here, and in the weekly
+# tests every three.
+EPILOGUE_TRIPLES = list(itertools.product(EPILOGUE_POOLS, ACTIVATIONS, (None, *STREAMS)))
+EPILOGUE_PAIRS = [
+    (pool, activation, stream)
+    for pool, activation, stream in EPILOGUE_TRIPLES
+    if (list(ACTIVATIONS).index(activation) + [None, *STREAMS].index(stream)) % 3
+    == list(EPILOGUE_POOLS).index(pool)
+]
 
 
 def vector(channels: int, *special: float, seed: int, scale: float = 1.0) -> Tensor:
@@ -190,6 +200,10 @@ MAP_POOLS = [
     Pool2dGeometry(kernel_size=(2, 2), stride=(3, 1), padding=(1, 1)),
     Pool2dGeometry(),
 ]
+
+
+def packed(bits: Tensor) -> Tensor:
+    return contract.pack_channels(bits.permute(0, 2, 3, 1))
 
 
 def random_map(*shape: int) -> Tensor:

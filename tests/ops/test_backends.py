@@ -19,6 +19,7 @@ from biper_engine.ops.backends import (
     use_backend,
 )
 from biper_engine.ops.reference import ReferenceBackend
+from tests.conftest import ABSENT
 
 CPU = torch.device("cpu")
 CONV = Conv2dGeometry(in_channels=33, out_channels=4, kernel_size=(1, 1))
@@ -91,6 +92,11 @@ EVERY_CALL = [
     "fused None True",
     "fused torch.float32 True",
 ]
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_what_is_absent_here_is_told_once(absent: str) -> None:
+    pytest.skip(f"{absent}: {ABSENT[absent]}")
 
 
 def test_a_backend_for_other_devices_is_not_even_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

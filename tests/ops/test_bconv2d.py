@@ -35,19 +35,7 @@ def test_accumulators_are_those_of_a_float64_convolution(
         assert result.stride() == torch.empty(n, h, w, c).permute(0, 3, 1, 2).stride()
 
 
-def test_prepacked_weights_do_not_change_the_result(
-    backend: str, device: torch.device, need: Callable[..., None], operands: Any, case: Any
-) -> None:
-    conv, size = case
-    need("bconv2d", conv)
-    data = operands(conv, size, 2)
-    weight = data.weight.to(device)
-    prepacked = prepack(weight, conv, backend)
-    result = bconv2d(data.bits.to(device), weight, conv, prepacked=prepacked)
-    assert torch.equal(result.cpu(), data.dot)
-
-
-def test_unused_bits_do_not_change_the_result(
+def test_unused_bits_and_prepacked_weights_do_not_change_the_result(
     backend: str, device: torch.device, need: Callable[..., None], operands: Any, case: Any
 ) -> None:
     conv, size = case

@@ -7,24 +7,14 @@ from torch import Tensor
 
 from biper_engine import bits as contract
 from biper_engine.ops import binarize, unbinarize
-from tests.ops.matrix import CHANNELS, SMALLEST_DENORMAL, STREAMS, met_thresholds, random_map
-
-
-def packed(bits: Tensor) -> Tensor:
-    return contract.pack_channels(bits.permute(0, 2, 3, 1))
-
-
-@pytest.mark.parametrize("dtype", STREAMS.values())
-@pytest.mark.parametrize("channels", CHANNELS)
-def test_signs_are_packed(
-    device: torch.device, need: Callable[..., None], channels: int, dtype: torch.dtype
-) -> None:
-    need("binarize")
-    x = random_map(2, channels, 3, 5).to(dtype)
-    result = binarize(x.to(device))
-    assert result.dtype == torch.int32
-    assert result.is_contiguous()
-    assert torch.equal(result.cpu(), packed(x >= 0))
+from tests.ops.matrix import (
+    CHANNELS,
+    SMALLEST_DENORMAL,
+    STREAMS,
+    met_thresholds,
+    packed,
+    random_map,
+)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -33,6 +23,11 @@ def test_threshold_and_sense_act_per_channel(
 ) -> None:
     need("binarize")
     x = random_map(2, channels, 3, 5)
+    for dtype in STREAMS.values():
+        signs = binarize(x.to(device, dtype))
+        assert signs.dtype == torch.int32
+        assert signs.is_contiguous()
+        assert torch.equal(signs.cpu(), packed(x.to(dtype) >= 0))
     threshold = met_thresholds(x)
     sense = torch.arange(channels) % 3 == 1
     limit, flipped = threshold.view(1, -1, 1, 1), sense.view(1, -1, 1, 1)

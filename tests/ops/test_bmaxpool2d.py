@@ -5,14 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from biper_engine import bits as contract
 from biper_engine.geometry import Pool2dGeometry
 from biper_engine.ops import bmaxpool2d
 from tests.ops.matrix import MAP_POOLS as POOLS
-
-
-def packed(bits: Tensor) -> Tensor:
-    return contract.pack_channels(bits.permute(0, 2, 3, 1))
+from tests.ops.matrix import packed
 
 
 def pooled(signs: Tensor, pool: Pool2dGeometry) -> Tensor:

@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,9 @@ from biper_engine.ops import Epilogue, bconv2d, bconv2d_float_bits, binarize, pr
 from biper_engine.ops.backends import backends, by_name, select
 from biper_engine.ops.cpu import _cgroup_limit, popcount_peak, thread_count
 from biper_engine.ops.native_arguments import geometry_values
+from tests.conftest import USABLE_ISAS
+from tests.fresh import fresh_run
+from tests.images import noise
 
 REASON = {info.name: info.reason for info in backends()}["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cpu: {REASON}")
@@ -28,12 +29,10 @@ CONV = Conv2dGeometry(
 )
 
 
-@pytest.fixture(params=["avx512", "avx2", "neon", "portable"])
+@pytest.fixture(params=USABLE_ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     from biper_engine import _cpu
 
-    if request.param not in _cpu.usable_isas():
-        pytest.skip(f"this build or processor has no {request.param}")
     before = _cpu.isa()
     _cpu.select_isa(request.param)
     with use_backend("cpu"):
@@ -41,38 +40,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.select_isa(before)
 
 
-def random_floats(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def case(conv: Conv2dGeometry = CONV, size: int = 40, batch: int = 2) -> dict[str, Any]:
     """Return operands of a convolution that is worth several threads."""
     channels = conv.out_channels
-    bits = binarize(random_floats(batch, conv.in_channels, size, size), backend="reference")
+    bits = binarize(noise(batch, conv.in_channels, size, size), backend="reference")
     words = torch.randint(
         -(2**31), 2**31, conv.weight_shape, generator=torch.Generator().manual_seed(1)
     )
     epilogue = Epilogue(
-        multiplier=random_floats(channels, seed=2),
-        bias=random_floats(channels, seed=3),
+        multiplier=noise(channels, seed=2),
+        bias=noise(channels, seed=3),
         clamp_min=-1.0,
-        threshold=random_floats(channels, seed=4),
-        sense=random_floats(channels, seed=5) > 0,
+        threshold=noise(channels, seed=4),
+        sense=noise(channels, seed=5) > 0,
     )
     return {"bits": bits, "weight": words.to(torch.int32), "geometry": conv, "epilogue": epilogue}
 
 
 # -- instruction sets -----------------------------------------------------------------------------
-
-
-def run_python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_forced_instruction_set_is_the_one_that_runs(isa: str) -> None:
@@ -85,7 +70,7 @@ def test_the_forced_instruction_set_is_the_one_that_runs(isa: str) -> None:
         "packed = ops.prepack(weight, conv, 'cpu')\n"
         "print(_cpu.isa(), packed[1].item())\n"  # the header of re-laid weights names their kernels
     )
-    done = run_python(program, BIPER_CPU_ISA=isa)
+    done = fresh_run(program, BIPER_CPU_ISA=isa)
     ids = {"portable": "1", "avx2": "2", "avx512": "3", "neon": "4"}
     assert done.stdout.split() == [isa, ids[isa]], done.stderr
 
@@ -102,7 +87,7 @@ def test_an_instruction_set_that_cannot_run_makes_the_backend_unavailable(
         "print({i.name: i.reason for i in biper_engine.backends()}['cpu'])\n"
         "biper_engine.ops.binarize(__import__('torch').zeros(1, 1, 1, 1), backend='cpu')\n"
     )
-    done = run_python(program, BIPER_CPU_ISA=name)
+    done = fresh_run(program, BIPER_CPU_ISA=name)
     assert f"BIPER_CPU_ISA (='{name}')" in done.stdout
     assert said in done.stdout
     assert "BackendUnavailableError: Backend 'cpu' cannot run here: BIPER_CPU_ISA" in done.stderr
@@ -178,7 +163,7 @@ def test_the_number_of_threads_does_not_change_a_byte(
 
 
 def test_results_are_on_the_cpu_whatever_device_torch_makes_tensors_on() -> None:
-    data, x, backend = case(), random_floats(2, 40, 6, 6), by_name("cpu")
+    data, x, backend = case(), noise(2, 40, 6, 6), by_name("cpu")
 
     def results() -> list[Tensor | None]:  # as plans call it
         bits = backend.binarize(x, None, None)

@@ -23,7 +23,9 @@ PATHS = {"bits": BITS, "bytes": BYTES}
 POOL = Pool2dGeometry(kernel_size=(2, 2), stride=(2, 2))
 
 
-@pytest.fixture(params=[pytest.param("emulated", marks=pytest.mark.deep), "gpu"])
+@pytest.fixture(
+    params=[pytest.param("emulated", marks=pytest.mark.deep), *["gpu"] * torch.cuda.is_available()]
+)
 def cuda(request: pytest.FixtureRequest) -> Iterator[tuple[CudaBackend, torch.device]]:
     """Give the backend and a device that it runs on."""
     if request.param == "emulated":

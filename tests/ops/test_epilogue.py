@@ -1,6 +1,7 @@
 """The epilogue against scalar arithmetic: a rational fma, then NumPy float32, step by step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,15 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, bconv2d_bits, bconv2d_float, bconv2d_float_bits, prepack
 from tests.ops.matrix import (
-    ACTIVATIONS,
     EPILOGUE_CONV,
+    EPILOGUE_PAIRS,
     EPILOGUE_POOLS,
     EPILOGUE_SIZE,
+    EPILOGUE_TRIPLES,
     SMALLEST_DENORMAL,
     STREAMS,
     ZEROS,
+    Operands,
     epilogue_of,
     residual_of,
     signed_zeros,
@@ -133,13 +136,29 @@ def need_all(need: Callable[..., None], conv: Conv2dGeometry) -> None:
         need(op, conv)
 
 
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("residual_stream", [None, *STREAMS])
+@functools.cache
+def step_case(
+    pool: str, activation: str, residual_stream: str | None, fma: Callable[..., float]
+) -> tuple[Any, Epilogue, Tensor | None, Array]:
+    """Return operands, epilogue and residual, and the values that they must give."""
+    channels, data = CONV.out_channels, Operands(CONV, SIZE, 2)
+    epilogue = epilogue_of(channels, pool, activation)
+    size = POOLS[pool].output_size(*CONV.output_size(*SIZE))
+    residual = residual_of(residual_stream, 2, channels, *size)
+    values = expected_values(data.dot, epilogue, residual, fma)
+    return data, with_met_thresholds(epilogue, torch.from_numpy(values)), residual, values
+
+
+@pytest.mark.parametrize(
+    ("pool", "activation", "residual_stream"),
+    [
+        pytest.param(*case, marks=() if case in EPILOGUE_PAIRS else (pytest.mark.weekly,))
+        for case in EPILOGUE_TRIPLES
+    ],
+)
 def test_every_step_is_rounded_once_and_in_order(
     device: torch.device,
     need: Callable[..., None],
-    operands: Any,
     exact_fma: Callable[..., float],
     same_bytes: Callable[..., bool],
     pool: str,
@@ -147,12 +166,7 @@ def test_every_step_is_rounded_once_and_in_order(
     residual_stream: str | None,
 ) -> None:
     need_all(need, CONV)
-    channels, data = CONV.out_channels, operands(CONV, SIZE, 2)
-    epilogue = epilogue_of(channels, pool, activation)
-    size = POOLS[pool].output_size(*CONV.output_size(*SIZE))
-    residual = residual_of(residual_stream, 2, channels, *size)
-    values = expected_values(data.dot, epilogue, residual, exact_fma)
-    epilogue = with_met_thresholds(epilogue, torch.from_numpy(values))
+    data, epilogue, residual, values = step_case(pool, activation, residual_stream, exact_fma)
     check_all_outputs(data, CONV, epilogue, residual, values, device, same_bytes)
 
 

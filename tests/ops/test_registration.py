@@ -27,6 +27,7 @@ from biper_engine.ops import (
 from biper_engine.ops.functional import epilogue_options, geometry_options
 from biper_engine.ops.plan_operators import PLAN_SCHEMAS
 from biper_engine.ops.registration import SCHEMAS
+from tests.images import noise
 
 ALL_SCHEMAS = {**SCHEMAS, **PLAN_SCHEMAS}
 
@@ -75,27 +76,23 @@ class Single(Call):
         return self.op(**self.arguments(x))
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-WEIGHT = contract.pack_weight(random(34, 33, 3, 3) > 0)
+WEIGHT = contract.pack_weight(noise(34, 33, 3, 3) > 0)
 SENSE = torch.arange(34) % 2 == 0
-OPERANDS = {"weight": WEIGHT, "multiplier": random(34, seed=1), "bias": random(34, seed=2)}
-BITS_OUT = {"threshold": random(34, seed=3), "sense": SENSE}
+OPERANDS = {"weight": WEIGHT, "multiplier": noise(34, seed=1), "bias": noise(34, seed=2)}
+BITS_OUT = {"threshold": noise(34, seed=3), "sense": SENSE}
 EPILOGUE = Epilogue(
     multiplier=OPERANDS["multiplier"],
     bias=OPERANDS["bias"],
     pool=POOL,
     pool_min=OPERANDS["multiplier"] < 0,
-    slope=random(34, seed=4),
-    shift=random(34, seed=5),
+    slope=noise(34, seed=4),
+    shift=noise(34, seed=5),
 )
 FUSED = {**epilogue_options(EPILOGUE), **geometry_options(CONV)}
 
 STEM = {
-    "weight": random(34, 3, 3, 3, seed=6),
-    "bias": random(34, seed=2),
+    "weight": noise(34, 3, 3, 3, seed=6),
+    "bias": noise(34, seed=2),
     "stride": [1, 2],
     "padding": [1, 1, 0, 2],
     "pool_kernel_size": [2, 2],
@@ -103,14 +100,14 @@ STEM = {
     "pool_padding": [1, 1],
     "clamp_min": -20.0,
     "clamp_max": 30.0,
-    "scale": random(3, seed=7),
-    "offset": random(3, seed=8),
+    "scale": noise(3, seed=7),
+    "offset": noise(3, seed=8),
     **BITS_OUT,
 }
 
 MODULES: dict[str, Callable[[], Call]] = {
     "binarize": lambda: Single(
-        "binarize", ("x",), threshold=random(66), sense=torch.arange(66) % 2 == 0
+        "binarize", ("x",), threshold=noise(66), sense=torch.arange(66) % 2 == 0
     ),
     "unbinarize": lambda: Single("unbinarize", ("bits",), channels=66, dtype=torch.float16),
     "bmaxpool2d": lambda: Single(
@@ -143,7 +140,7 @@ MODULES: dict[str, Callable[[], Call]] = {
     "stem": lambda: Single("stem", ("x",), dtype=torch.float16, **STEM),
     "stem_bits": lambda: Single("stem_bits", ("x",), **STEM),
     "pooled_linear": lambda: Single(
-        "pooled_linear", ("x",), weight=random(10, 66, seed=1), bias=random(10, seed=2)
+        "pooled_linear", ("x",), weight=noise(10, 66, seed=1), bias=noise(10, seed=2)
     ),
 }
 
@@ -152,15 +149,15 @@ def inputs_of(module: Call, batch: int) -> tuple[Tensor, ...]:
     if module.inputs == ("weight",):
         return (WEIGHT,)
     if "weight" in module.tensors and module.inputs == ("x",) and module.weight.dim() == 4:
-        return (random(batch, module.weight.shape[1], *SIZE, seed=batch),)  # a stem's images
-    x = random(batch, 66, *SIZE, seed=batch)
+        return (noise(batch, module.weight.shape[1], *SIZE, seed=batch),)  # a stem's images
+    x = noise(batch, 66, *SIZE, seed=batch)
     if module.inputs == ("x",):
         return (x,)
     packed = contract.pack_channels((x > 0).permute(0, 2, 3, 1))
     if module.inputs == ("bits",):
         return (packed,)
     rows, columns = POOL.output_size(*CONV.output_size(*SIZE))
-    return (packed, random(batch, 34, rows, columns, seed=9))
+    return (packed, noise(batch, 34, rows, columns, seed=9))
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -227,7 +224,7 @@ def test_the_typed_front_compiles_without_a_graph_break() -> None:
         floats, packed_out = bconv2d_float_bits(packed, WEIGHT, CONV, epilogue)
         return unbinarize(pooled, 66), floats, packed_out, bconv2d(packed, WEIGHT, CONV)
 
-    x = random(2, 66, *SIZE)
+    x = noise(2, 66, *SIZE)
     assert_same(torch.compile(front, fullgraph=True, backend="aot_eager")(x), front(x))
 
 
@@ -286,7 +283,7 @@ def test_shape_functions_give_the_real_strides(
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (4, 64, 1, 1), (1, 33, 3, 1), (5, 1, 2, 2)])
 def test_prepack_promises_its_strides_also_for_sizes_of_one(shape: tuple[int, ...]) -> None:
-    weight = contract.pack_weight(random(*shape) > 0)
+    weight = contract.pack_weight(noise(*shape) > 0)
     conv = Conv2dGeometry(
         in_channels=shape[1], out_channels=shape[0], kernel_size=(shape[2], shape[3])
     )

@@ -19,13 +19,10 @@ from biper_engine.ops.functional import pooled_linear, stem, stem_bits
 from biper_engine.ops.plan_operators import PLAN_SCHEMAS
 from biper_engine.ops.reference import apply_stem
 from biper_engine.ops.stem import PLAN_OPERATORS
+from tests.images import noise
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POOL = Pool2dGeometry(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def pixels(*shape: int) -> Tensor:
@@ -36,14 +33,14 @@ def pixels(*shape: int) -> Tensor:
 def parameters(out: int = 40, kernel: int = 7, **changes: Any) -> Stem:
     """Return the stem of an ImageNet network, with some of its parameters changed."""
     values: dict[str, Any] = {
-        "weight": random(out, 3, kernel, kernel, seed=1) / (3 * kernel * kernel) ** 0.5,
-        "bias": random(out, seed=2),
+        "weight": noise(out, 3, kernel, kernel, seed=1) / (3 * kernel * kernel) ** 0.5,
+        "bias": noise(out, seed=2),
         "stride": (2, 2),
         "padding": (kernel // 2,) * 4,
         "pool": POOL,
         "clamp_min": -1.0,
         "clamp_max": 1.0,
-        "threshold": random(out, seed=3) / 4,
+        "threshold": noise(out, seed=3) / 4,
         "sense": torch.arange(out) % 3 == 1,
     }
     return Stem(**{**values, **changes})
@@ -122,7 +119,7 @@ def test_every_backend_agrees_with_the_definition(
 ) -> None:
     need("stem")
     batch, changes = SHAPES[shape]
-    x, given = random(batch, 3, 19, 22), parameters(compute_dtype=dtype, **changes)
+    x, given = noise(batch, 3, 19, 22), parameters(compute_dtype=dtype, **changes)
     floats, bits = stem(x.to(device), on(device, given))
     assert_agrees(x, given, floats, bits)
     assert torch.equal(stem_bits(x.to(device), on(device, given)), bits)
@@ -134,8 +131,8 @@ def test_images_may_be_bytes_or_floats_in_any_layout(
     device: torch.device, need: Callable[..., None], layout: str, dtype: torch.dtype
 ) -> None:
     need("stem")
-    scale, offset = random(3, seed=5).abs() / 60, random(3, seed=6)
-    for x in (pixels(2, 3, 19, 22), *(random(2, 3, 19, 22).to(d) * 9 for d in DTYPES)):
+    scale, offset = noise(3, seed=5).abs() / 60, noise(3, seed=6)
+    for x in (pixels(2, 3, 19, 22), *(noise(2, 3, 19, 22).to(d) * 9 for d in DTYPES)):
         given = parameters(compute_dtype=dtype, scale=scale, offset=offset)
         moved = x.to(device)
         if layout == "channels last":
@@ -151,11 +148,11 @@ def test_the_classifier_agrees_with_the_definition_on_every_backend(
     device: torch.device, need: Callable[..., None], size: tuple[int, int], dtype: torch.dtype
 ) -> None:
     need("pooled_linear")
-    x = random(3, 70, *size).to(dtype)
+    x = noise(3, 70, *size).to(dtype)
     for weight, bias in (
-        (random(11, 70, seed=1), random(11, seed=2)),
-        (random(11, 70, seed=1).to(dtype), None),
-        (random(1000, 70, seed=1).to(dtype), random(1000, seed=2).to(dtype)),
+        (noise(11, 70, seed=1), noise(11, seed=2)),
+        (noise(11, 70, seed=1).to(dtype), None),
+        (noise(1000, 70, seed=1).to(dtype), noise(1000, seed=2).to(dtype)),
     ):
         exact = x.double().mean((2, 3)) @ weight.double().t()
         size_of_terms = x.double().abs().mean((2, 3)) @ weight.double().abs().t()
@@ -214,7 +211,7 @@ def test_bits_come_from_the_value_before_it_is_rounded() -> None:
 
 
 def test_a_float32_stem_is_the_convolution_of_torch_within_rounding() -> None:
-    x, given = random(2, 3, 20, 21), parameters()
+    x, given = noise(2, 3, 20, 21), parameters()
     expected = F.conv2d(x, given.weight, given.bias, 2, 3)
     expected = F.hardtanh(F.max_pool2d(expected, 3, 2, 1))
     floats, _ = stem(x, given, backend="reference")
@@ -222,7 +219,7 @@ def test_a_float32_stem_is_the_convolution_of_torch_within_rounding() -> None:
 
 
 def test_outputs_that_nobody_wants_are_left_out() -> None:
-    x, given = random(1, 3, 9, 9), parameters(want_float=False)
+    x, given = noise(1, 3, 9, 9), parameters(want_float=False)
     reference = by_name("reference")
     floats, bits = reference.stem(x, given)
     assert floats is None
@@ -254,102 +251,102 @@ def test_the_cpu_backend_refuses_with_its_reason(op: str) -> None:
     assert "programs fuse the float ends" in reason
     assert select(op, None, cpu).name == "reference"
     with pytest.raises(BackendUnavailableError, match=f"cannot run {op}: this backend's programs"):
-        stem_bits(random(1, 3, 9, 9), parameters(), backend="cpu") if op == "stem_bits" else (
-            stem(random(1, 3, 9, 9), parameters(), backend="cpu")
+        stem_bits(noise(1, 3, 9, 9), parameters(), backend="cpu") if op == "stem_bits" else (
+            stem(noise(1, 3, 9, 9), parameters(), backend="cpu")
             if op == "stem"
-            else pooled_linear(random(1, 3, 2, 2), random(5, 3), backend="cpu")
+            else pooled_linear(noise(1, 3, 2, 2), noise(5, 3), backend="cpu")
         )
 
 
 def test_a_backend_without_them_says_so() -> None:
     backend = by_name("reference")
     with pytest.raises(NotImplementedError, match="reference backend has no fused stem"):
-        Backend.stem(backend, random(1, 3, 9, 9), parameters())
+        Backend.stem(backend, noise(1, 3, 9, 9), parameters())
     with pytest.raises(NotImplementedError, match="reference backend has no fused classifier"):
-        Backend.pooled_linear(backend, random(1, 3, 2, 2), random(5, 3), None)
+        Backend.pooled_linear(backend, noise(1, 3, 2, 2), noise(5, 3), None)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "dtype of images": (
-        random(1, 3, 9, 9).double(),
+        noise(1, 3, 9, 9).double(),
         {},
         TypeError,
         r"`x.dtype` \(=torch.float64\) must be float32, float16, bfloat16 or uint8",
     ),
     "rank of images": (
-        random(3, 9, 9),
+        noise(3, 9, 9),
         {},
         GeometryError,
         r"`x` must be \[N, 3, H, W\] for weights .* \(40, 3, 7, 7\), but its shape is \(3, 9, 9\)",
     ),
     "channels of images": (
-        random(1, 4, 9, 9),
+        noise(1, 4, 9, 9),
         {},
         GeometryError,
         r"`x` must be \[N, 3, H, W\] .* but its shape is \(1, 4, 9, 9\)",
     ),
     "rank of weights": (
-        random(1, 3, 9, 9),
-        {"weight": random(40, 3)},
+        noise(1, 3, 9, 9),
+        {"weight": noise(40, 3)},
         GeometryError,
         r"`weight` must be \[O, C, KH, KW\], but its shape is \(40, 3\)",
     ),
     "channels of weights": (
-        random(1, 5, 9, 9),
-        {"weight": random(40, 5, 3, 3)},
+        noise(1, 5, 9, 9),
+        {"weight": noise(40, 5, 3, 3)},
         GeometryError,
         r"`weight` must be \[O, C, KH, KW\] with C at most 4, .* is \(40, 5, 3, 3\)",
     ),
     "dtype of weights": (
-        random(1, 3, 9, 9),
-        {"weight": random(40, 3, 7, 7).half()},
+        noise(1, 3, 9, 9),
+        {"weight": noise(40, 3, 7, 7).half()},
         TypeError,
         "`weight` must be float32, but its dtype is torch.float16",
     ),
     "dtype of the stream": (
-        random(1, 3, 9, 9),
+        noise(1, 3, 9, 9),
         {"compute_dtype": torch.float64},
         TypeError,
         r"`dtype` \(=torch.float64\) must be float32, float16 or bfloat16",
     ),
     "bias": (
-        random(1, 3, 9, 9),
-        {"bias": random(39)},
+        noise(1, 3, 9, 9),
+        {"bias": noise(39)},
         GeometryError,
         r"`bias` must be \[40\], one value per channel, but its shape is \(39,\)",
     ),
     "dtype of thresholds": (
-        random(1, 3, 9, 9),
-        {"threshold": random(40).half()},
+        noise(1, 3, 9, 9),
+        {"threshold": noise(40).half()},
         TypeError,
         "`threshold` must be torch.float32, but its dtype is torch.float16",
     ),
     "scale alone": (
-        random(1, 3, 9, 9),
-        {"scale": random(3)},
+        noise(1, 3, 9, 9),
+        {"scale": noise(3)},
         ValueError,
         "`scale` and `offset` must be given together",
     ),
     "offset of outputs": (
-        random(1, 3, 9, 9),
-        {"scale": random(3), "offset": random(40)},
+        noise(1, 3, 9, 9),
+        {"scale": noise(3), "offset": noise(40)},
         GeometryError,
         r"`offset` must be \[3\], one value per channel, but its shape is \(40,\)",
     ),
     "kernel": (
-        random(1, 3, 2, 9),
+        noise(1, 3, 2, 9),
         {"padding": (0, 0, 0, 0)},
         GeometryError,
         "A 7x7 kernel .* does not fit into a 2x9 image",
     ),
     "pool": (
-        random(1, 3, 1, 1),
+        noise(1, 3, 1, 1),
         {"padding": (3, 3, 3, 3), "pool": Pool2dGeometry(kernel_size=(3, 3))},
         GeometryError,
         "A 3x3 pool does not fit into a 1x1 map",
     ),
     "stride": (
-        random(1, 3, 9, 9),
+        noise(1, 3, 9, 9),
         {"stride": (0, 1)},
         GeometryError,
         r"`stride` \(=\(0, 1\)\) must be 2 integers, each at least 1",
@@ -368,27 +365,27 @@ def test_what_a_stem_refuses(case: str) -> None:
 
 LINEAR_REFUSED: dict[str, tuple[tuple[Tensor, ...], type[Exception], str]] = {
     "dtype": (
-        (random(1, 4, 2, 2).double(), random(5, 4)),
+        (noise(1, 4, 2, 2).double(), noise(5, 4)),
         TypeError,
         r"`x.dtype` \(=torch.float64\) must be float32, float16 or bfloat16",
     ),
     "no pixels": (
-        (random(1, 4, 0, 2), random(5, 4)),
+        (noise(1, 4, 0, 2), noise(5, 4)),
         GeometryError,
         r"`x` must have pixels, because their mean is taken, but its shape is \(1, 4, 0, 2\)",
     ),
     "weights": (
-        (random(1, 4, 2, 2), random(5, 3)),
+        (noise(1, 4, 2, 2), noise(5, 3)),
         GeometryError,
         r"`weight` must be \[K, 4\] for 4 channels, but its shape is \(5, 3\)",
     ),
     "bias": (
-        (random(1, 4, 2, 2), random(5, 4), random(4)),
+        (noise(1, 4, 2, 2), noise(5, 4), noise(4)),
         GeometryError,
         r"`bias` must be \[5\], but its shape is \(4,\)",
     ),
     "dtype of weights": (
-        (random(1, 4, 2, 2).half(), random(5, 4).bfloat16()),
+        (noise(1, 4, 2, 2).half(), noise(5, 4).bfloat16()),
         TypeError,
         "`weight` must be torch.float16, as `x` is, or float32, but it is torch.bfloat16",
     ),

@@ -1,9 +1,9 @@
 """The Triton backend without a GPU: when it serves, and the operator matrix in its interpreter.
 
 TRITON_INTERPRET must be set before Triton is loaded, so the matrix runs in a process of its own.
-`make test` runs a few cases of every kernel there; `make test-deep` runs the matrix, but for cases
-that differ in nothing that a kernel can tell (see `EPILOGUES`). Triton 3.6.0 is the oldest version
-supported and 3.7.1, pinned in constraints.txt, the newest.
+`make test` runs a few cases of every kernel there, `make test-deep` more (see `SOME`), and
+`make test-weekly` all. Triton 3.6.0 is the oldest version supported, and 3.7.1, pinned in
+constraints.txt, the newest.
 """
 
 import importlib.util
@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from biper_engine.ops import triton as adapter
 from biper_engine.ops.backends import backends, by_name, select, use_backend
 from biper_engine.ops.triton import TritonBackend
 from tests.conftest import triton_is_interpreted
-from tests.ops.matrix import ACTIVATIONS, EPILOGUE_POOLS, STREAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -34,6 +32,8 @@ outside = pytest.mark.skipif(
 )
 
 RUN = "triton-cpu"
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+USUAL = "not deep and not weekly"
 KERNELS = [f"tests/kernels/{name}.py" for name in ("test_kernels", "test_float_kernels")]
 OPS = "tests/ops"
 EVERY_STEP = "test_every_step_is_rounded_once_and_in_order"
@@ -44,30 +44,21 @@ FEW = [
     f"{OPS}/test_bmaxpool2d.py::test_padding_never_wins[{RUN}-True]",
     f"{OPS}/test_bmaxpool2d.py::test_unused_bits_do_not_change_the_result[{RUN}]",
     *(
-        f"{OPS}/test_bconv2d.py::test_unused_bits_do_not_change_the_result[{RUN}-{case}]"
+        f"{OPS}/test_bconv2d.py::test_unused_bits_and_prepacked_weights_do_not_change_the_result[{RUN}-{case}]"
         for case in ("65 filters", "33 channels", "asymmetric padding", "everything", "depthwise")
     ),
     f"{OPS}/test_epilogue.py::test_the_fma_is_rounded_once_where_twice_would_differ[{RUN}-1.0]",
     f"{OPS}/test_epilogue.py::test_signed_zeros_survive_clamp_slope_and_shift[{RUN}]",
-    f"{OPS}/test_epilogue.py::{EVERY_STEP}[{RUN}-bfloat16-prelu-no pool]",
+    f"{OPS}/test_epilogue.py::{EVERY_STEP}[{RUN}-2x2-prelu-bfloat16]",
 ]
-# The kernels treat pool, activation and residual one after the other: every pair of them is here,
-# not every triple.
-EPILOGUES = [
-    f"{RUN}-{stream}-{activation}-{list(EPILOGUE_POOLS)[(i + j) % 3]}"
-    for (i, stream), (j, activation) in product(enumerate([None, *STREAMS]), enumerate(ACTIVATIONS))
-]
-MATRIX = [f"{OPS}/test_epilogue.py::{EVERY_STEP}[{case}]" for case in EPILOGUES]
-REST = ["test_binarize.py", "test_bmaxpool2d.py", "test_bconv2d.py", "test_epilogue.py"]
-
-
-def interpreted(*arguments: str, deep: bool = True, folder: Path | None = None) -> tuple[str, int]:
-    """Run tests in Triton's interpreter; return the output, and how many passed."""
-    return run({"TRITON_INTERPRET": "1"}, *arguments, deep=deep, folder=folder)
+REST = [f"{OPS}/test_{name}.py" for name in ("binarize", "bmaxpool2d", "bconv2d", "epilogue")]
+# The sizes on both sides of a word, and one case of each other kind.
+SIZES = "63 or 65 or everything or depthwise or groups or windows or stride"
+SOME = f"{RUN} and (binarize or bmaxpool2d or accumulators and ({SIZES}) or every_step and linear)"
 
 
 def run(
-    variables: dict[str, str], *arguments: str, deep: bool = True, folder: Path | None = None
+    variables: dict[str, str], *arguments: str, marks: str = "", folder: Path | None = None
 ) -> tuple[str, int]:
     """Run tests in a process of their own, with the Triton in a folder where one is given."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
@@ -76,7 +67,7 @@ def run(
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:xdist"),
-            *("-p", "no:cacheprovider", "-m", "" if deep else "not deep", *arguments),
+            *("-p", "no:cacheprovider", "-m", marks, *arguments),
         ],
         cwd=ROOT,
         env=kept | variables | {"OMP_NUM_THREADS": "1", "CI": "true"},
@@ -94,32 +85,24 @@ def run(
 @needs_triton
 @outside
 def test_a_few_cases_of_every_kernel_are_exact_in_the_interpreter() -> None:
-    output, passed = interpreted(*FEW, *KERNELS, deep=False)
+    output, passed = run(INTERPRETED, *FEW, *KERNELS, marks=USUAL)
     assert passed > len(FEW), output
 
 
 @needs_triton
 @outside
-@pytest.mark.deep
-def test_the_epilogue_matrix_is_exact_in_the_interpreter() -> None:
-    _, passed = interpreted(*MATRIX)
-    assert passed == len(MATRIX) == 20
-
-
-@needs_triton
-@outside
-@pytest.mark.deep
-def test_the_operator_matrix_is_exact_in_the_interpreter() -> None:
-    # Prepacked weights are also in the test of unused bits.
-    left_out = (EVERY_STEP, "extreme", "test_prepacked_weights_do_not_change_the_result")
-    chosen = " and not ".join((RUN, *left_out))
-    files = [f"{OPS}/{name}" for name in REST]
-    # One extreme of the accumulators: the other differs in the sign of the weights alone.
-    extreme = f"{OPS}/test_bconv2d.py::test_the_extreme_accumulators_are_exact[{RUN}--1]"
-    _, passed = interpreted(*files, "-k", chosen)
-    assert passed > 160
-    _, passed = interpreted(extreme, *KERNELS)
-    assert passed > 1
+@pytest.mark.parametrize(
+    ("chosen", "marks", "least"),
+    [
+        pytest.param(SOME, "not weekly", 90, marks=pytest.mark.deep),
+        pytest.param(RUN, "", 300, marks=pytest.mark.weekly),
+    ],
+)
+def test_the_operator_matrix_is_exact_in_the_interpreter(
+    chosen: str, marks: str, least: int
+) -> None:
+    _, passed = run(INTERPRETED, *REST, *KERNELS, "-k", f"kernels or {chosen}", marks=marks)
+    assert passed > least
 
 
 @outside
@@ -128,7 +111,7 @@ def test_the_oldest_version_computes_and_compiles_the_same() -> None:
     folder = Path(sys.prefix, "oldest-triton")
     if not (folder / "triton").is_dir():
         pytest.skip(f"{folder} has no Triton; make test-deep puts it there")
-    output, passed = interpreted(*FEW, *KERNELS, deep=False, folder=folder)
+    output, passed = run(INTERPRETED, *FEW, *KERNELS, marks=USUAL, folder=folder)
     assert passed > len(FEW), output
     _, passed = run({}, "tests/kernels/test_compile.py", "-k", "sm_90 or gfx942", folder=folder)
     assert passed == 2

@@ -8,17 +8,15 @@ from tests.runtime.fake_driver import FakeDriver
 
 
 @pytest.fixture
-def cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Force no backend, and skip where the cpu backend cannot run."""
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
+def cpu_backend() -> None:
+    """Skip where the cpu backend cannot run."""
     if not {info.name: info.available for info in backends()}["cpu"]:
         pytest.skip("no cpu backend here")
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    """Force no backend, and let every engine run on a stand-in for a GPU."""
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
+    """Let every engine run on a stand-in for a GPU."""
     made = FakeDriver()
     monkeypatch.setattr(plan, "graph_driver", lambda device: made)
     return made

@@ -54,10 +54,6 @@ def options(module: fx.GraphModule, op: str) -> dict[str, Any]:
     }
 
 
-def images(*shape: int, seed: int = 3) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 class StemBuilder(GraphBuilder):
     """A network that begins as given and returns the bits, and the floats if wanted."""
 

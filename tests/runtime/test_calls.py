@@ -25,11 +25,6 @@ def engine() -> Engine:
     return classifier()
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
 class Named(Tensor):
     """A subclass that adds nothing."""
 

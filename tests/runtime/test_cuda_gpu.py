@@ -18,6 +18,7 @@ from biper_engine.runtime import cuda_graphs
 from biper_engine.runtime.cuda_driver import CudaDriver
 from biper_engine.runtime.cuda_graphs import CudaGraphs
 from tests.concurrency import wrong_results
+from tests.images import images
 from tests.networks_by_hand import GraphBuilder, classifier, signature
 
 pytestmark = [
@@ -28,11 +29,6 @@ pytestmark = [
 _biper = torch.ops.biper
 
 
-@pytest.fixture(autouse=True)
-def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-
-
 @pytest.fixture
 def device() -> torch.device:
     """Return the current GPU; skip where only the reference runs on it, which no graph holds."""
@@ -40,16 +36,6 @@ def device() -> torch.device:
     if select("binarize", None, device).name == "reference":
         pytest.skip("no backend has kernels for this GPU")
     return device
-
-
-def images(batch: int, seed: int = 3) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def graphs_of(engine: Engine) -> CudaGraphs:
-    graphs = engine._get_plan().graphs
-    assert graphs is not None
-    return graphs
 
 
 def exact_network() -> Engine:
@@ -88,7 +74,7 @@ def test_a_network_without_float_sums_gives_the_bytes_of_the_cpu(device: torch.d
     on_cpu = exact_network()
     on_gpu = exact_network().to(device)
     for seed in range(4):
-        x = images(5, seed)
+        x = images(5, seed=seed)
         for came, wanted in zip(on_gpu(x.to(device)), on_cpu(x), strict=True):
             assert torch.equal(came.cpu(), wanted)
     assert "(1 captured)" in on_gpu.execution
@@ -124,7 +110,7 @@ def test_a_graph_gives_the_bytes_of_the_operators(device: torch.device) -> None:
 
 def test_results_stay_as_they_were_returned(device: torch.device) -> None:
     engine = classifier().to(device)
-    inputs = [images(8, seed).to(device) for seed in range(6)]
+    inputs = [images(8, seed=seed).to(device) for seed in range(6)]
     first = [engine(x) for x in inputs]
     again = [engine(x) for x in inputs]
     assert len({result.data_ptr() for result in first + again}) == 12
@@ -153,7 +139,7 @@ def test_pinned_images_are_copied_and_others_refused(device: torch.device) -> No
 
 def test_threads_on_streams_of_their_own_do_not_mix(device: torch.device) -> None:
     engine = classifier().to(device)
-    inputs = [images(size, seed).to(device) for seed, size in enumerate((8, 8, 5, 8, 3, 16))]
+    inputs = [images(size, seed=seed).to(device) for seed, size in enumerate((8, 8, 5, 8, 3, 16))]
     engine.warmup([(8, 3, 8, 8), (16, 3, 8, 8), (3, 3, 8, 8)])
     wanted = [engine(x) for x in inputs]
     torch.cuda.synchronize()
@@ -179,7 +165,7 @@ def test_threads_on_streams_of_their_own_do_not_mix(device: torch.device) -> Non
 def test_streams_wait_for_each_other_without_the_host(device: torch.device) -> None:
     engine = classifier().to(device)
     engine.warmup([(64, 3, 8, 8)])
-    inputs = [images(64, seed).to(device) for seed in range(2)]
+    inputs = [images(64, seed=seed).to(device) for seed in range(2)]
     wanted = [engine(x) for x in inputs]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
@@ -193,7 +179,7 @@ def test_streams_wait_for_each_other_without_the_host(device: torch.device) -> N
 
 def test_several_engines_share_a_device(device: torch.device) -> None:
     engines = [classifier(seed).to(device) for seed in range(3)]
-    inputs = [images(8, seed).to(device) for seed in range(3)]
+    inputs = [images(8, seed=seed).to(device) for seed in range(3)]
     wanted = [engine(x) for engine, x in zip(engines, inputs, strict=True)]
     for _ in range(3):
         for engine, x, result in zip(engines, inputs, wanted, strict=True):

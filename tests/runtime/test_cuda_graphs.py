@@ -22,32 +22,13 @@ from biper_engine.errors import BiperError
 from biper_engine.ops.backends import use_backend
 from biper_engine.runtime import cuda_graphs
 from biper_engine.runtime.cuda_driver import CudaDriver, graph_driver
-from biper_engine.runtime.cuda_graphs import CudaGraphs
 from tests.concurrency import wrong_results
+from tests.images import images
 from tests.networks_by_hand import GraphBuilder, classifier, signature, two_inputs
 from tests.runtime.fake_driver import FakeDriver
+from tests.runtime.plans import batches, graphs_of
 
 _aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-
-
-def images(batch: int, seed: int = 3) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def graphs_of(engine: Engine) -> CudaGraphs:
-    graphs = engine._get_plan().graphs
-    assert graphs is not None
-    return graphs
-
-
-def batches(graphs: CudaGraphs) -> list[int]:
-    """Return the captured batches, least recently used first."""
-    return [key[0][0][0] for key in graphs.captured]
 
 
 def expected(engine: Engine, x: Tensor) -> Tensor:
@@ -62,7 +43,7 @@ def test_the_first_call_runs_the_second_captures_and_others_replay(driver: FakeD
     engine = classifier()
     counts = []
     for seed in range(4):
-        x = images(4, seed)
+        x = images(4, seed=seed)
         assert torch.equal(engine(x), expected(engine, x))
         counts.append((driver.captured, driver.log.count("replay")))
     assert counts == [(0, 0), (1, 1), (1, 2), (1, 3)]
@@ -224,13 +205,13 @@ def test_images_that_meet_get_no_added_rows(driver: FakeDriver) -> None:
 
 def test_a_returned_tensor_is_never_written_to_again(driver: FakeDriver) -> None:
     engine = classifier()
-    kept = [(engine(images(4, seed)), images(4, seed)) for seed in range(6)]
-    kept += [(engine(images(3, seed)), images(3, seed)) for seed in range(6)]
+    kept = [(engine(images(4, seed=seed)), images(4, seed=seed)) for seed in range(6)]
+    kept += [(engine(images(3, seed=seed)), images(3, seed=seed)) for seed in range(6)]
     assert len({result.data_ptr() for result, _ in kept}) == 12
     for result, x in kept:
         assert torch.equal(result, expected(engine, x))
     kept[5][0].zero_()
-    x = images(4, 5)
+    x = images(4, seed=5)
     assert torch.equal(engine(x), expected(engine, x))
 
 
@@ -257,7 +238,7 @@ def test_results_belong_to_the_mode_of_their_own_call(driver: FakeDriver) -> Non
 def test_autocast_changes_nothing(driver: FakeDriver) -> None:
     engine = classifier()
     for seed in range(3):
-        x = images(4, seed)
+        x = images(4, seed=seed)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result = engine(x)
         assert torch.equal(result, expected(engine, x))
@@ -302,7 +283,7 @@ def test_a_new_plan_is_ready_for_every_stream(driver: FakeDriver) -> None:
 
 def test_calls_from_several_threads_do_not_mix(driver: FakeDriver) -> None:
     engine = classifier()
-    inputs = [images(size, seed) for seed, size in enumerate((8, 8, 5, 8, 3, 7, 8))]
+    inputs = [images(size, seed=seed) for seed, size in enumerate((8, 8, 5, 8, 3, 7, 8))]
     wanted = [expected(engine, x) for x in inputs]
     assert wrong_results(engine, inputs, threads=6, calls=12) == []
     assert all(torch.equal(engine(x), y) for x, y in zip(inputs, wanted, strict=True))

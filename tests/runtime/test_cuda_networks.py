@@ -1,16 +1,18 @@
 """Whole networks on the CUDA backend's kernels, run by the emulator."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import biper_engine
 from biper_engine import models
 from biper_engine.graph.reading import biper_op
 from biper_engine.ops import backends
 from biper_engine.ops.backends import Backend, use_backend
+from tests.images import images
 
 pytestmark = pytest.mark.deep
 
@@ -38,36 +40,45 @@ def network(name: str) -> nn.Module:
     return model
 
 
-def images(size: int) -> Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
 NETWORKS = {
     "cifar10/resnet20_1w1a": 32,
     "cifar10/vgg_small_1w1a": 32,
     "imagenet/mobilenet_1w1a": 64,
 }
+CAPABILITIES = ("90", "120")
 
 
-@pytest.mark.parametrize("capability", ["90", "120"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        ("cifar10/resnet20_1w1a", "90"),
+        *(
+            pytest.param(*case, marks=pytest.mark.weekly)
+            for case in product(NETWORKS, CAPABILITIES)
+        ),
+    ],
+)
 def test_every_binary_layer_of_a_network_is_exact(
     cuda: None, monkeypatch: pytest.MonkeyPatch, name: str, capability: str
 ) -> None:
-    if capability != "90" and name != "cifar10/resnet20_1w1a":
-        pytest.skip("one network is enough for products of bytes")
     monkeypatch.setenv("BIPER_EMULATED_CAPABILITY", capability)
-    model, x = network(name), images(NETWORKS[name])
+    model, x = network(name), images(2, 3, *[NETWORKS[name]] * 2, seed=1)
     engine = biper_engine.convert(model, x, check=False)
     report = biper_engine.verify(engine, model, x)
     assert report.ok, report.table()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        *(pytest.param(d, marks=pytest.mark.weekly) for d in (torch.float32, torch.bfloat16)),
+    ],
+)
 def test_a_plan_runs_the_fused_ends_and_agrees_with_the_reference(
     cuda: None, dtype: torch.dtype
 ) -> None:
-    model, x = network("cifar10/resnet20_1w1a"), images(32)
+    model, x = network("cifar10/resnet20_1w1a"), images(2, 3, 32, 32, seed=1)
     engine = biper_engine.convert(model, x, check=False, compute_dtype=dtype)
     logits = engine(x)
     assert engine._plan._plan is not None

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,28 +10,22 @@ import torch
 from torch import Tensor
 
 import biper_engine
-from biper_engine import models
 from biper_engine.ops import backends as registry
 from biper_engine.ops.backends import Backend, by_name, use_backend
 from biper_engine.ops.stem import PLAN_OPERATORS
 from biper_engine.runtime import plan
 from biper_engine.runtime.fusing import fuse_ends
+from tests.images import images
 from tests.networks_by_hand import classifier
 from tests.runtime.fused_graphs import (
     CPU,
     StemBuilder,
     fused,
     fused_engine,
-    images,
     operators,
 )
 
 _aten = torch.ops.aten
-
-
-@pytest.fixture(autouse=True)
-def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
 
 
 NETWORKS = {
@@ -45,10 +40,10 @@ NETWORKS = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.deep] * ("imagenet" in n)) for n in NETWORKS]
 )
-def test_the_ends_of_the_packages_networks_are_fused(name: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = models.build(name).eval()
-    engine = biper_engine.convert(model, compute_dtype=dtype, check=False)
+def test_the_ends_of_the_packages_networks_are_fused(
+    name: str, dtype: torch.dtype, golden_file: Callable[..., Path]
+) -> None:
+    engine = biper_engine.load(golden_file(name, dtype))
     module, result = engine.graph_module, fused_engine(engine)
     op, classifies = NETWORKS[name]
     names = operators(result)

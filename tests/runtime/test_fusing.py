@@ -8,12 +8,12 @@ import torch
 from torch import fx
 
 from biper_engine.runtime.fusing import MAX_STEM_CHANNELS
+from tests.images import images
 from tests.networks_by_hand import GraphBuilder
 from tests.runtime.fused_graphs import (
     StemBuilder,
     assert_bits_agree,
     fused,
-    images,
     operators,
     options,
     the,

@@ -11,13 +11,9 @@ from biper_engine.runtime import cuda_graphs
 from biper_engine.runtime.cuda_graphs import CudaGraphs, uncapturable_reason
 from tests.networks_by_hand import GraphBuilder, classifier
 from tests.runtime.fake_driver import GRAPH_BYTES, FakeDriver
+from tests.runtime.plans import batches
 
 _aten = torch.ops.aten
-
-
-def batches(graphs: CudaGraphs) -> list[int]:
-    """Return the captured batches, least recently used first."""
-    return [key[0][0][0] for key in graphs.captured]
 
 
 def runner(driver: FakeDriver, **options: Any) -> CudaGraphs:

@@ -4,6 +4,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biper_engine.conversion import convert
-from biper_engine.engine import Engine
+from biper_engine.engine import Engine, load
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
-from biper_engine.graph.reading import interpret
-from biper_engine.models import build
 from biper_engine.ops.backends import use_backend
 from biper_engine.ops.cpu_program import Clamp, CpuProgram
 from biper_engine.runtime import NativePlan
 from tests.concurrency import wrong_results
+from tests.conftest import USABLE_ISAS
 from tests.golden import weights
+from tests.images import noise
 from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature
+from tests.runtime.plans import one_by_one
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -38,30 +39,10 @@ def isas() -> Iterator[Callable[[str], None]]:
     _cpu.select_isa(before)
 
 
-def usable_isas() -> list[str]:
-    try:
-        from biper_engine import _cpu
-    except ImportError:
-        return []
-    return list(_cpu.usable_isas())
-
-
 def native(engine: Engine) -> NativePlan:
     plan = engine._get_plan().native
     assert isinstance(plan, NativePlan), plan
     return plan
-
-
-def one_by_one(engine: Engine, *inputs: Tensor) -> Tensor:
-    """Run the operators of an engine's graph as torch runs them."""
-    with torch.no_grad():
-        return interpret(engine.graph_module, inputs, lambda n, a, k: n.target(*a, **k))[0]
-
-
-def golden(name: str) -> Engine:
-    model = build(name).eval()
-    model.load_state_dict(weights.tensors(model))
-    return convert(model, check=False, unconverted="ignore")
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -78,26 +59,36 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_is_one_program_and_gives_what_its_operators_give(name: str) -> None:
-    engine = golden(name)
+DEEP = ("cifar10/resnet20_1w32a", "imagenet/mobilenet_1w1a")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.deep] * (n in DEEP)) for n in NETWORKS]
+)
+def test_a_network_is_one_program_and_gives_what_its_operators_give(
+    name: str, golden_file: Callable[..., Path]
+) -> None:
+    engine = load(golden_file(name))
     assert engine.execution == f"one native program of {NETWORKS[name]} steps"
     images = torch.from_numpy(weights.images(name, 4, engine.input_shape[1]))[:1]
     # A bit within rounding of its threshold may flip: these images have none.
-    assert relative(engine(images), one_by_one(engine, images)) < 2e-6
+    assert relative(engine(images), one_by_one(engine, images)[0]) < 2e-6
     covered = [node.name for step in native(engine).steps for node in step.nodes]
     assert len(covered) == len(set(covered))
 
 
 @pytest.mark.parametrize("name", ["cifar10/resnet20_1w1a", "cifar10/vgg_small_1w1a"])
 def test_one_file_gives_the_same_bytes_on_every_instruction_set_thread_count_and_batch(
-    name: str, isas: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    isas: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    golden_file: Callable[..., Path],
 ) -> None:
     images = torch.from_numpy(weights.images(name, 5, 32))
     results = []
-    for isa in usable_isas():
+    for isa in USABLE_ISAS:
         isas(isa)
-        engine = golden(name)
+        engine = load(golden_file(name))
         for threads in ("1", "2", "3"):
             monkeypatch.setenv("BIPER_NUM_THREADS", threads)
             results.append(engine(images))
@@ -108,8 +99,10 @@ def test_one_file_gives_the_same_bytes_on_every_instruction_set_thread_count_and
         assert torch.equal(result.view(torch.int32), results[0].view(torch.int32))
 
 
-def test_a_large_batch_that_runs_in_parts_gives_what_its_images_give() -> None:
-    engine = golden("cifar10/resnet20_1w1a")
+def test_a_large_batch_that_runs_in_parts_gives_what_its_images_give(
+    golden_file: Callable[..., Path],
+) -> None:
+    engine = load(golden_file("cifar10/resnet20_1w1a"))
     images = torch.from_numpy(weights.images("parts", 45, 32))
     (run,) = native(engine).runs
     program = run.program
@@ -121,7 +114,7 @@ def test_a_large_batch_that_runs_in_parts_gives_what_its_images_give() -> None:
 
 def test_an_image_with_holes_in_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = classifier()
-    wide = torch.randn(4, 3, 8, 16, generator=torch.Generator().manual_seed(1))
+    wide = noise(4, 3, 8, 16)
     assert torch.equal(engine(wide[..., ::2]), engine(wide[..., ::2].contiguous()))
     assert engine(wide[:0, :, :, :8]).shape == (0, 10)
 
@@ -236,7 +229,7 @@ def conv_case(name: str) -> tuple[Tensor, Tensor, Tensor, Conv2dGeometry, dict[s
 @pytest.mark.parametrize("planar", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("isa", usable_isas())
+@pytest.mark.parametrize("isa", USABLE_ISAS)
 def test_a_float_convolution_is_torchs_with_what_follows(
     isas: Callable[[str], None], isa: str, name: str, pooled: bool, planar: bool
 ) -> None:
@@ -359,7 +352,7 @@ def test_an_average_pool_in_a_graph_is_torchs(options: dict[str, Any]) -> None:
     pool = g.call("pool", _aten.avg_pool2d.default, x, *args)
     pad = g.call("pad", _aten.constant_pad_nd.default, pool, [0, 0, 0, 0, 2, 3])
     engine = engine_of(g.module(pad), signature({"x": (5, 9, 7)}, (0,), {}, 0))
-    images = torch.randn(3, 5, 9, 7, generator=torch.Generator().manual_seed(0))
+    images = noise(3, 5, 9, 7)
     engine._device = torch.device("cpu")  # a network without tensors is on none
     assert engine.execution == "one native program of 1 step"
     wanted = F.pad(F.avg_pool2d(images, **options), (0, 0, 0, 0, 2, 3))
@@ -381,5 +374,5 @@ def test_pools_that_torch_cuts_to_size(target: Any, options: tuple[Any, ...]) ->
     engine = engine_of(g.module(pool), signature({"x": (5, 9, 7)}, (0,), {}, 0))
     engine._device = torch.device("cpu")
     assert engine.execution == "one native program of 1 step"
-    images = torch.randn(3, 5, 9, 7, generator=torch.Generator().manual_seed(0))
+    images = noise(3, 5, 9, 7)
     torch.testing.assert_close(engine(images), target(images, *options), rtol=1e-6, atol=1e-6)

@@ -25,18 +25,8 @@ _aten = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)
-def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-
-
-@pytest.fixture(autouse=True)
 def _no_native_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "native_plan", lambda *_: "it is not wanted")
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 def planned(engine: Engine) -> fx.GraphModule:

@@ -13,15 +13,10 @@ from biper_engine.runtime import NodeProfile, ProfileReport
 from tests.networks_by_hand import classifier
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
 def test_every_operator_has_a_row_in_order(images: Tensor) -> None:
     with use_backend("reference"):
         report = classifier().profile(images, rounds=2)
-    assert (report.batch, report.rounds, report.threads) == (2, 2, torch.get_num_threads())
+    assert (report.batch, report.rounds, report.threads) == (3, 2, torch.get_num_threads())
     assert [(node.name, node.op, node.backend) for node in report.nodes][:4] == [
         ("stem", "aten.conv2d", "torch"),
         ("stem_bits", "binarize", "reference"),
@@ -37,8 +32,8 @@ def test_every_operator_has_a_row_in_order(images: Tensor) -> None:
 
 def test_multiply_accumulates_are_those_of_the_batch(images: Tensor) -> None:
     macs = {node.name: node.macs for node in classifier().profile(images, rounds=1).nodes}
-    assert macs["layer1_0"] == 2 * 8 * 8 * 33 * 33 * 9
-    assert macs["layer2_0"] == 2 * 4 * 4 * 33 * 40 * 9
+    assert macs["layer1_0"] == 3 * 8 * 8 * 33 * 33 * 9
+    assert macs["layer2_0"] == 3 * 4 * 4 * 33 * 40 * 9
     assert macs["stem"] is macs["pool"] is None
 
 

@@ -7,27 +7,27 @@ results are compared bit for bit; where there are float convolutions or means, b
 import copy
 import operator
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils import _pytree as pytree
 
-from biper_engine.conversion import convert
-from biper_engine.engine import Engine
+from biper_engine.engine import Engine, load
 from biper_engine.graph import OPERATORS
-from biper_engine.graph.reading import interpret
 from biper_engine.graph.signature import InputSpec, Signature
-from biper_engine.models import build
-from biper_engine.ops.backends import backends
 from biper_engine.runtime import NativePlan
 from biper_engine.runtime.steps import _HANDLERS
 from tests.concurrency import wrong_results
 from tests.conversion.comparison import converted
 from tests.conversion.test_foreign_models import NETWORKS
 from tests.golden import weights
+from tests.images import noise
 from tests.networks_by_hand import GraphBuilder, engine_of, signature, two_inputs
+from tests.runtime.plans import one_by_one
 
 _aten, _biper = torch.ops.aten, torch.ops.biper
 
@@ -35,11 +35,7 @@ SAME = {"stride": [1, 1], "padding": [1, 1, 1, 1]}
 CHANNELS = 33
 
 
-@pytest.fixture(autouse=True)
-def _cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BIPER_BACKEND", raising=False)
-    if not {info.name: info.available for info in backends()}["cpu"]:
-        pytest.skip("no cpu backend here")
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 class Network(GraphBuilder):
@@ -98,19 +94,9 @@ def runs(engine: Engine) -> list[list[str]]:
     ]
 
 
-def one_by_one(engine: Engine, *inputs: Tensor) -> tuple[Any, ...]:
-    """Run the operators of an engine's graph as torch runs them."""
-    with torch.no_grad():
-        return interpret(engine.graph_module, inputs, lambda n, a, k: n.target(*a, **k))
-
-
-def batch_of(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def assert_same_bits(engine: Engine, shape: tuple[int, ...] = (CHANNELS, 6, 6)) -> None:
     for batch in (1, 5, 0):
-        x = batch_of(batch, *shape)
+        x = noise(batch, *shape)
         got, wanted = pytree.tree_leaves(engine(x)), one_by_one(engine, x)
         for a, b in zip(got, wanted, strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -164,7 +150,7 @@ def test_a_float_convolution_takes_a_clamp_before_its_pool_and_all_equal_bits_al
     engine = g.engine(g.conv("conv1", first), g.conv("conv2", second))
     assert runs(engine) == [["stem", "clamp", "pool", "first", "second", "conv1", "conv2"]]
     assert len(plan_of(engine).steps) == 3
-    x = batch_of(3, CHANNELS, 6, 6)
+    x = noise(3, CHANNELS, 6, 6)
     for got, wanted in zip(engine(x), one_by_one(engine, x), strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -202,11 +188,11 @@ def test_flattened_values_come_in_and_leave() -> None:
     x = g.input("x")
     mean = g.call("mean", _aten.mean.dim, g.conv("conv", g.bits("bits", x)), [2, 3])
     foreign = g.gelu("foreign", mean)
-    heads = [g.constant(f"fc{i}.weight", batch_of(CHANNELS, CHANNELS, seed=i)) for i in (1, 2)]
+    heads = [g.constant(f"fc{i}.weight", noise(CHANNELS, CHANNELS, seed=i)) for i in (1, 2)]
     hidden = g.call("hidden", _aten.linear.default, foreign, heads[0])
     engine = g.engine(g.call("logits", _aten.linear.default, hidden, heads[1]))
     assert runs(engine) == [["bits", "conv", "mean"], ["hidden", "logits"]]
-    images = batch_of(3, CHANNELS, 6, 6)
+    images = noise(3, CHANNELS, 6, 6)
     # Sums of 33 terms in another order, twice.
     torch.testing.assert_close(engine(images)[0], one_by_one(engine, images)[0], rtol=0, atol=1e-4)
 
@@ -251,7 +237,7 @@ def test_images_that_are_no_float32_maps_are_changed_in_front() -> None:
     )
     engine = engine_of(module, form)
     assert (runs(engine), outside(engine)) == ([["bits", "conv"]], ["floats", "scaled"])
-    images = batch_of(2, CHANNELS, 6, 6).mul(64).add(128).clamp(0, 255).to(torch.uint8)
+    images = noise(2, CHANNELS, 6, 6).mul(64).add(128).clamp(0, 255).to(torch.uint8)
     assert torch.equal(engine(images), one_by_one(engine, images)[0])
 
 
@@ -301,7 +287,7 @@ def test_a_value_whose_shape_nobody_knows_stays_outside() -> None:
 def test_several_inputs_and_outputs_cross_in_their_order() -> None:
     engine = two_inputs()
     assert (runs(engine), outside(engine)) == ([["bits", "a"]], ["product", "image_copy", "b"])
-    image, mask = batch_of(2, 3, 6, 6), batch_of(2, 1, 6, 6)
+    image, mask = noise(2, 3, 6, 6), noise(2, 1, 6, 6)
     result = engine(image, extra={"mask": mask})
     wanted = one_by_one(engine, image, mask)
     for got, value in zip([*result["maps"], result["image"]], wanted, strict=True):
@@ -309,11 +295,9 @@ def test_several_inputs_and_outputs_cross_in_their_order() -> None:
     assert result["image"].data_ptr() != image.data_ptr()
 
 
-def test_bits_flow_natively_between_float16_operators() -> None:
+def test_bits_flow_natively_between_float16_operators(golden_file: Callable[..., Path]) -> None:
     name = "cifar10/vgg_small_1w1a"
-    model = build(name).eval()
-    model.load_state_dict(weights.tensors(model))
-    engine = convert(model, check=False, unconverted="ignore", compute_dtype=torch.float16)
+    engine = load(golden_file(name, torch.float16))
     assert all(step.macs is not None for step in plan_of(engine).steps)
     assert len(plan_of(engine).steps) >= 3
     images = torch.from_numpy(weights.images(name, 2, 32))
@@ -333,7 +317,7 @@ def test_networks_of_other_people_run_in_part_as_programs(name: str) -> None:
 
 
 def test_copies_pickles_and_moves_give_the_same() -> None:
-    engine, images = residual_network("branch"), batch_of(2, CHANNELS, 6, 6)
+    engine, images = residual_network("branch"), noise(2, CHANNELS, 6, 6)
     wanted = engine(images)[0]
     for other in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine)), engine.to("cpu")):
         assert other._plan.is_empty
@@ -342,7 +326,7 @@ def test_copies_pickles_and_moves_give_the_same() -> None:
 
 
 def test_new_weights_take_effect() -> None:
-    engine, images = residual_network("middle"), batch_of(2, CHANNELS, 6, 6)
+    engine, images = residual_network("middle"), noise(2, CHANNELS, 6, 6)
     before = engine(images)[0]
     state = {name: value.clone() for name, value in engine.state_dict().items()}
     state["graph_module.conv2.multiplier"] *= -2
@@ -352,13 +336,13 @@ def test_new_weights_take_effect() -> None:
 
 
 def test_concurrent_calls_do_not_disturb_each_other() -> None:
-    batches = [batch_of(n, CHANNELS, 6, 6, seed=n) for n in (1, 2, 5)]
+    batches = [noise(n, CHANNELS, 6, 6, seed=n) for n in (1, 2, 5)]
     assert wrong_results(residual_network("middle"), batches, threads=2, calls=40) == []
 
 
 def test_the_profile_tells_programs_from_what_runs_outside() -> None:
     engine = residual_network("middle")
-    report = engine.profile(batch_of(2, CHANNELS, 6, 6), rounds=1)
+    report = engine.profile(noise(2, CHANNELS, 6, 6), rounds=1)
     assert [(row.name, row.backend, row.program) for row in report.nodes] == [
         ("bits", "cpu", 0),
         ("conv1", "cpu", 0),

@@ -22,11 +22,6 @@ from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signatur
 _aten = torch.ops.aten
 
 
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-
-
 def one_call(target: object, *args: object, **kwargs: object) -> Engine:
     """An engine of one operator on one input."""
     g = GraphBuilder()

@@ -2,10 +2,8 @@
 
 import csv
 import dataclasses
-import subprocess
 import sys
 
-import lightning
 import pytest
 import torch
 
@@ -19,6 +17,7 @@ from biper_engine.training import (
     fit,
 )
 from biper_engine.training.module import StageModule, augment, learning_rate_factor
+from tests.fresh import fresh_run
 from tests.training.few_images import few_images
 
 QUIET = RunOptions(progress_bar=False, accelerator="cpu")
@@ -27,13 +26,7 @@ STAGE2 = StageConfig(epochs=2, lr=0.02, weight_decay=1e-4, tau=0.03)
 CONFIG = TrainingConfig(stage1=STAGE1, stage2=STAGE2, batch_size=16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On maps this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,7 +105,7 @@ def test_finished_run_resumes_to_its_result(uninterrupted, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(lightning.Trainer, "fit", never)
+    monkeypatch.setattr("lightning.Trainer.fit", never)
     again = fit(CONFIG, output_dir=uninterrupted.output_dir, resume=True, options=QUIET)
     assert again == uninterrupted
 
@@ -189,7 +182,8 @@ def test_models_and_training_import_without_the_extra():
         "loaded = {'lightning', 'sklearn', 'PIL', 'tensorboard'} & set(sys.modules)\n"
         "sys.exit(f'loaded {loaded}' if loaded else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = fresh_run(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

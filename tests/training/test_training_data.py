@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from biper_engine.preprocessing import image_to_tensor
 from biper_engine.training import data
@@ -14,6 +13,8 @@ def digits():
 
 def test_digits_are_split_in_order(digits):
     assert [len(part.labels) for part in (digits.train, digits.test)] == [1297, 500]
+    from sklearn.datasets import load_digits
+
     labels = torch.cat([digits.train.labels, digits.test.labels])
     assert labels.tolist() == load_digits().target.tolist()
     assert digits.train.images.shape == (1297, 3, 32, 32)
@@ -28,6 +29,8 @@ def test_digits_went_through_preprocessing(digits):
     images, labels = data.digit_images()
     assert images[0].mode == "L"
     assert images[0].size == (8, 8)
+    from sklearn.datasets import load_digits
+
     assert np.array_equal(np.array(images[5]), np.rint(load_digits().images[5] * 255 / 16))
     assert torch.equal(digits.test.images[3], image_to_tensor(images[1300], digits.metadata))
     assert labels[1300] == digits.test.labels[3]

@@ -19,6 +19,7 @@ from biper_engine.bench.rivals import (
 from biper_engine.conversion.twin import folded_network
 from biper_engine.engine import Engine
 from biper_engine.nn import BinaryConv2d
+from tests.images import images
 
 NAMES = [
     "PyTorch f32",
@@ -37,9 +38,9 @@ def model() -> nn.Module:
     ).eval()
 
 
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(3, 3, 10, 9, generator=torch.Generator().manual_seed(4))
+@pytest.fixture(scope="module", name="images")
+def uneven_images() -> Tensor:
+    return images(3, 3, 10, 9, seed=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,37 @@
+"""The networks of this package with golden weights, each converted once for a test run."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from biper_engine.conversion import convert
+from biper_engine.models import Network, build
+from tests.golden import weights
+from tests.native.builds import shared
+
+
+def model_of(name: str) -> Network:
+    model = build(name, frequency=20, stage=2).eval()
+    model.load_state_dict(weights.tensors(model))
+    return model
+
+
+@cache
+def golden_images(name: str, count: int = 4) -> torch.Tensor:
+    return torch.from_numpy(weights.images(name, count, build(name).input_shape[1]))
+
+
+def converted_file(
+    temporary: pytest.TempPathFactory, name: str, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Return the file of a converted network, which all processes of a test run share."""
+
+    def convert_it(folder: Path) -> Path:
+        path = folder / "network.biper"
+        engine = convert(model_of(name), unconverted="ignore", check=False, compute_dtype=dtype)
+        engine.save(path)
+        return path
+
+    return shared(temporary, f"{name}-{dtype}".replace("/", "-"), convert_it)
