@@ -243,6 +243,15 @@ class RunBuilder(RunMaps):
         assert limits is not None
         self._write(node, "sum", a=self._image(named["self"]), **_clamp_of(limits))
 
+    def _sigmoid(self, node: fx.Node, named: dict[str, Any]) -> None:
+        source = named["self"]
+        x = self._map(source)
+        if self._flat.get(source) is not None:
+            raise Unsupported("is applied to a flattened map")
+        if source in self._flat:
+            self._flat[node] = None
+        self._write(node, "sigmoid", x=x)
+
     def _add(self, node: fx.Node, named: dict[str, Any]) -> None:
         a, b = self._image(named["self"]), self._image(named["other"])
         if named["alpha"] != 1 or (a.channels, a.height, a.width) != (
@@ -300,5 +309,6 @@ _HANDLERS: dict[str, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
     "clamp": RunBuilder._clamp,
     "relu": RunBuilder._clamp,
     "add": RunBuilder._add,
+    "sigmoid": RunBuilder._sigmoid,
 }
 """The native step of each operator that has one, by the name of its declaration."""

@@ -5,12 +5,12 @@
 namespace biper {
 
 extern const StepKind kConvStep, kFloatConvStep, kBinarizeStep, kBitPoolStep, kAverageStep,
-    kMaximumStep, kSumStep;
+    kMaximumStep, kSumStep, kSigmoidStep;
 
 namespace {
 
 const StepKind* const kKinds[] = {&kConvStep,    &kFloatConvStep, &kBinarizeStep, &kBitPoolStep,
-                                  &kAverageStep, &kMaximumStep,   &kSumStep};
+                                  &kAverageStep, &kMaximumStep,   &kSumStep,      &kSigmoidStep};
 
 // Values of work, some 10 us, below which a unit of its own costs more than it brings.
 constexpr int64_t kValuesPerUnit = int64_t{1} << 15;

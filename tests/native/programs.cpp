@@ -181,14 +181,15 @@ std::unique_ptr<Network> network() {
   const int64_t flat = p.add_view(last, {1, 1, 260, false});
   const int64_t logits = n.float_conv(square(260, kClasses, 1, 1, 0), kInfinity, {{"x", flat}})[0];
   const int64_t others = n.float_conv(square(65, kClasses, 1, 1, 0), kInfinity, {{"x", top}})[0];
+  const int64_t gate = n.add("sigmoid", {{"x", others}})[0];
   // `down` has every rounding of the stem in it, which the others see through signs alone.
-  p.finish({image}, {logits, others, down});
+  p.finish({image}, {logits, others, down, gate});
   return made;
 }
 
 constexpr int64_t kImages = 5;
 constexpr int64_t kValues = kHeight * kWidth * 3;
-constexpr int64_t kOutputs[] = {kClasses, kClasses, 5 * 4 * 70};
+constexpr int64_t kOutputs[] = {kClasses, kClasses, 5 * 4 * 70, kClasses};
 
 // The images in [N, C, H, W] or [N, H, W, C].
 std::vector<float> images(bool planar) {
