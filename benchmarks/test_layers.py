@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(CPU is not None, reason=f"cpu: {CPU}")
 
 @pytest.fixture(scope="module")
 def peak() -> dict[str, float | None]:
-    from biper_engine.ops.cpu import popcount_peak
+    from biper_engine.ops.cpu_processor import popcount_peak
 
     measured = popcount_peak()
     return {

@@ -20,7 +20,7 @@ from biper_engine.converted import ConvertedNetwork
 from biper_engine.graph.choice import backends_of
 from biper_engine.graph.memory import align_weights, isolate_outputs
 from biper_engine.graph.portable import from_portable, release_source, to_portable
-from biper_engine.ops.cpu import thread_count
+from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
 from biper_engine.runtime import Plan, PlanSlot, ProfileReport, is_watched, profile
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from biper_engine.engine import Engine
 from biper_engine.ops.backends import use_backend
-from biper_engine.ops.cpu import native
+from biper_engine.ops.cpu_module import native
 from biper_engine.runtime import tensors
 from tests.networks_by_hand import classifier
 

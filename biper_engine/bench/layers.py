@@ -140,14 +140,18 @@ class LayerWork:
         bits = program.add_map(geometry.in_channels, self.shape.size, self.shape.size, packed=True)
         _, channels, height, width = self._residual.shape
         residual = program.add_map(channels, height, width) if fused else None
-        outputs = program.conv(
-            *(bits, geometry, self._epilogue, self._prepacked, residual),
+        outputs = program.add(
+            "conv",
+            bits=bits,
+            residual=residual,
+            geometry=geometry,
+            prepacked=self._prepacked,
             want_float=fused,
             want_bits=True,
+            **self._epilogue.values(),
         )
         maps = [bits] if residual is None else [bits, residual]
-        leaving = [out for out in outputs if out is not None]
-        program.finish(maps, leaving)
+        program.finish(maps, outputs)
         inputs = (self._bits, self._residual)[: len(maps)]
 
         def call() -> float:

@@ -40,7 +40,7 @@ def machine_facts() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
     if any(info.name == "cpu" and info.available for info in backends()):
-        from biper_engine.ops.cpu import description
+        from biper_engine.ops.cpu_processor import description
 
         facts["cpu_backend"] = description()
     return facts

@@ -56,6 +56,6 @@ def common_threads(threads: int | None) -> int:
 def _engine_threads() -> int:
     if not any(info.name == "cpu" and info.available for info in backends()):
         return torch.get_num_threads()
-    from biper_engine.ops.cpu import thread_count
+    from biper_engine.ops.cpu_threads import thread_count
 
     return thread_count()

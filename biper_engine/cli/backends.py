@@ -52,7 +52,7 @@ def backends(
 
 def _details(name: str) -> str | None:
     if name == "cpu":
-        from biper_engine.ops.cpu import description
+        from biper_engine.ops.cpu_processor import description
 
         return description()
     if name == "cuda":

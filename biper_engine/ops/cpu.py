@@ -1,18 +1,8 @@
-"""The native CPU backend: `csrc/cpu` behind the vocabulary, and the number of threads that it uses.
-
-The compiled module is loaded at the first question about it, never at import.
-"""
+"""The native CPU backend: the vocabulary, operator by operator, on the kernels of `csrc/cpu`."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,203 +11,22 @@ from torch import Tensor
 from biper_engine.bits import words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
-from biper_engine.ops.environment import Variable
+from biper_engine.ops.cpu_module import missing_reason, native
+from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.native_arguments import (
     channels_last,
     contiguous,
+    dense,
     geometry_values,
     native_memory,
+    native_values,
     pool_values,
     typed_memory,
 )
 from biper_engine.ops.stem import PLAN_OPERATORS
 
-__all__ = ["CpuBackend", "PopcountPeak", "description", "popcount_peak", "thread_count"]
-
-_VARIABLE = Variable("BIPER_NUM_THREADS")
-# Of our own pool, in csrc/cpu/thread_pool.cpp. OpenMP's ends the process where it gets no more.
-_MOST_THREADS = 1024
-_NO_POOL = (1, 1, 1, 1, 0, 0)
-
-
-# -- the compiled module --------------------------------------------------------------------------
-
-
-@functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
-    """Return the compiled module, or None and why it cannot run here."""
-    try:
-        native = importlib.import_module("biper_engine._cpu")
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "biper_engine._cpu"
-        cause = "was not built" if missing else f"cannot be loaded ({error})"
-        return None, (
-            f"the extension biper_engine._cpu {cause}; install a C++17 compiler (g++ or clang++), "
-            "then biper-engine again"
-        )
-    try:
-        native.isa()
-        native.use_torch(torch)
-    except ValueError as error:
-        return None, str(error)
-    native.share_threads(_torch_parallel_region())
-    native.limit_processors(_cgroup_limit())
-    _keep_freed_memory()
-    return native, None
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep up to 62 MB that were freed, instead of 256 kB to some megabytes.
-
-    glibc gives free memory above twice its largest freed block back to the system, and a large map
-    then costs a page fault for every 4 kB, on every call: about 2,000, and a fifth of the time, for
-    64 images of 32x32 through a ResNet-20 on a Zen 4. One block of 31 MiB, which nobody touches,
-    raises that limit as far as glibc lets it rise by itself (mallopt(3), M_MMAP_THRESHOLD). Without
-    effect where MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set, and on other C libraries.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-
-
-def _torch_parallel_region() -> int:
-    """Return the address of `GOMP_parallel` in the OpenMP runtime that torch runs on, or 0.
-
-    Symbols are looked up in libtorch_cpu and what it depends on, so that it is torch's runtime also
-    where other packages bring their own. GCC's and LLVM's runtimes have it on Linux.
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    no_load = getattr(os, "RTLD_NOLOAD", 0)
-    try:
-        function = ctypes.CDLL(
-            str(library), mode=no_load | getattr(os, "RTLD_NOW", 0)
-        ).GOMP_parallel
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-def native() -> Any:
-    return _load()[0]
-
-
-# -- threads --------------------------------------------------------------------------------------
-
-
-def _quota(text: str) -> int | None:
-    """Return the processors that a cgroup's "quota period" allows, rounded up; None: no limit."""
-    fields = text.split()
-    if len(fields) != 2 or not all(field.lstrip("-").isdigit() for field in fields):
-        return None  # "max 100000"
-    quota, period = map(int, fields)
-    return max(1, -(-quota // period)) if quota > 0 and period > 0 else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _cgroup_limit(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self")) -> int:
-    """Return the processors that the control groups of this process allow; many without a limit.
-
-    A limit holds for the groups below it, so every group up to the root counts. Reads `cpu.max` of
-    version 2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of version 1.
-    """
-    limits = []
-    for line in _read(proc / "cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, separator, path = rest.partition(":")
-        if not number or not separator:
-            continue  # no "number:controllers:path"
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounts = [root / controllers, root / "cpu"] if controllers else [root, root / "unified"]
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for mount in mounts:
-            for depth in range(len(parts) + 1):
-                group = mount.joinpath(*parts[:depth])
-                period = _read(group / "cpu.cfs_period_us")
-                limits.append(_quota(_read(group / "cpu.max")))
-                limits.append(_quota(f"{_read(group / 'cpu.cfs_quota_us')} {period}"))
-    return min((limit for limit in limits if limit is not None), default=1 << 30)
-
-
-def thread_count() -> int:
-    """Return the threads that a call from this thread may use now.
-
-    `BIPER_NUM_THREADS` where it is set; else `torch.get_num_threads()`, but no more than the
-    processors that this thread may run on and that the cgroup's quota pays for.
-
-    Raises:
-        ValueError: `BIPER_NUM_THREADS` is no integer from 1 to 1024.
-    """
-    forced = _VARIABLE.get()
-    if forced is not None:
-        if not forced.isdecimal() or len(forced) > 9 or not 1 <= int(forced) <= _MOST_THREADS:
-            shown = forced if len(forced) <= 40 else f"{forced[:40]}..."
-            raise ValueError(
-                f"BIPER_NUM_THREADS (={shown!r}) must be a positive integer, {_MOST_THREADS:,} at "
-                "most. Set it to the number of cores to use, or unset it."
-            )
-        return int(forced)
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return 1
-    processors: int = native().processors()
-    return processors if processors < threads else threads
-
-
-# -- what it is and can ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PopcountPeak:
-    """What bounds every binary convolution on one core: its inner loop on registers alone.
-
-    Attributes:
-        isa: instruction set in use.
-        macs_per_second: multiply-accumulates on bits.
-        macs_per_clock: the same by the core's clock, or None where that cannot be counted.
-    """
-
-    isa: str
-    macs_per_second: float
-    macs_per_clock: float | None
-
-
-def popcount_peak() -> PopcountPeak:
-    """Measure this machine's popcount peak for one core; takes about 0.05 s.
-
-    Raises:
-        BackendUnavailableError: the cpu backend cannot run here.
-    """
-    native = _require_native()
-    per_second, per_clock = native.measure_peak()
-    return PopcountPeak(
-        isa=native.isa(), macs_per_second=per_second, macs_per_clock=per_clock or None
-    )
-
-
-def description() -> str:
-    """Return the instruction set and the threads in use, such as "avx512, 2 threads".
-
-    Raises:
-        BackendUnavailableError: the cpu backend cannot run here.
-    """
-    threads = thread_count()
-    return f"{_require_native().isa()}, {threads} thread{'s' * (threads != 1)}"
-
-
-def _require_native() -> Any:
-    from biper_engine.ops.backends import by_name
-
-    by_name("cpu")
-    return native()
-
-
-# -- calls ----------------------------------------------------------------------------------------
+__all__ = ["CpuBackend"]
 
 
 def _empty_map(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
@@ -227,20 +36,6 @@ def _empty_map(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
 
 def _empty_words(n: int, h: int, w: int, count: int) -> Tensor:
     return torch.empty((n, h, w, count), dtype=torch.int32, device="cpu")
-
-
-def native_conv(geometry: Conv2dGeometry, epilogue: Epilogue, prepacked: Tensor) -> Any:
-    """Return a native convolution; `prepacked` must live as long as it does."""
-    tensors = {name: value.contiguous() for name, value in epilogue.tensors().items()}
-    names = ("multiplier", "bias", "slope", "shift", "threshold", "sense", "pool_min")
-    return native().Conv(
-        geometry_values(geometry),
-        native_memory(prepacked),
-        pool=pool_values(epilogue.pool),
-        clamp_min=epilogue.clamp_min,
-        clamp_max=epilogue.clamp_max,
-        **{name: native_memory(tensors.get(name)) for name in names},
-    )
 
 
 class _Fused:
@@ -254,7 +49,9 @@ class _Fused:
         float_dtype: torch.dtype | None,
         want_bits: bool,
     ) -> None:
-        self._conv, self._kept = native_conv(geometry, epilogue, prepacked), prepacked
+        made_from = dense({"geometry": geometry, "prepacked": prepacked, **epilogue.values()})
+        self._conv: Any = native().Conv(native_values(made_from))
+        self._kept = prepacked  # the convolution has its address
         self._geometry = geometry
         self._pool = None if epilogue.pool.is_identity else epilogue.pool
         self._float_dtype = float_dtype
@@ -304,7 +101,7 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def unavailable_reason(self) -> str | None:
-        return _load()[1]
+        return missing_reason()
 
     def unsupported_reason(
         self, op: str, geometry: Conv2dGeometry | None, device: torch.device

@@ -7,7 +7,6 @@ fixed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,16 +15,12 @@ import torch
 from torch import Tensor
 
 from biper_engine.bits import words
-from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
-from biper_engine.ops.cpu import native, native_conv, thread_count
-from biper_engine.ops.epilogue import Epilogue
-from biper_engine.ops.native_arguments import geometry_values, native_memory
+from biper_engine.ops.cpu_module import native
+from biper_engine.ops.cpu_threads import thread_count
+from biper_engine.ops.native_arguments import dense, native_values
 from biper_engine.ops.readable import readable
 
-__all__ = ["Clamp", "CpuProgram", "Map"]
-
-_NONE = -1
-_NO_POOL = Pool2dGeometry()
+__all__ = ["CpuProgram", "Map"]
 
 
 @dataclass(frozen=True)
@@ -45,199 +40,49 @@ class Map:
     packed: bool = False
 
 
-@dataclass(frozen=True)
-class Clamp:
-    """Limits of values; infinite where there is none."""
-
-    low: float = -math.inf
-    high: float = math.inf
-
-
 class CpuProgram:
-    """A program for the instruction set that is in use when it is made.
-
-    Methods that add a step return its maps. The program copies what they are given, but for
-    prepacked weights, which live as long as it does: nobody else may write to those.
-
-    Raises:
-        TypeError: a tensor has another dtype; nothing was added.
-        ValueError: shapes do not fit; nothing was added.
-    """
+    """A program for the instruction set that is in use when it is made."""
 
     def __init__(self) -> None:
         self._program = native().Program()
         self._kept: list[Tensor] = []
 
-    # -- maps -------------------------------------------------------------------------------------
+    # -- maps and steps ---------------------------------------------------------------------------
 
     def add_map(self, channels: int, height: int, width: int, *, packed: bool = False) -> Map:
         """Return a new map."""
-        index = self._program.add_map((height, width, channels, packed))
-        return Map(index, channels, height, width, packed)
+        return self._map(self._program.add_map((height, width, channels, packed)))
 
     def view(self, x: Map, channels: int, height: int, width: int) -> Map:
         """Return the values of `x`, in the order of its memory, as another shape."""
-        index = self._program.add_view(x.index, (height, width, channels, x.packed))
-        return Map(index, channels, height, width, x.packed)
+        return self._map(self._program.add_view(x.index, (height, width, channels, x.packed)))
 
-    # -- steps ------------------------------------------------------------------------------------
-
-    def conv(
-        self,
-        bits: Map,
-        geometry: Conv2dGeometry,
-        epilogue: Epilogue,
-        prepacked: Tensor,
-        residual: Map | None,
-        *,
-        want_float: bool,
-        want_bits: bool,
-    ) -> tuple[Map | None, Map | None]:
-        """Add a binary convolution with its epilogue."""
-        prepacked = prepacked.contiguous()
-        self._kept.append(prepacked)
-        conv = native_conv(geometry, epilogue, prepacked)
-        rows, columns = epilogue.pool.output_size(*geometry.output_size(bits.height, bits.width))
-        outs = self._outs(geometry.out_channels, rows, columns, want_float, want_bits)
-        self._program.add_conv(
-            conv,
-            bits.index,
-            _NONE if residual is None else residual.index,
-            *map(_index, outs),
-        )
-        return outs
-
-    def float_conv(
-        self,
-        x: Map,
-        weight: Tensor,
-        bias: Tensor | None,
-        geometry: Conv2dGeometry,
-        *,
-        pool: Pool2dGeometry = _NO_POOL,
-        clamp: Clamp = Clamp(),
-        want_float: bool = True,
-        want_bits: bool = False,
-        threshold: Tensor | None = None,
-        sense: Tensor | None = None,
-    ) -> tuple[Map | None, Map | None]:
-        """Add a float convolution without groups, then max pool, clamp, its map and its bits.
+    def add(self, step: str, **arguments: Any) -> tuple[Map, ...]:
+        """Add a step, and return the maps that it writes.
 
         Args:
-            x: its input.
-            weight: [O, C, KH, KW].
-            bias: [O], or None.
-            geometry: the convolution.
-            pool: after the convolution.
-            clamp: after the pool.
-            want_float: whether the float map leaves.
-            want_bits: whether its bits leave.
-            threshold: of the bits, as in `biper::binarize`.
-            sense: of the bits, as in `biper::binarize`.
+            step: its kind, one of those of csrc/cpu/steps.cpp.
+            arguments: as the file of the step describes them: maps, tensors, geometries, pools,
+                numbers; None stands for what is missing. The program copies what tensors hold, but
+                for `prepacked`, which it keeps: nobody else may write to that.
+
+        Raises:
+            ValueError: an argument is missing, unknown, of another type or does not fit; nothing
+                was added.
         """
-        _require_dtypes(weight=weight, bias=bias, threshold=threshold, sense=sense)
-        ordered = weight.permute(0, 2, 3, 1).contiguous()
-        bias, threshold, sense = (
-            None if value is None else value.contiguous() for value in (bias, threshold, sense)
-        )
-        conv = native().FloatConv(
-            geometry_values(geometry),
-            native_memory(ordered),
-            native_memory(bias),
-            pool=_window(pool.kernel_size, pool.stride, pool.padding),
-            clamp_min=clamp.low,
-            clamp_max=clamp.high,
-            threshold=native_memory(threshold),
-            sense=native_memory(sense),
-        )
-        rows, columns = pool.output_size(*geometry.output_size(x.height, x.width))
-        outs = self._outs(geometry.out_channels, rows, columns, want_float, want_bits)
-        self._program.add_float_conv(conv, x.index, *map(_index, outs))
-        return outs
+        held = dense(arguments)
+        values = {
+            name: value.index if isinstance(value, Map) else value
+            for name, value in native_values(held).items()
+        }
+        written = self._program.add(step, values)
+        if "prepacked" in held:
+            self._kept.append(held["prepacked"])
+        return tuple(map(self._map, written))
 
-    def binarize(self, x: Map, threshold: Tensor | None, sense: Tensor | None) -> Map:
-        """Add `biper::binarize`."""
-        _require_dtypes(threshold=threshold, sense=sense)
-        out = self.add_map(x.channels, x.height, x.width, packed=True)
-        threshold, sense = (
-            None if value is None else value.contiguous() for value in (threshold, sense)
-        )
-        limits = native_memory(threshold), native_memory(sense)
-        self._program.add_binarize(x.index, *limits, out.index)
-        return out
-
-    def bit_pool(self, bits: Map, pool: Pool2dGeometry, take_and: Tensor | None) -> Map:
-        """Add `biper::bmaxpool2d`."""
-        _require_dtypes(take_and=take_and)
-        out = self.add_map(bits.channels, *pool.output_size(bits.height, bits.width), packed=True)
-        take_and = None if take_and is None else take_and.contiguous()
-        window = _window(pool.kernel_size, pool.stride, pool.padding)
-        self._program.add_bit_pool(bits.index, window, native_memory(take_and), out.index)
-        return out
-
-    def average(
-        self,
-        x: Map,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        size: tuple[int, int],
-        *,
-        count_padding: bool = True,
-        divisor: int = 0,
-        channels_before: int = 0,
-        channels_after: int = 0,
-    ) -> Map:
-        """Add an average pool, then zero channels on both sides.
-
-        Args:
-            x: its input.
-            kernel: (KH, KW).
-            stride: of the pool.
-            padding: of the pool, at most half the kernel.
-            size: (OH, OW), which `ceil_mode` decides.
-            count_padding: divide by the window with its padding, else by the values in the map.
-            divisor: divide by this instead, unless 0.
-            channels_before: zero channels to add in front.
-            channels_after: zero channels to add behind.
-        """
-        out = self.add_map(channels_before + x.channels + channels_after, *size)
-        self._program.add_average(
-            x.index,
-            _window(kernel, stride, padding),
-            count_padding,
-            divisor,
-            channels_before,
-            out.index,
-        )
-        return out
-
-    def maximum(
-        self,
-        x: Map,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        size: tuple[int, int],
-    ) -> Map:
-        """Add a max pool of a float map; padding never wins."""
-        out = self.add_map(x.channels, *size)
-        self._program.add_maximum(x.index, _window(kernel, stride, padding), out.index)
-        return out
-
-    def sum(self, a: Map, b: Map | None, clamp: Clamp) -> Map:
-        """Add `clamp(a + b)`, or `clamp(a)`."""
-        out = self.add_map(a.channels, a.height, a.width)
-        other = _NONE if b is None else b.index
-        self._program.add_sum(a.index, other, clamp.low, clamp.high, out.index)
-        return out
-
-    def _outs(
-        self, channels: int, height: int, width: int, want_float: bool, want_bits: bool
-    ) -> tuple[Map | None, Map | None]:
-        floats = self.add_map(channels, height, width) if want_float else None
-        bits = self.add_map(channels, height, width, packed=True) if want_bits else None
-        return floats, bits
+    def _map(self, index: int) -> Map:
+        height, width, channels, packed = self._program.shape(index)
+        return Map(index, channels, height, width, packed)
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -378,20 +223,3 @@ def _result(x: Map, flat: bool) -> tuple[tuple[Any, ...], Callable[[int], Tensor
         return torch.empty((batch, *shape), dtype=_dtype(x), memory_format=layout, device="cpu")
 
     return _form(x, flat, layout == torch.contiguous_format, layout), empty
-
-
-def _require_dtypes(**tensors: Tensor | None) -> None:
-    for name, value in tensors.items():
-        wanted = torch.bool if name in ("sense", "take_and") else torch.float32
-        if value is not None and value.dtype != wanted:
-            raise TypeError(f"`{name}` must be {wanted}, but its dtype is {value.dtype}.")
-
-
-def _index(x: Map | None) -> int:
-    return _NONE if x is None else x.index
-
-
-def _window(
-    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
-) -> tuple[int, ...]:
-    return (*kernel, *stride, *padding)

@@ -16,6 +16,7 @@ gives the same bytes (o is the output channel):
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -52,7 +53,10 @@ class Epilogue:
     threshold: Tensor | None = None
     sense: Tensor | None = None
 
+    def values(self) -> dict[str, Any]:
+        """Return all parameters by name."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the per-channel tensors that are present, by name."""
-        named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in self.values().items() if isinstance(value, Tensor)}

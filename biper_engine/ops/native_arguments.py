@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,9 +14,11 @@ __all__ = [
     "STREAM_TYPES",
     "channels_last",
     "contiguous",
+    "dense",
     "geometry_values",
     "memory",
     "native_memory",
+    "native_values",
     "pool_values",
     "typed_memory",
 ]
@@ -81,3 +86,31 @@ def geometry_values(geometry: Conv2dGeometry) -> tuple[int, ...]:
 def pool_values(pool: Pool2dGeometry) -> tuple[int, ...]:
     """Return kernel, stride and padding."""
     return (*pool.kernel_size, *pool.stride, *pool.padding)
+
+
+def dense(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with tensors without gaps, copied only where they have some."""
+    return {
+        name: value.contiguous() if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def native_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dense arguments as `Arguments` of csrc/cpu has them; the tensors must outlive it.
+
+    Raises:
+        ValueError: as `native_memory` does.
+    """
+    return {name: _native_value(value) for name, value in values.items()}
+
+
+def _native_value(value: Any) -> Any:
+    match value:
+        case Tensor():
+            return native_memory(value)
+        case Conv2dGeometry():
+            return geometry_values(value)
+        case Pool2dGeometry():
+            return pool_values(value)
+    return value

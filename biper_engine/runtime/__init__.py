@@ -2,7 +2,8 @@
 
 from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import Plan, PlanSlot, is_watched
-from biper_engine.runtime.profile import NodeProfile, ProfileReport, profile
+from biper_engine.runtime.profile import profile
+from biper_engine.runtime.profile_report import NodeProfile, ProfileReport
 from biper_engine.runtime.runs import NativeRun, NativeStep
 
 __all__ = [

@@ -27,7 +27,7 @@ from biper_engine.graph.patterns import (
 )
 from biper_engine.graph.reading import arguments, biper_op
 from biper_engine.ops.checks import check_epilogue
-from biper_engine.ops.cpu_program import Clamp, Map
+from biper_engine.ops.cpu_program import Map
 from biper_engine.ops.registration import split_options
 from biper_engine.runtime.runs import RunMaps, Unsupported
 
@@ -86,24 +86,23 @@ class RunBuilder(RunMaps):
         check_epilogue(epilogue, geometry.out_channels, torch.device("cpu"), wants_bits=want_bits)
         if want_float and named["dtype"] != torch.float32:
             raise Unsupported(f"writes {named['dtype']}")
-        residual = None if named.get("residual") is None else self._image(named["residual"])
         source = self._map(named["bits"], geometry.in_channels)
-        floats, bits = self._program.conv(
-            source,
-            geometry,
-            epilogue,
-            prepack_node(node, weight),
-            residual,
+        written = self._program.add(
+            "conv",
+            bits=source,
+            residual=None if named.get("residual") is None else self._image(named["residual"]),
+            geometry=geometry,
+            prepacked=prepack_node(node, weight),
             want_float=want_float,
             want_bits=want_bits,
+            **epilogue.values(),
         )
-        self._maps[node] = (floats, bits) if want_float and want_bits else floats or bits
+        self._maps[node] = written if want_float and want_bits else written[0]
         self._step(node, macs=geometry.macs(source.height, source.width))
 
     def _binarize(self, node: fx.Node, named: dict[str, Any]) -> None:
-        threshold, sense = (self._constant(named.get(name)) for name in ("threshold", "sense"))
-        self._maps[node] = self._program.binarize(self._image(named["x"]), threshold, sense)
-        self._step(node)
+        limits = {name: self._constant(named.get(name)) for name in ("threshold", "sense")}
+        self._write(node, "binarize", x=self._image(named["x"]), **limits)
 
     def _bit_pool(self, node: fx.Node, named: dict[str, Any]) -> None:
         pool = Pool2dGeometry(
@@ -113,8 +112,12 @@ class RunBuilder(RunMaps):
         )
         take_and = self._constant(named.get("take_and"))
         bits = self._map(named["bits"], named["channels"])
-        self._maps[node] = self._program.bit_pool(bits, pool, take_and)
-        self._step(node)
+        self._write(node, "bit_pool", bits=bits, pool=pool, take_and=take_and)
+
+    def _write(self, node: fx.Node, step: str, *behind: fx.Node, **arguments: Any) -> None:
+        """Add a step for a node, and for those `behind` it, whose last value its one map is."""
+        (self._maps[(node, *behind)[-1]],) = self._program.add(step, **arguments)
+        self._step(node, *behind)
 
     # -- float operators --------------------------------------------------------------------------
 
@@ -126,20 +129,22 @@ class RunBuilder(RunMaps):
         geometry, tail = conv2d_geometry(node, weight), tail_of(node)
         last = tail.nodes[-1] if tail.nodes else node
         named_bits = arguments(tail.bits[0]) if tail.bits else {}
-        floats, packed = self._program.float_conv(
-            x,
-            weight,
-            self._constant(named["bias"]),
-            geometry,
+        want_float = len(last.users) > len(tail.bits) or not tail.bits
+        written = self._program.add(
+            "float_conv",
+            x=x,
+            weight=weight.permute(0, 2, 3, 1),
+            bias=self._constant(named["bias"]),
+            geometry=geometry,
             pool=tail.pool,
-            clamp=Clamp(*tail.limits),
-            want_float=len(last.users) > len(tail.bits),
+            **_clamp_of(tail.limits),
+            want_float=want_float,
             want_bits=bool(tail.bits),
             threshold=self._constant(named_bits.get("threshold")),
             sense=self._constant(named_bits.get("sense")),
         )
-        self._maps[last] = floats
-        self._maps |= dict.fromkeys(tail.bits, packed)
+        self._maps[last] = written[0] if want_float else None
+        self._maps |= dict.fromkeys(tail.bits, written[-1])
         self._step(node, *tail.nodes, *tail.bits)
 
     def _linear(self, node: fx.Node, named: dict[str, Any]) -> None:
@@ -154,11 +159,18 @@ class RunBuilder(RunMaps):
         geometry = Conv2dGeometry(
             in_channels=x.channels, out_channels=len(weight), kernel_size=(1, 1)
         )
-        out, _ = self._program.float_conv(
-            x, weight[:, :, None, None], self._constant(named["bias"]), geometry
+        self._flat[node] = None
+        self._write(
+            node,
+            "float_conv",
+            x=x,
+            weight=weight,
+            bias=self._constant(named["bias"]),
+            geometry=geometry,
+            pool=Pool2dGeometry(),
+            want_float=True,
+            want_bits=False,
         )
-        self._maps[node], self._flat[node] = out, None
-        self._step(node)
 
     def _reshape(self, node: fx.Node, named: dict[str, Any]) -> None:
         source, sizes = named["self"], list(named["shape"])
@@ -181,27 +193,23 @@ class RunBuilder(RunMaps):
         x = self._image(named["self"])
         if pair(named["dilation"]) != (1, 1):
             raise Unsupported("has dilation")
-        self._maps[node] = self._program.maximum(x, *_windows(x, named))
-        self._step(node)
+        self._write(node, "maximum", x=x, **_windows(x, named))
 
-    def _average(self, node: fx.Node, x: Map, window: Any, **options: Any) -> None:
+    def _average(self, node: fx.Node, x: Map, **options: Any) -> None:
         """Add a pool and the zero channels behind it."""
-        nodes, last = [node], node
         pad = only_user(node)
         channels = _padded_channels(pad) if pad is not None else None
-        if pad is not None and channels is not None:
-            options |= dict(zip(("channels_before", "channels_after"), channels, strict=True))
-            nodes.append(pad)
-            last = pad
-        self._maps[last] = self._program.average(x, *window, **options)
-        self._step(*nodes)
+        if pad is None or channels is None:
+            self._write(node, "average", x=x, **options)
+        else:
+            self._write(node, "average", pad, x=x, **options, **channels)
 
     def _avg_pool2d(self, node: fx.Node, named: dict[str, Any]) -> None:
         x = self._image(named["self"])
         self._average(
             node,
             x,
-            _windows(x, named),
+            **_windows(x, named),
             count_padding=named["count_include_pad"],
             divisor=named["divisor_override"] or 0,
         )
@@ -210,40 +218,39 @@ class RunBuilder(RunMaps):
         x = self._image(named["self"])
         if not is_mean_of_pixels(node):
             raise Unsupported("is no mean over height and width")
-        whole = (x.height, x.width)
-        self._maps[node] = self._program.average(x, whole, whole, (0, 0), (1, 1))
         if not named["keepdim"]:
             self._flat[node] = None
-        self._step(node)
+        whole = (x.height, x.width)
+        self._write(node, "average", x=x, pool=(*whole, *whole, 0, 0), size=(1, 1))
 
     def _adaptive(self, node: fx.Node, named: dict[str, Any]) -> None:
         x, (rows, columns) = self._image(named["self"]), named["output_size"]
         if min(rows, columns) < 1 or x.height % rows or x.width % columns:
             raise Unsupported("has windows of several sizes")
         kernel = (x.height // rows, x.width // columns)
-        self._average(node, x, (kernel, kernel, (0, 0), (rows, columns)))
+        self._average(node, x, pool=(*kernel, *kernel, 0, 0), size=(rows, columns))
 
     def _pad(self, node: fx.Node, named: dict[str, Any]) -> None:
         channels = _padded_channels(node)
         if channels is None:
             raise Unsupported("pads other than channels with zeros")
         x = self._image(named["self"])
-        self._maps[node] = self._program.average(
-            x,
-            (1, 1),
-            (1, 1),
-            (0, 0),
-            (x.height, x.width),
-            channels_before=channels[0],
-            channels_after=channels[1],
-        )
-        self._step(node)
+        size = (x.height, x.width)
+        self._write(node, "average", x=x, pool=(1, 1, 1, 1, 0, 0), size=size, **channels)
 
     def _clamp(self, node: fx.Node, named: dict[str, Any]) -> None:
         limits = clamp_limits(node)
         assert limits is not None
-        self._maps[node] = self._program.sum(self._image(named["self"]), None, Clamp(*limits))
-        self._step(node)
+        self._write(node, "sum", a=self._image(named["self"]), **_clamp_of(limits))
+
+    def _sigmoid(self, node: fx.Node, named: dict[str, Any]) -> None:
+        source = named["self"]
+        x = self._map(source)
+        if self._flat.get(source) is not None:
+            raise Unsupported("is applied to a flattened map")
+        if source in self._flat:
+            self._flat[node] = None
+        self._write(node, "sigmoid", x=x)
 
     def _add(self, node: fx.Node, named: dict[str, Any]) -> None:
         a, b = self._image(named["self"]), self._image(named["other"])
@@ -255,28 +262,33 @@ class RunBuilder(RunMaps):
             raise Unsupported("is no sum of two maps of one shape")
         behind = only_user(node)
         limits = None if behind is None else clamp_limits(behind)
-        nodes = [node] if behind is None or limits is None else [node, behind]
-        self._maps[nodes[-1]] = self._program.sum(a, b, Clamp(*limits or ()))
-        self._step(*nodes)
+        if behind is None or limits is None:
+            self._write(node, "sum", a=a, b=b)
+        else:
+            self._write(node, "sum", behind, a=a, b=b, **_clamp_of(limits))
 
 
-def _windows(x: Map, named: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Return kernel, stride, padding and output size of a pool."""
+def _windows(x: Map, named: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the window of a pool, and its output size."""
     kernel, padding = pair(named["kernel_size"]), pair(named["padding"])
     stride = pair(named["stride"]) if named["stride"] else kernel
     rows, columns = (
         pool_positions(length, kernel[axis], stride[axis], padding[axis], named["ceil_mode"])
         for axis, length in enumerate((x.height, x.width))
     )
-    return kernel, stride, padding, (rows, columns)
+    return {"pool": (*kernel, *stride, *padding), "size": (rows, columns)}
 
 
-def _padded_channels(node: fx.Node) -> tuple[int, int] | None:
+def _clamp_of(limits: tuple[float, float]) -> dict[str, float]:
+    return dict(zip(("clamp_min", "clamp_max"), limits, strict=True))
+
+
+def _padded_channels(node: fx.Node) -> dict[str, int] | None:
     """Return the zero channels that a pad adds before and after, None for any other node."""
     pad = zero_pad(node)
     if pad is None or len(pad) != 6 or any(pad[:4]):
         return None
-    return pad[4], pad[5]
+    return {"channels_before": pad[4], "channels_after": pad[5]}
 
 
 _HANDLERS: dict[str, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
@@ -297,5 +309,6 @@ _HANDLERS: dict[str, Callable[[RunBuilder, fx.Node, dict[str, Any]], None]] = {
     "clamp": RunBuilder._clamp,
     "relu": RunBuilder._clamp,
     "add": RunBuilder._add,
+    "sigmoid": RunBuilder._sigmoid,
 }
 """The native step of each operator that has one, by the name of its declaration."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from biper_engine.graph.reading import get_constant
-from biper_engine.ops.cpu import native
+from biper_engine.ops.cpu_module import native
 from biper_engine.ops.readable import readable
 
 __all__ = ["Watch", "own_tensors", "refuse_gradients"]

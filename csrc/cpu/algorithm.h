@@ -10,6 +10,7 @@
 // anonymous namespace, the rest through `static`.
 #pragma once
 
+#include "activations.h"
 #include "convolution.h"
 #include "float_kernels.h"
 #include "maps_kernels.h"
@@ -54,6 +55,7 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       &average_row<I>,
       &maximum_row<I>,
       &sum<I>,
+      &sigmoid<I>,
       &peak<I>,
       int64_t{I::kPeakSums} * I::kLanes * kWordBits / I::kParts,
   };

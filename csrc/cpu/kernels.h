@@ -199,6 +199,12 @@ struct SumCall {
   float* out;
 };
 
+// out[i] = a function of x[i]; out may be x.
+struct FunctionCall {
+  const float* x;
+  float* out;
+};
+
 // The kernels of one instruction set. Ranges are half open; disjoint ranges may run at once.
 struct Kernels {
   const char* name;
@@ -220,6 +226,7 @@ struct Kernels {
   void (*average_row)(const FloatPoolCall& call, int64_t row);  // row of all images
   void (*maximum_row)(const FloatPoolCall& call, int64_t row);
   void (*sum)(const SumCall& call, int64_t first, int64_t last);
+  void (*sigmoid)(const FunctionCall& call, int64_t first, int64_t last);
 
   // The inner loop on registers alone, `rounds` times; each round does `macs_per_round`.
   void (*peak)(int64_t rounds);

@@ -23,7 +23,7 @@ constexpr int64_t kAlignment = 64;
 // reads them: on a Zen 4, 64 images of 32x32 through a ResNet-20 in 4 instead of 6 ms.
 constexpr int64_t kArenaBytes = int64_t{2} << 20;
 // What is kept for later calls: the last one used, and others within these limits.
-constexpr size_t kIdleInstances = 8;
+constexpr size_t kIdleBatches = 8;
 constexpr int64_t kIdleBytes = int64_t{16} << 20;
 constexpr int kPausesBeforeYield = 4000;
 
@@ -48,9 +48,9 @@ double now() {
 
 }  // namespace
 
-struct Program::Instance {
-  Setting setting;
-  std::vector<std::unique_ptr<ReadyStep>> steps;
+struct Program::PreparedBatch {
+  CallShape shape;
+  std::vector<std::unique_ptr<PreparedStep>> steps;
   int64_t ranges = 1;                // of units, in every step
   std::unique_ptr<Counter[]> taken;  // [steps, ranges]
   std::unique_ptr<Counter[]> done;   // [steps]
@@ -64,7 +64,7 @@ struct Program::Instance {
   int64_t run_units(size_t step, int64_t thread, void* scratch) const;
 };
 
-void Program::Instance::reset() {
+void Program::PreparedBatch::reset() {
   const size_t counters = steps.size() * static_cast<size_t>(ranges);
   for (size_t c = 0; c < counters; ++c) taken[c].value.store(0, std::memory_order_relaxed);
   for (size_t s = 0; s < steps.size(); ++s) done[s].value.store(0, std::memory_order_relaxed);
@@ -72,7 +72,7 @@ void Program::Instance::reset() {
 
 // Takes units of a step until none is left, those of the thread's own range first; returns how many
 // it ran.
-int64_t Program::Instance::run_units(size_t step, int64_t thread, void* scratch) const {
+int64_t Program::PreparedBatch::run_units(size_t step, int64_t thread, void* scratch) const {
   const Job& job = steps[step]->job;
   Counter* counters = taken.get() + step * static_cast<size_t>(ranges);
   int64_t mine = 0;
@@ -91,7 +91,7 @@ int64_t Program::Instance::run_units(size_t step, int64_t thread, void* scratch)
   return mine;
 }
 
-void Program::Instance::run(int64_t thread, void* scratch) const {
+void Program::PreparedBatch::run(int64_t thread, void* scratch) const {
   for (size_t s = 0; s < steps.size(); ++s) {
     const int64_t units = steps[s]->job.units;
     const int64_t mine = run_units(s, thread, scratch);
@@ -132,29 +132,19 @@ int64_t Program::add_view(int64_t map, const MapShape& shape) {
   return view;
 }
 
-const MapShape& Program::shape_of(int64_t map, bool packed) const {
+const MapShape& Program::shape(int64_t map) const {
   require_range("map", map, 0, static_cast<int64_t>(maps_.size()) - 1);
-  const Map& found = maps_[static_cast<size_t>(map)];
-  if (found.shape.packed != packed) {
+  return maps_[static_cast<size_t>(map)].shape;
+}
+
+const MapShape& Program::shape_of(int64_t map, bool packed) const {
+  const MapShape& found = shape(map);
+  if (found.packed != packed) {
     fail("Map " + std::to_string(map) + " has " + (packed ? "floats" : "bits") + ", wanted " +
          (packed ? "bits." : "floats."));
   }
-  return found.shape;
+  return found;
 }
-
-namespace {
-
-void require_shape(const char* name, const MapShape& shape, int64_t height, int64_t width,
-                   int64_t channels) {
-  if (shape.height == height && shape.width == width && shape.channels == channels) return;
-  const auto text = [](int64_t h, int64_t w, int64_t c) {
-    return std::to_string(h) + "x" + std::to_string(w) + "x" + std::to_string(c);
-  };
-  fail(std::string("`") + name + "` is " + text(shape.height, shape.width, shape.channels) +
-       ", wanted " + text(height, width, channels) + " (height, width, channels).");
-}
-
-}  // namespace
 
 void Program::add(std::unique_ptr<Step> step) {
   if (finished_) fail("The program is finished.");
@@ -172,115 +162,6 @@ void Program::add(std::unique_ptr<Step> step) {
     root.last = std::max(root.last, now);
   }
   steps_.push_back(std::move(step));
-}
-
-void Program::add_conv(std::shared_ptr<const Conv> conv, int64_t bits, int64_t residual,
-                       int64_t out_float, int64_t out_bits) {
-  if (!conv->has_epilogue()) fail("This convolution was made without an epilogue.");
-  const MapShape in = shape_of(bits, true);
-  if (in.channels != conv->geometry().in_channels) {
-    require_shape("bits", in, in.height, in.width, conv->geometry().in_channels);
-  }
-  const ConvPlan plan = conv->plan_for(1, in.height, in.width, false);
-  const int64_t outputs = conv->geometry().out_channels;
-  for (const int64_t map : {residual, out_float}) {
-    if (map == kNoMap) continue;
-    require_shape(map == residual ? "residual" : "out_float", shape_of(map, false), plan.out_h,
-                  plan.out_w, outputs);
-  }
-  if (out_bits != kNoMap) {
-    if (!conv->has_threshold()) fail("Bits leave, but there is no `threshold`.");
-    require_shape("out_bits", shape_of(out_bits, true), plan.out_h, plan.out_w, outputs);
-  }
-  add(conv_step(std::move(conv), in, bits, residual, out_float, out_bits));
-}
-
-void Program::add_float_conv(std::shared_ptr<const FloatConv> conv, int64_t x, int64_t out_float,
-                             int64_t out_bits) {
-  const MapShape in = shape_of(x, false);
-  require_shape("x", in, in.height, in.width, conv->geometry().in_channels);
-  const FloatConvPlan plan = conv->plan_for(1, in.height, in.width, false, true, 1);
-  const int64_t outputs = conv->geometry().out_channels;
-  if (out_float != kNoMap) {
-    require_shape("out_float", shape_of(out_float, false), plan.out_h, plan.out_w, outputs);
-  }
-  if (out_bits != kNoMap) {
-    require_shape("out_bits", shape_of(out_bits, true), plan.out_h, plan.out_w, outputs);
-  }
-  add(float_conv_step(std::move(conv), in, x, out_float, out_bits));
-}
-
-void Program::add_binarize(int64_t x, Span<const float> threshold, Span<const uint8_t> sense,
-                           int64_t out) {
-  const MapShape in = shape_of(x, false);
-  require_shape("out", shape_of(out, true), in.height, in.width, in.channels);
-  if (threshold.data != nullptr || threshold.size != 0) {
-    require_memory("threshold", threshold.data, threshold.size, in.channels, 4);
-  }
-  if (sense.data != nullptr || sense.size != 0) {
-    require_memory("sense", sense.data, sense.size, in.channels, 1);
-  }
-  add(binarize_step(in, x, threshold, sense, out));
-}
-
-void Program::add_bit_pool(int64_t bits, const Window& window, Span<const uint8_t> take_and,
-                           int64_t out) {
-  require_window(window);
-  const MapShape in = shape_of(bits, true), shape = shape_of(out, true);
-  require_shape(
-      "out", shape,
-      window_positions("A pool", in.height, window.kernel_h, window.stride_h, 2 * window.pad_h, 1),
-      window_positions("A pool", in.width, window.kernel_w, window.stride_w, 2 * window.pad_w, 1),
-      in.channels);
-  if (take_and.data != nullptr || take_and.size != 0) {
-    require_memory("take_and", take_and.data, take_and.size, in.channels, 1);
-  }
-  add(bit_pool_step(in, shape, bits, window, take_and, out));
-}
-
-namespace {
-
-// Every window must have a value of the map in it, or its mean would be 0 / 0.
-void require_windows(const char* name, int64_t size, int64_t out, int64_t kernel, int64_t stride,
-                     int64_t pad) {
-  require_range("stride", stride, 1, std::numeric_limits<int32_t>::max());
-  require_range("kernel_size", kernel, 1, std::numeric_limits<int32_t>::max());
-  require_range("padding", pad, 0, kernel / 2);
-  if ((out - 1) * stride - pad >= size) {
-    fail(std::string("The last window along the ") + name + " lies outside of the map.");
-  }
-}
-
-}  // namespace
-
-void Program::add_average(int64_t x, const Window& w, bool count_padding, int64_t divisor,
-                          int64_t first_channel, int64_t out) {
-  const MapShape in = shape_of(x, false), shape = shape_of(out, false);
-  require_windows("height", in.height, shape.height, w.kernel_h, w.stride_h, w.pad_h);
-  require_windows("width", in.width, shape.width, w.kernel_w, w.stride_w, w.pad_w);
-  require_range("divisor", divisor, 0, std::numeric_limits<int32_t>::max());
-  require_range("first_channel", first_channel, 0, shape.channels - in.channels);
-  add(average_step({nullptr, in.height, in.width, in.channels, w, shape.height, shape.width,
-                    shape.channels, first_channel, count_padding, divisor, nullptr},
-                   x, out));
-}
-
-void Program::add_maximum(int64_t x, const Window& w, int64_t out) {
-  const MapShape in = shape_of(x, false), shape = shape_of(out, false);
-  require_windows("height", in.height, shape.height, w.kernel_h, w.stride_h, w.pad_h);
-  require_windows("width", in.width, shape.width, w.kernel_w, w.stride_w, w.pad_w);
-  require_shape("out", shape, shape.height, shape.width, in.channels);
-  add(maximum_step({nullptr, in.height, in.width, in.channels, w, shape.height, shape.width,
-                    in.channels, 0, false, 0, nullptr},
-                   x, out));
-}
-
-void Program::add_sum(int64_t a, int64_t b, float clamp_min, float clamp_max, int64_t out) {
-  const MapShape shape = shape_of(a, false);
-  if (b != kNoMap)
-    require_shape("b", shape_of(b, false), shape.height, shape.width, shape.channels);
-  require_shape("out", shape_of(out, false), shape.height, shape.width, shape.channels);
-  add(sum_step(shape, a, b, clamp_min, clamp_max, out));
 }
 
 void Program::finish(const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs) {
@@ -356,56 +237,53 @@ int64_t Program::arena_bytes(int64_t batch) const {
   return checked_product("The arena", {batch, arena_bytes_});
 }
 
-std::unique_ptr<Program::Instance> Program::make(const Setting& setting) const {
-  auto instance = std::make_unique<Instance>();
-  instance->setting = setting;
-  const int64_t bytes = std::max<int64_t>(kAlignment, arena_bytes(setting.batch));
-  instance->arena.reset(
+std::unique_ptr<Program::PreparedBatch> Program::prepare(const CallShape& shape) const {
+  auto prepared = std::make_unique<PreparedBatch>();
+  prepared->shape = shape;
+  const int64_t bytes = std::max<int64_t>(kAlignment, arena_bytes(shape.batch));
+  prepared->arena.reset(
       static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<size_t>(bytes))));
-  if (!instance->arena) throw std::bad_alloc();
+  if (!prepared->arena) throw std::bad_alloc();
   int64_t most_units = 1;
   for (const auto& step : steps_) {
-    instance->steps.push_back(step->ready(setting));
-    const Job& job = instance->steps.back()->job;
-    instance->scratch_bytes = std::max(instance->scratch_bytes, job.scratch_bytes);
+    prepared->steps.push_back(step->prepare(shape));
+    const Job& job = prepared->steps.back()->job;
+    prepared->scratch_bytes = std::max(prepared->scratch_bytes, job.scratch_bytes);
     most_units = std::max(most_units, job.units);
   }
-  instance->ranges = std::min(setting.threads, most_units);
-  instance->done = std::make_unique<Counter[]>(steps_.size());
-  instance->taken =
-      std::make_unique<Counter[]>(steps_.size() * static_cast<size_t>(instance->ranges));
-  instance->maps.assign(maps_.size(), nullptr);
-  return instance;
+  prepared->ranges = std::min(shape.threads, most_units);
+  prepared->done = std::make_unique<Counter[]>(steps_.size());
+  prepared->taken =
+      std::make_unique<Counter[]>(steps_.size() * static_cast<size_t>(prepared->ranges));
+  prepared->maps.assign(maps_.size(), nullptr);
+  return prepared;
 }
 
-std::unique_ptr<Program::Instance> Program::take(const Setting& setting) const {
+std::unique_ptr<Program::PreparedBatch> Program::take(const CallShape& shape) const {
   {
     // Not a wait: a lock that was held when the process forked is never released in the child.
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (lock.owns_lock()) {
       for (auto at = idle_.rbegin(); at != idle_.rend(); ++at) {
-        const Setting& found = (*at)->setting;
-        if (found.batch == setting.batch && found.threads == setting.threads &&
-            found.planar == setting.planar) {
-          std::unique_ptr<Instance> instance = std::move(*at);
-          idle_.erase(std::next(at).base());
-          return instance;
-        }
+        if (!((*at)->shape == shape)) continue;
+        std::unique_ptr<PreparedBatch> prepared = std::move(*at);
+        idle_.erase(std::next(at).base());
+        return prepared;
       }
     }
   }
-  return make(setting);
+  return prepare(shape);
 }
 
-void Program::give_back(std::unique_ptr<Instance> instance) const {
-  std::vector<std::unique_ptr<Instance>> dropped;  // freed outside of the lock
+void Program::give_back(std::unique_ptr<PreparedBatch> prepared) const {
+  std::vector<std::unique_ptr<PreparedBatch>> dropped;  // freed outside of the lock
   std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
   if (!lock.owns_lock()) return;
-  idle_.push_back(std::move(instance));
+  idle_.push_back(std::move(prepared));
   int64_t bytes = 0;
-  for (const auto& kept : idle_) bytes += arena_bytes(kept->setting.batch);
-  while (idle_.size() > 1 && (idle_.size() > kIdleInstances || bytes > kIdleBytes)) {
-    bytes -= arena_bytes(idle_.front()->setting.batch);
+  for (const auto& kept : idle_) bytes += arena_bytes(kept->shape.batch);
+  while (idle_.size() > 1 && (idle_.size() > kIdleBatches || bytes > kIdleBytes)) {
+    bytes -= arena_bytes(idle_.front()->shape.batch);
     dropped.push_back(std::move(idle_.front()));
     idle_.erase(idle_.begin());
   }
@@ -433,7 +311,7 @@ void Program::run(int64_t batch, const std::vector<MapMemory>& inputs,
   require_range("threads", threads, 1, std::numeric_limits<int32_t>::max());
   check_memory("input", inputs_, inputs, batch);
   check_memory("output", outputs_, outputs, batch);
-  Setting setting{batch, threads, std::vector<bool>(maps_.size(), false)};
+  CallShape shape{batch, threads, std::vector<bool>(maps_.size(), false)};
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (!inputs[i].planar) continue;
     for (const auto& step : steps_) {
@@ -443,7 +321,7 @@ void Program::run(int64_t batch, const std::vector<MapMemory>& inputs,
         if (map != root || !step->takes_planar()) fail("An input must be [N, H, W, C] here.");
       }
     }
-    setting.planar[static_cast<size_t>(inputs_[i])] = true;
+    shape.planar[static_cast<size_t>(inputs_[i])] = true;
   }
   if (seconds != nullptr) seconds->assign(steps_.size(), 0.0);
   if (batch == 0) return;
@@ -451,43 +329,43 @@ void Program::run(int64_t batch, const std::vector<MapMemory>& inputs,
   const int64_t parts = (batch + fit - 1) / fit;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = batch * part / parts;
-    setting.batch = batch * (part + 1) / parts - first;
-    run_part(setting, first, inputs, outputs, seconds);
+    shape.batch = batch * (part + 1) / parts - first;
+    run_part(shape, first, inputs, outputs, seconds);
   }
 }
 
 // Runs the images from `first` on; adds the time at which each step was done to `seconds`.
-void Program::run_part(const Setting& setting, int64_t first, const std::vector<MapMemory>& inputs,
+void Program::run_part(const CallShape& shape, int64_t first, const std::vector<MapMemory>& inputs,
                        const std::vector<MapMemory>& outputs, std::vector<double>* seconds) const {
-  std::unique_ptr<Instance> instance = take(setting);
+  std::unique_ptr<PreparedBatch> prepared = take(shape);
   const auto image = [&](const MapMemory& memory, int64_t map) {
     const int64_t values = maps_[static_cast<size_t>(map)].shape.values();
     return static_cast<void*>(static_cast<float*>(memory.data) + first * values);
   };
   for (size_t m = 0; m < maps_.size(); ++m) {
     const int64_t root = maps_[m].root;
-    instance->maps[m] =
-        instance->arena.get() + maps_[static_cast<size_t>(root)].offset * setting.batch;
+    prepared->maps[m] =
+        prepared->arena.get() + maps_[static_cast<size_t>(root)].offset * shape.batch;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      if (root == inputs_[i]) instance->maps[m] = image(inputs[i], inputs_[i]);
+      if (root == inputs_[i]) prepared->maps[m] = image(inputs[i], inputs_[i]);
     }
     for (size_t i = 0; i < outputs.size(); ++i) {
       if (root == maps_[static_cast<size_t>(outputs_[i])].root) {
-        instance->maps[m] = image(outputs[i], outputs_[i]);
+        prepared->maps[m] = image(outputs[i], outputs_[i]);
       }
     }
   }
-  for (const auto& step : instance->steps) step->bind(instance->maps.data());
-  instance->reset();
+  for (const auto& step : prepared->steps) step->bind(prepared->maps.data());
+  prepared->reset();
   std::vector<double> ends(seconds != nullptr ? steps_.size() : 0);
-  instance->seconds = seconds != nullptr ? ends.data() : nullptr;
+  prepared->seconds = seconds != nullptr ? ends.data() : nullptr;
   const double start = now();
   const auto walk = [](const void* context, int64_t thread, void* scratch) {
-    static_cast<const Instance*>(context)->run(thread, scratch);
+    static_cast<const PreparedBatch*>(context)->run(thread, scratch);
   };
-  run_job({walk, instance.get(), setting.threads, instance->scratch_bytes}, setting.threads);
+  run_job({walk, prepared.get(), shape.threads, prepared->scratch_bytes}, shape.threads);
   for (size_t s = 0; s < ends.size(); ++s) (*seconds)[s] += ends[s] - start;
-  give_back(std::move(instance));
+  give_back(std::move(prepared));
 }
 
 }  // namespace biper

@@ -11,7 +11,7 @@
 #include <mutex>
 #include <vector>
 
-#include "float_conv.h"
+#include "arguments.h"
 #include "thread_pool.h"
 
 namespace biper {
@@ -27,18 +27,20 @@ struct MapShape {
   }
 };
 
-constexpr int64_t kNoMap = -1;
-
-// What a step is made ready for. planar[m]: map m is [N, C, H, W] in this call.
-struct Setting {
+// What a batch is prepared for. planar[m]: map m is [N, C, H, W] in it.
+struct CallShape {
   int64_t batch, threads;
   std::vector<bool> planar;
+
+  bool operator==(const CallShape& other) const {
+    return batch == other.batch && threads == other.threads && planar == other.planar;
+  }
 };
 
-// A step with everything that depends on the batch size but the addresses of maps.
-class ReadyStep {
+// A step with everything that a call needs but the addresses of maps.
+class PreparedStep {
  public:
-  virtual ~ReadyStep() = default;
+  virtual ~PreparedStep() = default;
   virtual void bind(void* const* maps) = 0;
 
   Job job{};
@@ -47,7 +49,7 @@ class ReadyStep {
 class Step {
  public:
   virtual ~Step() = default;
-  virtual std::unique_ptr<ReadyStep> ready(const Setting& setting) const = 0;
+  virtual std::unique_ptr<PreparedStep> prepare(const CallShape& shape) const = 0;
   virtual bool takes_planar() const { return false; }
 
   std::vector<int64_t> reads, writes;  // maps
@@ -70,18 +72,13 @@ class Program {
   int64_t add_map(const MapShape& shape);
   int64_t add_view(int64_t map, const MapShape& shape);  // the same values as another shape
 
-  // Steps, in the order in which they run. Maps that are not wanted are kNoMap. Where shapes do not
-  // fit, std::invalid_argument is thrown.
-  void add_conv(std::shared_ptr<const Conv> conv, int64_t bits, int64_t residual, int64_t out_float,
-                int64_t out_bits);
-  void add_float_conv(std::shared_ptr<const FloatConv> conv, int64_t x, int64_t out_float,
-                      int64_t out_bits);
-  void add_binarize(int64_t x, Span<const float> threshold, Span<const uint8_t> sense, int64_t out);
-  void add_bit_pool(int64_t bits, const Window& window, Span<const uint8_t> take_and, int64_t out);
-  void add_average(int64_t x, const Window& window, bool count_padding, int64_t divisor,
-                   int64_t first_channel, int64_t out);
-  void add_maximum(int64_t x, const Window& window, int64_t out);
-  void add_sum(int64_t a, int64_t b, float clamp_min, float clamp_max, int64_t out);
+  // Shape of a map; of one that must have floats, or bits.
+  const MapShape& shape(int64_t map) const;
+  const MapShape& floats(int64_t map) const { return shape_of(map, false); }
+  const MapShape& bits(int64_t map) const { return shape_of(map, true); }
+
+  // Adds a step behind the others. Each map is written once, by one step.
+  void add(std::unique_ptr<Step> step);
 
   // Ends the program; only calls come after it.
   void finish(const std::vector<int64_t>& inputs, const std::vector<int64_t>& outputs);
@@ -106,18 +103,17 @@ class Program {
     int64_t first = 0, last = -1;  // steps between which a root is needed
     int64_t offset = 0;            // in the arena, in bytes for one image
   };
-  struct Instance;
+  struct PreparedBatch;
 
   const MapShape& shape_of(int64_t map, bool packed) const;
-  void add(std::unique_ptr<Step> step);
   void place_in_arena();
   void check_memory(const char* what, const std::vector<int64_t>& maps,
                     const std::vector<MapMemory>& memory, int64_t batch) const;
-  void run_part(const Setting& setting, int64_t first, const std::vector<MapMemory>& inputs,
+  void run_part(const CallShape& shape, int64_t first, const std::vector<MapMemory>& inputs,
                 const std::vector<MapMemory>& outputs, std::vector<double>* seconds) const;
-  std::unique_ptr<Instance> make(const Setting& setting) const;
-  std::unique_ptr<Instance> take(const Setting& setting) const;
-  void give_back(std::unique_ptr<Instance> instance) const;
+  std::unique_ptr<PreparedBatch> prepare(const CallShape& shape) const;
+  std::unique_ptr<PreparedBatch> take(const CallShape& shape) const;
+  void give_back(std::unique_ptr<PreparedBatch> prepared) const;
 
   std::vector<Map> maps_;
   std::vector<std::unique_ptr<Step>> steps_;
@@ -125,7 +121,7 @@ class Program {
   bool finished_ = false;
   int64_t arena_bytes_ = 0;   // for one image
   mutable std::mutex mutex_;  // guards idle_
-  mutable std::vector<std::unique_ptr<Instance>> idle_;
+  mutable std::vector<std::unique_ptr<PreparedBatch>> idle_;
 };
 
 }  // namespace biper

@@ -12,7 +12,7 @@ from biper_engine.bench.callers import Streams
 from biper_engine.bench.streams import Rates
 from biper_engine.engine import Engine
 from biper_engine.errors import BackendUnavailableError
-from biper_engine.ops import cpu
+from biper_engine.ops import cpu_threads
 from biper_engine.ops.backends import backends
 from tests.networks_by_hand import classifier
 
@@ -63,7 +63,7 @@ def measured(
         return object()
 
     monkeypatch.delenv("BIPER_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu, "thread_count", lambda: min(3, torch.get_num_threads()))
+    monkeypatch.setattr(cpu_threads, "thread_count", lambda: min(3, torch.get_num_threads()))
     monkeypatch.setattr(streams.FloatNetworks, "of", captured)
     monkeypatch.setattr(streams, "stream_rivals", rivals)
     return throughput(
@@ -137,7 +137,7 @@ def test_every_caller_has_one_thread(engine: Engine, monkeypatch: pytest.MonkeyP
     threads: set[int] = set()
 
     def watched(images: Tensor) -> Tensor:
-        threads.add(cpu.thread_count())
+        threads.add(cpu_threads.thread_count())
         return engine(images)
 
     found = measured(monkeypatch, watched, lambda *_: {}, callers=3)

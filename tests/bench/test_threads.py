@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from biper_engine.bench import common_threads, torch_threads
-from biper_engine.ops import cpu
+from biper_engine.ops import cpu_threads
 from biper_engine.ops.backends import backends
 
 CPU = {info.name: info.available for info in backends()}["cpu"]
@@ -28,7 +28,7 @@ def test_torchs_threads_are_restored_also_after_an_error() -> None:
 
 @needs_cpu
 def test_the_default_is_what_the_engine_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert common_threads(None) == cpu.thread_count()
+    assert common_threads(None) == cpu_threads.thread_count()
     monkeypatch.setenv("BIPER_NUM_THREADS", "7")
     assert common_threads(None) == 7
 
@@ -39,7 +39,7 @@ def test_one_thread_is_always_possible() -> None:
 
 @needs_cpu
 def test_more_threads_than_the_engine_may_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "thread_count", lambda: min(2, torch.get_num_threads()))
+    monkeypatch.setattr(cpu_threads, "thread_count", lambda: min(2, torch.get_num_threads()))
     before = torch.get_num_threads()
     assert common_threads(2) == 2
     with pytest.raises(ValueError, match=r"3 threads .* may use 2 processors.* 2 or fewer"):

@@ -1,10 +1,9 @@
-"""What is the cpu backend's own: instruction sets, threads, forks, float streams."""
+"""What is the cpu backend's own: instruction sets, forks, float streams."""
 
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, bconv2d, bconv2d_float_bits, binarize, prepack, use_backend
 from biper_engine.ops.backends import backends, by_name, select
-from biper_engine.ops.cpu import _cgroup_limit, popcount_peak, thread_count
+from biper_engine.ops.cpu_processor import popcount_peak
 from biper_engine.ops.native_arguments import geometry_values
 from tests.conftest import USABLE_ISAS
 from tests.fresh import fresh_run
@@ -207,7 +206,7 @@ def test_our_own_threads_give_the_same_where_torch_has_none_to_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from biper_engine import _cpu
-    from biper_engine.ops.cpu import _torch_parallel_region
+    from biper_engine.ops.cpu_module import torch_parallel_region
 
     monkeypatch.setenv("BIPER_NUM_THREADS", "3")
     data = case()
@@ -220,7 +219,7 @@ def test_our_own_threads_give_the_same_where_torch_has_none_to_share(
             assert torch.equal(floats, wanted[0])
             assert torch.equal(bits, wanted[1])
     finally:
-        _cpu.share_threads(_torch_parallel_region())
+        _cpu.share_threads(torch_parallel_region())
 
 
 def _in_child(queue: Any) -> None:
@@ -266,102 +265,6 @@ def test_a_data_loader_worker_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     results = list(loader)
     assert len(results) == 4
     assert all(torch.equal(result, wanted) for result in results)
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def test_the_environment_sets_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIPER_NUM_THREADS", "13")
-    assert thread_count() == 13
-    monkeypatch.setenv("BIPER_NUM_THREADS", "1024")
-    assert thread_count() == 1024
-    for wrong in ("0", "-2", "two", "1.5", "1025", "2147483647"):
-        monkeypatch.setenv("BIPER_NUM_THREADS", wrong)
-        with pytest.raises(ValueError, match=f"BIPER_NUM_THREADS .='{wrong}'. must be a positive"):
-            thread_count()
-
-
-def test_a_number_of_threads_of_any_length_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python itself refuses to read more than 4,300 digits, with words of its own."""
-    monkeypatch.setenv("BIPER_NUM_THREADS", "1" * 5000)
-    with pytest.raises(
-        ValueError, match=r"1{40}\.\.\.'. must be a positive integer, 1,024 at most"
-    ):
-        thread_count()
-
-
-def test_threads_are_torchs_bounded_by_processors(
-    monkeypatch: pytest.MonkeyPatch, torch_threads: Callable[[int], None]
-) -> None:
-    from biper_engine.ops import cpu
-
-    class Native:
-        @staticmethod
-        def processors() -> int:
-            return 6
-
-    monkeypatch.delenv("BIPER_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu, "native", lambda: Native)
-    for torchs, wanted in ((1, 1), (4, 4), (9, 6)):
-        torch_threads(torchs)
-        assert thread_count() == wanted
-
-
-def test_processors_are_those_of_this_thread_bounded_by_the_quota() -> None:
-    from biper_engine import _cpu
-
-    available = _cpu.processors()
-    try:
-        for most in (1, available + 1):
-            _cpu.limit_processors(most)
-            assert _cpu.processors() == min(most, available)
-    finally:
-        _cpu.limit_processors(_cgroup_limit())
-
-
-@pytest.mark.parametrize(
-    ("membership", "files", "wanted"),
-    [
-        ("0::/", {"cpu.max": "max 100000"}, None),
-        ("0::/", {"cpu.max": "150000 100000"}, 2),
-        ("0::/", {"cpu.max": "20000 100000"}, 1),
-        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),
-        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "100000 100000"}, 1),
-        (
-            "4:cpu,cpuacct:/box\n3:memory:/box\n0::/",
-            {
-                "cpu,cpuacct/box/cpu.cfs_quota_us": "250000",
-                "cpu,cpuacct/box/cpu.cfs_period_us": "100000",
-            },
-            3,
-        ),
-        (
-            "4:cpu:/",
-            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
-            None,
-        ),
-        ("3:memory:/box", {"memory/box/cpu.max": "100000 100000"}, None),
-        ("", {}, None),
-        ("no group\n0::/", {"cpu.max": "200000 100000"}, 2),
-    ],
-)
-def test_the_quota_of_every_group_above_counts(
-    tmp_path: Path, membership: str, files: dict[str, str], wanted: int | None
-) -> None:
-    root, proc = tmp_path / "cgroup", tmp_path / "proc"
-    proc.mkdir()
-    (proc / "cgroup").write_text(membership, encoding="ascii")
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="ascii")
-    limit = _cgroup_limit(root, proc)
-    assert limit == wanted if wanted is not None else limit > 1_000_000
 
 
 # -- float streams --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from biper_engine.ops.backends import backends
+from biper_engine.ops.cpu_program import CpuProgram
 from biper_engine.ops.native_arguments import native_memory
 
 REASON = {info.name: info.reason for info in backends()}["cpu"]
@@ -95,9 +96,9 @@ def test_memory_of_another_size_is_an_error(native_conv: Any) -> None:
 def test_memory_of_another_type_is_an_error(native_conv: Any) -> None:
     conv, _, bits = native_conv
     dots = torch.zeros(5 * 6 * 32, dtype=torch.int32)
-    with pytest.raises(ValueError, match="Memory of type 6 came, of type 5 is wanted"):
+    with pytest.raises(ValueError, match="`bits` has memory of type 6, but of type 5 is wanted"):
         conv.accumulate(1, 5, 6, (*memory(bits)[:2], 6), memory(dots), 1)
-    with pytest.raises(ValueError, match="Memory of type 1 came"):
+    with pytest.raises(ValueError, match="`dots` has memory of type 1"):
         conv.accumulate(1, 5, 6, memory(bits), memory(dots.float()), 1)
 
 
@@ -204,3 +205,30 @@ def test_maps_and_pools_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "message"),
+    [
+        ("sum", {"a": None}, "`a` is missing"),
+        ("sum", {"a": 7}, r"`map` \(=7\) must be from 0 to 0"),
+        ("sum", {"a": True}, "`a` must be an integer"),
+        ("sum", {"clamp_min": 1}, "`clamp_min` must be a float"),
+        ("sum", {"gate": 1}, "`gate` is no argument of this step"),
+        ("binarize", {"threshold": torch.zeros(5).bool()}, "`threshold` has memory of type 6"),
+        ("binarize", {"threshold": torch.zeros(4)}, "`threshold` has 4 elements, but 5 are wanted"),
+        ("binarize", {"threshold": torch.zeros(5).double()}, "takes float32, int32 or bool"),
+        ("maximum", {"pool": (1, 1)}, "`pool` has 2 integers, but 6 are wanted"),
+        ("difference", {}, "There is no step 'difference'"),
+    ],
+)
+def test_a_step_refuses_arguments_that_are_not_its_own(
+    step: str, changes: dict[str, Any], message: str
+) -> None:
+    program = CpuProgram()
+    x = program.add_map(5, 4, 4)
+    fits: dict[str, Any] = {"a": x} if step == "sum" else {"x": x}
+    with pytest.raises(ValueError, match=message):
+        program.add(step, **{**fits, **changes})
+    program.finish([x], program.add("sum", a=x))  # nothing was added
+    assert torch.equal(program(torch.ones(1, 5, 4, 4))[0], torch.ones(1, 5, 4, 4))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from biper_engine.engine import Engine
 from biper_engine.graph.signature import Signature
-from biper_engine.ops.cpu_program import Clamp, CpuProgram
+from biper_engine.ops.cpu_program import CpuProgram
 from tests.networks_by_hand import classifier
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -33,7 +33,7 @@ def total() -> CpuProgram:
     """Return a program that adds two maps."""
     program = CpuProgram()
     a, b = program.add_map(5, 4, 4), program.add_map(5, 4, 4)
-    program.finish([a, b], [program.sum(a, b, Clamp())])
+    program.finish([a, b], program.add("sum", a=a, b=b))
     return program
 
 

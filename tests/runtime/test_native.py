@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from biper_engine.engine import Engine, load
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import use_backend
-from biper_engine.ops.cpu_program import Clamp, CpuProgram
+from biper_engine.ops.cpu_program import CpuProgram, Map
 from biper_engine.runtime import NativePlan
 from tests.concurrency import wrong_results
 from tests.conftest import USABLE_ISAS
@@ -137,7 +137,7 @@ def unhurried() -> Iterator[None]:
 def test_other_threads_go_on_while_a_program_runs(unhurried: None) -> None:
     program = CpuProgram()
     source = program.add_map(64, 32, 32)
-    program.finish([source], [program.sum(source, source, Clamp())])
+    program.finish([source], program.add("sum", a=source, b=source))
     images = torch.ones(256, 64, 32, 32)
 
     def turns() -> int:
@@ -194,6 +194,20 @@ def run_one(
     return program(x)[0]
 
 
+def add_float_conv(
+    program: CpuProgram,
+    x: Map,
+    weight: Tensor,
+    bias: Tensor,
+    geometry: Conv2dGeometry,
+    **options: Any,
+) -> tuple[Map, ...]:
+    """Add a float convolution with weights [O, C, KH, KW]; its map leaves."""
+    options = {"pool": Pool2dGeometry(), "want_float": True, "want_bits": False, **options}
+    named = {"x": x, "weight": weight.permute(0, 2, 3, 1), "bias": bias, "geometry": geometry}
+    return program.add("float_conv", **named, **options)
+
+
 CONVS = {
     "7x7, stride 2": ((3, 64, 7), {"stride": 2, "padding": 3}),
     "3x3 on one channel": ((1, 5, 3), {"padding": 1}),
@@ -245,19 +259,9 @@ def test_a_float_convolution_is_torchs_with_what_follows(
     sense = torch.arange(len(bias)) % 3 == 0
 
     def step(program: CpuProgram, source: Any) -> Any:
-        floats, bits = program.float_conv(
-            source,
-            weight,
-            bias,
-            geometry,
-            pool=pool,
-            clamp=Clamp(-2.0, 4.0),
-            want_bits=True,
-            threshold=threshold,
-            sense=sense,
-        )
-        assert bits is not None
-        return floats
+        limits = {"clamp_min": -2.0, "clamp_max": 4.0, "threshold": threshold, "sense": sense}
+        options = {"pool": pool, "want_bits": True, **limits}
+        return add_float_conv(program, source, weight, bias, geometry, **options)[0]
 
     got = run_one(x, step, planar=planar)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
@@ -273,7 +277,7 @@ def test_a_float_convolution_is_one_chain_of_fused_multiply_adds(
     geometry = Conv2dGeometry(
         in_channels=3, out_channels=2, kernel_size=(3, 3), padding=(1, 1, 1, 1)
     )
-    got = run_one(x, lambda p, s: p.float_conv(s, weight, bias, geometry)[0])
+    got = run_one(x, lambda p, s: add_float_conv(p, s, weight, bias, geometry)[0])
     padded = F.pad(x, (1, 1, 1, 1))
     for o in range(2):
         for y in range(5):
@@ -293,13 +297,11 @@ def test_bits_of_a_float_convolution_are_those_of_its_map() -> None:
     program = CpuProgram()
     source = program.add_map(*x.shape[1:])
     options = {"want_bits": True, "threshold": threshold, "sense": sense}
-    floats, _ = program.float_conv(source, weight, bias, geometry, **options)
-    assert floats is not None
+    floats, _ = add_float_conv(program, source, weight, bias, geometry, **options)
     # Bits come out as counts, once those of `binarize` and once the convolution's own.
-    both = [program.binarize(floats, threshold, sense)]
-    _, own = program.float_conv(source, weight, bias, geometry, want_float=False, **options)
-    assert own is not None
-    both.append(own)
+    both = program.add("binarize", x=floats, threshold=threshold, sense=sense)
+    options["want_float"] = False
+    both += add_float_conv(program, source, weight, bias, geometry, **options)
     outs = [counted(program, bits) for bits in both]
     program.finish([source], outs, planar=[source])
     first, second = program(x)
@@ -318,9 +320,16 @@ def counted(program: CpuProgram, bits: Any) -> Any:
     signs = torch.ones(channels, channels).tril()[:, :, None, None] > 0
     epilogue = Epilogue(multiplier=torch.ones(channels), bias=torch.zeros(channels))
     prepacked = functional.prepack(pack_weight(signs), geometry, backend="cpu")
-    return program.conv(
-        bits, geometry, epilogue, prepacked, None, want_float=True, want_bits=False
-    )[0]
+    (counts,) = program.add(
+        "conv",
+        bits=bits,
+        geometry=geometry,
+        prepacked=prepacked,
+        want_float=True,
+        want_bits=False,
+        **epilogue.values(),
+    )
+    return counts
 
 
 AVERAGES = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from biper_engine.ops import cpu
+from biper_engine.ops import cpu_processor
 from biper_engine.ops.backends import backends, use_backend
 from biper_engine.runtime import NodeProfile, ProfileReport
 from tests.networks_by_hand import classifier
@@ -85,8 +85,8 @@ def test_the_peak_is_of_all_threads_that_the_cpu_backend_uses(
 ) -> None:
     if not {info.name: info.available for info in backends()}["cpu"]:
         pytest.skip("no cpu backend here")
-    peak = cpu.PopcountPeak(isa="avx2", macs_per_second=1e12, macs_per_clock=None)
-    monkeypatch.setattr(cpu, "popcount_peak", lambda: peak)
+    peak = cpu_processor.PopcountPeak(isa="avx2", macs_per_second=1e12, macs_per_clock=None)
+    monkeypatch.setattr(cpu_processor, "popcount_peak", lambda: peak)
     monkeypatch.setenv("BIPER_NUM_THREADS", "3")
     with use_backend("cpu"):
         report = classifier().profile(images, rounds=1)

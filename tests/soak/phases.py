@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import biper_engine
 from biper_engine import _cpu  # type: ignore[attr-defined]
-from biper_engine.ops.cpu import _torch_parallel_region
+from biper_engine.ops.cpu_module import torch_parallel_region
 from tests.soak import handing
 from tests.soak.subjects import WEIGHTS, Subject
 
@@ -249,7 +249,7 @@ def _own_pool(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        _cpu.share_threads(_torch_parallel_region())
+        _cpu.share_threads(torch_parallel_region())
 
 
 def _fork(phase: Phase, subjects: Sequence[Subject]) -> int:

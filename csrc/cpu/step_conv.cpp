@@ -1,0 +1,84 @@
+// "conv": a binary convolution with its epilogue.
+//
+// Reads `bits` and `residual`, which may be missing; writes the epilogue's float map where
+// `want_float`, then its bits where `want_bits`. The convolution keeps the address of `prepacked`.
+#include <limits>
+
+#include "steps.h"
+
+namespace biper {
+
+std::shared_ptr<Conv> fused_conv(const Arguments& a) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  EpilogueSpans epilogue;
+  epilogue.multiplier = a.span<float>("multiplier");
+  epilogue.bias = a.span<float>("bias");
+  epilogue.slope = a.optional_span<float>("slope");
+  epilogue.shift = a.optional_span<float>("shift");
+  epilogue.threshold = a.optional_span<float>("threshold");
+  epilogue.sense = a.optional_span<uint8_t>("sense");
+  epilogue.pool_min = a.optional_span<uint8_t>("pool_min");
+  epilogue.clamp_min = a.number("clamp_min", -kInfinity);
+  epilogue.clamp_max = a.number("clamp_max", kInfinity);
+  return std::make_shared<Conv>(a.geometry("geometry"), a.span<uint32_t>("prepacked"),
+                                a.window("pool"), epilogue);
+}
+
+namespace {
+
+class ConvStep : public Step {
+ public:
+  ConvStep(Program& program, const Arguments& a)
+      : conv_(fused_conv(a)),
+        bits_(a.map("bits")),
+        residual_(a.optional_map("residual")),
+        in_(program.bits(bits_)) {
+    const bool want_float = a.flag("want_float"), want_bits = a.flag("want_bits");
+    const int64_t outputs = conv_->geometry().out_channels;
+    require_shape("bits", in_, in_.height, in_.width, conv_->geometry().in_channels);
+    const ConvPlan plan = conv_->plan_for(1, in_.height, in_.width, false);
+    if (residual_ != kNoMap) {
+      require_shape("residual", program.floats(residual_), plan.out_h, plan.out_w, outputs);
+    }
+    if (!want_float && !want_bits) fail("Nothing of this convolution leaves.");
+    if (want_bits && !conv_->has_threshold()) fail("Bits leave, but there is no `threshold`.");
+    const auto add_map = [&](bool packed) {
+      return program.add_map({plan.out_h, plan.out_w, outputs, packed});
+    };
+    if (want_float) out_float_ = add_map(false);
+    if (want_bits) out_bits_ = add_map(true);
+    reads = wanted_maps({bits_, residual_});
+    writes = wanted_maps({out_float_, out_bits_});
+    if (want_float) in_place = residual_;  // each value is read, then written
+  }
+
+  std::unique_ptr<PreparedStep> prepare(const CallShape& shape) const override {
+    ConvPlan plan = conv_->plan_for(shape.batch, in_.height, in_.width, false);
+    conv_->prepare(plan, shape.threads);
+    plan.residual_type = FloatType::kFloat32;
+    plan.out_type = FloatType::kFloat32;
+    const auto bind = [this](ConvPlan& p, void* const* maps) {
+      p.bits = static_cast<const uint32_t*>(maps[bits_]);
+      p.residual = map_or_null(maps, residual_);
+      p.out_float = map_or_null(maps, out_float_);
+      p.out_bits = static_cast<uint32_t*>(map_or_null(maps, out_bits_));
+    };
+    return prepared_call(conv_->kernels(), plan, {plan.units, 1}, plan.scratch.bytes, bind,
+                         [](const auto& step, int64_t unit, void* scratch) {
+                           step.kernels.conv_unit(step.call, unit, scratch);
+                         });
+  }
+
+ private:
+  std::shared_ptr<const Conv> conv_;
+  int64_t bits_, residual_;
+  MapShape in_;
+  int64_t out_float_ = kNoMap, out_bits_ = kNoMap;
+};
+
+}  // namespace
+
+extern const StepKind kConvStep;
+const StepKind kConvStep{"conv", &make_step<ConvStep>};
+
+}  // namespace biper
