@@ -54,7 +54,7 @@ def test_the_table_has_a_line_per_layer_and_a_total() -> None:
 
 def test_weights_of_0_and_ties_of_a_packed_layer_are_said() -> None:
     assert replace(PACKED, zero_weights=1).note == "1 weight is 0"
-    assert "1,234 weights are 0; sums of 2 output channels can meet" in str(
+    assert "1,234 weights are 0; sums of 2 output channels can equal" in str(
         ConversionReport(
             layers=(replace(PACKED, zero_weights=1234, ties=2),), bytes_before=1, bytes_after=1
         )

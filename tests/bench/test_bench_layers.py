@@ -73,5 +73,5 @@ def test_the_kernel_alone_computes_what_the_layer_does(
 
 
 def test_the_kernel_alone_is_the_cpu_backends() -> None:
-    with use_backend("reference"), pytest.raises(ValueError, match="is on reference"):
+    with use_backend("reference"), pytest.raises(ValueError, match="runs on reference"):
         LayerWork(SMALL).kernel_call(fused=True)

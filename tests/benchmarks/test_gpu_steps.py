@@ -18,7 +18,7 @@ from gpu.target import ROOT, SKIPPED, STAND_IN, Skipped, Target, Wrong, run_step
 from biper_engine.bench import ConvShape
 from biper_engine.ops.backends import by_name
 from tests.benchmarks.gpu_stand_in import on_cpu
-from tests.conftest import _runs
+from tests.conftest import _label, _runs
 
 HERE = on_cpu()
 
@@ -45,7 +45,7 @@ def item(marked: bool = False, **given: Any) -> Any:
 
 def test_tests_of_a_backend_are_those_whose_fixtures_run_it_on_the_gpu() -> None:
     for backend, wanted in (("cuda", {"cuda"}), ("triton", {"triton-cuda"})):
-        given = {str(one.id): item(run=one.values[0]) for one in _runs()}
+        given = {_label(*run): item(run=run) for run in _runs()}
         kept = {name for name, test in given.items() if is_of(test, backend, rehearsal=False)}
         assert kept == wanted  # neither reference-cuda nor triton-cpu nor cuda-emulated-90
     for marked in (item(cuda="gpu"), item(marked=True)):

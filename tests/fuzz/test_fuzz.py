@@ -53,20 +53,28 @@ def test_findings_are_summed_up() -> None:
     assert "1 findings\n  seed 4: crash with status -11: words" in str(summary)
 
 
-@pytest.mark.weekly
-def test_many_seeds() -> None:
-    summary = fuzz(_FIRST, 20_000, None)
+_LENGTHS = [
+    pytest.param(None, 60.0, marks=pytest.mark.deep, id="a minute"),
+    pytest.param(20_000, None, marks=pytest.mark.weekly, id="20,000 seeds"),
+]
+
+
+@pytest.mark.parametrize(("seeds", "seconds"), _LENGTHS)
+def test_seeds(seeds: int | None, seconds: float | None) -> None:
+    summary = fuzz(_FIRST, seeds, seconds)
     assert summary.findings == {}, str(summary)
     assert summary.outcomes["runs"] > 0
 
 
 @pytest.mark.parametrize(
-    "seeds",
-    [pytest.param(40, marks=pytest.mark.deep), pytest.param(2_000, marks=pytest.mark.weekly)],
+    ("seeds", "seconds"),
+    [_LENGTHS[0], pytest.param(2_000, None, marks=pytest.mark.weekly, id="2,000 seeds")],
 )
-def test_seeds_under_sanitizers(seeds: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_seeds_under_sanitizers(
+    seeds: int | None, seconds: float | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("sanitized_cpu")
     environment = builds.sanitizer_environment()
     extension = builds.sanitized_cpu_module(folder)
-    summary = fuzz(_FIRST, seeds, None, extension=str(extension), environment=environment)
+    summary = fuzz(_FIRST, seeds, seconds, extension=str(extension), environment=environment)
     assert summary.findings == {}, str(summary)

@@ -217,7 +217,7 @@ def test_maps_and_pools_are_checked() -> None:
         ("sum", {"gate": 1}, "`gate` is no argument of this step"),
         ("binarize", {"threshold": torch.zeros(5).bool()}, "`threshold` has memory of type 6"),
         ("binarize", {"threshold": torch.zeros(4)}, "`threshold` has 4 elements, but 5 are wanted"),
-        ("binarize", {"threshold": torch.zeros(5).double()}, "takes float32, int32 or bool"),
+        ("binarize", {"threshold": torch.zeros(5).double()}, "float32, int32 or bool"),
         ("maximum", {"pool": (1, 1)}, "`pool` has 2 integers, but 6 are wanted"),
         ("difference", {}, "There is no step 'difference'"),
     ],

@@ -84,9 +84,9 @@ def run(
 
 @needs_triton
 @outside
-def test_a_few_cases_of_every_kernel_are_exact_in_the_interpreter() -> None:
-    output, passed = run(INTERPRETED, *FEW, *KERNELS, marks=USUAL)
-    assert passed > len(FEW), output
+def test_a_few_cases_of_every_operator_are_exact_in_the_interpreter() -> None:
+    output, passed = run(INTERPRETED, *FEW, marks=USUAL)
+    assert passed == len(FEW), output
 
 
 @needs_triton
