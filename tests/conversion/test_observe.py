@@ -224,7 +224,7 @@ def test_random_numbers_are_no_answer(draw: Callable[[], float]) -> None:
     python, torch_state = random.getstate(), torch.get_rng_state()
     observed = Observed(Layer(lambda s, x: x + draw()), IN_SPEC)
     observed([IMAGES])
-    with pytest.raises(ConversionError, match="answers the same input differently"):
+    with pytest.raises(ConversionError, match="gives different outputs for the same input"):
         observed.again()
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -255,7 +255,7 @@ def test_a_model_that_takes_another_path_when_it_is_traced_is_refused() -> None:
             y = self.conv(x).mean((2, 3))
             return y if type(x) is Tensor else y + 1
 
-    with pytest.raises(ConversionError, match="does not compute what its trace says") as caught:
+    with pytest.raises(ConversionError, match="does not compute what its trace computes") as caught:
         convert_quietly(Sneaky(), IMAGES)
     assert "defect" not in str(caught.value)
 

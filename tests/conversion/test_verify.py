@@ -38,9 +38,9 @@ def test_data_may_be_batches_with_labels(small: Converted) -> None:
     assert verify(engine, model, loader).images == 4
     assert verify(engine, model, loader, limit=2).images == 2
     assert verify(engine, model, (batch for batch in loader), limit=4).images == 4
-    with pytest.raises(ValueError, match="holds no image"):
+    with pytest.raises(ValueError, match="contains no image"):
         verify(engine, model, [])
-    with pytest.raises(ValueError, match="holds no image"):
+    with pytest.raises(ValueError, match="contains no image"):
         verify(engine, model, images, limit=0)
 
 
@@ -224,4 +224,4 @@ def test_exact_zeros_are_said_first() -> None:
     images[:, :, 2] = 0
     model = Functional(lambda s, x: s.c(x), c=QConv(4, 5, 3, padding=1)).eval()
     text = str(verify(convert_quietly(model, images), model, images))
-    assert text.startswith("note: the model's sign is exactly 0 at 16.67% of the inputs")
+    assert text.startswith("note: the model's sign is exactly 0 for 16.67% of the inputs")
