@@ -82,7 +82,7 @@ def test_a_loaded_named_tuple_has_the_fields_of_the_saved_one() -> None:
     ],
 )
 def test_what_is_no_form_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"no form|no key|key twice|no named tuple"):
+    with pytest.raises(ValueError, match=r"not a form|not a key|key twice|not a named tuple"):
         decode_form(value)
 
 
