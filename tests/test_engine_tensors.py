@@ -203,7 +203,7 @@ def test_tensors_without_values_are_refused_by_name(name: str, images: Tensor) -
     with pytest.raises(TypeError, match=rf"`engine\.{name}` must be a plain tensor .*sparse"):
         engine(images)
     delattr(*place(engine, name))
-    with pytest.raises(TypeError, match=rf"tensor `{name}` is gone"):
+    with pytest.raises(TypeError, match=rf"tensor `{name}` is missing"):
         engine(images)
 
 
