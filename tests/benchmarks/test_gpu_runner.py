@@ -135,7 +135,7 @@ def test_verdicts_are_of_the_exit_status_and_one_that_fails_stops_no_other(out: 
         ("stopped", "at its limit of 2 s; begun"),
         ("ok", "it printed nothing"),
         ("skipped", "bad was failed"),
-        ("skipped", "there is no no-such-program"),
+        ("skipped", "no-such-program was not found"),
     ]
     assert told["late"][1].startswith("it needs 1000 s, and 5")
     assert told["half"][1].startswith("it needs 40 s, and 2")

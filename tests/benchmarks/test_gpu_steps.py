@@ -218,7 +218,7 @@ def test_what_is_wrong_is_not_timed(
     assert networks.agreeing(wanted + torch.tensor([4e-4, 0.0]), wanted) == (2, 3)
     assert networks.agreeing(torch.full_like(wanted, torch.nan), wanted) == (0, 3)
     monkeypatch.setattr(networks, "agreeing", lambda got, _wanted: (0, len(got)))
-    with pytest.raises(Wrong, match="WRONG: it agrees with the reference on 0 of 2 images only"):
+    with pytest.raises(Wrong, match="WRONG: it agrees with the reference on only 0 of 2 images"):
         measured("--batch", "2")
     assert {line["who"] for line in of_kind(out, "time")} == {"reference float16", "eager float16"}
 

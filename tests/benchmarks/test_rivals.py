@@ -37,7 +37,7 @@ def test_rivals_with_wider_kernels_or_without_a_limit_are_named() -> None:
     ],
 )
 def test_an_engine_or_a_pytorch_beyond_the_limit_is_an_error(machine: dict[str, str]) -> None:
-    with pytest.raises(RuntimeError, match="avx2 was asked for, but the engine has"):
+    with pytest.raises(RuntimeError, match="avx2 was requested, but the engine has"):
         rivals.beyond({**values(contestants={}), "machine": machine}, "avx2")
 
 
