@@ -202,7 +202,7 @@ def write_to_the_input(s: Layer, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [table, binarize_in_place, flag, swap, write_to_the_input])
-def test_what_every_first_call_sets_alike_is_no_state(
+def test_a_value_that_every_first_call_sets_alike_is_not_state(
     forward: Callable[[Layer, Tensor], Tensor],
 ) -> None:
     model = Around(Layer(forward))
@@ -220,7 +220,7 @@ def test_what_every_first_call_sets_alike_is_no_state(
     [lambda: random.random(), lambda: float(np.random.rand()), lambda: float(torch.rand(1))],  # noqa: NPY002
     ids=["random", "numpy", "torch"],
 )
-def test_random_numbers_are_no_answer(draw: Callable[[], float]) -> None:
+def test_random_numbers_in_a_result_are_refused(draw: Callable[[], float]) -> None:
     python, torch_state = random.getstate(), torch.get_rng_state()
     observed = Observed(Layer(lambda s, x: x + draw()), IN_SPEC)
     observed([IMAGES])

@@ -303,7 +303,7 @@ def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Mod
         ),
     ],
 )
-def test_what_stays_float_is_warned_of_by_name_reason_and_cost(run: Any, reason: str) -> None:
+def test_the_warning_names_float_layers_with_reason_and_cost(run: Any, reason: str) -> None:
     model, images = one_layer(run), images_of((4, 6, 6))
     with pytest.warns(UnconvertedWarning, match=r"1 binary layer.*of all MACs") as caught:
         engine = convert(model, images)

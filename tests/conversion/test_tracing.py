@@ -343,7 +343,7 @@ def test_random_numbers_of_python_and_numpy_are_seen(draw: Callable[[], float]) 
         capture(Net(lambda self, x: x * draw()), (torch.randn(2, 3, 4, 6),))
 
 
-def test_what_is_random_in_training_only_is_no_obstacle() -> None:
+def test_randomness_in_training_only_is_accepted() -> None:
     def run(self: Net, x: Tensor) -> Tensor:
         x = F.rrelu(F.dropout(x, 0.5, self.training), training=self.training)
         return F.scaled_dot_product_attention(x, x, x) + F.dropout(x, 0.0)
@@ -409,7 +409,7 @@ def test_shapes_that_depend_on_values(run: Callable[[Net, Tensor], Any], what: s
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
-def test_a_mask_that_is_a_constant_is_no_obstacle() -> None:
+def test_a_constant_mask_is_accepted() -> None:
     assert_captured(lambda self, x: x[..., self.table > 2] + x[:, :, :1, :3])
 
 
@@ -466,7 +466,7 @@ def test_a_branch_on_the_batch_size(run: Callable[[Net, Tensor], Any]) -> None:
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
-def test_a_check_that_holds_for_every_batch_size_is_no_obstacle() -> None:
+def test_a_check_that_holds_for_every_batch_size_is_accepted() -> None:
     def run(self: Net, x: Tensor) -> Tensor:
         assert x.shape[0] > 0
         assert x.shape[0]

@@ -156,7 +156,7 @@ def test_a_relu_far_from_the_step_does_no_harm(run: Callable[..., Tensor]) -> No
 
 
 @pytest.mark.parametrize("scale", [0.5, 1e-8, 1e-20])
-def test_what_underflows_before_a_sign_is_no_rest(scale: float) -> None:
+def test_values_that_underflow_before_a_sign_keep_its_step(scale: float) -> None:
     """BatchNorm's first weight in BiPer's ImageNet networks is 1e-8, its offset 0."""
     found = step_of(lambda self, x: torch.sign(F.hardtanh(x * 1e-2 * scale)))
     assert isinstance(found, StepRule)

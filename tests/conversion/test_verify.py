@@ -203,7 +203,7 @@ def test_flips_end_to_end_stand_beside_the_error_that_they_make() -> None:
     assert f"{report.input_bits_differ:,} of {report.input_bits:,} bits differ" in report.summary()
 
 
-def test_signs_that_rounding_decides_are_said_first() -> None:
+def test_signs_that_rounding_decides_are_reported_first() -> None:
     """Without a BatchNorm between two binary layers, sums of exactly 0 meet the next sign."""
 
     def run(s: nn.Module, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_signs_that_rounding_decides_are_said_first() -> None:
     assert "decided by float rounding" in notes[-1]
 
 
-def test_exact_zeros_are_said_first() -> None:
+def test_exact_zeros_are_reported_first() -> None:
     images = images_of((4, 6, 6))
     images[:, :, 2] = 0
     model = Functional(lambda s, x: s.c(x), c=QConv(4, 5, 3, padding=1)).eval()

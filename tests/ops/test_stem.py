@@ -221,7 +221,7 @@ def test_a_float32_stem_is_the_convolution_of_torch_within_rounding() -> None:
     assert bool(((floats - expected).abs() <= tolerance(x, given)).all())
 
 
-def test_outputs_that_nobody_wants_are_left_out() -> None:
+def test_unwanted_outputs_are_left_out() -> None:
     x, given = random(1, 3, 9, 9), parameters(want_float=False)
     reference = by_name("reference")
     floats, bits = reference.stem(x, given)

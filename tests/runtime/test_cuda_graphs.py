@@ -196,7 +196,7 @@ def test_the_smallest_graph_that_holds_a_batch_runs_it(driver: FakeDriver) -> No
     assert batches(graphs_of(engine)) == [8, 7, 6]  # the last one is the one just used
 
 
-def test_rows_left_from_an_earlier_call_do_no_harm(driver: FakeDriver) -> None:
+def test_rows_left_from_an_earlier_call_change_no_result(driver: FakeDriver) -> None:
     engine = classifier()
     engine.warmup([(8, 3, 8, 8)])
     engine(torch.full((8, 3, 8, 8), float("nan")))

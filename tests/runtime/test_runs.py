@@ -238,7 +238,7 @@ def test_a_view_of_an_input_is_in_the_program_and_outside_where_it_is_needed() -
     assert_same_bits(engine, (CHANNELS, 1, 1))
 
 
-def test_images_that_are_no_float32_maps_are_changed_in_front() -> None:
+def test_images_that_are_not_float32_maps_are_converted_before_the_program() -> None:
     g = Network()
     x = g.input("x")
     floats = g.call("floats", _aten._to_copy.default, x, dtype=torch.float32)
@@ -264,7 +264,7 @@ def test_vectors_as_inputs_make_one_program() -> None:
     assert_same_bits(engine, (CHANNELS,))
 
 
-def test_a_single_operator_that_is_no_convolution_is_not_worth_a_program() -> None:
+def test_a_single_operator_that_is_not_a_convolution_is_not_worth_a_program() -> None:
     g = Network()
     x = g.input("x")
     pooled = g.call("pool", _aten.max_pool2d.default, g.gelu("first", x), [2, 2])
@@ -285,7 +285,7 @@ def test_without_a_program_it_runs_operator_by_operator_and_says_why() -> None:
     assert_same_bits(engine)
 
 
-def test_a_value_whose_shape_nobody_knows_stays_outside() -> None:
+def test_a_value_of_unknown_shape_stays_outside() -> None:
     g = Network()
     x = g.input("x")
     where = g.call("where", _aten.ge.Scalar, x, float("-inf"))

@@ -79,7 +79,7 @@ def test_an_absent_file_is_the_usual_error(tmp_path: Path) -> None:
         load(tmp_path / "absent.biper")
 
 
-def test_a_link_to_itself_is_called_that(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "a.biper").symlink_to("a.biper")
     with pytest.raises(OSError, match=r"^Cannot read '.*a\.biper': it is a symbolic link that lea"):
         load(tmp_path / "a.biper")
@@ -117,13 +117,13 @@ def test_plain_safetensors_are_recognised(scratch: Path) -> None:
     refuse(scratch, data, "safetensors file without the header `biper`")
 
 
-def test_a_truncated_file_is_told_in_bytes(scratch: Path, blob: bytes) -> None:
+def test_missing_bytes_are_counted_in_the_message(scratch: Path, blob: bytes) -> None:
     wanted = f"file is {len(blob) - 5:,} bytes, header promises {len(blob):,}"
     refuse(scratch, blob[:-5], wanted)
     refuse(scratch, blob[:100], "file is 100 bytes, its header alone needs")
 
 
-def test_a_file_with_more_at_its_end_is_told_in_bytes(scratch: Path, blob: bytes) -> None:
+def test_bytes_after_the_end_are_counted_in_the_message(scratch: Path, blob: bytes) -> None:
     refuse(scratch, blob + b"abc", f"file is {len(blob) + 3:,} bytes, header promises")
 
 

@@ -131,7 +131,7 @@ def test_the_inputs_of_float_layers() -> None:
     torch.testing.assert_close(run(module, images), module(images)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_what_openvino_lacks_is_said() -> None:
+def test_what_openvino_lacks_is_reported() -> None:
     pytest.importorskip("openvino", reason='pip install "biper-engine[bench]"')
     g = Graph()
     weight = g.constant("conv.weight", contract.pack_weight(g.normal(4, 1, 3, 3) >= 0))
