@@ -1,4 +1,4 @@
-"""Hypothesis without a deadline, every backend in turn, and an exact fused multiply-add."""
+"""Hypothesis without a deadline, a fixture of all backends, and an exact fused multiply-add."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Engines whose tensors were changed by others, and inputs of every kind: right, or refused."""
+"""Engines whose tensors were changed by others, and inputs of every kind: correct or refused."""
 
 import copy
 import multiprocessing

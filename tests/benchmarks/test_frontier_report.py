@@ -1,4 +1,4 @@
-"""What is said and drawn of a result, from small results made up for it."""
+"""Texts and plots of a result, from small made-up results."""
 
 from pathlib import Path
 from typing import Any

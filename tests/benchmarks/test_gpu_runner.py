@@ -1,4 +1,4 @@
-"""The GPU check's runner: limits, verdicts, and results that no kill loses."""
+"""The GPU check's runner: limits, verdicts, and results that survive a kill."""
 
 import json
 import os

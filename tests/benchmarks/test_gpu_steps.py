@@ -1,4 +1,4 @@
-"""What the steps of the GPU check do, on a CPU: tests, networks, layers, counters, a sanitizer."""
+"""The steps of the GPU check, on a CPU: tests, networks, layers, counters, a sanitizer."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""MobileNetV3 beside its paper: arXiv:1905.02244, tables 1 and 2."""
+"""MobileNetV3 compared with its paper: arXiv:1905.02244, tables 1 and 2."""
 
 from collections.abc import Callable
 

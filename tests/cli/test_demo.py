@@ -1,4 +1,4 @@
-"""`biper demo`: its plumbing on a tiny network, and, deep, the whole of it."""
+"""`biper demo`: its options and output on a tiny network, and the whole demo as a deep test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thread for the directory: its networks are too small for two."""
+"""Use one thread in this directory: its networks are too small for two."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Capture: one functional graph of any model, the model itself untouched."""
+"""Capture: one functional graph of any model, without changes to the model itself."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Copies: a model out of its wrappers, and whatever it holds, is converted or named."""
+"""Copies: a model without its wrappers, and everything that it holds, is converted or named."""
 
 import io
 import threading

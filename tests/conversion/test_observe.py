@@ -1,4 +1,4 @@
-"""Observe: calls of the model itself, and everything that they may leave behind."""
+"""Observe: calls of the model itself, and everything that they may change."""
 
 import random
 from collections import deque

@@ -1,4 +1,4 @@
-"""Recognize: which layers become binary, whatever surrounds sign and convolution, exactly."""
+"""Recognize: which layers become binary, exactly, for any operators around sign and convolution."""
 
 import warnings
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tracing: aliases, memory and swapped weights stay right; what no graph can hold is refused."""
+"""Tracing: aliases, memory and swapped weights are correct; what a graph cannot hold is refused."""
 
 import copy
 import pickle

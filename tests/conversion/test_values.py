@@ -1,4 +1,4 @@
-"""Value analysis: the step of a map, by the values it takes."""
+"""Value analysis: the step of a map, from the values that it takes."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Verify: it passes what is equal and fails what is not."""
+"""Verify: equal engines pass, and others fail."""
 
 import copy
 import json

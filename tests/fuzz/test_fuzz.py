@@ -1,4 +1,4 @@
-"""The fuzzer itself, and a little of it; `python -m tests.fuzz` has more."""
+"""Tests of the fuzzer, and a short run of it; `python -m tests.fuzz` runs longer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kills while saving and training: a few of them; `python -m tests.kills` does many."""
+"""A few kills while saving and training; `python -m tests.kills` does many."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Files of `torch.save` that declare more than they have, and files that are something else."""
+"""Files of `torch.save` that declare more than they contain, and files of other kinds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulator of CUDA in tests/native/cuda: that it is right, and that it finds mistakes."""
+"""The CUDA emulator in tests/native/cuda: it is correct, and it finds mistakes."""
 
 import functools
 import os

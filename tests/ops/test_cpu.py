@@ -1,4 +1,4 @@
-"""What is the cpu backend's own: instruction sets, threads, forks, float streams."""
+"""Features of the cpu backend only: instruction sets, threads, forks, float streams."""
 
 import multiprocessing
 import os

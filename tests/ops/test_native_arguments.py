@@ -1,4 +1,4 @@
-"""What reaches native code is checked there, too: malformed arguments are errors, never a crash."""
+"""Native code also checks its arguments: malformed arguments raise errors and never crash."""
 
 from typing import Any
 

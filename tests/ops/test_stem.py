@@ -1,4 +1,4 @@
-"""The fused float ends: what they compute, what they refuse, and on every backend that has them."""
+"""The fused float ends: their results and errors, on every backend that has them."""
 
 import dataclasses
 from collections.abc import Callable

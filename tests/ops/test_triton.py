@@ -1,8 +1,8 @@
-"""The Triton backend without a GPU: when it serves, and the operator matrix in its interpreter.
+"""The Triton backend without a GPU: when it runs, and the operator matrix in its interpreter.
 
-TRITON_INTERPRET must be set before Triton is loaded, so the matrix runs in a process of its own.
-`make test` runs a few cases of every kernel there; `make test-deep` runs the matrix, but for cases
-that differ in nothing that a kernel can tell (see `EPILOGUES`). Triton 3.6.0 is the oldest version
+TRITON_INTERPRET must be set before Triton is loaded, so the matrix runs in its own process. `make
+test` runs a few cases of every kernel there; `make test-deep` runs the matrix, except for cases
+that no kernel can distinguish (see `EPILOGUES`). Triton 3.6.0 is the oldest version
 supported and 3.7.1, pinned in constraints.txt, the newest.
 """
 
@@ -134,7 +134,7 @@ def test_the_oldest_version_computes_and_compiles_the_same() -> None:
     assert passed == 2
 
 
-# -- when it serves -------------------------------------------------------------------------------
+# -- when it runs ---------------------------------------------------------------------------------
 
 
 def test_the_reason_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Calls of a native program: what it takes as it is, what it lays out first, what it refuses."""
+"""Calls of a native program: inputs that it takes directly, copies to another layout or refuses."""
 
 import gc
 import warnings

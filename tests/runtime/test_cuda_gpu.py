@@ -1,4 +1,4 @@
-"""The CUDA plan on a GPU; `test_cuda_graphs` has the same promises without one."""
+"""The CUDA plan on a GPU; `test_cuda_graphs` tests the same behaviour without one."""
 
 import copy
 import operator

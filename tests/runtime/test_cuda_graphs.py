@@ -1,8 +1,8 @@
-"""CUDA graphs: when they are captured and replayed, and what calls may rely on.
+"""CUDA graphs: when they are captured and replayed, and their guarantees for calls.
 
-A stand-in for the device captures a function with the memory that it was called on, and replays it
-by running it again; so everything but the GPU itself is tested without one. Tests marked `gpu` run
-the same on a GPU.
+A stand-in for the device captures a function with the memory of its call, and replays it by running
+it again, so that everything except the GPU itself is tested without one. Tests marked `gpu` run the
+same on a GPU.
 """
 
 import copy

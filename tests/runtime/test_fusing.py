@@ -1,4 +1,4 @@
-"""Fused float ends: which operators become one, and that nothing but rounding changes."""
+"""Fused float ends: which operators become one; only rounding changes."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""What CUDA graphs hold, what is dropped, and what happens where a capture fails."""
+"""The memory of CUDA graphs, which graphs are dropped, and failed captures."""
 
 import gc
 from typing import Any

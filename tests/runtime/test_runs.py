@@ -1,7 +1,7 @@
-"""Networks of which only parts are native: what crosses between, in which order, and what is said.
+"""Networks with only some native parts: values between parts, order of parts, and descriptions.
 
-Float operators here are the same arithmetic in a program as in PyTorch (sums, max pools), so that
-results are compared bit for bit; where there are float convolutions or means, by rounding.
+Float operators here have the same arithmetic in a program as in PyTorch (sums, max pools), so that
+results are compared bit for bit; with float convolutions or means, within rounding.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The outer form of a file: what is read, and in which order."""
+"""The outer form of a file: which parts are read, and in which order."""
 
 import json
 import os

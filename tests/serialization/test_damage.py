@@ -1,4 +1,4 @@
-"""Files that are not what `save` wrote: every one is refused with a reason, none crashes."""
+"""Files that differ from the output of `save`: all are refused with a reason, and none crashes."""
 
 import hashlib
 import json

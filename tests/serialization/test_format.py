@@ -1,4 +1,4 @@
-"""`.biper` files: what goes round, and what cannot be written."""
+"""`.biper` files: what survives saving and loading, and what cannot be saved."""
 
 import hashlib
 import json

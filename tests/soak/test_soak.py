@@ -1,4 +1,4 @@
-"""The soak: what it judges by, and a short one."""
+"""The soak test: its criteria, and a short run."""
 
 import subprocess
 import sys

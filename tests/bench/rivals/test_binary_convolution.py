@@ -1,4 +1,4 @@
-"""The engine's operators on OpenVINO: equal on integers, where no rounding can differ."""
+"""The engine's operators on OpenVINO: equal on integers, for which rounding cannot differ."""
 
 from __future__ import annotations
 
