@@ -45,8 +45,7 @@ class Engine(nn.Module):
     network computes the images of a batch independently. Graphs may hold a quarter of the memory
     that was free at the first capture; above that, the least recently used are dropped. Work is on
     the caller's current stream. While the caller captures a graph, the engine captures nothing, and
-    the caller's graph gets the engine's operators. Float32 is float32: TF32 is off, regardless of
-    PyTorch's settings.
+    the caller's graph gets the engine's operators. TF32 is always off for float32.
 
     Args:
         network: the converted network; the engine owns its graph from now on, and has the rest as
@@ -190,15 +189,13 @@ class Engine(nn.Module):
 
         The rows of a native program are its steps. Rows of operators outside programs do not add up
         to the time of a call: the time between operators is in no row, and the overhead of timing
-        is in each; if there are programs, these rows give the reason why they are outside. If the
-        cpu backend ran a binary convolution, the popcount peak of its cores is also measured, in
-        about 0.1 s.
+        is in each; if there are programs, these rows say why they are outside. If the cpu backend
+        ran a binary convolution, its cores' popcount peak is also measured, in about 0.1 s.
 
         Args:
             *args: as for a call.
             rounds: number of calls for the medians, step by step and, alternating with those,
-                whole; a few more whole calls warm up first. They are calls of the module, with its
-                hooks.
+                whole; a few more whole calls warm up first. All call the module, with hooks.
             **kwargs: as for a call.
 
         Raises:

@@ -65,8 +65,7 @@ def floor_s(work: Mapping[str, int], ceilings: Mapping[str, float]) -> tuple[flo
 
     Args:
         work: from `work_of`.
-        ceilings: rates per second: `copy_bytes`, those of L2, and MACs of units; some may be
-            missing.
+        ceilings: rates per second: `copy_bytes`, those of L2, MACs of units; some may be missing.
     """
     fits = work["bytes"] <= ceilings.get("l2_bytes", 0) / 2
     rates = {

@@ -1,8 +1,7 @@
 """Gathers: a new tensor that is written slice by slice with parts of one map becomes an index.
 
-Circular padding is captured in this form. Running the same operators on the positions of the map's
-values shows which value goes where, so that any order of such writes is either understood or left
-unchanged.
+Circular padding is captured like this. Running the same operators on the positions of the map's
+values shows which value goes where. Any order of such writes is either understood or left alone.
 """
 
 from __future__ import annotations

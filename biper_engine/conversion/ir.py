@@ -48,8 +48,7 @@ class StepRule:
         low: value if the bit is 0.
         high: value if the bit is 1; always above `low`.
         tie: whether the function has a third value exactly at the step, like `sign` at 0, or
-            distinguishes -0.0 from 0.0. The engine gives `high` there; verification reports how
-            often.
+            distinguishes -0.0 from 0.0. The engine gives `high` there; verification counts it.
     """
 
     threshold: Tensor

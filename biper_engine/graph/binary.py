@@ -147,10 +147,7 @@ def _epilogue_sizes(
     vectors = {name: named.get(name) for name in names}
     _require_vectors(channels, multiplier=multiplier, bias=bias, **vectors)
     clamped = named["clamp_min"] is not None or named["clamp_max"] is not None
-    require(
-        not clamped or named["slope"] is None,
-        "`slope` and `clamp_min`/`clamp_max` exclude each other",
-    )
+    require(not clamped or named["slope"] is None, "`slope` excludes `clamp_min`/`clamp_max`")
     pool = Pool2dGeometry(
         kernel_size=pair(named["pool_kernel_size"]),
         stride=pair(named["pool_stride"]),

@@ -59,8 +59,8 @@ class Operator:
         rows: whether row i of the result depends only on row i of each operand.
         numbers: how the numbers of the result come from those of the operands; None for any other
             way. Conversion uses it to follow binary values.
-        also: other targets with the same arguments, which files store as this one: any result of
-            this one is also a valid result of theirs.
+        also: other targets with the same arguments, which files store as this one: whatever they
+            may return, this one returns.
     """
 
     name: str

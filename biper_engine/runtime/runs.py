@@ -42,8 +42,7 @@ class NativeRun:
         program: takes the values of `inputs`.
         steps: steps in order of execution.
         inputs: nodes outside the run.
-        outputs: nodes of the run whose values are returned, and the position of each in the
-            program's result.
+        outputs: nodes of the run whose values are returned, with positions in the result.
     """
 
     program: CpuProgram

@@ -30,8 +30,7 @@ def check_backend(
 
     Args:
         network: any converted network; it needs no proof.
-        backend: a name from `biper_engine.backends()`; None takes the one that an engine would
-            take.
+        backend: a name from `biper_engine.backends()`; None takes the engine's choice.
         inputs: the network's flat inputs; None creates them from `seed`.
         seed: see `example_inputs`.
 

@@ -39,8 +39,7 @@ _MAX_STORED_VALUES = 65_536
 _TENSOR_PREFIX = "proof/output/"
 
 # Outputs may differ from the record by the rounding of float layers, which torch computes in
-# another order on another machine: thousands of terms of 2^-24 each, far less than one flipped
-# bit.
+# another order on another machine: thousands of terms of 2^-24 each, far below one flipped bit.
 _OUTPUT_TOLERANCE = 1e-5
 
 

@@ -19,8 +19,7 @@ class ProofReport:
         maps_identical: whether every packed map has the recorded bytes.
         outputs_identical: whether every output has the recorded bytes.
         outputs_close: whether every output equals the record within the rounding of float layers.
-        max_output_difference: largest absolute difference of a recorded value; None if there is
-            none.
+        max_output_difference: largest absolute difference of a recorded value, or None.
         node: the first node whose packed map differs, or None.
         bits_differ: number of bits in which that map differs from the reference on this machine.
         reference_agrees: whether the reference on this machine gives the recorded map there; if

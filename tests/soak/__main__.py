@@ -7,8 +7,7 @@ Engines are called with random batches of known images: by one thread and by too
 threads than cores, while other processes use the cores, on OpenMP's threads and on our own, while
 engines are loaded, saved, changed and dropped, in forked children, and while engines are sent to a
 spawned process, moved to shared memory, traced and loaded. After each phase, while idle, the
-memory, the threads and the open files of the process are counted. The first round of phases warms
-up.
+memory, the threads and the open files of the process are counted. The first round warms up.
 
 Exits with 1 at the first result whose bytes differ from the start, at a call that raises or never
 returns, and if memory, threads or files have grown at the end. Times are printed, never judged.
