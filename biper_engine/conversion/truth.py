@@ -3,8 +3,7 @@
 The captured graph must give the model's outputs. Its operators are the model's own, on the same
 machine, so the outputs are equal bit for bit, except for modules that PyTorch runs with a fused
 kernel and captures as several operators, such as `nn.LSTM` and attention: their sums have another
-order. The simplified graph must give the values of the captured graph, node by node, each computed
-from the captured graph's own values.
+order. Each node of the simplified graph, on the captured graph's values, must give its values.
 """
 
 from __future__ import annotations

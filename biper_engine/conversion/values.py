@@ -4,8 +4,7 @@ A value is binary because of the values that it can take, not the operator that 
 cone of elementwise operators above it is grown, one operator at a time, until it has a single float
 source; then it is evaluated, per channel, from -1e30 to 1e30. It is binary if it has two levels
 with one step. The step is located exactly, by bisection over the float32 numbers. If the source is
-an integer or a bool, the cone is evaluated on values of that type, since integers wrap around and
-floats do not.
+an integer or a bool, the cone is evaluated on values of that type, since integers wrap around.
 """
 
 from __future__ import annotations
