@@ -1,10 +1,10 @@
-"""Measure what a network takes: to convert, on disk, to load, and in memory at batch 1.
+"""Measure a network's conversion time, file size, load time, and memory at batch 1.
 
     python benchmarks/footprint.py > benchmarks/results/footprint-NAME.json
 
-Each figure is the median of three fresh processes. Memory is what the peak of the process rises by,
-from before the network is loaded or built until after two runs: weights, feature maps and whatever
-is imported for them, but not PyTorch itself.
+Each figure is the median of three new processes. Memory is the increase of the process's peak
+memory, from before the network is loaded or built until after two runs: weights, feature maps and
+modules imported for them, but not PyTorch itself.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 NETWORK = "imagenet/resnet18_1w1a"
 
-# Each prints one JSON object; `path` and `name` are set in front of it.
+# Each prints one JSON object; `path` and `name` are set before it.
 START = """
 import json, pathlib, resource, sys, time
 import torch, biper_engine
@@ -58,7 +58,7 @@ print(json.dumps({"run_bytes": peak() - before}))
 
 
 def measure(code: str, path: Path) -> dict[str, float]:
-    """Run a piece in three fresh processes and return the median of each figure."""
+    """Run a piece in three new processes and return the median of each figure."""
     runs = []
     for _ in range(3):
         command = [sys.executable, "-c", START + code, str(path), NETWORK]

@@ -1,13 +1,14 @@
-"""Time what one chooses between at about one accuracy: BiPer's networks on bits, and float nets.
+"""Time alternatives of similar accuracy: BiPer's networks on bits, and float networks.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/frontier.py --machine epyc-zen4
     python benchmarks/frontier_report.py
 
-BiPer's ImageNet networks whose accuracy is reported run on the engine, MobileNetV3-Small and Large
-on OpenVINO in float32 and bfloat16; all are called in turn, in one run. Accuracies are published
-ones, of trained networks; here weights are random, on which times do not depend. Engines must give
-the bits of their float networks, and float32 PyTorch's logits, before anything is timed.
+BiPer's ImageNet networks with a reported accuracy run on the engine, MobileNetV3-Small and Large on
+OpenVINO in float32 and bfloat16; all are called in turn, in one run. Accuracies are the published
+ones of trained networks; the weights here are random, since times do not depend on them. Before
+anything is timed, engines must give the bits of their float networks, and float32 must give
+PyTorch's logits.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ BINARY = {
     "BiPer ResNet-18": "imagenet/resnet18_1w1a",
     "BiPer ResNet-34": "imagenet/resnet34_1w1a",
 }
-# Top-1 on ImageNet in percent, as the paper has it.
+# Top-1 on ImageNet in percent, from the paper.
 FLOAT = {
     "MobileNetV3-Small": (mobilenet_v3_small, 67.4),
     "MobileNetV3-Large": (mobilenet_v3_large, 75.2),
@@ -58,18 +59,18 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is known of a contestant before it is timed.
+    """What is known about a contestant before it is timed.
 
     Attributes:
-        name: its samples are under it.
-        network: as tables name it.
+        name: key of its samples.
+        network: its name in tables.
         runs: "bits", "float32" or "bfloat16".
-        how: what runs it, and from what.
+        how: the program that runs it, and its input.
         top1: published accuracy of the trained network, in percent.
-        source: where that is published.
-        parameters: of the network.
-        bytes: of the `.biper` file; of a float net all parameters, at the precision it runs in.
-        binary_macs, float_macs: multiply-accumulates of one image, padded taps counted.
+        source: where the accuracy is published.
+        parameters: number of parameters of the network.
+        bytes: size of the `.biper` file; for a float network, of all parameters in its precision.
+        binary_macs, float_macs: multiply-accumulates for one image, including padded taps.
     """
 
     network: str
@@ -89,7 +90,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FloatNet:
-    """A float network in eval mode, and the same as a graph with constants folded."""
+    """A float network in eval mode, and its graph with constants folded."""
 
     model: nn.Module
     graph: fx.GraphModule
@@ -123,7 +124,7 @@ def binary_net(label: str) -> tuple[Entry, Engine]:
 
 
 def float_net(label: str) -> tuple[list[Entry], FloatNet]:
-    """Build a MobileNetV3 with random weights: an entry for each precision, and the network."""
+    """Build a MobileNetV3 with random weights; return an entry per precision, and the network."""
     build, top1 = FLOAT[label]
     model = as_if_trained(build)
     images = torch.zeros(2, *MobileNetV3.input_shape)
@@ -146,17 +147,17 @@ def float_net(label: str) -> tuple[list[Entry], FloatNet]:
 
 
 def as_if_trained(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return a network in eval mode with seeded weights, and the BatchNorm statistics they give.
+    """Return a network in eval mode with seeded weights and the BatchNorm statistics of its maps.
 
-    With other statistics maps grow from block to block, and squeeze-and-excite, a steep function
-    of them then, makes much of differences of rounding.
+    With other statistics, maps grow from block to block; squeeze-and-excite is then a steep
+    function of them and amplifies rounding differences.
     """
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(0)
         model = build().requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # the statistics of what it sees, whatever was there before
+                module.momentum = None  # statistics of this batch only, without the old ones
         model.train()(torch.randn(_STATISTICS_IMAGES, *MobileNetV3.input_shape))
     return model.eval()
 
@@ -175,17 +176,17 @@ def contest(
     """Time all networks on one batch, in turn and alone.
 
     Args:
-        engines: by name.
-        floats: by network; a name is made of it and of each of `FLOAT_BYTES`.
-        images: what all of them take.
-        threads: of each.
-        budget: of all together.
+        engines: engines by name.
+        floats: float networks by name; each name is combined with each of `FLOAT_BYTES`.
+        images: input of all networks.
+        threads: number of threads of each network.
+        budget: time for all together.
 
     Returns:
-        JSON values, raw samples included.
+        JSON values, with raw samples.
 
     Raises:
-        RuntimeError: a network does not run in float32, or gives other logits than PyTorch.
+        RuntimeError: a network does not run in float32, or its logits differ from PyTorch's.
     """
     calls: dict[str, Any] = {name: partial(engine, images) for name, engine in engines.items()}
     rest_ms, differences, agreed, reasons = {}, {}, {}, {}
@@ -217,8 +218,8 @@ def measure(batches: Sequence[int], threads: int, budget: Budget) -> dict[str, A
     """Build everything and time it at each batch size.
 
     Raises:
-        ConversionError, RuntimeError, ValueError: nothing can be timed as asked; the message says
-            why.
+        ConversionError, RuntimeError, ValueError: timing is not possible as requested; the message
+            says why.
     """
     with torch_threads(common_threads(threads)):
         entries: list[Entry] = []

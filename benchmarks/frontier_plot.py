@@ -1,4 +1,4 @@
-"""The picture of `frontier_result.py`: published accuracy against measured latency."""
+"""The plot of `frontier_result.py`: published accuracy against measured latency."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POINTS_BELOW, _POINTS_ABOVE, _POINTS_APART = 4, 2, 5
 
 
 def digest(path: Path) -> str:
-    """Return what a picture carries under "Source": of which file it was made."""
+    """Return the "Source" entry of a plot: the file from which it was made."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -32,9 +32,9 @@ def write_plot(result: Result, path: Path, source: Path) -> None:
     """Draw a result into a PNG, without a display.
 
     Args:
-        result: what was measured.
-        path: of the PNG.
-        source: the file that the result was read from.
+        result: the measurements.
+        path: path of the PNG.
+        source: the file from which the result was read.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -44,7 +44,7 @@ def write_plot(result: Result, path: Path, source: Path) -> None:
 
 
 def draw(result: Result) -> Any:
-    """Return the figure: a panel for each batch size, over one scale of accuracy."""
+    """Return the figure: a panel for each batch size, with a common accuracy axis."""
     figure = new_figure(10, 5)
     panels = figure.subplots(1, len(result.batches), sharey=True, squeeze=False)[0]
     for axes, batch in zip(panels, result.batches, strict=True):
@@ -98,7 +98,7 @@ def _scales(axes: Any, result: Result, left_ms: float, right_ms: float) -> None:
 
 
 def _best(axes: Any, result: Result, batch: int) -> None:
-    """Draw the highest accuracy that is to be had within a time."""
+    """Draw the highest accuracy that is available within a time."""
     best = result.best(batch)
     _, right_ms = axes.get_xlim()
     times, accuracies = [one.ms[batch] for one in best], [one.top1 for one in best]
@@ -115,7 +115,7 @@ def _best(axes: Any, result: Result, batch: int) -> None:
 
 
 def _label(axes: Any, points: list[Network], batch: int) -> None:
-    """Write a network's name and times: below a single point, else around all of them."""
+    """Write a network's name and times: below a single point, or around several."""
 
     def text(words: str, ms: float, offset: tuple[int, int], **looks: Any) -> None:
         looks = {"ha": "center", "fontsize": 9, "color": INK, "zorder": 4} | looks
@@ -130,5 +130,5 @@ def _label(axes: Any, points: list[Network], batch: int) -> None:
         return
     text(points[0].network, (times[0] * times[-1]) ** 0.5, (0, 9))
     for ms in times:
-        # Beside the step, which goes down from the point.
+        # To the right of the step, which goes down from the point.
         text(f"{ms:.2f} ms", ms, (5, -15), ha="left", **small)

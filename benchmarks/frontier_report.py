@@ -1,10 +1,9 @@
-"""Print what docs/networks.md and the README say of `frontier.py`'s result, and draw its picture.
+"""Print the texts of docs/networks.md and the README on `frontier.py`'s result, and plot it.
 
     python benchmarks/frontier_report.py
 
-Whatever has a figure, or says which network is the better choice, is made here of the recorded
-result, and so is docs/accuracy-latency.png. tests/test_docs.py and tests/test_readme.py hold both
-pages to it.
+All figures, statements about the better choice, and docs/accuracy-latency.png are made here from
+the recorded result. tests/test_docs.py and tests/test_readme.py compare both pages with it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def table(result: Result) -> str:
 
 
 def verdict(result: Result) -> str:
-    """Return which networks to choose, and how those on bits stand beside float ones."""
+    """Return which networks to choose, and how those on bits compare with float ones."""
     chosen = [
         f"at batch {batch} "
         + _joined(f"{one} ({one.top1:.1f} %, {one.ms[batch]:.2f} ms)" for one in result.best(batch))
@@ -57,7 +56,7 @@ def verdict(result: Result) -> str:
 
 
 def _beside_float(result: Result, bits: Network) -> str:
-    """Say how long a network on bits takes beside the float one next above it in accuracy."""
+    """Return the time of a network on bits relative to the next more accurate float one."""
     above = result.next_above(bits)
     times = [
         f"{_joined(f'{bits.ms[batch] / one.ms[batch]:.1f}' for batch in one.ms)} times as long as "
@@ -72,7 +71,7 @@ def _beside_float(result: Result, bits: Network) -> str:
 
 
 def weights(result: Result) -> str:
-    """Return why it is so, in multiply-accumulates, and what bits bring, in bytes."""
+    """Return the reason, in multiply-accumulates, and the savings of bits, in bytes."""
     on_bits, above = result.on_bits, result.next_above(result.on_bits[0])
     plain = above[0]
     work = [
@@ -87,7 +86,7 @@ def weights(result: Result) -> str:
     rivals = [f"{one.megabytes} in {one.runs}" for one in above]
     smallest = min(result.networks, key=lambda one: one.bytes)
     return (
-        f"{plain.network} takes {_millions(plain.float_macs)} multiply-accumulates an image; "
+        f"{plain.network} takes {_millions(plain.float_macs)} multiply-accumulates per image; "
         f"{', '.join(work)}. What bits bring is few bytes for many weights: {_joined(held)}; "
         f"{plain.network} ({_millions(plain.parameters)}) takes {_joined(rivals)}. The smallest "
         f"here is {smallest}; {plain.network} in int8, which is not measured here, would take "
@@ -96,7 +95,7 @@ def weights(result: Result) -> str:
 
 
 def rounding(result: Result) -> str:
-    """Return how much bfloat16 changes, and what accuracy it is given."""
+    """Return how much bfloat16 changes, and the accuracy shown for it."""
     halves = [one for one in result.networks if one.runs == "bfloat16" and one.ms]
     if not halves:
         return "bfloat16 did not run on this machine."
@@ -108,7 +107,7 @@ def rounding(result: Result) -> str:
 
 
 def sentence(result: Result) -> str:
-    """Return what the README says: one network on bits, and the float one above it."""
+    """Return the README's text on one network on bits and the next more accurate float one."""
     batch, bits = result.batches[0], result.on_bits[0]
     above = result.next_above(bits)
     head = (

@@ -1,4 +1,4 @@
-"""What `frontier.py` recorded: networks with their accuracies, times and sizes."""
+"""Results of `frontier.py`: networks with their accuracies, times and sizes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Network:
 
     Attributes:
         network: its name.
-        runs: "bits", or the precision of all of it.
-        top1: as published, in percent.
+        runs: "bits", or the precision of the whole network.
+        top1: published accuracy, in percent.
         parameters, bytes, binary_macs, float_macs: see `frontier.Entry`.
-        ms: median of a call by batch size, where it ran.
-        difference: largest of a logit from PyTorch's, over the largest logit; 0 on bits.
+        ms: median time of a call, for each batch size at which it ran.
+        difference: largest difference of a logit from PyTorch's, over the largest logit; 0 on bits.
     """
 
     network: str
@@ -39,7 +39,7 @@ class Network:
     difference: float
 
     def beats(self, other: Network, batch: int) -> bool:
-        """Whether it is no slower and no less accurate, and better in one of the two."""
+        """Whether it is at least as fast and as accurate, and better in one of the two."""
         mine, theirs = (self.ms[batch], -self.top1), (other.ms[batch], -other.top1)
         return mine != theirs and mine[0] <= theirs[0] and mine[1] <= theirs[1]
 
@@ -53,7 +53,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Result:
-    """All networks, at several batch sizes, and on how many threads."""
+    """All networks, at several batch sizes, and the number of threads."""
 
     networks: tuple[Network, ...]
     batches: tuple[int, ...]
@@ -61,7 +61,7 @@ class Result:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Result:
-        """Take what `frontier.py` recorded."""
+        """Create a result from a file of `frontier.py`."""
         fields = ("network", "runs", "top1", "parameters", "bytes", "binary_macs", "float_macs")
         networks = [
             Network(
@@ -86,18 +86,18 @@ class Result:
         return cls.of(json.loads(path.read_text(encoding="utf-8")))
 
     def ran(self, batch: int) -> list[Network]:
-        """Return what ran at a batch size, from the fastest on."""
+        """Return the networks that ran at a batch size, fastest first."""
         found = [network for network in self.networks if batch in network.ms]
         return sorted(found, key=lambda network: network.ms[batch])
 
     def best(self, batch: int) -> list[Network]:
-        """Return those that no other beats, from the fastest on."""
+        """Return the networks that no other beats, fastest first."""
         found = self.ran(batch)
         return [one for one in found if not any(other.beats(one, batch) for other in found)]
 
     @property
     def best_on_bits(self) -> list[tuple[Network, int]]:
-        """Networks on bits that nothing beats, each with its batch size."""
+        """Networks on bits that no other beats, each with its batch size."""
         return [(one, b) for b in self.batches for one in self.best(b) if one.runs == BITS]
 
     @property
@@ -105,6 +105,6 @@ class Result:
         return [network for network in self.networks if network.runs == BITS]
 
     def next_above(self, bits: Network) -> list[Network]:
-        """Return the least accurate float network with its accuracy or more, in each precision."""
+        """Return the least accurate float network with at least its accuracy, in each precision."""
         above = [one for one in self.networks if one.runs != BITS and one.top1 >= bits.top1]
         return [one for one in above if one.top1 == min(other.top1 for other in above)]

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Prove and measure the GPU backends on this machine within a time, the most valuable first.
+# Test and measure the GPU backends on this machine in limited time, the most valuable first.
 #     bash benchmarks/gpu_check.sh --minutes 4
-# --minutes N   for everything; 9
-# --steps ...   which steps, where not all
+# --minutes N   time for everything; 9
+# --steps ...   steps to run; all
 # --rehearse    on an emulator of the GPU, with small networks
-# OUT           folder of results.jsonl, the report, pictures and logs; ./out
-# PYTHON        Python 3.11 or later with torch; else the first of python3, .venv/bin/python, python
-# It ends with 0 if no step failed. benchmarks/README.md says what each step does.
+# OUT           folder of results.jsonl, the report, plots and logs; ./out
+# PYTHON        Python 3.11 or later with torch; by default the first of python3, .venv/bin/python, python
+# The exit status is 0 if no step failed. benchmarks/README.md describes each step.
 set -u
 
 here=$PWD
@@ -23,6 +23,6 @@ for python in "${PYTHON:-}" python3 .venv/bin/python python; do
   if [ -n "$python" ] && usable "$python"; then exec "$python" -u -m gpu.runner "$@"; fi
   if [ -n "${PYTHON:-}" ]; then break; fi
 done
-echo "FAILED: there is no Python 3.11 or later with torch (tried ${PYTHON:-python3, .venv/bin/python, python})." >&2
-echo "Name one: PYTHON=/path/to/python bash benchmarks/gpu_check.sh" >&2
+echo "FAILED: found no Python 3.11 or later with torch (tried ${PYTHON:-python3, .venv/bin/python, python})." >&2
+echo "Set one: PYTHON=/path/to/python bash benchmarks/gpu_check.sh" >&2
 exit 1

@@ -1,11 +1,11 @@
-"""Time grouped binary convolutions beside PyTorch's float ones: the source of conversion/costs.py.
+"""Time grouped binary convolutions and PyTorch's float ones, for conversion/costs.py.
 
     python benchmarks/grouped.py --machine NAME [--isa avx2]
 
 One thread, one image of 28x28, 256 output channels, both in channels_last memory. The binary
 convolution starts from bits and stores floats, as in a network; its weights are prepacked. Each
-number is the least processor time of several runs in turn, so that what else runs on the machine
-counts little.
+number is the least processor time of several runs in turn, so that other work on the machine has
+little effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KERNELS = (1, 3, 7)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--machine", required=True, help="name for the recorded file")
-    parser.add_argument("--isa", help="BIPER_CPU_ISA, and PyTorch's vectors likewise")
+    parser.add_argument("--isa", help="instruction set of BIPER_CPU_ISA and PyTorch")
     options = parser.parse_args()
     if options.isa:
         os.environ |= {"BIPER_CPU_ISA": options.isa, "ATEN_CPU_CAPABILITY": options.isa}
@@ -38,7 +38,7 @@ def main() -> None:
     rows = [measure(*case) for case in itertools.product(PER_GROUP, PER_GROUP, KERNELS)]
     for row in rows:
         print(
-            f"{row['inputs']:2} > {row['outputs']:2} channels a group, "
+            f"{row['inputs']:2} > {row['outputs']:2} channels per group, "
             f"{row['kernel']}x{row['kernel']}: bits {row['bits_us']:8.0f} us, "
             f"float {row['float_us']:8.0f} us, {row['bits_us'] / row['float_us']:6.2f} times",
             flush=True,

@@ -1,4 +1,4 @@
-"""MobileNetV3-Small and Large of width 1.0: float nets as one would run in place of a binary one.
+"""MobileNetV3-Small and Large of width 1.0: float alternatives to a binary network.
 
 Written from the tables and equations of Howard et al., "Searching for MobileNetV3", 2019
 (arXiv:1905.02244): tables 1 and 2, figure 4. As usual in PyTorch, and unlike table 2, the last
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 __all__ = ["MobileNetV3", "mobilenet_v3_large", "mobilenet_v3_small"]
 
 _STEM_CHANNELS = 16
-# Of the networks in the paper's TensorFlow code, as is usual.
+# Values of the paper's TensorFlow code, as usual.
 _BATCH_NORM_EPSILON = 1e-3
 
 
@@ -25,12 +25,12 @@ class Bottleneck:
     """A row of the paper's tables.
 
     Attributes:
-        kernel_size: of the depthwise convolution.
-        expanded: its channels.
-        channels: that leave the block.
+        kernel_size: kernel size of the depthwise convolution.
+        expanded: channels of the depthwise convolution.
+        channels: output channels of the block.
         squeezes: whether there is squeeze-and-excite.
         activation: h-swish ("HS") or ReLU ("RE").
-        stride: of the depthwise convolution.
+        stride: stride of the depthwise convolution.
     """
 
     kernel_size: int
@@ -75,7 +75,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"HS": nn.Hardswish, "RE": nn
 
 
 def multiple_of_8(channels: float) -> int:
-    """Return the nearest multiple of 8, at least 8, and not below nine tenths of `channels`."""
+    """Return the nearest multiple of 8, at least 8 and at least nine tenths of `channels`."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
@@ -108,7 +108,7 @@ def convolution(
 
 
 class SqueezeExcite(nn.Module):
-    """A scale for each channel, from the means of all: x * hardsigmoid(W2 relu(W1 mean(x)))."""
+    """A scale for each channel, from all channels' means: x * hardsigmoid(W2 relu(W1 mean(x)))."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to more channels, depthwise, squeeze-and-excite, 1x1 to few; a shortcut where it fits."""
+    """1x1 to more channels, depthwise, squeeze-and-excite, 1x1 to few; a shortcut if it fits."""
 
     def __init__(self, in_channels: int, row: Bottleneck) -> None:
         super().__init__()
@@ -159,8 +159,8 @@ class MobileNetV3(nn.Module):
     Args:
         rows: the bottlenecks.
         features: channels of the last convolution.
-        hidden: of the classifier.
-        num_classes: of the task.
+        hidden: size of the classifier's hidden layer.
+        num_classes: number of classes.
     """
 
     input_shape = (3, 224, 224)

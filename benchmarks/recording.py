@@ -1,4 +1,4 @@
-"""Where recorded results lie, what each has in front, and which of several tries it is of."""
+"""Recorded results: their folder, the commit at their start, and the choice among several tries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISTURBED = 0.05
 
 
 def commit() -> str:
-    """Return the commit that is checked out, marked where files differ from it."""
+    """Return the checked-out commit, with a mark if files differ from it."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -30,15 +30,15 @@ def commit() -> str:
 
 
 def record(values: Mapping[str, Any], path: Path) -> None:
-    """Write JSON values to a file, whole or not at all, the commit in front."""
+    """Write JSON values to a file, completely or not at all, after the commit."""
     text = json.dumps({"commit": commit(), **values}, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def disturbance(values: Mapping[str, Any]) -> float | None:
-    """Return the most by which a contestant was slower in turn than alone, over its time alone.
+    """Return the largest slowdown of a contestant in turn, relative to its time alone.
 
-    None where times alone were not measured.
+    Return None if times alone were not measured.
     """
     slower = [
         contest["contestants"][name]["median_ms"] / alone - 1.0
@@ -49,11 +49,11 @@ def disturbance(values: Mapping[str, Any]) -> float | None:
 
 
 def least_disturbed(tries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return what was least disturbed, and look no further than the first that was not.
+    """Return the least disturbed try, and stop at the first that is not disturbed.
 
     Returns:
-        Its values, in front of them the disturbance of each try up to there. The first try as it is
-        where its disturbance is not known.
+        Its values, after the disturbance of each try so far. If the disturbance of the first try
+        is not known, that try unchanged.
     """
     found: list[float] = []
     best: dict[str, Any] = {}
@@ -70,7 +70,7 @@ def least_disturbed(tries: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tries_told(values: Mapping[str, Any]) -> list[str]:
-    """Return a line for each try of what `least_disturbed` returned."""
+    """Return a line for each try in the result of `least_disturbed`."""
     return [
         f"  try {n}: up to {most:.0%} slower in turn than alone"
         for n, most in enumerate(values.get("disturbance_of_tries", ()), 1)

@@ -1,20 +1,20 @@
-"""Record networks beside every rival that is installed: one JSON file per network and threads.
+"""Record networks and every installed rival: one JSON file per network and number of threads.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/rivals.py --machine epyc-zen4
     python benchmarks/rivals.py --machine epyc-zen4 --streams
     python benchmarks/rivals.py --machine epyc-zen4 --threads 2 --batch 1 --isa avx2
 
-Each file is the output of `biper bench NETWORK --rivals --json`, or of `--streams`, in a process of
-its own, with the commit in front. The machine should do nothing else meanwhile: a thread that waits
-for another, in turn with the threads of ten runtimes, loses more by a busy core than what is
-compared. Where a contestant takes over 5 % longer in turn than alone, the machine was not the same
-all the time, and the network is measured again, up to --tries times. The file is of the try in
-which that was least, whatever it says of the engine, and has what it was in each.
+Each file is the output of `biper bench NETWORK --rivals --json`, or of `--streams`, from its own
+process, after the commit. The machine should do nothing else meanwhile: with the threads of ten
+runtimes in turn, waiting for a busy core costs more time than the differences to be measured. If a
+contestant takes over 5 % longer in turn than alone, the machine was not in the same state all the
+time, and the network is measured again, up to --tries times. The file has the try with the smallest
+such disturbance, regardless of its result for the engine, and the disturbance of every try.
 
---isa sets an environment in which the engine, PyTorch and oneDNN, also OpenVINO's, use no more
-than one instruction set, whatever the processor has. Rivals that it does not limit are named in the
-file, with the kernels that show it; they are not to be compared with.
+--isa sets an environment in which the engine, PyTorch and oneDNN, also OpenVINO's, use at most one
+instruction set, for any processor. Rivals that it does not limit are named in the file, with the
+kernels that show it; they must not be compared with the engine.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ NETWORKS = (
 ISAS = {
     "avx2": {
         "BIPER_CPU_ISA": "avx2",
-        "ATEN_CPU_CAPABILITY": "avx2",  # ATen's kernels, and the code that Inductor writes
+        "ATEN_CPU_CAPABILITY": "avx2",  # ATen's kernels, and the code from Inductor
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     }
 }
 FAILURES = (subprocess.CalledProcessError, RuntimeError)
-WIDER = "avx512"  # in the name of a kernel of OpenVINO
+WIDER = "avx512"  # part of the names of OpenVINO's kernels
 MAIN = "import sys; from biper_engine.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def beyond(values: dict[str, Any], isa: str) -> dict[str, str]:
-    """Return the rivals that the environment does not limit to `isa`, each with what shows it.
+    """Return the rivals that the environment does not limit to `isa`, each with the evidence.
 
     Raises:
-        RuntimeError: the engine or PyTorch is not limited to it.
+        RuntimeError: the engine or PyTorch is not limited to `isa`.
     """
     machine = values["machine"]
     ours, torchs = machine.get("cpu_backend", "no cpu backend"), machine["torch_cpu_capability"]
     if not ours.startswith(f"{isa},") or torchs.lower() != isa:
-        raise RuntimeError(f"{isa} was asked for, but the engine has {ours}, PyTorch {torchs}")
+        raise RuntimeError(f"{isa} was requested, but the engine has {ours}, PyTorch {torchs}")
     found = {}
     for contest in values["batches"]:
         for name in contest["contestants"]:
@@ -71,10 +71,10 @@ def beyond(values: dict[str, Any], isa: str) -> dict[str, str]:
 
 
 def measure(network: str, words: list[str], isa: str | None) -> dict[str, Any]:
-    """Run `biper bench` in a process of its own and return what it printed.
+    """Run `biper bench` in its own process and return its output.
 
     Raises:
-        subprocess.CalledProcessError: it failed; what it said went to stderr.
+        subprocess.CalledProcessError: it failed; its messages went to stderr.
         RuntimeError: as for `beyond`.
     """
     command = [sys.executable, "-c", MAIN, "bench", network, "--json", *words]
@@ -87,7 +87,7 @@ def measure(network: str, words: list[str], isa: str | None) -> dict[str, Any]:
 
 
 def attempts(run: Callable[[], dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
-    """Give the values of one to `most` runs; end at one that fails, unless it is the first.
+    """Yield the values of one to `most` runs; stop at one that fails, unless it is the first.
 
     Raises:
         subprocess.CalledProcessError, RuntimeError: the first run failed.
@@ -97,13 +97,13 @@ def attempts(run: Callable[[], dict[str, Any]], most: int) -> Iterator[dict[str,
         try:
             values = run()
         except FAILURES as error:
-            print(f"  try {number} failed, those before it count: {error}", flush=True)
+            print(f"  try {number} failed, the tries before it count: {error}", flush=True)
             return
         yield values
 
 
 def summary(values: dict[str, Any]) -> list[str]:
-    """Return a line per batch: each contestant's median, and how often the engine is as fast."""
+    """Return a line per batch: each contestant's median, and the engine's speedup over it."""
     lines = []
     for contest in values["batches"]:
         best = {name: program for program, name in contest.get("best", {}).items()}
@@ -139,20 +139,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, action="append", help="repeatable; 1 and 2, with --streams all"
     )
+    parser.add_argument("--seconds", type=float, help="time for each batch; 20, with --streams 60")
     parser.add_argument(
-        "--seconds", type=float, help="of timing for each batch; 20, with --streams 60"
+        "--streams", action="store_true", help="images per second, several calls at once"
     )
-    parser.add_argument(
-        "--streams", action="store_true", help="images a second, several calls at once"
-    )
-    parser.add_argument("--tries", type=int, default=3, help="runs at most, see above; 3")
-    parser.add_argument("--isa", choices=ISAS, help="the most that contestants may use")
+    parser.add_argument("--tries", type=int, default=3, help="most runs, see above; 3")
+    parser.add_argument("--isa", choices=ISAS, help="widest instruction set of contestants")
     parser.add_argument("--into", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str]]]:
-    """Give network, name of the file and words for `biper bench`, of each run."""
+    """Yield the network, the file name and the arguments of `biper bench` for each run."""
     kind = "--streams" if options.streams else "--rivals"
     batches = options.batch or ([1] if options.streams else [1, 8])
     seconds = options.seconds or (60.0 if options.streams else 20.0)

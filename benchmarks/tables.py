@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
 
-tests/test_readme.py holds the README to them.
+tests/test_readme.py compares the README with them.
 """
 
 import json
@@ -17,7 +17,7 @@ NETWORKS = {
     "vgg_small": "cifar10/vgg_small_1w1a",
     "imagenet-resnet18": "imagenet/resnet18_1w1a",
 }
-# As files name them, as the table does; a line in each cell.
+# Names in files and in the table; each is a line in a cell.
 DEPLOYED = {
     "OpenVINO binary f32": "OpenVINO binary",
     "OpenVINO int8": "OpenVINO int8",
@@ -25,7 +25,7 @@ DEPLOYED = {
     "ONNX Runtime int8": "ONNX Runtime int8",
     "torch.compile bf16": "`torch.compile` bfloat16",
 }
-# Of a file of streams, at their best; and of a file of AVX2.
+# The same for files of streams, at their best, and for files of AVX2.
 STREAMS = {
     "OpenVINO binary f32": "OpenVINO binary",
     "OpenVINO int8": "OpenVINO int8",
@@ -71,7 +71,7 @@ def networks() -> str:
 
 
 def outside() -> str:
-    """Return how long a call with one image is outside of the steps of small networks."""
+    """Return the time outside steps in a call of small networks with one image."""
     cells = [
         f"{1e3 * read(f'{name}-epyc-zen4.json')['profiles'][0]['outside_ms']:.0f} us "
         f"(`{network.partition('/')[2]}`)"
@@ -82,7 +82,7 @@ def outside() -> str:
 
 
 def deployed() -> str:
-    """Return the table of other programs: their times, and in how many times ours."""
+    """Return the table of other programs: their times, also as multiples of ours."""
     lines = [
         row("network", "batch", "engine", *DEPLOYED.values()),
         row("---", *["--:"] * (len(DEPLOYED) + 2)),
@@ -94,7 +94,7 @@ def deployed() -> str:
 
 
 def recorded(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give each network whose file, of a name with {} for the network, is there, and the file."""
+    """Yield each network whose file exists, with the file; {} in `name` is the network."""
     for network in NETWORKS.values():
         name = pattern.format(network.replace("/", "-"))
         if (RESULTS / name).exists():
@@ -102,9 +102,9 @@ def recorded(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def streams() -> str:
-    """Return the table of images a second with several calls at once."""
+    """Return the table of images per second with several calls at once."""
     lines = [
-        row("network", "images a call", "engine", *STREAMS.values()),
+        row("network", "images per call", "engine", *STREAMS.values()),
         row("---", *["--:"] * (len(STREAMS) + 2)),
     ]
     for network, values in recorded("streams-{}-epyc-zen4.json"):
@@ -121,7 +121,7 @@ def streams() -> str:
 
 
 def avx2() -> str:
-    """Return the table of contestants that use AVX2 at most, those that cannot be held to it out.
+    """Return the table of contestants that use at most AVX2, without those that cannot be limited.
 
     Raises:
         ValueError: a rival of the table went beyond AVX2.
@@ -139,7 +139,7 @@ def avx2() -> str:
 
 
 def times(values: dict[str, Any], rivals: Iterable[str]) -> Iterator[list[str]]:
-    """Give cells for each batch: its size, the engine's time, times and ratios of rivals."""
+    """Yield cells for each batch: its size, the engine's time, times and ratios of rivals."""
     for contest in values["batches"]:
         taken, ratios = contest["contestants"], contest["engine_times_as_fast"]
         cells = [f"{taken[who]['median_ms']:.2f}, {ratios[who]:.1f}x" for who in rivals]
@@ -176,7 +176,7 @@ def layers() -> str:
 
 
 def peak() -> str:
-    """Return the popcount peak of the machine that the layers were measured on."""
+    """Return the popcount peak of the machine on which the layers were measured."""
     entry = read("layers-epyc-zen4.json")["benchmarks"][0]["extra_info"]["popcount_peak"]
     return (
         f"{entry['macs_per_second'] * 1e-9:,.0f} G multiply-accumulates per second and core, or "

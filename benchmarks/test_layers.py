@@ -1,9 +1,9 @@
-"""ResNet-18's binary convolutions on bits, epilogue included, beside PyTorch's float convolution.
+"""ResNet-18's binary convolutions on bits, with epilogue, and PyTorch's float convolution.
 
 One group per layer, so that pytest-benchmark prints both and their ratio; one thread, one image.
-Each pair is called in turn, and its answers are compared before. The kernel alone, without Python
-and with its data in the caches, is timed twice, also in turn: as a network runs it, and where only
-bits leave, which is next to nothing behind the accumulators.
+Each pair is called in turn, after its results are compared. The kernel alone, without Python and
+with its data in the caches, is timed twice, also in turn: as in a network, and with only bits as
+output, which adds almost nothing to the accumulators.
 """
 
 import statistics
@@ -48,7 +48,7 @@ def kernels(work: LayerWork, peak: Mapping[str, float]) -> dict[str, dict[str, A
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(KERNEL_CALLS):
         for name, call in calls.items():
-            call()  # brings its data back into the caches
+            call()  # loads its data into the caches again
             seconds[name].append(call())
     found = {}
     for name, taken in seconds.items():
@@ -86,6 +86,6 @@ def test_layer(benchmark, shape: ConvShape, peak: dict[str, float]) -> None:  # 
     print(
         f"\n{shape.name}: {ours * 1e3:.1f} us, F.conv2d {theirs * 1e3:.1f} us, "
         f"{theirs / ours:.1f} times as fast, {rate / peak['macs_per_second']:.0%} of the peak of "
-        f"{peak['macs_per_second'] * 1e-9:,.0f} GMAC/s ({peak['macs_per_clock']:.0f} a clock); the "
+        f"{peak['macs_per_second'] * 1e-9:,.0f} GMAC/s ({peak['macs_per_clock']:.0f}/clock); the "
         f"kernel alone {fused:.0%}, where only bits leave {bits_only:.0%}"
     )

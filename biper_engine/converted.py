@@ -1,4 +1,4 @@
-"""A converted network, as conversion makes it, files hold it and engines run it."""
+"""A converted network: conversion makes it, files hold it and engines run it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Proof:
     """What the reference backend computed from a seed when a network was saved.
 
     Attributes:
-        seed: makes the inputs; see `biper_engine.serialization.example_inputs`.
+        seed: seed of the inputs; see `biper_engine.serialization.example_inputs`.
         maps: SHA-256 of every packed map, int32 little endian, by node name, in order.
-        outputs: SHA-256 of every output's bytes, None for one that is no tensor.
-        values: the outputs that are small enough to be kept, by position.
-        bound: integers of the inputs are below it.
+        outputs: SHA-256 of every output's bytes, None for an output that is not a tensor.
+        values: the outputs that are small enough to store, by position.
+        bound: integers of the inputs are below this number.
     """
 
     seed: int
@@ -41,16 +41,16 @@ class Proof:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedNetwork:
-    """A converted network, and what is known of it.
+    """A converted network, and what is known about it.
 
     Attributes:
-        graph_module: the network, of operators alone.
+        graph_module: the network, which consists only of operators.
         signature: how it is called.
         report: what conversion did to every layer.
         metadata: preprocessing and labels, or None.
         provenance: where the weights came from, or None.
         options: the arguments of the `convert` call, as JSON values.
-        proof: of the file that it was read from, or None.
+        proof: proof of the file that it was read from, or None.
 
     Raises:
         ValueError: `signature` does not fit the graph.
@@ -79,6 +79,6 @@ class ConvertedNetwork:
 
     @property
     def device(self) -> torch.device | None:
-        """Where its tensors are; None for a network without any."""
+        """Device of its tensors; None for a network without tensors."""
         tensors = chain(self.graph_module.buffers(), self.graph_module.parameters())
         return next((tensor.device for tensor in tensors), None)

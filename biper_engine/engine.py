@@ -28,24 +28,24 @@ __all__ = ["Engine", "load"]
 
 
 class Engine(nn.Module):
-    """A binary network that runs on packed bits: called as the model was, for inference.
+    """A binary network that runs on packed bits, for inference; it is called like the model.
 
     Calls are safe from several threads. A returned tensor is never written to again and shares no
     memory with an input.
 
-    Calls take the engine's tensors as they are then: also after the engine was sent to another
-    process, its tensors were written to, or others were put in their places, for which the next
-    call prepares itself anew. Writes that PyTorch does not count, as by way of `tensor.data` or
-    NumPy, are seen in tensors of up to 4 kB, and in larger ones on a CPU where they change one of
-    32 samples of 64 bytes; call `engine.to(engine.device)` after others.
+    A call uses the current values of the engine's tensors, also after the engine was sent to
+    another process, or its tensors were written to or replaced; the next call then prepares itself
+    again. Writes that PyTorch does not count, such as through `tensor.data` or NumPy, are detected
+    in tensors of up to 4 kB, and in larger ones on a CPU if they change one of 32 samples of 64
+    bytes; call `engine.to(engine.device)` after other such writes.
 
-    On a CUDA GPU calls run as CUDA graphs, one for each shape, dtype and layout of the inputs. A
-    shape's first call runs operator by operator, its second captures the graph; `warmup` does both
-    at once. A batch of at least half the size of a captured one runs on that graph, if the images
-    of a batch do not meet in the network. Graphs may hold a quarter of the memory that was free at
-    the first capture; beyond, the least recently used are dropped. Work goes to the caller's
-    current stream. Nothing is captured inside of a capture of the caller, whose graph then has the
-    engine's operators. Float32 is float32: TF32 is off, whatever PyTorch's switches say.
+    On a CUDA GPU, calls run as CUDA graphs, one for each shape, dtype and layout of the inputs. The
+    first call of a shape runs operator by operator, the second captures the graph; `warmup` does
+    both at once. A batch of at least half the size of a captured one runs on that graph, if the
+    network computes the images of a batch independently. Graphs may hold a quarter of the memory
+    that was free at the first capture; above that, the least recently used are dropped. Work is on
+    the caller's current stream. While the caller captures a graph, the engine captures nothing, and
+    the caller's graph gets the engine's operators. TF32 is always off for float32.
 
     Args:
         network: the converted network; the engine owns its graph from now on, and has the rest as
@@ -73,7 +73,7 @@ class Engine(nn.Module):
 
     @property
     def network(self) -> ConvertedNetwork:
-        """The converted network that it runs, as it is now."""
+        """The converted network of the engine, in its current state."""
         return ConvertedNetwork(
             **{known.name: getattr(self, known.name) for known in fields(ConvertedNetwork)}
         )
@@ -94,54 +94,54 @@ class Engine(nn.Module):
 
     @property
     def execution(self) -> str:
-        """How calls run now, in a few words.
+        """A short description of how calls run now.
 
-        On a CPU: in how many native programs, and what is outside; `profile` names every operator
-        outside of them, and why it is. On a CUDA GPU: how many operators are one CUDA graph, and
-        how many shapes of inputs have one; or why calls run operator by operator, such as an error
-        that ended a capture.
+        On a CPU: the number of native programs, and the operators outside; `profile` names every
+        operator outside of them, with the reason. On a CUDA GPU: the number of operators in one
+        CUDA graph, and of shapes of inputs that have a graph; or why calls run operator by
+        operator, such as an error that ended a capture.
 
         Raises:
-            BackendUnavailableError: a backend is forced that cannot run the network.
+            BackendUnavailableError: a forced backend cannot run the network.
         """
         return self._get_plan().execution
 
     @property
     def num_threads(self) -> int:
-        """Threads that a call from this thread may use now, of the cpu backend where that runs it.
+        """Number of threads that a call from this thread may use now, if the cpu backend runs it.
 
-        `BIPER_NUM_THREADS` and `torch.set_num_threads` say how many.
+        `BIPER_NUM_THREADS` and `torch.set_num_threads` set it.
 
         Raises:
-            BackendUnavailableError: a backend is forced that cannot run the network.
-            ValueError: `BIPER_NUM_THREADS` is no integer from 1 to 1024.
+            BackendUnavailableError: a forced backend cannot run the network.
+            ValueError: `BIPER_NUM_THREADS` is not an integer from 1 to 1024.
         """
         on_cpu = "cpu" in backends_of(self.graph_module, self._device)
         return thread_count() if on_cpu else torch.get_num_threads()
 
     @property
     def device(self) -> torch.device | None:
-        """Where the engine's tensors are; None for a network without any."""
+        """Device of the engine's tensors; None for a network without tensors."""
         return self._device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the network; takes and returns what the model took and returned.
+        """Run the network; arguments and results have the form of the model's.
 
         A CUDA engine also takes images in pinned CPU memory and copies them without waiting: do not
-        write to such a tensor before the results are there.
+        write to such a tensor before the results are ready.
 
         Raises:
-            TypeError: other arguments, or another dtype, than the engine was converted for.
-            GeometryError: another image size, number of channels or rank.
+            TypeError: the arguments or a dtype are not those of the conversion.
+            GeometryError: the image size, number of channels or rank is not that of the conversion.
             ValueError: an input is on another device than the engine (and not in pinned memory for
-                one on a CUDA GPU), its memory was freed, or `BIPER_NUM_THREADS` is no
+                an engine on a CUDA GPU), its memory was freed, or `BIPER_NUM_THREADS` is not an
                 integer from 1 to 1024.
             RuntimeError: an input requires grad while grad is enabled, or has a tangent of
                 forward-mode AD.
-            BackendUnavailableError: a backend is forced that cannot run the network.
+            BackendUnavailableError: a forced backend cannot run the network.
         """
-        # Between calls a network's maps push Python out of the caches. There, the general way takes
-        # 30 us of the 350 that a ResNet-18 for 32x32 pixels takes on a Zen 4, this one 10.
+        # A network's maps evict Python from the caches between calls. The general path then takes
+        # 30 us of the 350 us of a ResNet-18 for 32x32 pixels on a Zen 4, this path 10 us.
         outputs = None if kwargs or is_compiling() else self._plan.run_as_is(args)
         if outputs is None:
             inputs = self.signature.flatten(args, kwargs)
@@ -152,24 +152,24 @@ class Engine(nn.Module):
         return pytree.tree_unflatten(outputs, self.signature.out_spec)
 
     def warmup(self, shapes: Iterable[Sequence[int]]) -> None:
-        """Run images of zeros, so that calls with such batches need not prepare anything more.
+        """Run images of zeros, so that later calls with such batches need no further preparation.
 
-        On a CUDA GPU it captures a graph of each shape, also where a larger batch has one.
+        On a CUDA GPU this captures a graph of each shape, even if a larger batch has one.
 
         Args:
-            shapes: of the first input, batch included, such as `[(1, 3, 224, 224)]`; each other
-                input gets the same batch.
+            shapes: shapes of the first input, with the batch, such as `[(1, 3, 224, 224)]`; every
+                other input gets the same batch.
 
         Raises:
-            TypeError: there is something else than shapes in `shapes`.
-            GeometryError: a shape is not one that the engine takes.
-            BackendUnavailableError: a backend is forced that cannot run the network.
+            TypeError: `shapes` contains something other than shapes.
+            GeometryError: the engine does not take a shape.
+            BackendUnavailableError: a forced backend cannot run the network.
         """
         for shape in shapes:
             if not isinstance(shape, Sequence) or not shape:
                 raise TypeError(
-                    f"`shapes` must have the shapes of whole batches, such as "
-                    f"[(1, 3, 224, 224)], but there is {shape!r} in it."
+                    f"`shapes` must contain shapes of whole batches, such as "
+                    f"[(1, 3, 224, 224)], but it contains {shape!r}."
                 )
             batch = shape[0]
             inputs = [
@@ -185,17 +185,17 @@ class Engine(nn.Module):
             self._run(inputs, warm_up=True)
 
     def profile(self, *args: Any, rounds: int = 20, **kwargs: Any) -> ProfileReport:
-        """Run the network with a clock around each step or operator.
+        """Run the network and time each step or operator.
 
-        Of a native program the rows are its steps. Rows of operators outside do not add up to the
-        time of a call: what happens in between is in none of them, and the clock's own time is in
-        each; where there are programs, they say why they are in none. Where the cpu backend ran a
-        binary convolution, the popcount peak of its cores is measured, too, in 0.1 s or so.
+        The rows of a native program are its steps. Rows of operators outside programs do not add up
+        to the time of a call: the time between operators is in no row, and the overhead of timing
+        is in each; if there are programs, these rows say why they are outside. If the cpu backend
+        ran a binary convolution, its cores' popcount peak is also measured, in about 0.1 s.
 
         Args:
             *args: as for a call.
-            rounds: calls that the medians are of, step by step and, in turn with those, whole; of
-                these there are some more to warm up. They are calls of the module, hooks included.
+            rounds: number of calls for the medians, step by step and, alternating with those,
+                whole; a few more whole calls warm up first. All call the module, with hooks.
             **kwargs: as for a call.
 
         Raises:
@@ -213,21 +213,21 @@ class Engine(nn.Module):
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.biper` file, atomically; `biper_engine.load` reads it.
+        """Write a `.biper` file atomically; `biper_engine.load` reads it.
 
         Raises:
             FileFormatError: the network has an operator, an argument or a structure of inputs or
                 outputs that files cannot hold; no file is written.
-            OSError: the file cannot be written; an older one stays as it was.
+            OSError: the file cannot be written; an existing file does not change.
         """
         serialization.write(self.network, path)
 
     def train(self, mode: bool = True) -> Self:
-        """Do nothing: an engine is always in evaluation mode, also inside a model that trains."""
+        """Do nothing: an engine is always in evaluation mode, also inside a model in training."""
         return self
 
     def extra_repr(self) -> str:
-        """Return the packed layers, the bytes and the inputs."""
+        """Return the number of packed layers, the bytes and the inputs."""
         report = self.report
         return (
             f"packed {report.packed}/{len(report.layers)} layers, "
@@ -275,7 +275,7 @@ class Engine(nn.Module):
             self._refresh()
 
     def _refresh(self) -> None:
-        """Recompute what depends on the tensors, and drop the plan made from them."""
+        """Recompute values that depend on the tensors, and drop the plan made from them."""
         tensors = [*self.graph_module.buffers(), *self.graph_module.parameters()]
         self._device = tensors[0].device if tensors else None
         self._dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
@@ -293,7 +293,7 @@ class Engine(nn.Module):
                 )
 
         def keep_layout(tensor: Tensor) -> Tensor:
-            # `.to(memory_format=...)` is for float maps: packed words have one layout only.
+            # `.to(memory_format=...)` is for float maps: packed words have only one layout.
             changed = fn(tensor)
             return changed if changed.is_floating_point() else changed.contiguous()
 
@@ -302,7 +302,7 @@ class Engine(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A GraphModule pickles as Python source and loses its nodes' names.
+        # A GraphModule is pickled as Python source and loses its nodes' names.
         modules = {**self._modules}
         del modules["graph_module"]
         graph = to_portable(self.graph_module)
@@ -319,11 +319,11 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
 
     Args:
         path: a file that `Engine.save` wrote.
-        device: where the engine shall be.
+        device: device of the engine.
 
     Raises:
         FileFormatError: the file is truncated, edited, foreign or of an unknown version; the
-            message says what came, what was wanted and what to do.
+            message says what was found, what was expected and what to do.
         OSError: there is no such file, or it cannot be read.
     """
     with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""The CUDA backend on a CPU: csrc/cuda compiled over the emulator of tests/native/cuda."""
+"""The CUDA backend on a CPU: csrc/cuda compiled with the emulator of tests/native/cuda."""
 
 import os
 from contextlib import nullcontext

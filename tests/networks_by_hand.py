@@ -1,4 +1,4 @@
-"""Converted networks, written by hand as `torch.fx` graphs: what conversion makes, without it."""
+"""Converted networks, written by hand as `torch.fx` graphs, without using the conversion."""
 
 import operator
 from typing import Any

@@ -168,7 +168,7 @@ def test_infinite_thresholds_are_constants_of_every_finite_value() -> None:
         assert result.tolist() == [expected] * 3
 
 
-def test_nan_is_no_bit_under_either_sense() -> None:
+def test_nan_gives_0_under_either_sense() -> None:
     values = torch.full((2,), torch.nan)
     assert bits.binarize(values, None, torch.tensor([False, True])).tolist() == [False, False]
     assert bits.binarize(torch.zeros(2), values, torch.tensor([False, True])).tolist() == [

@@ -1,4 +1,4 @@
-"""A converted network: what files hold and engines run."""
+"""A converted network, which files hold and engines run."""
 
 from pathlib import Path
 

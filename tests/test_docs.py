@@ -1,4 +1,4 @@
-"""The pages in docs, held to what the code does and to what was measured."""
+"""The pages in docs agree with the code and with the measurements."""
 
 import re
 import runpy

@@ -45,7 +45,7 @@ def test_a_channels_last_input_gives_the_same(engine: Engine, images: Tensor) ->
     torch.testing.assert_close(engine(given), engine(images))
 
 
-def test_pytrees_come_and_go_as_the_model_took_them() -> None:
+def test_pytrees_have_the_forms_of_the_model() -> None:
     image, mask = torch.randn(2, 3, 6, 6), torch.ones(2, 1, 6, 6)
     result = two_inputs()(image, extra={"mask": mask})
     assert list(result) == ["maps", "image"]
@@ -110,7 +110,7 @@ def test_a_wrong_dtype_is_refused(engine: Engine, dtype: torch.dtype) -> None:
         engine(torch.zeros(1, 3, 8, 8, dtype=dtype))
 
 
-def test_a_value_that_is_no_tensor_is_refused(engine: Engine) -> None:
+def test_a_value_that_is_not_a_tensor_is_refused(engine: Engine) -> None:
     with pytest.raises(TypeError, match="`image` must be a tensor, but it is <class 'int'>"):
         engine(1)
 
@@ -214,7 +214,7 @@ def test_a_change_to_the_same_dtype_or_layout_changes_nothing(images: Tensor) ->
     assert words.is_contiguous()
 
 
-def test_a_state_dict_goes_round(images: Tensor) -> None:
+def test_a_state_dict_round_trips(images: Tensor) -> None:
     one, other = classifier(0), classifier(1)
     assert not torch.equal(one(images), other(images))
     other.load_state_dict(one.state_dict(), strict=True)
@@ -306,7 +306,7 @@ def test_autocast_changes_nothing(engine: Engine, images: Tensor) -> None:
     assert torch.equal(result, engine(images))
 
 
-def test_a_plan_made_in_inference_mode_serves_later_calls(images: Tensor) -> None:
+def test_a_plan_made_in_inference_mode_runs_later_calls(images: Tensor) -> None:
     engine = classifier()
     with torch.inference_mode():
         first = engine(images)

@@ -1,4 +1,4 @@
-"""Engines whose tensors were changed by others, and inputs of every kind: right, or refused."""
+"""Engines whose tensors were changed by others, and inputs of every kind: correct or refused."""
 
 import copy
 import multiprocessing
@@ -198,7 +198,7 @@ def test_tensors_without_values_are_refused_by_name(name: str, images: Tensor) -
     with pytest.raises(TypeError, match=rf"`engine\.{name}` must be a plain tensor .*sparse"):
         engine(images)
     delattr(*place(engine, name))
-    with pytest.raises(TypeError, match=rf"tensor `{name}` is gone"):
+    with pytest.raises(TypeError, match=rf"tensor `{name}` is missing"):
         engine(images)
 
 

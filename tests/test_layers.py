@@ -1,4 +1,4 @@
-"""Rules of the house that a program can check: who imports whom, and what an import loads."""
+"""Rules of the code that a program can check: which modules import which, and what that loads."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""What is built holds what it must, and works away from the checkout."""
+"""Built packages have the required contents, and work outside the checkout."""
 
 import importlib.metadata
 import os

@@ -98,7 +98,7 @@ def test_unreadable_file_is_named(tmp_path, content):
 @pytest.mark.parametrize(
     ("make", "kind"), [(os.mkfifo, "not a regular file"), (os.mkdir, "a directory")]
 )
-def test_what_is_no_file_is_not_opened(tmp_path, make, kind):
+def test_a_path_that_is_not_a_file_is_not_opened(tmp_path, make, kind):
     make(tmp_path / "a.png")
     with pytest.raises(ValueError, match=rf"Cannot read an image from '.*a\.png': it is {kind}"):
         image_to_tensor(tmp_path / "a.png", GREY)

@@ -1,4 +1,4 @@
-"""The README's example, run as it stands, and its figures, held to what was measured."""
+"""The README's example, run unchanged, and its figures, compared with the measurements."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_the_table_has_a_line_per_layer_and_a_total() -> None:
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_weights_of_0_and_ties_of_a_packed_layer_are_said() -> None:
+def test_weights_of_0_and_ties_of_a_packed_layer_are_reported() -> None:
     assert replace(PACKED, zero_weights=1).note == "1 weight is 0"
     assert "1,234 weights are 0; sums of 2 output channels can equal" in str(
         ConversionReport(

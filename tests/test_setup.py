@@ -1,4 +1,4 @@
-"""setup.py builds what changed, with the flags that it must have, and says what it leaves out."""
+"""setup.py builds changed files with the required flags, and reports what it leaves out."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The steps `machine`, `build` and `ceilings`: what is measured on, and what it does at most.
+"""The steps `machine`, `build` and `ceilings`: the machine and its peak rates.
 
 python -m gpu.device machine|build|ceilings
 """
@@ -22,7 +22,7 @@ from gpu.record import append
 from gpu.target import ROOT, Target, Wrong, output_of, run_step
 
 NVIDIA_SMI = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-# biper::PeakKind of csrc/cuda/peak.h, and what a rate is called in the results.
+# biper::PeakKind of csrc/cuda/peak.h, and the names of rates in the results.
 PEAKS = {"binary_macs": 0, "popcount_macs": 1, "int8_macs": 2, "float_mma_macs": 3, "launches": 4}
 PEAK_MS = 40
 COPY_BYTES = 2**30
@@ -51,7 +51,7 @@ def checked_out() -> str:
 
 
 def build(here: Target) -> str:
-    """Build both extensions in the checkout, for this GPU alone.
+    """Build both extensions in the checkout, only for this GPU.
 
     Raises:
         Wrong: the command failed, or the last one of `here.extensions` cannot be imported.
@@ -70,7 +70,7 @@ def build(here: Target) -> str:
 
 
 def loaded(name: str) -> tuple[int, str]:
-    """Return an extension's size in bytes and in words, or 0 and why it is not there."""
+    """Return an extension's size in bytes and as text, or 0 and why it is missing."""
     try:
         size = Path(str(import_module(name).__file__)).stat().st_size
     except ImportError as error:
@@ -79,12 +79,12 @@ def loaded(name: str) -> tuple[int, str]:
 
 
 def rate(here: Target, call: Callable[[], object], amount: float) -> float:
-    """Return how much a second a call does, where one does `amount`; of its median time."""
+    """Return the rate per second of a call that does `amount`, from its median time."""
     return amount / (1e-3 * statistics.median(here.graph_ms(call)))
 
 
 def copy_rate(here: Target, nbytes: int) -> float:
-    """Return the bytes a second, read and written, of copies between two buffers of `nbytes`."""
+    """Return the bytes per second, read and written, of copies between two buffers of `nbytes`."""
     shape = (min(nbytes, 4 * here.most_pixels**2) // 4,)
     source = torch.randint(0, 2**31 - 1, shape, dtype=torch.int32, device=here.device)
     copy = torch.empty_like(source)
@@ -92,7 +92,7 @@ def copy_rate(here: Target, nbytes: int) -> float:
 
 
 def product_rate(here: Target, size: int) -> float:
-    """Return the MACs a second of a square product of random float16 matrices."""
+    """Return the MACs per second of a square product of random float16 matrices."""
     size = min(size, here.most_pixels)
     a, b = (torch.randn(size, size, device=here.device).half() for _ in range(2))
     out = torch.empty_like(a)
@@ -102,7 +102,7 @@ def product_rate(here: Target, size: int) -> float:
 def ceilings(here: Target) -> str:
     copy = copy_rate(here, COPY_BYTES)
     append("ceiling", name="copy_bytes", rate=copy)
-    # Two buffers in a quarter of it: L2 is in two halves, and data may be in both.
+    # Both buffers fit in a quarter of L2: it has two halves, and data may be in both.
     append("ceiling", name="l2_copy_bytes", rate=copy_rate(here, here.facts["l2_bytes"] // 8))
     append("ceiling", name="float_macs", rate=product_rate(here, PRODUCT))
     module, absent = by_name("cuda")._native.module, []  # type: ignore[attr-defined]

@@ -1,15 +1,15 @@
 """The steps `layers` and `counters`: binary convolutions on their own.
 
-    python -m gpu.layers times       beside cuDNN's convolution in float16
+    python -m gpu.layers times       compared with cuDNN's convolution in float16
     python -m gpu.layers counters    two of them under ncu
-    python -m gpu.layers once        what ncu watches
+    python -m gpu.layers once        the run that ncu profiles
 
-They are those of a ResNet-18. Ours does everything that the network does in that place: scale,
-residual, clamp, float16 map and bits. cuDNN does the bare product.
+The layers are those of a ResNet-18. Ours computes everything that the network computes there:
+scale, residual, clamp, float16 map and bits. cuDNN computes only the product.
 
-A kernel cannot avoid to read each of its inputs and its weights once, to write each of its outputs
-once, and to do its multiply-accumulates, padded taps counted. The longer of the two times is its
-floor. Parameters of a channel, 20 bytes at most, are not counted.
+A kernel must read each of its inputs and its weights once, write each of its outputs once, and
+do its multiply-accumulates, including padded taps. The longer of the two times is its floor.
+Parameters of a channel, at most 20 bytes, are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STREAM = torch.float16
 RESNET = sorted(RESNET18_LAYERS, key=lambda one: one.stride)
 CASES = [(layer, batch) for batch in (256, 1) for layer in RESNET]  # the most important first
 WATCHED = (RESNET[0], RESNET[2])
-# Beside what `--set detailed` has: where warps wait, and for what instructions.
+# In addition to `--set detailed`: where warps wait, and for which instructions.
 NCU = (
     *("--set", "detailed", "--section", "SchedulerStats", "--section", "WarpStateStats"),
     *("--section", "InstructionStats", "--clock-control", "none", "--csv", "--page", "raw"),
@@ -61,11 +61,11 @@ def work_of(layer: ConvShape, batch: int) -> dict[str, int]:
 
 
 def floor_s(work: Mapping[str, int], ceilings: Mapping[str, float]) -> tuple[float, str] | None:
-    """Return the least seconds for some work and what bounds it; None where no rate is known.
+    """Return the least seconds for some work and its bound; None if no rate is known.
 
     Args:
         work: from `work_of`.
-        ceilings: a second: `copy_bytes`, those of L2, and the MACs of units; some may be missing.
+        ceilings: rates per second: `copy_bytes`, those of L2, MACs of units; some may be missing.
     """
     fits = work["bytes"] <= ceilings.get("l2_bytes", 0) / 2
     rates = {
@@ -77,7 +77,7 @@ def floor_s(work: Mapping[str, int], ceilings: Mapping[str, float]) -> tuple[flo
 
 
 class Case:
-    """Operands of one layer at one batch size, from a fixed seed; no kernel of ours makes them."""
+    """Operands of one layer at one batch size, from a fixed seed, made without our kernels."""
 
     def __init__(self, layer: ConvShape, batch: int, device: torch.device) -> None:
         self.layer, self.device = layer, device
@@ -111,7 +111,7 @@ class Case:
         """Return the whole layer on a backend.
 
         Raises:
-            BackendUnavailableError: it cannot run this.
+            BackendUnavailableError: the backend cannot run the layer.
         """
         geometry, found = self.layer.geometry, by_name(backend)
         if reason := found.unsupported_reason("bconv2d_float_bits", geometry, self.device):
@@ -121,12 +121,12 @@ class Case:
         return partial(run, self.bits, self.residual)
 
     def float16(self) -> Callable[[], Tensor]:
-        """Return cuDNN's convolution, without anything behind it."""
+        """Return cuDNN's convolution without an epilogue."""
         return partial(F.conv2d, self.signs, self.weight, None, self.layer.stride, 1)
 
 
 def equal(got: tuple[Tensor | None, ...], wanted: tuple[Tensor | None, ...]) -> bool:
-    """Tell whether maps have the same shapes, dtypes and bytes."""
+    """Return whether maps have the same shapes, dtypes and bytes."""
     return all(
         a is b
         or (
@@ -138,7 +138,7 @@ def equal(got: tuple[Tensor | None, ...], wanted: tuple[Tensor | None, ...]) -> 
 
 
 def case(layer: ConvShape, batch: int, here: Target) -> Case:
-    """Return operands that are no larger than the target takes."""
+    """Return operands no larger than the target's limits."""
     cut = replace(layer, size=min(layer.size, here.most_pixels))
     return Case(cut, min(batch, here.most_images), here.device)
 
@@ -147,7 +147,7 @@ def case(layer: ConvShape, batch: int, here: Target) -> Case:
 
 
 def measure(layer: ConvShape, batch: int, here: Target, *backends: str) -> list[str]:
-    """Check ours against the reference, then time all on one layer; return who is wrong."""
+    """Check ours against the reference, then time all on one layer; return the wrong ones."""
     operands, wrong = case(layer, batch, here), []
     wanted = operands.ours("reference")()
     where = {"layer": layer.name, "batch": batch}
@@ -184,7 +184,7 @@ def once(here: Target) -> str:
 
 
 def counted(text: str) -> list[dict[str, Any]]:
-    """Read what `ncu --csv --page raw` writes: every number, by its metric's name."""
+    """Read the output of `ncu --csv --page raw`: every number, by its metric's name."""
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if f'"{_KERNEL}"' in line), len(lines))
     rows = [row for row in csv.DictReader(lines[first:]) if row[_KERNEL]]  # units have no kernel
@@ -201,7 +201,7 @@ def counted(text: str) -> list[dict[str, Any]]:
 def counters(_here: Target) -> str:
     program, log = find_tool("ncu"), work_folder() / "ncu.csv"
     if program is None:
-        raise Skipped("there is no ncu")
+        raise Skipped("ncu was not found")
     log.unlink(missing_ok=True)
     command = [program, *NCU, "--log-file", str(log), *python("gpu.layers", "once")]
     status = subprocess.run(command, check=False).returncode

@@ -1,4 +1,4 @@
-"""Whole networks on the GPU: converted, checked, then timed beside their float twins.
+"""Whole networks on the GPU: converted, checked, then timed with their float twins.
 
 python -m gpu.networks prepare
 python -m gpu.networks run NETWORK --batch N [--batch N ...] [--backend NAME] [--rival]
@@ -35,7 +35,7 @@ STREAMS = {"float16": torch.float16, "float32": torch.float32}
 TURNS = 3
 FEWEST, CALLS, CALLS_MS = 3, 20, 300.0
 CHECKED_IMAGES = 16
-# One bit on its threshold that flips changes an image; a wrong graph changes all of them.
+# A flipped bit on its threshold changes one image; a wrong graph changes all of them.
 AGREEING_SHARE = 0.5
 _FAILURES = (BiperError, RuntimeError, TypeError, NotImplementedError)
 
@@ -50,12 +50,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(name: str, here: Target) -> Prepared:
-    """Convert a network in every stream on the CPU, and make its float twin."""
+    """Convert a network for every stream on the CPU, and make its float twin."""
     from biper_engine.conversion.twin import float_twin
 
     model: Any = here.network(name)
     images = torch.randn(2, *model.input_shape, generator=torch.Generator().manual_seed(0))
-    # What conversion does is for tests to check; `check` compares devices.
+    # Tests check the conversion; `check` compares devices.
     convert_to = partial(convert, model, images, check=False)
     engines = {stream: convert_to(compute_dtype=dtype) for stream, dtype in STREAMS.items()}
     return Prepared(name, tuple(model.input_shape), engines, float_twin(model, images))
@@ -66,7 +66,7 @@ def file_of(name: str) -> Path:
 
 
 def prepare_all(here: Target) -> str:
-    """Convert the networks, the most important first; each is there as soon as it is done."""
+    """Convert the networks, the most important first; each is available as soon as it is done."""
     for name in NETWORKS:
         start, path = monotonic(), file_of(name)
         # The extensions are being built, and may be replaced while they are in use.
@@ -80,9 +80,9 @@ def prepare_all(here: Target) -> str:
 
 
 def load(name: str) -> Prepared:
-    """Read what `prepare_all` wrote, or raise Skipped."""
+    """Read a network that `prepare_all` wrote, or raise Skipped."""
     if not file_of(name).exists():
-        raise Skipped(f"{name} is not there: the step prepare did not convert it")
+        raise Skipped(f"{name} is missing: the step prepare did not convert it")
     return Prepared(**pickle.loads(file_of(name).read_bytes()))
 
 
@@ -97,7 +97,7 @@ def check(found: Prepared, stream: str, backend: str, here: Target) -> bool:
     """Compare an engine on a backend with the reference.
 
     Raises:
-        Wrong: an operator's bytes differ, or the answers of the exact network.
+        Wrong: the bytes of an operator or the outputs of the exact network differ.
     """
     from biper_engine.serialization import check_backend
 
@@ -112,7 +112,7 @@ def check(found: Prepared, stream: str, backend: str, here: Target) -> bool:
         with use_backend(backend):
             agreed, tried = line["images"] = agreeing(engine(images), wanted)
         if agreed < AGREEING_SHARE * tried:
-            wrong.append(f"it agrees with the reference on {agreed} of {tried} images only")
+            wrong.append(f"it agrees with the reference on only {agreed} of {tried} images")
     append("check", **line, operators=len(rows), wrong=wrong)
     if wrong:
         raise Wrong(f"WRONG: {', '.join(wrong)}")
@@ -120,7 +120,7 @@ def check(found: Prepared, stream: str, backend: str, here: Target) -> bool:
 
 
 def agreeing(outputs: Tensor, wanted: Tensor) -> tuple[int, int]:
-    """Return how many images agree to `TOLERANCE` of the norm of their outputs, and all."""
+    """Return how many images agree to `TOLERANCE` of their outputs' norm, and the total."""
     errors = (outputs - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
     return int((errors <= TOLERANCE).sum()), len(wanted)
 
@@ -129,9 +129,9 @@ def agreeing(outputs: Tensor, wanted: Tensor) -> tuple[int, int]:
 
 
 class Contender(NamedTuple):
-    """What is timed: a call that puts work on the device, and the same as a user makes it.
+    """A contestant: a call that puts work on the device, and the same call as a user makes it.
 
-    `around` is made anew around each turn, such as a forced backend; `facts` are for the results.
+    `around` is entered anew for each turn, such as a forced backend; `facts` are for the results.
     """
 
     name: str
@@ -142,11 +142,11 @@ class Contender(NamedTuple):
 
 
 def ours(found: Prepared, stream: str, backend: str, images: Tensor) -> Contender:
-    """Return our engine, a copy with a plan of its own, warmed up."""
+    """Return a copy of our engine with its own plan, warmed up."""
     engine = copy.deepcopy(found.engines[stream])
     call, around = partial(engine, images), partial(use_backend, backend)
     with around():
-        for _ in range(3):  # a CUDA graph is captured at the second
+        for _ in range(3):  # the second call captures a CUDA graph
             call()
         facts = {"execution": engine.execution}
     return Contender(f"{backend} {stream}", call, call, around, facts)
@@ -161,7 +161,7 @@ def eager(found: Prepared, images: Tensor) -> Contender:
 
 
 def compiled(found: Prepared, images: Tensor, here: Target) -> Contender:
-    """Return the twin through `torch.compile`; a call on its own replays a CUDA graph."""
+    """Return the twin compiled by `torch.compile`; a single call replays a CUDA graph."""
     start, twin = monotonic(), eager(found, images).call
     wanted = twin()[0].float()
     call = partial(here.compiled(twin.func), *twin.args)  # type: ignore[attr-defined]
@@ -172,7 +172,7 @@ def compiled(found: Prepared, images: Tensor, here: Target) -> Contender:
 
 
 def contest(contenders: Sequence[Contender], here: Target, **where: Any) -> list[str]:
-    """Time contestants in turn, so that a clock that drifts is no one's own; return who failed."""
+    """Time contestants in turn, so that clock drift affects all; return those that failed."""
     failed: list[str] = []
     for one in contenders:
         append("contender", **where, who=one.name, **one.facts)
@@ -193,7 +193,7 @@ def contest(contenders: Sequence[Contender], here: Target, **where: Any) -> list
 
 
 def alone_ms(call: Callable[[], object], here: Target) -> list[float]:
-    """Return milliseconds from a call until the device is done, nothing else under way."""
+    """Return milliseconds from a call until the device is done, without other work."""
     found: list[float] = []
     while len(found) < FEWEST or (len(found) < CALLS and sum(found) < CALLS_MS):
         here.synchronize()
@@ -208,7 +208,7 @@ def run(here: Target, words: argparse.Namespace) -> str:
     """Check and time a network at some batch sizes.
 
     Raises:
-        Wrong: something differs from the reference, or cannot run; the rest was timed.
+        Wrong: a contestant differs from the reference or cannot run; the others were timed.
     """
     found, failed = load(words.network), []
     for engine in found.engines.values():

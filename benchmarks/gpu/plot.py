@@ -1,4 +1,4 @@
-"""Pictures of `gpu.report`: images a second, and layers beside their rooflines."""
+"""Plots of `gpu.report`: images per second, and layers relative to their rooflines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 from biper_engine.bench.plot import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
 
 _TEAL = "#0d9488"
-# Colour, marker, line and label; in the order of the legend.
+# Colour, marker, line and label, in the order of the legend.
 _STYLES = {
     "cuda float16": (ENGINE, "o", "-", "engine, CUDA, float16"),
     "cuda float32": ("#1e3a8a", "s", "-", "engine, CUDA, exact float32"),
@@ -24,9 +24,9 @@ _BACKENDS = {"cuda": (ENGINE, "CUDA"), "triton": (_TEAL, "Triton")}
 
 
 def rates(contests: Sequence[Mapping[str, Any]], gpu: str) -> Any:
-    """Return a figure with images a second over batch sizes, a panel for each network.
+    """Return a figure with images per second over batch sizes, a panel for each network.
 
-    Where two contests have someone at the same batch, the first one's figure is shown.
+    If two contests have the same contestant at the same batch, the first one's figure is shown.
     """
     networks = list(dict.fromkeys(one["network"] for one in contests))
     lines = -(-len(networks) // _COLUMNS)
@@ -50,7 +50,7 @@ def rates(contests: Sequence[Mapping[str, Any]], gpu: str) -> Any:
     for axes in grid[len(networks) :]:
         axes.set_visible(False)
     subtitle = "device time in a CUDA graph; medians, weights random; log scales"
-    _finish(figure, handles, f"Images a second on {gpu}", subtitle)
+    _finish(figure, handles, f"Images per second on {gpu}", subtitle)
     return figure
 
 
@@ -61,7 +61,7 @@ def _log_axes(axes: Any, batches: Sequence[int]) -> None:
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("images a call", fontsize=8, color=SOFT_INK)
+    axes.set_xlabel("images per call", fontsize=8, color=SOFT_INK)
     axes.tick_params(which="both", length=0, labelsize=8, labelcolor=INK)
     axes.grid(color=GRID, linewidth=0.5, alpha=0.6)
 
@@ -89,7 +89,7 @@ def roofline(rows: Sequence[Mapping[str, Any]], gpu: str) -> Any:
     labelled = (zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels)
     handles = {label: handle for pairs in labelled for handle, label in pairs}
     subtitle = "the longer of bytes over copy bandwidth and multiply-accumulates over their peak"
-    head = f"Layers of ResNet-18 beside their roofline on {gpu}"
+    head = f"Layers of ResNet-18 relative to their roofline on {gpu}"
     _finish(figure, handles, head, f"{subtitle}, in % of the time taken")
     return figure
 

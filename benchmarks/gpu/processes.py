@@ -1,4 +1,4 @@
-"""Commands in sessions of their own, which end with the process that started them."""
+"""Commands in their own sessions, which end with the process that started them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLACES = (
 
 
 def python(module: str, *words: str) -> list[str]:
-    """Return the command that runs a module in this Python, its output not held back."""
+    """Return the command that runs a module in this Python, with unbuffered output."""
     return [sys.executable, "-u", "-m", module, *words]
 
 
@@ -37,7 +37,7 @@ def find_tool(name: str) -> str | None:
 def start(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a command whose output is added to a file.
+    """Start a command and append its output to a file.
 
     Raises:
         OSError: it cannot be started.
@@ -55,20 +55,20 @@ def start(
 
 
 def _end_with_parent() -> None:
-    """Have the system kill this process where its parent is killed and cannot."""
+    """Let the system kill this process if its parent is killed and cannot do it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a command's session: asked first, then by force."""
+    """Terminate what is left of a command's session, then kill it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):  # all of them are gone already
+        with suppress(ProcessLookupError, PermissionError):  # all have ended already
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_GRACE_S)
 
 
 def last_line(log: Path, offset: int = 0) -> str:
-    """Return the last line of a file behind an offset that is not empty, or that there is none."""
+    """Return the last nonempty line of a file after an offset, or say that there is none."""
     lines = log.read_bytes()[offset:].decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "it printed nothing"

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, each of them on the disk before the next work begins."""
+"""Results as lines of JSON; each is on disk before the next work begins."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ RESULTS = "results.jsonl"
 
 
 def append(kind: str, **values: Any) -> None:
-    """Add a line to the results in the folder `OUT`; no kill after this loses it.
+    """Add a line to the results in the folder `OUT`; a later kill does not lose it.
 
-    Several processes may do so at once, and one may have been killed while it wrote its line.
+    Several processes may do this at once, and one may have been killed while it wrote its line.
     """
     data = json.dumps({"kind": kind, **values}).encode() + b"\n"
     with Path(os.environ["OUT"], RESULTS).open("a+b", buffering=0) as file:
@@ -27,7 +27,7 @@ def append(kind: str, **values: Any) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the last check in a folder; one that was cut off is left out."""
+    """Return the lines of the last check in a folder, without a truncated line."""
     found: list[dict[str, Any]] = []
     path = folder / RESULTS
     for text in path.read_bytes().splitlines() if path.exists() else ():
@@ -43,9 +43,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class FileResults:
-    """What the tests of a file did: `whose` are a backend and the tool that watched.
+    """Results of the tests of a file; `whose` are the backend and the checking tool.
 
-    `failed` has names, `skipped` reasons, `problem` why the file did not end well, if it did not.
+    `failed` has names, `skipped` reasons, `problem` the reason if the file did not end well.
     """
 
     file: str
@@ -57,7 +57,7 @@ class FileResults:
 
 
 def file_results(lines: Iterable[Mapping[str, Any]]) -> list[FileResults]:
-    """Return what each file of tests did, by its last lines."""
+    """Return the results of each file of tests, from its last lines."""
     found: dict[tuple[str, ...], FileResults] = {}
     for line in (line for line in lines if line["kind"] == "tests"):
         whose = (line["backend"], line["under"])

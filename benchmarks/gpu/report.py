@@ -1,4 +1,4 @@
-"""Tables and pictures of whatever a check has recorded so far, in its last run.
+"""Tables and plots of the results that a check has recorded so far, in its last run.
 
 PYTHONPATH=.:benchmarks python -m gpu.report [FOLDER]
 """
@@ -34,7 +34,7 @@ PEAKS = {
     "float_macs": ("large float16 product", 2e-12, "TFLOP/s"),
     "launches": ("kernels of a CUDA graph", 1e-3, "thousand/s"),
 }
-# Of all that ncu counts, what the report has; the lines have everything.
+# The counters of ncu in the report; the lines have all counters.
 COUNTERS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory %",
@@ -55,7 +55,7 @@ def of_kind(lines: Lines, *kinds: str) -> list[Mapping[str, Any]]:
 
 
 def contests(lines: Lines) -> list[dict[str, Any]]:
-    """Return each contest: medians in ms of all who were timed in turn, in a graph and alone."""
+    """Return each contest: medians in ms of all contestants in turn, in a graph and alone."""
     samples: dict[tuple[Any, ...], dict[str, dict[str, list[float]]]] = {}
     for line in of_kind(lines, "time", "call"):
         key = (line["network"], line["batch"], line["step"])
@@ -91,7 +91,7 @@ def layers(lines: Lines) -> list[dict[str, Any]]:
 
 
 def aligned(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a title and rows with aligned columns, the first to the left; nothing if no row."""
+    """Return a title and rows with aligned columns, the first to the left; [] without rows."""
     if len(rows) < 2:
         return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -107,7 +107,7 @@ def number(amount: float | None, factor: float = 1.0, form: str = ",.0f") -> str
 
 
 def tables(lines: Lines) -> str:
-    """Return all that was recorded as text, what counts most last."""
+    """Return all results as text, the most important ones last."""
     makers = (_machine, _steps, _remarks, _tests, _ceilings, _counters, _layers)
     parts = [*(make(lines) for make in makers), *_networks(contests(lines))]
     return "\n\n".join("\n".join(part) for part in parts if part) or "Nothing was recorded."
@@ -174,7 +174,7 @@ def _counters(lines: Lines) -> list[str]:
     for line in of_kind(lines, "counters"):
         found = (line["counters"].get(name) for name in COUNTERS)
         rows.append([line["layer"], *(number(amount, form=",.4g") for amount in found)])
-    return aligned("Counters of ncu, its clocks left alone", rows)
+    return aligned("Counters of ncu, without clock control", rows)
 
 
 def _layers(lines: Lines) -> list[str]:
@@ -191,7 +191,7 @@ def _layers(lines: Lines) -> list[str]:
             + [number(row["share"].get(who), form=".0%") for who in whose[:2]]
             + [number(ratio, form=".1f")]
         )
-    return aligned("Layers of ResNet-18: device time in a CUDA graph, beside the floor", rows)
+    return aligned("Layers of ResNet-18: device time in a CUDA graph, and the floor", rows)
 
 
 def _networks(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -207,7 +207,7 @@ def _networks(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         calls.append([*key, *(number(one["call"].get(who), 1e3) for who in present)])
     return [
         aligned("Networks: microseconds of a call on its own, from Python", calls),
-        aligned("Networks: images a second, device time in a CUDA graph", rates),
+        aligned("Networks: images per second, device time in a CUDA graph", rates),
     ]
 
 
@@ -215,14 +215,14 @@ def _networks(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def write_text(out: Path) -> str:
-    """Write the tables of a folder's results, whole or not at all, and return them."""
+    """Write the tables of a folder's results, completely or not at all, and return them."""
     text = tables(read(out))
     write_atomically(out / TEXT, lambda file: file.write(f"{text}\n".encode()))
     return text
 
 
 def write(out: Path) -> str:
-    """Write tables and pictures, where there is something to show; return what to print."""
+    """Write tables and plots, if there is something to show; return the text to print."""
     text, lines = write_text(out), read(out)
     if find_spec("matplotlib") is None:
         return f"{text}\n\nNo pictures: matplotlib is not installed."

@@ -1,11 +1,11 @@
-"""The steps of `benchmarks/gpu_check.sh`, the most valuable first, within a time.
+"""The steps of `benchmarks/gpu_check.sh`, the most valuable first, within a time limit.
 
     bash benchmarks/gpu_check.sh --minutes 4
     bash benchmarks/gpu_check.sh --steps build tests
     bash benchmarks/gpu_check.sh --rehearse
 
-Each step is a process of its own with a limit. One that fails, hangs or breaks the GPU is recorded
-and stops no other. benchmarks/README.md says what each step does.
+Each step is a separate process with a time limit. A step that fails, hangs or breaks the GPU is
+recorded and does not stop the others. benchmarks/README.md describes each step.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from gpu.record import RESULTS, append
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAND_IN = "tests.benchmarks.gpu_stand_in"
 SKIPPED = 3
-CLOSING_S = 8.0  # for the pictures of the report
-SLOWER = 6.0  # limits of steps in a rehearsal, beside those on a GPU
+CLOSING_S = 8.0  # for the plots of the report
+SLOWER = 6.0  # limits of steps in a rehearsal, relative to those on a GPU
 _POLL_S = 0.05
 
 Ended = Callable[[], object]
@@ -42,11 +42,11 @@ class Step:
     """A part of the check.
 
     Attributes:
-        name, command: of it; words behind `python -m`, the module first.
-        most_s, least_s: seconds after which it is stopped; below which it is not begun.
-        share: of the time that is left, how much it may take at most.
+        name, command: its name; arguments of `python -m`, the module first.
+        most_s, least_s: seconds after which it is stopped; seconds that it needs to be started.
+        share: largest share of the remaining time that it may take.
         needs, tool: steps, and a program, without which it is skipped.
-        beside: runs beside the steps behind it, up to the first that is `alone`.
+        beside: runs beside the following steps, up to the first that is `alone`.
         alone: measures, and so waits until nothing else runs.
     """
 
@@ -100,7 +100,7 @@ NAMES = tuple(step.name for step in STEPS)
 
 @dataclass
 class _Running:
-    """A step under way."""
+    """A running step."""
 
     step: Step
     process: subprocess.Popen[bytes]
@@ -111,11 +111,11 @@ class _Running:
 
 
 class Runner:
-    """Takes steps within a time, and records what becomes of each.
+    """Runs steps within a time limit, and records the result of each.
 
     Args:
         out: folder of the results and logs.
-        seconds: for all steps.
+        seconds: time limit for all steps.
         ended: called when a step's line is recorded.
     """
 
@@ -126,7 +126,7 @@ class Runner:
         self._running: list[_Running] = []
 
     def __call__(self, steps: Sequence[Step]) -> None:
-        """Take the steps, in their order."""
+        """Run the steps in order."""
         try:
             for step in steps:
                 if step.alone:
@@ -140,12 +140,12 @@ class Runner:
                 stop(running.process)
 
     def obstacle(self, step: Step) -> str | None:
-        """Return why a step is not begun now, or None."""
-        for name in step.needs:  # one that was not chosen is taken to have been done before
+        """Return why a step cannot start now, or None."""
+        for name in step.needs:  # a step that was not chosen counts as done before
             if self.verdicts.get(name, "ok") != "ok":
                 return f"{name} was {self.verdicts[name]}"
         if step.tool and find_tool(step.tool) is None:
-            return f"there is no {step.tool}"
+            return f"{step.tool} was not found"
         seconds = step.share * (self._end - monotonic())
         if seconds < step.least_s:
             return f"it needs {step.least_s:.0f} s, and {max(seconds, 0):.0f} s are left for it"
@@ -165,7 +165,7 @@ class Runner:
         self._running.append(_Running(step, process, log, offset, monotonic(), limit_s))
 
     def _wait(self, step: Step | None = None) -> None:
-        """Wait until a step has ended, or all; those that are late are stopped."""
+        """Wait until a step or all steps have ended; stop those over their limit."""
         while any(step in (None, one.step) for one in self._running):
             for one in list(self._running):
                 if one.process.poll() is not None or monotonic() >= one.begun + one.limit_s:
@@ -174,7 +174,7 @@ class Runner:
 
     def _close(self, running: _Running) -> None:
         status = running.process.poll()
-        stop(running.process)  # also what it left behind
+        stop(running.process)  # also its child processes
         self._running.remove(running)
         told = last_line(running.log, running.offset)
         verdict = {0: "ok", SKIPPED: "skipped", None: "stopped"}.get(status, "failed")
@@ -192,7 +192,7 @@ class Runner:
 
 
 def environment(out: Path) -> dict[str, str]:
-    """Return what every step gets: its folders, and caches for compilers beside them."""
+    """Return the environment of every step: its folders, and caches for compilers beside them."""
     work = Path(os.environ.get("BIPER_GPU_WORK") or ROOT / "build" / "gpu_check")
     return {
         "OUT": str(out),
@@ -220,11 +220,11 @@ def main(words: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= environment(out)
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, stopped)  # a process that exits stops its steps
+    signal.signal(signal.SIGTERM, stopped)  # exiting stops the steps
     if options.rehearse:
         os.environ |= import_module(STAND_IN).environment()
     append("run", minutes=options.minutes, steps=list(options.steps), rehearsal=options.rehearse)
-    # It imports torch, which takes seconds: those of the first step.
+    # This imports torch, which takes seconds, in the time of the first step.
     reports = ThreadPoolExecutor(1).submit(import_module, "gpu.report")
     seconds = 60 * options.minutes - CLOSING_S - (monotonic() - start_s)
     runner = Runner(out, seconds, lambda: reports.result().write_text(out))
@@ -234,7 +234,7 @@ def main(words: Sequence[str]) -> int:
         runner(steps)
     finally:
         print(reports.result().write(out))
-    print(f"{out / RESULTS}; python -m gpu.report FOLDER writes the report anew.")
+    print(f"{out / RESULTS}; python -m gpu.report FOLDER writes the report again.")
     found = set(runner.verdicts.values())
     return 0 if "ok" in found and found <= {"ok", "skipped"} else 1
 

@@ -1,6 +1,6 @@
-"""A plugin of pytest: keeps the tests of one backend on the GPU, and records their results by file.
+"""A pytest plugin: selects the tests of one backend on the GPU, and records results by file.
 
-Variables: `BIPER_GPU_BACKEND`, the backend, `BIPER_GPU_UNDER`, a tool that watches, and `OUT`.
+Variables: `BIPER_GPU_BACKEND`, the backend, `BIPER_GPU_UNDER`, a checking tool, and `OUT`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _found: dict[str, dict[str, Any]] = {}
 
 
 def is_of(item: pytest.Item, backend: str, *, rehearsal: bool = REHEARSAL) -> bool:
-    """Tell whether a test runs on a backend on the GPU.
+    """Return whether a test runs on a backend on the GPU.
 
-    By what its fixtures are given, never by its name: "cuda" is a backend and the device of others.
+    This depends on its fixtures' values, not its name: "cuda" is a backend and also a device.
     """
     parameters = getattr(item, "callspec", None)
     given = parameters.params if parameters is not None else {}
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
-    """Record what a file's tests did so far: whoever stops this loses the test under way alone."""
+    """Record a file's results so far, so that a kill loses only the running test."""
     result = yield
     file = item.location[0]
     done = nextitem is None or nextitem.location[0] != file

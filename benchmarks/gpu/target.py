@@ -1,4 +1,4 @@
-"""What is measured on: the GPU, or what stands in for it in a rehearsal."""
+"""The target of measurements: the GPU, or its stand-in in a rehearsal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Skipped(Exception):
 
 
 class Wrong(Exception):
-    """What a step found is wrong; the message says what."""
+    """A step found something wrong; the message says what."""
 
 
 def _graph_ms(call: Callable[[], object]) -> list[float]:
@@ -39,7 +39,7 @@ def _graphed(call: Callable[[], object]) -> Callable[[], object]:
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what the first calls make must not be in the graph
+    with torch.cuda.stream(stream):  # allocations of the first calls must not be in the graph
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -55,14 +55,14 @@ def _network(name: str) -> nn.Module:
 
 
 def _compiled(network: nn.Module) -> Any:
-    # The graphs are made by whoever times it, as those of all others.
+    # The timer makes the graphs, as for all others.
     return torch.compile(network, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def _install() -> tuple[list[str], dict[str, str]]:
     """Return the command that builds both extensions in the checkout, and its environment.
 
-    For this GPU alone. `_cpu` may fail: it is built first, and must not stop `_cuda`.
+    They are built only for this GPU. `_cpu` may fail: it is built first, and must not stop `_cuda`.
     """
     major, minor = torch.cuda.get_device_capability()
     options = ["--no-build-isolation", "--no-deps", "--no-index", "-v", "-e", str(ROOT)]
@@ -73,16 +73,16 @@ def _install() -> tuple[list[str], dict[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A device, and what is done on it.
+    """A device and its operations.
 
     Attributes:
-        device, facts: of all tensors; of the device.
-        graph_ms: samples of the device's time of one call, among others in a CUDA graph.
-        graphed: captures a call in a CUDA graph; returns what replays it.
+        device, facts: device of all tensors; facts about the device.
+        graph_ms: returns samples of the device time of one call, with other calls in a CUDA graph.
+        graphed: captures a call in a CUDA graph; returns a call that replays it.
         synchronize: waits for the device.
-        network, compiled: makes a network by its name; its float rival.
-        install, extensions: command and variables of the build; modules, the last one needed.
-        most_images, most_pixels: what batches and sides of maps are cut to.
+        network, compiled: creates a network by its name; creates its float rival.
+        install, extensions: command and variables of the build; modules, of which the last is
+        needed. most_images, most_pixels: limits of the batch size and the sides of maps.
     """
 
     device: torch.device
@@ -99,7 +99,7 @@ class Target:
 
 
 def target() -> Target:
-    """Return the GPU, or what stands in for it.
+    """Return the GPU, or its stand-in.
 
     Raises:
         Skipped: there is no GPU.
@@ -122,20 +122,20 @@ def target() -> Target:
 
 
 def work_folder() -> Path:
-    """Return the folder for what steps leave for each other."""
+    """Return the folder for files that steps share."""
     path = Path(os.environ.get("BIPER_GPU_WORK") or ROOT / "build" / "gpu_check")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def step_seconds(otherwise: float) -> float:
-    """Return how long the step that runs may still take."""
-    end = os.environ.get("BIPER_GPU_STEP_END")  # as `time` counts
+    """Return the time left for the running step."""
+    end = os.environ.get("BIPER_GPU_STEP_END")  # a time of `time`
     return float(end) - time() if end else otherwise
 
 
 def output_of(*command: str) -> str:
-    """Return what a command prints, or why it does not."""
+    """Return the output of a command, or the reason why there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -2,7 +2,7 @@
 
     python -m gpu.tests cuda|triton|sanitizer
 
-A kernel that breaks the GPU's context breaks it for one file only, and results are recorded test by
+A kernel that breaks the GPU's context breaks it for only one file. Results are recorded test by
 test, so that a file that is stopped loses none.
 """
 
@@ -32,13 +32,13 @@ OPTIONS = ("--no-header", "-q", "-rf", "-m", "", "-p", "no:benchmark", "-p", "no
 TOOLS = ("memcheck", "racecheck", "synccheck")
 WATCHED = ("tests/ops/test_cuda.py", "tests/ops/test_stem.py")
 FILTERS = ("--kernel-name", "--kernel-regex")
-NAMESPACE = "biper"  # of all our kernels
-FOUND = 9  # exit status of a tool that found something
+NAMESPACE = "biper"  # namespace of all our kernels
+FOUND = 9  # exit status of a tool that found an error
 _ON_BACKENDS = re.compile(r"def test_\w+\([^)]*\b(backend|device|run|cuda)\b")
 
 
 class Job(NamedTuple):
-    """A file of tests, the backend whose tests run, the tool that watches, and its command."""
+    """A file of tests, the backend whose tests run, the checking tool, and its command."""
 
     path: Path
     backend: str
@@ -47,14 +47,14 @@ class Job(NamedTuple):
 
 
 def run(job: Job, end: float) -> str:
-    """Run a job until a time of `monotonic`; return why it did not end well, if it did not."""
+    """Run a job until a time of `monotonic`; return the reason if it did not end well."""
     log = work_folder() / f"{job.backend}-{job.path.stem}-{job.under}.log"
     log.unlink(missing_ok=True)
     variables = {"BIPER_GPU_BACKEND": job.backend, "BIPER_GPU_UNDER": job.under}
     variables["OMP_NUM_THREADS"] = "2"
-    if job.under == "memcheck":  # each tensor an allocation of its own: what is past it is no one's
+    if job.under == "memcheck":  # each tensor is its own allocation, so that overruns are found
         variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    why = "not begun, since the time was over"
+    why = "not started, since the time was over"
     if monotonic() < end:
         command = python("pytest", "-p", "gpu.select_tests", *OPTIONS, str(job.path))
         process = start([*job.prefix, *command], log, variables)
@@ -73,7 +73,7 @@ def run(job: Job, end: float) -> str:
 
 
 def verdict(jobs: Sequence[Job]) -> str:
-    """Run jobs in the step's time, some at once, and return what came of them.
+    """Run jobs in the step's time, some in parallel, and return a summary.
 
     Raises:
         Wrong: a test failed, or a file did not end well.
@@ -98,7 +98,7 @@ def verdict(jobs: Sequence[Job]) -> str:
 def files(folder: Path) -> list[Path]:
     """Return the files with tests of every backend's operators or tests for a GPU, long ones first.
 
-    `select_tests` says which of their tests run.
+    `select_tests` decides which of their tests run.
     """
     found = []
     for path in sorted(folder.rglob("test_*.py")):
@@ -109,7 +109,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def only_ours(program: str) -> list[str]:
-    """Return options for a tool to leave kernels of others alone; none if its help has no such."""
+    """Return options of a tool that exclude other kernels than ours; none if it has no such."""
     for part in re.split(r"\n(?= {0,4}-)", output_of(program, "--help")):
         option = part.split()[0] if part.strip() else ""
         if option in FILTERS and "kernel_substring" in part:
@@ -121,13 +121,13 @@ def watched() -> list[Job]:
     """Return the tests of kernels under each tool.
 
     Raises:
-        Skipped: there is no compute-sanitizer.
+        Skipped: compute-sanitizer was not found.
     """
     program = find_tool("compute-sanitizer")
     if program is None:
-        raise Skipped("there is no compute-sanitizer")
+        raise Skipped("compute-sanitizer was not found")
     prefix = [program, f"--error-exitcode={FOUND}", "--print-limit=20", *only_ours(program)]
-    print(f"watched by: {' '.join(prefix)}")
+    print(f"checked by: {' '.join(prefix)}")
     pairs = [(ROOT / file, tool) for file in WATCHED for tool in TOOLS]
     return [Job(path, "cuda", tool, [*prefix, f"--tool={tool}"]) for path, tool in pairs]
 

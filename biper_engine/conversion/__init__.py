@@ -1,4 +1,4 @@
-"""Conversion: from a PyTorch BNN to an engine, and the proof that the two agree."""
+"""Conversion of a PyTorch BNN to an engine, and the proof that the two agree."""
 
 from biper_engine.conversion.convert import convert, convert_and_verify
 from biper_engine.conversion.verify import SegmentReport, VerifyReport, verify

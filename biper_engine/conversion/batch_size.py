@@ -1,7 +1,7 @@
-"""The batch size as a symbol, and what a model must not ask of it.
+"""The batch size as a symbol, and the questions that a model must not ask about it.
 
-A trace takes the symbol for 2 or more. So `if x.shape[0] > 1` has an answer there, without a guard,
-which is another one for a batch of 1.
+A trace assumes that the symbol is 2 or more. So it answers `if x.shape[0] > 1` without a guard,
+although the answer is different for a batch of 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ADVICE = (
     "and do not branch on the batch size."
 )
 _SYMBOLS = uninteresting_files()
-"""Files of PyTorch that only pass a question on."""
+"""Files of PyTorch that only forward a question."""
 
 _CONDITIONS = (torch.SymBool.__bool__.__code__, torch.SymBool.__int__.__code__)
 _FRAMES = 10
@@ -30,7 +30,7 @@ _FRAMES = 10
 
 
 class BatchSizes(ShapeEnv):
-    """Symbolic sizes that refuse a branch on the batch, whichever way a trace decides it."""
+    """Symbolic sizes that refuse a branch on the batch, however a trace decides it."""
 
     def __init__(self, log: TraceLog) -> None:
         super().__init__()
@@ -53,14 +53,14 @@ class BatchSizes(ShapeEnv):
         """Require that the trace is valid for more than one batch size.
 
         Raises:
-            ConversionError: it is not.
+            ConversionError: it is valid only for one.
         """
         if any(self.simplify(batch.node.expr).is_number for batch in batches):
             raise ConversionError(f"The model works for one batch size only; {_ADVICE}")
 
 
 def _differs(condition: Any, result: Any) -> bool:
-    """Whether a condition on one symbol has another answer where that is 1."""
+    """Whether a condition on one symbol has another answer if the symbol is 1."""
     symbols = condition.free_symbols
     if len(symbols) != 1:
         return False
@@ -69,7 +69,7 @@ def _differs(condition: Any, result: Any) -> bool:
 
 
 def _line_in_front() -> str:
-    """Return the line of the model that a new guard comes from, or nothing for PyTorch's own."""
+    """Return the line of the model that caused a new guard, or "" for PyTorch's own guards."""
     frame = sys._getframe(2)
     while frame is not None and _passes_on(frame.f_code.co_filename):
         frame = frame.f_back  # type: ignore[assignment]
@@ -82,7 +82,7 @@ def _passes_on(filename: str) -> bool:
 
 
 def _asking_line() -> str:
-    """Return the line of the model's code that asks now, or nothing where PyTorch itself does."""
+    """Return the line of the model's code that asks, or "" if PyTorch itself asks."""
     frame = sys._getframe(2)
     for _ in range(_FRAMES):
         if frame is None or frame.f_back is None:

@@ -1,12 +1,12 @@
 """Capture: any PyTorch model as one functional ATen graph with a dynamic batch.
 
-Two traces of `make_fx`, on tensors without data whose batch is a symbol. The first runs the model
-under modes (`tracing`) that execute for real, unrecorded, whatever depends on parameters alone:
-weight binarisation, scales, `.item()` of a statistic, a branch on a buffer. What is left depends on
-the input. The second makes mutations functional, by the mode that `torch.export` uses for it;
-export itself would trace three times more, at ten times the cost.
+`make_fx` traces twice, on tensors without data whose batch is a symbol. The first trace runs the
+model under modes (`tracing`) that execute, and do not record, whatever depends only on parameters:
+weight binarisation, scales, `.item()` of a statistic, a branch on a buffer. The rest depends on the
+input. The second trace makes mutations functional, with the mode that `torch.export` uses for it;
+export itself would trace three more times, at ten times the cost.
 
-The model is copied first, so buffer updates and `.data` assignments never reach the caller's.
+The model is copied first, so buffer updates and `.data` assignments never reach the caller's model.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Capture:
 
     Attributes:
         graph_module: functional ATen graph; flat tensors in, flat tuple out; batch dynamic. Nodes
-            that may be a layer carry their module's path in `meta["layer"]`.
-        examples: the flat example inputs it was traced with, batch 2 or more.
+            that may be a layer have their module's path in `meta["layer"]`.
+        examples: the flat example inputs of the trace, batch 2 or more.
         in_spec: pytree structure of `(args, kwargs)`; its leaves are tensors, constants are part
             of it.
         out_spec: pytree structure of the result, of the same kind.
@@ -80,8 +80,8 @@ def capture(
         example_kwargs: keyword arguments, of the same kind.
 
     Raises:
-        ConversionError: the model cannot be traced, or does what no graph can hold; the message
-            names the operator, the module and the line.
+        ConversionError: the model cannot be traced, or does something that a graph cannot express;
+            the message names the operator, the module and the line.
     """
     flat, in_spec = flatten_structure((example_inputs, example_kwargs or {}))
     with plain_modes():
@@ -123,7 +123,7 @@ def _examples(flat: list[Any]) -> tuple[Tensor, ...]:
                 "batch of at least 1 in dimension 0."
             )
     if not flat:
-        raise ConversionError("`example_inputs` holds no tensor; pass at least one.")
+        raise ConversionError("`example_inputs` contains no tensor; pass at least one.")
     if len({leaf.shape[0] for leaf in flat}) != 1:
         shapes = [tuple(leaf.shape) for leaf in flat]
         raise ConversionError(
@@ -141,8 +141,8 @@ def _at_least_two(leaf: Tensor) -> Tensor:
 def _output_leaf(leaf: Any) -> Tensor:
     if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise ConversionError(
-            "The model returns a number that follows the batch size; return tensors and constants "
-            "alone, and take `x.shape[0]` outside of the model."
+            "The model returns a number that depends on the batch size; return only tensors and "
+            "constants, and read `x.shape[0]` outside the model."
         )
     if not isinstance(leaf, Tensor):
         raise ConversionError(
@@ -167,7 +167,7 @@ def _trace(
             _quiet_logs(),
             dynamo_config.patch(
                 error_on_nested_fx_trace=False
-            ),  # compiled functions run as written
+            ),  # compiled functions run uncompiled
         ):
             warnings.simplefilter("ignore")
             with _module_paths(private, log):
@@ -188,7 +188,7 @@ def _trace(
 
 @contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """Keep PyTorch from logging the traceback of an error that is raised as well."""
+    """Keep PyTorch from logging the traceback of an error that it also raises."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -201,7 +201,7 @@ def _failure(cause: Exception) -> str:
     words = f"({type(cause).__name__}: {first_lines(cause)})"
     if isinstance(cause, AssertionError) and str(cause).startswith("Guard failed"):
         return (
-            "The model was exported for other shapes than it is called with; export it again with "
+            "The model was exported for shapes other than those of this call; export it again with "
             "`dynamic_shapes` that leave dimension 0 free, and pass an example of the same image "
             f"size. {words}"
         )
@@ -245,7 +245,7 @@ def _module_paths(private: nn.Module, log: TraceLog) -> Iterator[None]:
 def _flatten_calling_convention(graph_module: fx.GraphModule) -> None:
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.op == "call_module":  # the guards of torch.export; the engine has its own checks
+        if node.op == "call_module":  # guards of torch.export; the engine has its own checks
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
     graph_module.recompile()

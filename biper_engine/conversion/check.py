@@ -1,4 +1,4 @@
-"""The check that `verify` and `convert` share: the model itself, segment by segment, end to end."""
+"""The check of `verify` and `convert`: the model itself, segment by segment, end to end."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def check_against_model(
 ) -> VerifyReport:
     """Compare an engine with its model.
 
-    Where all batches have one size, the first image is compared alone as well, or a single image
-    three times. The model is called with the first batch again at the end.
+    If all batches have the same size, the first image is also compared alone, or a single image
+    three times. At the end, the model is called with the first batch again.
 
     Args:
         engine: the engine.
         model: the model itself; copies of it are called.
-        built: a conversion of it that is equal to the engine, operator by operator.
+        built: a conversion of the model that equals the engine, operator by operator.
         batches: flat inputs.
 
     Raises:
-        ConversionError: a call changes the model, equal inputs get different answers, or the model
+        ConversionError: a call changes the model, equal inputs give different outputs, or the model
             takes the sign of NaN.
     """
     check = _Check(engine, model, built)
@@ -69,13 +69,13 @@ class _Check:
         self._built = built
         self._observed = Observed(model, built.in_spec)
         self._segments: dict[str, SegmentReport] = {}
-        self._sizes: set[int] = set()  # of batches on which the simplified graph was compared
+        self._sizes: set[int] = set()  # batch sizes for which the simplified graph was compared
         self._agreed = 0
 
     def compare(self, batch: Batch, *, counted: bool = True) -> bool:
-        """Compare one batch; return whether the next is worth comparing.
+        """Compare one batch; return whether to compare the next one.
 
-        Of a batch that is not counted only rows with errors are kept.
+        If a batch is not counted, only its rows with errors are kept.
         """
         report, built = self.report, self._built
         segments: dict[str, SegmentReport] = self._segments if counted else {}
@@ -83,9 +83,9 @@ class _Check:
         truth = Truth(built, batch)
         truth.compare_with_model(observation, self._observed, report.model)
         if not report.model.captured:
-            self._observed.again()  # where earlier calls are the cause, that is said
+            self._observed.again()  # says so if earlier calls are the cause
         else:
-            # Its rewriting does not depend on the data, but it may on the batch size.
+            # The rewriting does not depend on the data, but it may depend on the batch size.
             is_new = len(self._sizes) < 2 and batch[0].shape[0] not in self._sizes
             self._sizes.add(batch[0].shape[0])
             truth.add_simplified(report.model if is_new else None)
@@ -108,7 +108,7 @@ class _Check:
         return True
 
     def finish(self) -> None:
-        """Call the model once more, and sum up."""
+        """Call the model once more and summarise."""
         again = self._observed.again()
         self.report.model.batches.append(int(again.inputs[0].shape[0]))
         self.report.segments = list(self._segments.values())
@@ -117,7 +117,7 @@ class _Check:
 
 
 def _compare_outputs(report: VerifyReport, wanted: tuple[Any, ...], got: list[Any]) -> int:
-    """Note errors of the outputs; return how many images have the same argmax."""
+    """Record errors of the outputs; return the number of images with the same argmax."""
     pairs = [
         (a, b)
         for a, b in zip(wanted, got, strict=True)

@@ -1,4 +1,4 @@
-"""`convert`: a PyTorch BNN in, an `Engine` out."""
+"""`convert`, from a PyTorch BNN to an `Engine`."""
 
 from __future__ import annotations
 
@@ -42,33 +42,33 @@ def convert(
 ) -> Engine:
     """Convert a binary neural network into an engine that runs on packed bits.
 
-    The model is evaluated as `model.eval()(*example_inputs)` on a copy; the model itself is not
+    A copy of the model is evaluated as `model.eval()(*example_inputs)`; the model itself is not
     changed. Layers are recognised by what they compute, not by class or name.
 
     Args:
-        model: any `nn.Module` with float32 parameters; also what `torch.compile`,
-            `nn.DataParallel` or `DistributedDataParallel` made of it, or an `ExportedProgram`.
+        model: any `nn.Module` with float32 parameters; also the result of `torch.compile`,
+            `nn.DataParallel` or `DistributedDataParallel`, or an `ExportedProgram`.
         example_inputs: a tensor [N, C, H, W], a tuple of positional arguments, or a dict of
             arguments by name, as in `model(**example_inputs)`. Each may be a pytree of tensors and
-            constants (None, bool, int, float, str), which are fixed: a call must pass the same.
-            Batch is free afterwards; every other size is fixed, one engine per image size. None
-            takes `model.input_shape`, which the networks of this package have.
+            constants (None, bool, int, float, str), which are fixed: a call must pass the same
+            ones. The engine takes any batch size; every other size is fixed, one engine per image
+            size. None takes `model.input_shape`, which the networks of this package have.
         keep_float: module paths to leave in floating point, as `fnmatch` patterns.
         unconverted: what to do when a layer with binary weights or inputs stays float: warn with
             its name and cost, raise, or ignore.
         compute_dtype: dtype of float maps between layers and of float layers. float32 is the exact
-            mode; float16 and bfloat16 are faster where hardware supports them, and approximate.
-        check: verify the result on the example and two seeded random inputs, or on the example's
-            rows alone where the model computes NaN from random numbers.
+            mode; float16 and bfloat16 are approximate, and faster if the hardware supports them.
+        check: verify the result on the example and two seeded random inputs, or only on the
+            example's rows if the model computes NaN from random numbers.
         metadata: preprocessing and class names; None takes `model.metadata` if it has one.
 
     Returns:
-        The engine; `engine.report` says what was packed and what not, and why.
+        The engine; `engine.report` says what was packed, what was not, and why.
 
     Raises:
         ConversionError: the model cannot be captured, has no layer with binary weights, or the
             check failed.
-        TypeError: `model` is no module, or `example_inputs` has another type.
+        TypeError: `model` is not a module, or `example_inputs` has another type.
         ValueError: an argument is out of range.
 
     Example:
@@ -98,7 +98,7 @@ def convert_and_verify(
     check: bool,
     metadata: Metadata | None = None,
 ) -> tuple[Engine, VerifyReport | None]:
-    """Return what `convert` returns, and the report of its check, or None without one."""
+    """Return the result of `convert`, and the report of its check, or None without a check."""
     _check_options(unconverted, compute_dtype)
     model = unwrapped(model)
     stage = _provenance(model).stage
@@ -181,7 +181,7 @@ def _example_inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict
 def _names(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
-    """Return the names of a model's parameters, and the constants of those that got no argument."""
+    """Return the names of a model's parameters, and the defaults of those without an argument."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except ValueError:  # a function without Python source
@@ -252,7 +252,7 @@ def _engine(
 
 
 def _bare(lowered: fx.GraphModule) -> fx.GraphModule:
-    """Copy a lowered graph without the notes of the passes; tensors are shared."""
+    """Copy a lowered graph without the passes' metadata; tensors are shared."""
     graph = copy.deepcopy(lowered.graph)
     for node in graph.nodes:
         node.meta.clear()
@@ -264,14 +264,14 @@ def _check(engine: Engine, model: nn.Module, built: Built) -> VerifyReport:
     own = built.examples[0].shape[0] if built.examples else 0
     small, large = [size for size in (1, 3, 2) if size != own][:2]
     generator = torch.Generator().manual_seed(0)
-    batches = [  # the first is also the last to be called
+    batches = [  # the first batch is also the last call
         _random_batch(built.examples, small, generator),
         built.examples,
         _random_batch(built.examples, large, generator),
     ]
     try:
         report = check_against_model(engine, model, built, batches)
-    except NanInputError:  # as from the logarithm of a random number
+    except NanInputError:  # for example from the logarithm of a random number
         batches = [_repeated(built.examples, size) for size in (small, own, large)]
         report = check_against_model(engine, model, built, batches)
     if report.ok:
@@ -279,7 +279,7 @@ def _check(engine: Engine, model: nn.Module, built: Built) -> VerifyReport:
     if not report.model.captured:
         sizes_called = ", ".join(str(size) for size in report.model.batches)
         raise ConversionError(
-            "The model does not compute what its trace says: with batches of "
+            "The model does not compute what its trace computes: with batches of "
             f"{sizes_called} images, outputs differ by {report.model.error:.1%}. It reads "
             "something that is not an argument, a parameter or a buffer, or takes another path for "
             "other inputs; make that an argument, and check with other batch sizes."
@@ -292,7 +292,7 @@ def _check(engine: Engine, model: nn.Module, built: Built) -> VerifyReport:
 
 
 def _random_batch(examples: Batch, size: int, generator: torch.Generator) -> Batch:
-    """Return normal numbers for float inputs; for others the example's rows, which are valid."""
+    """Return normal numbers for float inputs, else the example's rows, which are valid."""
     return tuple(
         torch.randn((size, *x.shape[1:]), generator=generator).to(x)
         if x.dtype.is_floating_point

@@ -1,4 +1,4 @@
-"""A private copy of a model, taken out of its wrappers, which a conversion may change."""
+"""A copy of a model without its wrappers, which a conversion may change."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _SHARED_TYPES: tuple[type, ...] = (
     torch.Generator,
     weakref.ReferenceType,
 )
-"""What cannot be copied, and holds nothing that a result is computed from but by drawing."""
+"""Types that cannot be copied, and whose contents affect results only by random draws."""
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """Return the module that a caller means, out of what wraps it.
+    """Return the module that a caller means, without its wrappers.
 
     Raises:
         ConversionError: it is a TorchScript module, or a program for one batch size.
-        TypeError: it is no module.
+        TypeError: it is not a module.
     """
     while (inner := _inner(model)) is not None:
         model = inner
@@ -67,14 +67,14 @@ def _require_shown(model: nn.Module) -> None:
 
 
 def _inner(model: Any) -> Any:
-    """Return what a wrapper holds, or None for anything else."""
+    """Return the contents of a wrapper, or None for anything else."""
     if isinstance(model, torch.export.ExportedProgram):
         _require_free_batch(model)
         return model.module()
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return model.module
     if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-        return model._modules.get("_orig_mod")  # what `torch.compile(model)` returns
+        return model._modules.get("_orig_mod")  # the result of `torch.compile(model)`
     return None
 
 
@@ -112,11 +112,11 @@ def _refuse_type(model: Any) -> NoReturn:
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """Deep-copy a model, its wrappers inside taken off, in eval mode and without gradients.
+    """Deep-copy a model without its inner wrappers, in eval mode and without gradients.
 
-    Also where `copy.deepcopy` fails: tensors with a history (a cached weight), parameters whose
-    class has a constructor of its own and tensors of inference mode are copied by value; locks,
-    files, loggers, modules and generators are shared.
+    This also copies what `copy.deepcopy` cannot: tensors with a history (a cached weight),
+    parameters whose class has its own constructor and tensors of inference mode are copied by
+    value; locks, files, loggers, modules and generators are shared.
 
     Raises:
         ConversionError: an attribute cannot be copied; it is named.
@@ -136,11 +136,11 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy, and again with a copy of its own for each object that refuses to be copied."""
+    """Copy; if an object cannot be copied, copy it separately and try again."""
     while True:
         try:
             return copy.deepcopy(model, dict(memo))
-        except Exception as cause:  # an object's own `__deepcopy__` or `__reduce__` may raise any
+        except Exception as cause:  # an object's `__deepcopy__` or `__reduce__` may raise any
             chain = _objects_at(cause)
             refusing = chain[-1] if chain else model
             if id(refusing) in memo or refusing is model:
@@ -154,7 +154,7 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _objects_at(cause: BaseException) -> list[Any]:
-    """Return what was being copied when an exception left `copy.deepcopy`, outermost first."""
+    """Return the objects being copied when `copy.deepcopy` raised, outermost first."""
     chain = []
     trace = cause.__traceback__
     while trace is not None:
@@ -179,13 +179,13 @@ def _refusal(model: nn.Module, chain: list[Any], cause: BaseException) -> str:
     kind = type(chain[-1]).__name__ if chain else type(model).__name__
     return (
         f"The model cannot be copied, because of {named} (a {kind}); delete it before the "
-        "conversion, or make it where it is used. "
+        "conversion, or create it where it is used. "
         f"({type(cause).__name__}: {cause})"
     )
 
 
 def _copied_tensor(tensor: Tensor) -> Tensor:
-    """Copy a tensor by value, its class and attributes with it, its history not."""
+    """Copy a tensor by value, with its class and attributes but without its history."""
     with torch.no_grad():
         value = tensor.detach().clone()
         if type(tensor) is not Tensor:
@@ -202,4 +202,4 @@ def _take_off_wrappers(private: nn.Module) -> None:
                 while inner is not None:
                     module._modules[name], inner = inner, _inner(inner)
         if getattr(module, "_compiled_call_impl", None) is not None:
-            module._compiled_call_impl = None  # of `module.compile()`
+            module._compiled_call_impl = None  # set by `module.compile()`

@@ -1,4 +1,4 @@
-"""Weights that no engine can be held to: NaN, and infinite factors of products."""
+"""Weights for which no engine can be compared with its model: NaN, and infinite factors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["require_finite"]
 def require_finite(graph_module: fx.GraphModule, model: nn.Module) -> None:
     """Check the constants of a graph.
 
-    NaN or an infinite weight times a padded zero is NaN or nothing, as PyTorch's kernel has it, so
-    that no other kernel can be held to the answer. Infinite constants that nothing is multiplied
-    by, such as the mask of attention, are numbers like others.
+    PyTorch's kernel decides whether NaN or an infinite weight times a padded zero is NaN or is
+    skipped, so the results of other kernels cannot be compared with it. Infinite constants that are
+    not a factor of a product, such as the mask of attention, are allowed.
 
     Args:
         graph_module: a simplified graph.
-        model: the model, of which the message names parameters and buffers.
+        model: the model, for the names of parameters and buffers in the message.
 
     Raises:
         ConversionError: a constant is NaN, or the weight of a product is infinite.
@@ -36,8 +36,8 @@ def require_finite(graph_module: fx.GraphModule, model: nn.Module) -> None:
                 where = f" of {node.meta.get('layer', node.name)}" if product else ""
                 raise ConversionError(
                     f"A weight{where} is NaN or infinite in {int(wrong.sum())} of "
-                    f"{tensor.numel()} values{_named(model)}, so the model has no answers that an "
-                    "engine could be held to. Load weights that are finite."
+                    f"{tensor.numel()} values{_named(model)}, so the model has no outputs that an "
+                    "engine could be compared with. Load weights that are finite."
                 )
 
 

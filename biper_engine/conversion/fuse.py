@@ -1,15 +1,15 @@
-"""Fuse: pull what follows a binary convolution into its epilogue, and BatchNorm into float layers.
+"""Fuse operators after a binary convolution into its epilogue, and BatchNorm into float layers.
 
-Parameters are folded in float64 here and rounded once, in `lower`. An operator is absorbed when the
+Parameters are folded in float64 here and rounded once, in `lower`. An operator is absorbed if the
 convolution's value has no other user and the epilogue's order (see `biper_engine.ops.epilogue`)
-allows it: scale and bias, then one residual, then one activation, then a shift. A max pool moves in
-front of all of it, onto the accumulators, because the epilogue is monotone in them: it takes the
-maximum where the multiplier is >= 0 and the minimum where it is negative. Where the residual is
-another binary convolution that nothing else reads, as for a weight of two terms, a scale of the sum
-scales both, and a second residual becomes that one's own.
+allows it: scale and bias, then one residual, then one activation, then a shift. A max pool moves
+before the whole epilogue, onto the accumulators, because the epilogue is monotone in them: it takes
+the maximum if the multiplier is >= 0 and the minimum if it is negative. If the residual is another
+binary convolution without other users, as for a weight of two terms, a scale of the sum scales
+both, and a second residual becomes the residual of that convolution.
 
-Among float layers, BatchNorm and scales are folded into the convolution or linear layer beside
-them, and a clamp moves behind a max pool, which leaves it a quarter of the values or less.
+In float layers, BatchNorm and scales are folded into the convolution or linear layer before or
+after them, and a clamp moves after a max pool, which leaves it at most a quarter of the values.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _collapse_reshapes(graph_module: fx.GraphModule) -> None:
 
 
 def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Absorb the only user of a binary convolution; return the new node, or None at the end."""
+    """Absorb the only user of a binary convolution; return the new node, or None if it has none."""
     user = only_user(node)
     flattened = user if user is not None and _flattens(user) else None
     if flattened is not None:
@@ -90,9 +90,9 @@ def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _partners(node: fx.Node) -> list[fx.Node] | None:
-    """Return the convolutions that are added to one and read by nothing else, the next one first.
+    """Return the convolutions that are added to one and have no other user, the next one first.
 
-    None where the last of them has a residual that is no such convolution.
+    Return None if the last of them has a residual that is not such a convolution.
     """
     partners = []
     while len(node.args) > 1:
@@ -110,7 +110,7 @@ def _takes_residual(node: fx.Node, user: fx.Node, other: fx.Node) -> bool:
     partners = _partners(node)
     if partners is None or other in partners:
         return False
-    for partner in reversed(partners):  # behind `other`, in front of each other
+    for partner in reversed(partners):  # after `other`, before each other
         user.prepend(partner)
     if partners:
         partners[-1].args = (partners[-1].args[0], other)
@@ -153,7 +153,7 @@ def _replace(
 def _per_channel(
     value: Any, graph_module: fx.GraphModule, like: fx.Node, channels: int
 ) -> Tensor | None:
-    """Return a float operand as float64 [channels], or None where it is none per channel."""
+    """Return a float operand as float64 [channels], or None if it is not constant per channel."""
     held = constant(graph_module, value)
     if held is not None and not held.is_floating_point():
         return None
@@ -163,7 +163,7 @@ def _per_channel(
 def _affine(
     graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, node: fx.Node
 ) -> BinaryConv | None:
-    """Absorb a scale and an offset per channel; partners of the convolution are scaled as well."""
+    """Absorb a scale and an offset per channel; partners of the convolution are also scaled."""
     conv: BinaryConv = node.meta["conv"]
     affine = _scale_and_offset(graph_module, user, value, conv.geometry.out_channels)
     if affine is None:
@@ -185,7 +185,7 @@ def _affine(
 def _scale_and_offset(
     graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, channels: int
 ) -> tuple[Tensor | None, Tensor] | None:
-    """Return what `user` multiplies and adds to `value`, a scale of None for 1, else None."""
+    """Return scale and offset that `user` applies to `value` (scale None for 1), or None."""
     nothing = ir.float64(0.0, channels)
     if is_call(user, aten.batch_norm.default):
         return batch_norm_affine(graph_module, user) if user.args[0] is value else None
@@ -215,7 +215,7 @@ def _add(conv: BinaryConv, term: Tensor) -> BinaryConv:
 
 
 def batch_norm_affine(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
-    """Return scale and offset, float64 [C], of an evaluated batch norm."""
+    """Return scale and offset, float64 [C], of a batch norm in eval mode."""
     named = arguments(node)
     tensors = {
         name: constant(graph_module, named[name])
@@ -260,7 +260,7 @@ def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
 def _residual(
     graph_module: fx.GraphModule, user: fx.Node, node: fx.Node, conv: BinaryConv
 ) -> fx.Node | None:
-    """Return the other operand of an add, where it is a float map of the same shape."""
+    """Return the other operand of an add if it is a float map of the same shape."""
     if not is_call(user, aten.add.Tensor) or conv.activated or arguments(user)["alpha"] != 1:
         return None
     other = user.args[1] if user.args[0] is node else user.args[0]
@@ -273,7 +273,7 @@ def _residual(
 
 
 def _fold_scales(graph_module: fx.GraphModule) -> None:
-    """Fold a product with one constant per channel, such as alpha, into the layer in front."""
+    """Fold a product with one constant per channel, such as alpha, into the layer before it."""
     for node in list(graph_module.graph.nodes):
         if not is_call(node, aten.mul.Tensor):
             continue
@@ -316,7 +316,7 @@ def _pool_before_clamps(graph_module: fx.GraphModule) -> None:
 
 
 def _folds_behind(layer: fx.Node) -> bool:
-    """Whether what is done to channels of the layer's result can be done to its weight."""
+    """Whether an operation on channels of the layer's result can be applied to its weight."""
     linear = is_call(layer, aten.linear.default) and len(shape(layer)) == 2
     return len(layer.users) == 1 and (linear or is_call(layer, aten.conv2d.default))
 
@@ -326,7 +326,7 @@ def _layer_constants(graph_module: fx.GraphModule, layer: fx.Node) -> tuple[Tens
     weight, bias = constant(graph_module, named["weight"]), constant(graph_module, named["bias"])
     if weight is None or (named["bias"] is not None and bias is None):
         return None
-    if weight.dtype != torch.float32:  # under an autocast of the model's own: rounds in between
+    if weight.dtype != torch.float32:  # under the model's own autocast, which rounds in between
         return None
     zeros = torch.zeros(weight.shape[0], dtype=torch.float64)
     return weight.double(), zeros if bias is None else bias.double()

@@ -1,7 +1,7 @@
 """Gathers: a new tensor that is written slice by slice with parts of one map becomes an index.
 
-Circular padding is captured that way. What is written where is found by running the same operators
-on the positions of the map's values, so that any order of such writes is understood, or left alone.
+Circular padding is captured like this. Running the same operators on the positions of the map's
+values shows which value goes where. Any order of such writes is either understood or left alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def index_written_maps(graph_module: fx.GraphModule) -> None:
 
 
 def _chain(last: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
-    """Return the reads and writes behind a value, in order, and the one map that they read."""
+    """Return the reads and writes that make a value, in order, and the one map that they read."""
     members: set[fx.Node] = set()
     sources: set[fx.Node] = set()
     left = [last]
@@ -58,7 +58,7 @@ def _chain(last: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
             left += node.all_input_nodes
         else:
             sources.add(node)
-    # A read of the map before any write is a part of it all the same.
+    # A read of the map before any write also belongs to them.
     chain = [node for node in last.graph.nodes if node in members]
     return chain, sources.pop() if len(sources) == 1 else None
 
@@ -69,7 +69,7 @@ def _one(size: Any) -> Any:
 
 
 def _indices(chain: list[fx.Node], source: fx.Node, last: fx.Node) -> list[Tensor] | None:
-    """Return, for each dimension behind the batch, the index into the source; None for no such."""
+    """Return the index into the source for each dimension after the batch, or None."""
     sizes = [_one(size) for size in shape(source)]
     if sizes[0] != 1 or not all(isinstance(size, int) for size in shape(source)[1:]):
         return None
@@ -88,7 +88,7 @@ def _indices(chain: list[fx.Node], source: fx.Node, last: fx.Node) -> list[Tenso
 
 
 def _by_dimension(positions: Tensor, sizes: list[int]) -> list[Tensor] | None:
-    """Split positions into one index per dimension, if each depends on its own dimension alone."""
+    """Split positions into one index per dimension, if each depends only on its own dimension."""
     if positions.shape[0] != 1 or not positions.numel() or bool((positions == _NOWHERE).any()):
         return None
     found = []
@@ -105,7 +105,7 @@ def _by_dimension(positions: Tensor, sizes: list[int]) -> list[Tensor] | None:
 def _index(
     graph_module: fx.GraphModule, node: fx.Node, source: fx.Node, indices: list[Tensor]
 ) -> None:
-    """Put one `index_select` for each dimension that is not as before in the place of a value."""
+    """Replace a value by one `index_select` for each dimension that changes."""
     value = source
     for dim, index in enumerate(indices, start=1):
         if torch.equal(index, torch.arange(int(shape(source)[dim]))):

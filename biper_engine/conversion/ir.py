@@ -1,9 +1,9 @@
-"""What the passes between capture and lowering write into the graph.
+"""The markers that passes between capture and lowering write into the graph.
 
-Four marker functions stand for binary work; nothing ever calls them, `lower` replaces them by
-`torch.ops.biper`. Their parameters are in `meta`: a `StepRule` in `meta["rule"]`, a `BinaryConv` in
-`meta["conv"]`. Every node keeps in `meta["source"]` the name of the node of the simplified float
-graph whose value it reproduces, which is how `verify` compares segment by segment.
+Four marker functions represent binary operators; they are never called, and `lower` replaces them
+by `torch.ops.biper`. Their parameters are in `meta`: a `StepRule` in `meta["rule"]`, a `BinaryConv`
+in `meta["conv"]`. `meta["source"]` of every node is the name of the node of the simplified float
+graph whose value it reproduces; `verify` uses it to compare segment by segment.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ __all__ = ["BinaryConv", "StepRule", "binarize", "binary_conv", "binary_max_pool
 
 
 def binarize(x: Tensor) -> Tensor:
-    """Stand for the bits of a float map; the rule is in `meta["rule"]`."""
+    """Represent the bits of a float map; the rule is in `meta["rule"]`."""
     raise NotImplementedError
 
 
 def unbinarize(bits: Tensor) -> Tensor:
-    """Stand for the map of +-1 that bits are, with `meta["channels"]` channels."""
+    """Represent bits as a map of +-1, with `meta["channels"]` channels."""
     raise NotImplementedError
 
 
 def binary_max_pool(bits: Tensor) -> Tensor:
-    """Stand for a max pool of bits; the pool is in `meta["pool"]`."""
+    """Represent a max pool of bits; the pool is in `meta["pool"]`."""
     raise NotImplementedError
 
 
 def binary_conv(bits: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Stand for a binary convolution with its epilogue, in `meta["conv"]`."""
+    """Represent a binary convolution with its epilogue, in `meta["conv"]`."""
     raise NotImplementedError
 
 
@@ -43,12 +43,12 @@ class StepRule:
     """A value with two levels and one step, as a function of a float source.
 
     Attributes:
-        threshold: float32 [C]; the bit is `v >= threshold`, or `v <= threshold` where `sense`.
+        threshold: float32 [C]; the bit is `v >= threshold`, or `v <= threshold` if `sense`.
         sense: bool [C].
-        low: value where the bit is 0.
-        high: value where the bit is 1; always above `low`.
-        tie: whether the function has a third value exactly at the step, as `sign` has at 0, or
-            tells -0.0 from 0.0. The contract has `high` there; verification reports how often.
+        low: value if the bit is 0.
+        high: value if the bit is 1; always above `low`.
+        tie: whether the function has a third value exactly at the step, like `sign` at 0, or
+            distinguishes -0.0 from 0.0. The engine gives `high` there; verification counts it.
     """
 
     threshold: Tensor
@@ -64,20 +64,20 @@ class StepRule:
         return bool(same)
 
     def resized(self, channels: int) -> StepRule:
-        """Return a uniform rule for another number of channels."""
+        """Return a uniform rule for a different number of channels."""
         threshold, sense = self.threshold[:1].repeat(channels), self.sense[:1].repeat(channels)
         return StepRule(threshold, sense, self.low, self.high, self.tie)
 
 
 @dataclass
 class BinaryConv:
-    """A binary convolution and what is fused into its epilogue so far, in float64.
+    """A binary convolution and the epilogue that is fused so far, in float64.
 
     Attributes:
         layer: module path, for the report.
-        value: the binary value that it convolves, before zero padding.
-        source: the float map that `value` is a step of, element by element, or None.
-        float_conv: the convolution or linear layer of the float graph that it stands for.
+        value: the binary value that is convolved, before zero padding.
+        source: the float map of which `value` is an elementwise step, or None.
+        float_conv: the convolution or linear layer of the float graph that it replaces.
         rule: the step of `value`.
         geometry: the convolution on bits.
         positive: weight bits, bool [O, C / groups, KH, KW].
@@ -107,16 +107,16 @@ class BinaryConv:
 
     @property
     def activated(self) -> bool:
-        """Whether an activation is fused, after which no scale or residual can be."""
+        """Whether an activation is fused; no scale or residual can be fused after it."""
         return self.clamp is not None or self.slope is not None or self.shift is not None
 
     @property
     def monotone(self) -> bool:
-        """Whether the value is monotone in the accumulator, per channel, if nothing is added."""
+        """Whether the value is monotone in the accumulator, per channel, with nothing added."""
         return self.slope is None or bool((self.slope >= 0).all())
 
 
 def float64(values: Tensor | float, channels: int) -> Tensor:
-    """Return a per-channel float64 vector of a scalar or of a tensor with `channels` values."""
+    """Return a scalar or a tensor with `channels` values as a float64 vector per channel."""
     tensor = torch.as_tensor(values, dtype=torch.float64).reshape(-1)
     return tensor.expand(channels).clone() if tensor.numel() == 1 else tensor.clone()

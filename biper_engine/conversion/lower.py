@@ -1,7 +1,7 @@
-"""Lower: write the fused graph in `torch.ops.biper` and float operators, with its tensors named.
+"""Lower: write the fused graph in `torch.ops.biper` and float operators, with named tensors.
 
-Here float64 parameters are rounded to float32, once; here it is decided for each convolution
-whether floats, bits or both leave it, by looking at who uses them.
+This pass rounds float64 parameters to float32, once. It also decides whether each convolution
+returns floats, bits or both, depending on its users.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ biper = torch.ops.biper
 
 
 def lower(graph_module: fx.GraphModule, compute_dtype: torch.dtype) -> fx.GraphModule:
-    """Return a new graph module of operators alone; `meta` of its nodes is what `verify` reads."""
+    """Return a new graph module with only operators; `verify` reads `meta` of its nodes."""
     return _Lowering(graph_module, compute_dtype).run()
 
 
@@ -97,13 +97,13 @@ class _Lowering:
                 )
             if isinstance(value, (list, tuple)):
                 return [convert(item, f"{name}{index}") for index, item in enumerate(value)]
-            exact = node.meta.get("exact", False)  # integers, which a half may not hold
+            exact = node.meta.get("exact", False)  # integers, which half precision may not hold
             return self._dtype if value is torch.float32 and not exact else value
 
         args = tuple(convert(value, name) for value, name in zip(node.args, names, strict=False))
         kwargs = {name: convert(value, name) for name, value in node.kwargs.items()}
         if "dtype" not in kwargs and _creates_float32(node):
-            kwargs["dtype"] = self._dtype  # left out, it is PyTorch's default
+            kwargs["dtype"] = self._dtype  # if missing, it is PyTorch's default
         new = self._named(str(layer) if layer else node.name, node.target, args, kwargs)
         return self._keep(new, node)
 
@@ -126,7 +126,7 @@ class _Lowering:
         return str(node.name)
 
     def _step(self, rule: StepRule, owner: str) -> tuple[fx.Node | None, fx.Node | None]:
-        """Return the nodes of a rule's tensors; None where the default says the same."""
+        """Return the nodes of a rule's tensors; None for those equal to the default."""
         sense = self._hold(f"{owner}.sense", rule.sense) if bool(rule.sense.any()) else None
         plain = sense is None and bool((rule.threshold == 0).all())
         return None if plain else self._hold(f"{owner}.threshold", rule.threshold), sense
@@ -146,7 +146,7 @@ class _Lowering:
         conv: BinaryConv = node.meta["conv"]
         layer = str(node.meta["layer"])
         steps = [user for user in node.users if is_call(user, ir.binarize)]
-        # Bits of one rule leave the convolution; a second rule reads the floats.
+        # The convolution returns the bits of one rule; a second rule reads the floats.
         floats_leave = len(node.users) > len(steps[:1])
         epilogue = self._epilogue(conv, steps[0].meta["rule"] if steps else None)
         held = {
@@ -166,7 +166,7 @@ class _Lowering:
             options["residual"] = self._operand(node.args[1], f"{layer}.residual")
         if (
             floats_leave
-        ):  # a part of a sum, which is no value of the model, is not rounded to halves
+        ):  # a part of a sum, which is no value of the model, is not rounded to half precision
             options["dtype"] = self._dtype if "source" in node.meta else torch.float32
         options = {name: value for name, value in options.items() if value is not None}
         target = _TARGETS[floats_leave, bool(steps)]
@@ -175,7 +175,7 @@ class _Lowering:
         self._bind(node, new, steps, floats_leave)
 
     def _bind(self, node: fx.Node, new: fx.Node, steps: list[fx.Node], floats_leave: bool) -> None:
-        """Map a convolution and its binarize users to what leaves the new node."""
+        """Map a convolution and its binarize users to the results of the new node."""
         floats, bits = new, new
         if floats_leave and steps:
             floats = self._graph.call_function(operator.getitem, (new, 0))
@@ -224,7 +224,7 @@ class _Lowering:
         return self._hold(name, tensor)
 
     def _hold(self, path: str, tensor: Tensor) -> fx.Node:
-        """Register a tensor as a buffer under a dotted path, made unique; return its get_attr."""
+        """Register a tensor as a buffer under a unique dotted path; return its get_attr."""
         *parents, leaf = path.replace("#", "_").strip(".").split(".")
         owner = self._root
         for index, part in enumerate(parents):
@@ -242,7 +242,7 @@ class _Lowering:
 
 
 def _creates_float32(node: fx.Node) -> bool:
-    """Whether a call makes a float32 tensor from numbers alone, such as `zeros`."""
+    """Whether a call makes a float32 tensor only from numbers, such as `zeros`."""
     if not isinstance(node.target, OpOverload) or "dtype" not in _argument_names(node):
         return False
     value = node.meta.get("val")
@@ -251,10 +251,10 @@ def _creates_float32(node: fx.Node) -> bool:
 
 
 def _argument_names(node: fx.Node) -> list[str]:
-    """Return the schema's argument names; numbers for functions of Python's `operator`."""
+    """Return the schema's argument names, or numbers for functions of Python's `operator`."""
     if isinstance(node.target, OpOverload):
         names = [argument.name for argument in node.target._schema.arguments]
-        return ["input" if name == "self" else name for name in names]  # no name of a tensor
+        return ["input" if name == "self" else name for name in names]  # not a name of a tensor
     return [f"arg{index}" for index in range(len(node.args))]
 
 

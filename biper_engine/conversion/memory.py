@@ -1,7 +1,7 @@
 """Operators that read the memory of a tensor, not only its values.
 
-Where such an operator reads a map, the map must lie in memory as the model's own does, whatever
-layout the engine prefers around it. A clone with that layout goes before it, and stays there.
+If such an operator reads a map, the map must have the memory layout that it has in the model, even
+if the engine prefers another layout. So a clone with that layout is inserted before the operator.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _EMPTY = {
     aten.new_empty_strided.default: aten.new_zeros.default,
     aten.empty_like.default: aten.zeros_like.default,
 }
-"""Operators whose values are anything, and what makes values of the same form; the sizes come
-first in each."""
+"""Operators with undefined values, and operators that make values of the same form; the sizes are
+the first argument of each."""
 
 
 def fix_layouts(graph_module: fx.GraphModule) -> None:
-    """Give each operator that reads memory a clone of what it reads, in the layout of the trace.
+    """Give each operator that reads memory a clone of its input, in the layout of the trace.
 
     Raises:
-        ConversionError: `as_strided` reads a view, whose memory has more than its own values.
+        ConversionError: `as_strided` reads a view, whose memory also has other values.
     """
     for node in list(graph_module.graph.nodes):
         if not _reads_memory(node):
@@ -77,7 +77,7 @@ def fix_layouts(graph_module: fx.GraphModule) -> None:
 
 
 def _stays(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a contiguous constant; only those that may be maps get another layout."""
+    """Whether a node is a contiguous constant; only possible maps get another layout."""
     held = constant(graph_module, node)
     return held is not None and held.dim() < 4 and held.is_contiguous()
 
@@ -96,7 +96,7 @@ def _reads_memory(node: fx.Node) -> bool:
 
 
 def _layout(node: fx.Node, value: Tensor) -> torch.memory_format | None:
-    """Return the layout that the operator needs; None where the value's own has no name."""
+    """Return the layout that the operator needs; None if the value's layout has no name."""
     if is_call(node, *_STRIDED, *_CONTIGUOUS, *_RECURRENT) or value.is_contiguous():
         return torch.contiguous_format
     if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
@@ -105,7 +105,7 @@ def _layout(node: fx.Node, value: Tensor) -> torch.memory_format | None:
 
 
 def _in_order(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> fx.Node:
-    """Return the tensor that `as_strided` reads, its dimensions in the order of its memory."""
+    """Return the tensor that `as_strided` reads, with dimensions in the order of its memory."""
     value: Tensor = source.meta["val"]
     strides = [_number(stride) for stride in value.stride()]
     order = sorted(range(value.dim()), key=lambda axis: -strides[axis])
@@ -124,7 +124,7 @@ def _in_order(graph_module: fx.GraphModule, node: fx.Node, source: fx.Node) -> f
 
 
 def _reach(node: fx.Node) -> int:
-    """Return how many values from the start of a tensor `as_strided` may read."""
+    """Return the number of values, from the start of a tensor, that `as_strided` may read."""
     named = arguments(node)
     steps = zip(map(_number, named["size"]), map(_number, named["stride"]), strict=True)
     return (
@@ -147,7 +147,7 @@ def _number(size: Any) -> int:
 
 
 def fill_empty_memory(graph_module: fx.GraphModule) -> None:
-    """Let memory that a model allocates be zeros: what it does not write is then one value, too."""
+    """Fill memory that a model allocates with zeros, so that unwritten values are defined."""
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target in _EMPTY:
             kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
@@ -156,6 +156,6 @@ def fill_empty_memory(graph_module: fx.GraphModule) -> None:
             if is_call(node, aten.new_empty.default, aten.new_empty_strided.default):
                 new.args = node.args[:2]
             new.meta = dict(node.meta)
-            new.meta.pop("source", None)  # the captured graph's value is anything
+            new.meta.pop("source", None)  # the captured graph's value is undefined
             node.replace_all_uses_with(new)
             graph_module.graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""Modes and defaults of PyTorch that a caller may have set, and a conversion must not depend on."""
+"""Modes and defaults of PyTorch that a caller may set, but a conversion must not depend on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CALLERS: ContextVar[tuple[torch.dtype, torch.device] | None] = ContextVar("_CAL
 
 @contextmanager
 def plain_modes() -> Iterator[None]:
-    """Leave inference mode, gradients and autocast; let new tensors be float32 and on the CPU.
+    """Disable inference mode, gradients and autocast; make new tensors float32 and on the CPU.
 
     Tensors made in inference mode cannot be saved or changed later, autocast would cast the
-    operators of the passes, and thresholds found in another dtype would be others.
+    operators of the passes, and thresholds found in another dtype would differ.
     """
     enabled = [name for name in _AUTOCAST_DEVICES if torch.is_autocast_enabled(name)]
     defaults = torch.get_default_dtype(), torch.get_default_device()
@@ -38,7 +38,7 @@ def plain_modes() -> Iterator[None]:
 
 @contextmanager
 def callers_defaults() -> Iterator[None]:
-    """Within `plain_modes`, let new tensors be as the caller's defaults say, as a model has it."""
+    """Within `plain_modes`, use the caller's defaults for new tensors, as a model does."""
     defaults = _CALLERS.get()
     if defaults is None:
         yield

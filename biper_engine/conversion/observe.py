@@ -1,9 +1,9 @@
-"""Observe: what the model itself answers, and whether a call leaves it as it was.
+"""Observe the outputs of the model itself, and whether a call changes it.
 
-A capture can hold what a model computes from its arguments, and nothing else. So a copy of the
-model is called for real, more than once and on different data, and everything that a call could
-leave behind is compared with what was there before it: parameters, buffers, attributes of its
-modules and of their classes, variables of the functions that they run.
+A capture only contains what a model computes from its arguments. So a copy of the model is called
+more than once, on different data, and everything that a call could change is compared with its
+state before the call: parameters, buffers, attributes of its modules and of their classes,
+variables of the functions that they run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Observation", "Observed", "first_difference"]
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _MAX_DEPTH = 6
 _OF_MODULES = frozenset(nn.Module().__dict__)
-"""Attributes that every module has: parameters, buffers, hooks. Their contents come by name."""
+"""Attributes that every module has: parameters, buffers, hooks. Contents are compared by name."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Observation:
 
     Attributes:
         inputs: the flat inputs.
-        outputs: the tensors that it returned.
-        out_spec: the structure that they were in, constants included.
+        outputs: the returned tensors.
+        out_spec: the structure of the result, with constants.
     """
 
     inputs: tuple[Tensor, ...]
@@ -50,11 +50,11 @@ class Observation:
 
 
 class Observed:
-    """A model's own answers, from a copy of it in eval mode that is called again and again.
+    """A model's own outputs, from a copy in eval mode that is called repeatedly.
 
-    Every call is followed by a comparison of all that it could have left behind. What the first
-    call sets to what any inputs would set it to, and no later call changes, is no state: a table
-    that is computed once and kept, or weights that are binarized in place.
+    After every call, everything that it could have changed is compared. A value that the first call
+    sets independently of its inputs, and that no later call changes, is not state: for example a
+    table that is computed once and kept, or weights that are binarized in place.
 
     Args:
         model: any module; it is not changed.
@@ -67,7 +67,7 @@ class Observed:
         self._copy = private_copy(self._model)
         self._state = _state(self._copy)
         self._calls = 0
-        self._is_set_up = False  # by the first call, perhaps from its inputs
+        self._is_set_up = False  # by the first call, possibly from its inputs
         self._first: Observation | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> Observation:
@@ -96,19 +96,19 @@ class Observed:
         """Repeat the first call, after others.
 
         Raises:
-            ConversionError: the answer is another now.
+            ConversionError: the outputs differ from those of the first call.
         """
-        assert self._first is not None, "there was no call"
+        assert self._first is not None, "there was no first call"
         observation = self(self._first.inputs)
         difference = first_difference(self._first.outputs, observation.outputs)
         if self._first.out_spec != observation.out_spec:
             difference = "other constants or another structure"
         if difference:
             raise ConversionError(
-                "The model answers the same input differently when it is called again "
-                f"({difference}), so it remembers earlier calls or draws random numbers, which a "
-                "converted network cannot. Make what it remembers an input and an output, and "
-                "switch off what is random in eval mode."
+                "The model gives different outputs for the same input when it is called again "
+                f"({difference}), so it keeps state between calls or draws random numbers, which a "
+                "converted network cannot. Make the state an input and an output, and switch off "
+                "randomness in eval mode."
             )
         return observation
 
@@ -120,13 +120,13 @@ class Observed:
         return recording.results
 
     def _answer(self, model: nn.Module, inputs: Sequence[Tensor]) -> Observation:
-        """Call a model on copies of inputs, since it may write to them."""
+        """Call a model on copies of the inputs, since it may write to them."""
         with plain_modes(), _other_seeds(self._calls):
             args, kwargs = pytree.tree_unflatten([_copied(x) for x in inputs], self._in_spec)
             with callers_defaults():
                 result = _called(model, args, kwargs)
             leaves, out_spec = flatten_structure(result)
-            # An output may show memory that a later call writes to.
+            # An output may share memory that a later call writes to.
             return Observation(tuple(inputs), tuple(map(_copied, leaves)), out_spec)
 
 
@@ -137,14 +137,14 @@ def _called(model: nn.Module, args: Any, kwargs: Any) -> Any:
         sizes = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         raise ConversionError(
             f"The model itself fails when it is called with a batch of {max(sizes, default=0)}; "
-            "it must run for every batch size. Where it takes only some values, such as positions "
-            "in a table, let that input be integers, of which the example's own are used. "
+            "it must run for every batch size. If an input must have certain values, such as "
+            "positions in a table, make it an integer tensor; the example's own values are used. "
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:300]})"
         ) from cause
 
 
 class _Recording(TorchDispatchMode):
-    """Keeps every float result of what runs under it, by dtype and shape."""
+    """Keeps every float result of the operators that run under it, by dtype and shape."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -159,7 +159,7 @@ class _Recording(TorchDispatchMode):
 
 
 def first_difference(wanted: Sequence[Any], got: Sequence[Any]) -> str:
-    """Return how two lists of output leaves differ, an empty string where they are equal."""
+    """Return how two lists of output leaves differ, or an empty string if they are equal."""
     if len(wanted) != len(got):
         return f"{len(wanted)} outputs, then {len(got)}"
     for position, (a, b) in enumerate(zip(wanted, got, strict=True)):
@@ -174,7 +174,7 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _other_seeds(seed: int) -> Iterator[None]:
-    """Seed the global random generators, so that no two calls draw the same, and restore them."""
+    """Seed the global random generators, so that each call draws other numbers; restore them."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -191,7 +191,7 @@ def _other_seeds(seed: int) -> Iterator[None]:
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """Return a copy of everything that a call could leave behind, by name."""
+    """Return a copy of everything that a call could change, by name."""
     found: dict[str, Any] = {}
     seen: dict[int, str] = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -207,7 +207,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 def _outside(kind: type) -> Iterator[tuple[str, str, Any]]:
-    """Yield what a module's code can write to outside of its instance: class, globals, closures."""
+    """Yield what a module's code can write to outside its instance: class, globals, closures."""
     for owner in kind.__mro__:
         if owner.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
@@ -237,7 +237,7 @@ def _content(cell: Any) -> Any:
 def _collect(
     name: str, value: Any, found: dict[str, Any], seen: dict[int, str], depth: int
 ) -> None:
-    """Add a copy of a value, or of what it holds, under its name; opaque objects are left out."""
+    """Add a copy of a value, or of its contents, under its name; opaque objects are left out."""
     if isinstance(value, _NUMBERS):
         found[name] = value
     elif isinstance(value, Tensor):
@@ -295,10 +295,10 @@ def _refusal(model: nn.Module, changed: Mapping[str, Any]) -> str:
     owner = name.removeprefix("len(").removesuffix(")")
     others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
     advice = {
-        "parameter": "compute the changed weights in a local variable, or put the old ones back "
+        "parameter": "compute the changed weights in a local variable, or restore the old ones "
         "before `forward` returns",
         "buffer": "switch off what updates it in eval mode, or make it an input and an output",
-        "attribute": "make it a local variable, or, where later calls read it, an input and an "
+        "attribute": "make it a local variable, or, if later calls read it, an input and an "
         "output of the model",
     }[kind]
     return (

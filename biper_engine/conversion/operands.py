@@ -1,9 +1,9 @@
-"""Operands: find what is binary among the inputs of layers, and make its bits.
+"""Operands: find the binary inputs of layers, and make their bits.
 
-A value is binary when it is a step of a float map (`values`), reached through operators that only
-move values: zero padding becomes the convolution's own, max pooling is done on bits; reshape,
-permute, flip, cat and the like are done on the float map instead. Failing that, it is binary when
-the numbers that it can hold are two (`ranges`); its bits are then made of the value itself.
+A value is binary if it is a step of a float map (`values`), possibly followed by operators that
+only move values: zero padding becomes the convolution's own, max pooling is done on bits; reshape,
+permute, flip, cat and similar operators are applied to the float map instead. Otherwise, it is
+binary if it can hold only two numbers (`ranges`); its bits are then made from the value itself.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = ["Operand", "binary_value", "peel_padding"]
 aten = torch.ops.aten
 
 _LEAST_GAP = 2.0**-6
-"""Of two numbers over the larger, so that bfloat16 still tells them apart."""
+"""Smallest difference of two numbers over the larger, so that bfloat16 distinguishes them."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A recognised activation: how to get its bits, and what of the float graph it stands for."""
+    """A recognised activation: how to get its bits, and what it replaces in the float graph."""
 
     value: fx.Node
     rule: StepRule
-    build: Callable[[fx.Node], fx.Node]  # inserts what makes the bits before a node
-    source: str | None = None  # the float map, where nothing moves values in between
+    build: Callable[[fx.Node], fx.Node]  # inserts the calls that make the bits before a node
+    source: str | None = None  # the float map, if nothing moves values in between
 
 
 def binary_value(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | str:
@@ -46,7 +46,7 @@ def binary_value(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand
 
     Args:
         graph_module: the graph, simplified.
-        x: the value that a layer takes, before zero padding.
+        x: the layer's input, before zero padding.
         axis: its channel dimension.
     """
     moved = _moved(graph_module, x, axis)
@@ -63,7 +63,7 @@ def binary_value(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand
 
 
 def peel_padding(x: fx.Node) -> tuple[tuple[int, int, int, int], fx.Node]:
-    """Return (top, bottom, left, right) of the zero pads before a layer, and what they pad."""
+    """Return (top, bottom, left, right) of the zero pads before a layer, and the padded value."""
     total = (0, 0, 0, 0)
     while (pad := zero_pad(x)) is not None and not any(pad[4:]):
         left, right, top, bottom = ([*pad, 0, 0, 0, 0])[:4]
@@ -73,7 +73,7 @@ def peel_padding(x: fx.Node) -> tuple[tuple[int, int, int, int], fx.Node]:
 
 
 def _two_values(graph_module: fx.GraphModule, x: fx.Node, axis: int, reason: str) -> Operand | str:
-    """Recognise a value that can hold two numbers; its bits are made of the value itself."""
+    """Recognise a value that can hold only two numbers; its bits are made from the value itself."""
     ties = []
 
     def steps(value: fx.Node) -> frozenset[float] | None:
@@ -101,7 +101,7 @@ def _two_values(graph_module: fx.GraphModule, x: fx.Node, axis: int, reason: str
 
 
 def _step_by_any_axis(graph_module: fx.GraphModule, x: fx.Node) -> Step | None:
-    """Return the step of a value whose channel dimension is not known: the second or the last."""
+    """Return the step of a value whose channel dimension is unknown: the second or the last."""
     last = len(shape(x)) - 1
     for axis in dict.fromkeys((min(1, last), last)):
         step = find_step(graph_module, x, axis) if last >= 0 else ""
@@ -129,9 +129,9 @@ def _as_map(graph_module: fx.GraphModule, before: fx.Node, x: fx.Node, axis: int
 
 
 def _as_float(graph_module: fx.GraphModule, x: fx.Node) -> fx.Node:
-    """Return what is no float map as float32, which tells apart the values that it has.
+    """Return a value that is not a float map as float32, which distinguishes its values.
 
-    Of integers and bools `find_step` has made sure of that; float64 comes with two values only.
+    `find_step` has checked this for integers and bools; float64 values are only two.
     """
     if is_float(x) and x.meta["val"].dtype != torch.float64:
         return x
@@ -162,7 +162,7 @@ def _same_rule(a: StepRule, b: StepRule) -> bool:
 
 
 def _moved(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | None:
-    """Recognise a binary value behind an operator that moves values, or return None."""
+    """Recognise a binary value before an operator that moves values, or return None."""
     if is_call(x, aten.max_pool2d.default) and axis == 1:
         return _pooled(graph_module, x)
     if is_move(x):
@@ -191,7 +191,7 @@ def _pooled(graph_module: fx.GraphModule, x: fx.Node) -> Operand | None:
 
 
 def _rearranged(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | None:
-    """sign(x) rearranged is x rearranged, then sign, if all elements share one step."""
+    """Rearrange x before the sign instead of after it, if all elements share one step."""
     moves, root = [x], parent(x)
     while is_move(root):
         moves.append(root)
@@ -243,7 +243,7 @@ def _concatenated(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operan
 
 
 def _padded(graph_module: fx.GraphModule, x: fx.Node, axis: int) -> Operand | None:
-    """Padding with one of the two levels pads the float source beyond the step instead."""
+    """Pad the float source with a value beyond the step, instead of padding with a level."""
     named = arguments(x)
     step = find_step(graph_module, named["self"], axis)
     if axis != 1 or isinstance(step, str) or not step.rule.uniform or any(named["pad"][4:]):

@@ -1,4 +1,4 @@
-"""The passes in a row, from a model to a lowered graph with the float graph it must agree with."""
+"""All passes, from a model to a lowered graph and the float graph that it must agree with."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Built:
     """The result of all passes.
 
     Attributes:
-        captured: the graph as it was captured, float operators only: what the engine must compute.
-        float_graph: the same, simplified. `meta["source"]` of its nodes names the captured node
-            with the same value, or the node itself where there is none.
-        lowered: the converted graph; `meta["source"]` of its nodes is that of `float_graph`.
+        captured: the captured graph of float operators only, which the engine must reproduce.
+        float_graph: the captured graph, simplified. `meta["source"]` of its nodes is the name of
+            the captured node with the same value, or of the node itself if there is none.
+        lowered: the converted graph; `meta["source"]` of its nodes is as in `float_graph`.
         rows: one report row per operator that multiplies.
         examples: the flat inputs of the trace.
         in_spec: pytree structure of `(args, kwargs)`.
@@ -68,7 +68,7 @@ def build(
     for node in graph_module.graph.nodes:
         node.meta["source"] = node.name
         if str(node.meta.get("layer", "x")).partition("#")[0] == "":
-            node.meta["layer"] = node.name  # a functional call in the outermost forward
+            node.meta["layer"] = node.name  # a functional call in the model's own forward
     before = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     simplify(graph_module)
     _name_sources(graph_module)
@@ -90,7 +90,7 @@ def build(
 
 
 def _name_sources(graph_module: fx.GraphModule) -> None:
-    """Give every node one source: of several with the same one, the last has its value."""
+    """Give every node its own source: of several with the same source, the last has its value."""
     taken = set()
     for node in reversed(graph_module.graph.nodes):
         source = node.meta.get("source")
@@ -100,7 +100,7 @@ def _name_sources(graph_module: fx.GraphModule) -> None:
 
 
 def _with_ties(rows: list[LayerReport], graph_module: fx.GraphModule) -> list[LayerReport]:
-    """Return the rows with the ties of layers whose sums go straight into a sign."""
+    """Return the rows with the ties of layers whose sums go directly into a sign."""
     ties: dict[str, int] = {}
     for node in graph_module.graph.nodes:
         if not is_call(node, ir.binary_conv) or len(node.args) > 1:
@@ -112,7 +112,7 @@ def _with_ties(rows: list[LayerReport], graph_module: fx.GraphModule) -> list[La
 
 
 def nothing_packed(built: Built, provenance: Provenance) -> str:
-    """Return the message for a model without a single binary layer."""
+    """Return the message for a model without any binary layer."""
     rows = built.rows
     if not rows:
         return (
@@ -152,7 +152,7 @@ def _counted(rows: Sequence[LayerReport]) -> str:
 
 
 def _holds_sines(graph_module: fx.GraphModule) -> bool:
-    """Whether a weight is spread as sines are: half of it beyond 1/sqrt(2), nothing beyond 1."""
+    """Whether a weight is distributed like sines: half of it above 1/sqrt(2), nothing above 1."""
     for node in graph_module.graph.nodes:
         product = find_product(graph_module, node)
         for factor in () if product is None else product.factors:

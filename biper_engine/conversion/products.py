@@ -1,7 +1,7 @@
 """Products: every operator of a captured graph that multiplies and accumulates.
 
-Convolutions in two dimensions and linear layers can run on bits. All others stay in floating point
-and are reported like these: with their cost, and with the reason.
+2-d convolutions and linear layers can run on bits. All other products stay in floating point and
+are also reported, with their cost and the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Factor:
     Attributes:
         node: its value.
         axis: the dimension that is summed over, or the channels of a map.
-        by_output: brings a constant factor to [outputs, ...], as `analyse_weight` takes it.
+        by_output: reshapes a constant factor to [outputs, ...], as `analyse_weight` takes it.
     """
 
     node: fx.Node
@@ -44,9 +44,9 @@ class Product:
         node: the call.
         kind: "conv2d", "linear", "conv1d", "conv_transpose2d", "matmul" and so on.
         factors: the input and the weight; of a product of two activations, left and right.
-        shape: of the weight, or of the right factor without batches.
+        shape: shape of the weight, or of the right factor without batches.
         macs: multiply-accumulates for one image.
-        plural: what such operators are called in a message.
+        plural: name of such operators in a message.
     """
 
     node: fx.Node
@@ -63,7 +63,7 @@ class Product:
 
 
 def find_product(graph_module: fx.GraphModule, node: fx.Node) -> Product | None:
-    """Return what a call multiplies, or None where it is no such operator."""
+    """Return the product that a call computes, or None if it does not multiply."""
     if node.op != "call_function":
         return None
     find = _FINDERS.get(getattr(node.target, "overloadpacket", None))
@@ -83,7 +83,7 @@ def _sizes(node: fx.Node) -> tuple[int, ...]:
 
 
 def _held(node: fx.Node) -> fx.Node:
-    """Return the constant that a value repeats along new dimensions, or the value."""
+    """Return the constant that a value repeats along new dimensions, or the value itself."""
     origin = node
     while is_call(origin, aten.expand.default):
         origin = parent(origin)
@@ -123,7 +123,7 @@ def _convolution(_: fx.GraphModule, node: fx.Node) -> Product:
     sizes = _sizes(weight)
     dimensions = len(sizes) - 2
     kind = f"conv{'_transpose' * transposed}{dimensions}d"
-    # Every input position of a transposed convolution goes through the whole kernel.
+    # Every input position of a transposed convolution is multiplied by the whole kernel.
     positions = _sizes(x if transposed else node)
 
     def by_output(held: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _convolution(_: fx.GraphModule, node: fx.Node) -> Product:
 
 
 def _matrices(left: str, right: str) -> Callable[[fx.GraphModule, fx.Node], Product]:
-    """Return the finder of products [..., M, K] by [..., K, N] or [K], given argument names."""
+    """Return a finder of products [..., M, K] by [..., K, N] or [K], given argument names."""
 
     def find(graph_module: fx.GraphModule, node: fx.Node) -> Product:
         named = arguments(node)

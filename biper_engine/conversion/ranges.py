@@ -1,9 +1,9 @@
-"""Value sets: which numbers an operator's result can hold, where they are few or have a sign.
+"""Value sets: the numbers that an operator's result can hold, if they are few or have a sign.
 
-`find_step` follows a value up to one float source. What is computed from several binary values, or
-moved in ways that have no spelling on bits, is binary all the same where the numbers that it can
-hold are two. They are found operator by operator: of elementwise ones, by evaluating them on every
-combination of their operands' numbers.
+`find_step` follows a value up to one float source. A value that is computed from several binary
+values, or moved in ways that bits cannot express, is still binary if it can hold only two numbers.
+The numbers are found operator by operator. Elementwise operators are evaluated on every combination
+of their operands' numbers.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MOST_ELEMENTS = 1 << 16
 _STEPS = frozenset(
     (aten.sign, aten.sgn, aten.heaviside, aten.copysign, aten.div, aten.round, aten._to_copy)
 )
-"""Operators that may make few values of many; comparisons give bools, which are few anyway."""
+"""Operators that may turn many values into few; comparisons give bools, which are always few."""
 
 _CREATED: dict[object, Callable[[dict[str, Any]], float]] = {
     **{aten_op: lambda _: 0.0 for aten_op in (aten.zeros, aten.zeros_like, aten.new_zeros)},
     **{aten_op: lambda _: 1.0 for aten_op in (aten.ones, aten.ones_like, aten.new_ones)},
     **{aten_op: lambda n: n["fill_value"] for aten_op in (aten.full, aten.full_like)},
 }
-"""Operators that make one number everywhere."""
+"""Operators that fill a tensor with one number."""
 
 _NEVER_NEGATIVE = frozenset(
     (aten.relu, aten.relu6, aten.abs, aten.sigmoid, aten.hardsigmoid, aten.exp, aten._softmax)
@@ -53,7 +53,7 @@ Steps = Callable[[fx.Node], ValueSet | None]
 
 
 def packet(node: fx.Node) -> object:
-    """Return the operator of a call, whatever its overload; None for other nodes."""
+    """Return the operator of a call, for any overload; None for other nodes."""
     return getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
 
 
@@ -66,18 +66,18 @@ def is_move(node: fx.Node) -> bool:
 
 
 def created_number(node: fx.Node) -> float | None:
-    """Return the number that a call makes everywhere, None for any other call."""
+    """Return the number that fills the result of a call, or None for any other call."""
     make = _CREATED.get(packet(node))
     return None if make is None else make(arguments(node))
 
 
 def nonnegative(node: fx.Node) -> bool:
-    """Whether a value is at least 0, whatever the input is."""
+    """Whether a value is at least 0 for every input."""
     kind = packet(node)
     if kind in _NEVER_NEGATIVE:
         return True
     limits = clamp_limits(node)
-    if limits is not None:  # the upper one wins where they cross
+    if limits is not None:  # the upper one wins if they cross
         return limits[1] >= 0 and (limits[0] >= 0 or nonnegative(parent(node)))
     if is_call(node, aten.constant_pad_nd.default):
         return (arguments(node)["value"] or 0) >= 0 and nonnegative(parent(node))
@@ -97,15 +97,15 @@ def _is_nonnegative(operand: object) -> bool:
 
 
 def value_set(graph_module: fx.GraphModule, node: fx.Node, steps: Steps) -> ValueSet | None:
-    """Return the numbers that a value can hold, or None where they are many or unknown.
+    """Return the numbers that a value can hold, or None if they are many or unknown.
 
     Args:
         graph_module: the graph, simplified.
         node: the value.
-        steps: gives the numbers of a value that is a step of a float map, or None.
+        steps: returns the numbers of a value that is a step of a float map, or None.
 
     Returns:
-        A superset of what is held: operands count as independent of each other.
+        A superset of the numbers: operands are treated as independent of each other.
     """
     known: dict[fx.Node, ValueSet | None] = {}
 
@@ -191,7 +191,7 @@ def _combined(
     }
     try:
         result = evaluate(node, probes)
-    except (RuntimeError, TypeError, ValueError):  # its other arguments are of the real shape
+    except (RuntimeError, TypeError, ValueError):  # its other arguments have the real shape
         return None
     if result.shape != next(iter(probes.values())).shape:
         return None
@@ -199,7 +199,7 @@ def _combined(
 
 
 def _numbers(tensor: torch.Tensor) -> ValueSet | None:
-    """Return the numbers in a tensor, or None where they are many."""
+    """Return the numbers in a tensor, or None if they are many."""
     unique = torch.unique(tensor)  # type: ignore[no-untyped-call, unused-ignore]
     if unique.is_complex() or len(unique) > MOST_VALUES:
         return None

@@ -1,13 +1,13 @@
-"""Recognize: find every operator that multiplies, and write those that are binary on bits.
+"""Recognize: find every operator that multiplies, and rewrite the binary ones on bits.
 
-A convolution or linear layer is binary when its weight takes two values in every output channel, or
+A convolution or linear layer is binary if its weight takes two values in every output channel, or
 three of which one is 0 (`weights`), and its input is binary (`operands`). A weight is a sum of one
 or two terms of `sw * (+-1)`; with activations `sx * (+-1) + mx`,
 
     conv(x, w) = sum over the terms of sx * sw * dot  +  mx * (sum of weights over the valid taps).
 
-One term makes one binary convolution, two make two of the same bits. Names are read for the report
-and `keep_float` only.
+One term becomes one binary convolution, two become two with the same bits. Names are only used for
+the report and `keep_float`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _layer(
     found = [_factor(graph_module, product, factor) for factor in product.factors]
     weights = [item for item, held in found if held is not None]
     binary_weight = any(isinstance(item, BinaryWeight) for item in weights)
-    # One weight per channel is always +-s; that alone makes no layer binary.
+    # One weight per channel is always +-s; that alone does not make a layer binary.
     binary_weight = binary_weight and math.prod(product.shape[1:]) > 1
     bits = 32 * math.prod(product.shape) if weights else 0
     row = LayerReport(
@@ -76,20 +76,20 @@ def _layer(
         binary=binary_weight or any(isinstance(item, Operand) for item, _ in found),
         binary_weight=binary_weight,
     )
-    path = row.name.partition("#")[0]  # numbered where a module is called again
+    path = row.name.partition("#")[0]  # numbered if a module is called again
     if any(fnmatchcase(path, pattern) or fnmatchcase(row.name, pattern) for pattern in keep_float):
         return replace(row, reason="kept by `keep_float`", by_choice=True)
     half = [held.dtype for _, held in found if held is not None and held.dtype in _HALF]
     if half:
         name = str(half[0]).removeprefix("torch.")
-        return replace(row, reason=f"it computes in {name}, under an autocast of the model's own")
+        return replace(row, reason=f"it computes in {name}, under the model's own autocast")
     operand, split = found[0][0], found[1][0]
     if not product.packable or not isinstance(operand, Operand) or len(weights) != 1:
         return replace(row, reason=_reason(product, found, binary_weight))
     if not isinstance(split, BinaryWeight):
         return replace(row, reason=_reason(product, found, binary_weight))
     if product.kind == "linear" and _linear_shape(node).count(-1) > 1:
-        return replace(row, reason="its result follows the batch size in several dimensions")
+        return replace(row, reason="its result depends on the batch size in several dimensions")
     operand, split, geometry = _on_maps(graph_module, product, operand, split)
     slower = slower_on_bits(geometry, split.terms)
     if slower is not None:
@@ -101,7 +101,7 @@ def _layer(
 
 
 def _read_signs_from_bits(graph_module: fx.GraphModule, node: fx.Node, operand: Operand) -> None:
-    """Let a layer in floats take its signs from bits, which costs less than a sign in floats."""
+    """Let a float layer take its signs from bits, which costs less than a sign in floats."""
     rule, value = operand.rule, operand.value
     if (rule.low, rule.high) != (-1, 1) or rule.tie or value not in node.all_input_nodes:
         return
@@ -114,12 +114,12 @@ def _read_signs_from_bits(graph_module: fx.GraphModule, node: fx.Node, operand: 
 
 
 _Found = tuple[Operand | BinaryWeight | str, Tensor | None]
-"""What a factor is, or why it is not binary as a clause; and its value, if that is constant."""
+"""Return what a factor is, or why it is not binary as a clause; and its value, if constant."""
 
 
 def _factor(graph_module: fx.GraphModule, product: Product, factor: Factor) -> _Found:
     x = factor.node
-    while is_call(x, aten.clone.default):  # in another memory layout, as recurrent layers take it
+    while is_call(x, aten.clone.default):  # in another memory layout, as in recurrent layers
         x = parent(x)
     held = constant(graph_module, x)
     if held is not None:
@@ -130,7 +130,7 @@ def _factor(graph_module: fx.GraphModule, product: Product, factor: Factor) -> _
 
 
 def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> str:
-    """Say why a product stays in floating point."""
+    """Return why a product stays in floating point."""
     names = ["its input", *["its weight"] * (len(found) - 1)]
     if all(held is None for _, held in found):
         if product.packable:
@@ -206,7 +206,7 @@ def _pack(
 
 
 def _linear_shape(node: fx.Node) -> list[int]:
-    """Return the shape of a result, -1 where it follows the batch size."""
+    """Return the shape of a result, with -1 for sizes that depend on the batch."""
     return [size if isinstance(size, int) else -1 for size in shape(node)]
 
 
@@ -240,7 +240,7 @@ def _geometry(node: fx.Node, kind: str, positive: Tensor) -> Conv2dGeometry:
 def _whole_map(
     graph_module: fx.GraphModule, node: fx.Node, operand: Operand, split: BinaryWeight
 ) -> tuple[Operand, BinaryWeight] | None:
-    """Turn a linear layer on a flattened [N, C, H, W] map into a convolution by the whole map."""
+    """Turn a linear layer on a flattened [N, C, H, W] map into a convolution over the whole map."""
     flat = parent(node)
     if not is_call(flat, aten.reshape.default):
         return None
@@ -263,7 +263,7 @@ def _other_terms(
     split: BinaryWeight,
     result: fx.Node,
 ) -> fx.Node:
-    """Add what weights of two terms and activations other than +-s contribute; see the module."""
+    """Add the contribution of two-term weights and activations other than +-s; see the module."""
     graph, geometry = graph_module.graph, conv.geometry
     middle = (rule.high + rule.low) / 2
     if split.second is not None:

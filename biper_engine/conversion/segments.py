@@ -1,6 +1,6 @@
 """Segments: run an engine's graph node by node on the model's own values, and compare.
 
-The rules of the comparison stand in `verify`.
+The rules of the comparison are in `verify`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from biper_engine.ops.registration import split_options
 __all__ = ["EndToEnd", "NanInputError", "Segments"]
 
 _STEPS = 8
-"""Roundings to 2^-24 of the largest term that the value before a sign has been through, at most."""
+"""Most roundings, of 2^-24 of the largest term each, in the value before a sign."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class NanInputError(ConversionError):
-    """The model computes NaN from its inputs and takes the sign of it, so nothing is compared."""
+    """The model computes NaN from its inputs and takes its sign, so nothing is compared."""
 
     def __init__(self, layer: str) -> None:
         super().__init__(
-            f"With these inputs the model takes the sign of NaN in front of {layer}, and NaN has "
-            "no sign, so that there is nothing to compare. Pass inputs from which the model "
-            "computes numbers."
+            f"With these inputs the model takes the sign of NaN before {layer}, and NaN has no "
+            "sign, so there is nothing to compare. Pass inputs from which the model computes "
+            "numbers."
         )
 
 
@@ -59,7 +59,7 @@ class Segments(fx.Interpreter):
 
     Args:
         built: a conversion.
-        truth: the model's values for the inputs that `run` gets.
+        truth: the model's values for the inputs of `run`.
         segments: rows by name; counts are added to them.
 
     Attributes:
@@ -68,7 +68,7 @@ class Segments(fx.Interpreter):
 
     def __init__(self, built: Built, truth: Truth, segments: dict[str, SegmentReport]) -> None:
         super().__init__(built.lowered)
-        self.extra_traceback = False  # errors keep their own words
+        self.extra_traceback = False  # errors keep their own messages
         self.layer_inputs: dict[str, Tensor] = {}
         self._truth = truth
         self._segments = segments
@@ -97,7 +97,7 @@ class Segments(fx.Interpreter):
     # -- values -----------------------------------------------------------------------------------
 
     def _inherited(self, n: fx.Node, value: Any) -> Tensor | None:
-        """Return what exact zeros reached before `n`, where no float node stood in between."""
+        """Return what exact zeros reached before `n`, if there is no float node in between."""
         reached = [self._affected[node] for node in n.all_input_nodes if node in self._affected]
         if not reached or not isinstance(value, Tensor):
             return None
@@ -106,7 +106,7 @@ class Segments(fx.Interpreter):
         return torch.stack([mask.expand(value.shape) for mask in reached]).any(0)
 
     def _rounded(self, n: fx.Node, wanted: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a true value in the dtype of the engine's, whose float32 value is kept."""
+        """Return a true value in the engine's dtype; its float32 value is kept."""
         if dtype in _HALF:
             self._exact[n] = wanted.float()
         return wanted.to(dtype)
@@ -128,7 +128,7 @@ class Segments(fx.Interpreter):
     # -- comparisons ------------------------------------------------------------------------------
 
     def _binarize(self, n: fx.Node, got: Tensor) -> Tensor:
-        """Compare bits of a float map, which rounding to half precision may have moved."""
+        """Compare bits of a float map, which rounding to half precision may have changed."""
         source, rule = parent(n), n.meta["rule"]
         x = self._float32(source)
         threshold = rule.threshold.to(x.device).view(1, -1, 1, 1)
@@ -159,7 +159,7 @@ class Segments(fx.Interpreter):
         if affected is not None:
             error = error.masked_fill(affected, 0.0)
         largest, worst = _largest(b), _largest(error)
-        if not math.isfinite(largest + worst):  # as after log of a random number
+        if not math.isfinite(largest + worst):  # for example after the log of a random number
             same = (a == b) | (a.isnan() & b.isnan())
             largest = _largest(torch.where(b.isfinite(), b, 0.0))
             worst = _largest(error.masked_fill(same, 0.0).nan_to_num(nan=math.inf))
@@ -202,7 +202,7 @@ class Segments(fx.Interpreter):
         bits = result if op == "bconv2d_bits" else result[1]
         wanted_bits = ops.binarize(truth.float(), epilogue.threshold, epilogue.sense)
         threshold = epilogue.threshold
-        assert threshold is not None, "bits leave by a threshold"
+        assert threshold is not None, "bits need a threshold"
         bound = _bound(conv, epilogue, residual)
         at = threshold.view(1, -1, 1, 1)
         distance = (truth - at).abs()
@@ -252,7 +252,7 @@ class Segments(fx.Interpreter):
 
 
 def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
-    """Return how far rounding may move the value before a sign; see `verify`."""
+    """Return how much rounding may change the value before a sign; see `verify`."""
     per_channel = epilogue.multiplier.abs() * conv.geometry.reduction + epilogue.bias.abs()
     for term in (epilogue.threshold, epilogue.shift):
         if term is not None:
@@ -266,10 +266,10 @@ def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Ten
 
 
 def _half_rounding(x: Tensor) -> float:
-    """Return the relative error of what was rounded to half precision once; 0 in float32.
+    """Return the relative error of a value rounded to half precision once; 0 in float32.
 
-    A map of a float16 or bfloat16 stream is the true one, rounded. Twice the step covers the
-    magnitude being that of the rounded value.
+    A map of a float16 or bfloat16 stream is the true one, rounded. The factor of two is there
+    because the magnitude is that of the rounded value.
     """
     return 2 * ROUNDING[x.dtype] if x.dtype in _HALF else 0.0
 
@@ -291,7 +291,7 @@ def _unpacked(bits: Tensor, channels: int) -> Tensor:
 
 
 class EndToEnd(fx.Interpreter):
-    """Runs the lowered graph from the input on, and counts the bits that are not the model's.
+    """Runs the lowered graph from the input on, and counts the bits that differ from the model's.
 
     Args:
         built: a conversion.
@@ -310,7 +310,7 @@ class EndToEnd(fx.Interpreter):
         self._segments = segments
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node; count where it is a binary convolution."""
+        """Run a node; count bits if it is a binary convolution."""
         if "conv" in n.meta:
             (bits, *_), _ = self.fetch_args_kwargs_from_env(n)
             wanted = self._layer_inputs[n.name]

@@ -1,8 +1,8 @@
-"""Simplify: one spelling for each thing that a captured graph says in several.
+"""Simplify: one form for each computation that a captured graph can write in several.
 
-Every step keeps the value of every remaining node, with one exception that is the point of this
-package: the straight-through form `(a - c) + c`, which differs from `a` by a rounding of the
-training trick, becomes `a`.
+Every step keeps the value of every remaining node, with one intended exception: the
+straight-through form `(a - c) + c`, which differs from `a` by a rounding error of the training
+trick, becomes `a`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
     aten.copy_.default,
 )
-"""Calls without a result that is used; `copy_` writes a mutated input back: engines never do."""
+"""Calls whose result is not used; `copy_` writes a mutated input back, which engines never do."""
 
 
 _BROADCASTING = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
@@ -84,7 +84,7 @@ def _drop_aliases(graph_module: fx.GraphModule) -> None:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             continue
-        if is_call(node, aten.copy.default):  # copy(x, value) is value in the place of x
+        if is_call(node, aten.copy.default):  # copy(x, value) is value in place of x
             value = node.args[1]
             if isinstance(value, fx.Node) and _same_value_type(value, node):
                 substitute(node, value)
@@ -98,7 +98,7 @@ def _drop_aliases(graph_module: fx.GraphModule) -> None:
 
 
 def _single_results(graph_module: fx.GraphModule) -> None:
-    """Replace multi-output ops of which only the first output is used."""
+    """Replace multi-output ops if only the first output is used."""
     for node in _calls(graph_module):
         if not is_call(node, operator.getitem) or node.args[1] != 0:
             continue
@@ -172,7 +172,7 @@ def _linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _reshapes(graph_module: fx.GraphModule) -> None:
-    """Every view becomes a reshape with -1 at the one dimension that depends on the batch."""
+    """Every view becomes a reshape with -1 in the one dimension that depends on the batch."""
     spellings = (
         aten.view.default,
         aten._unsafe_view.default,
@@ -204,7 +204,7 @@ def _reshapes(graph_module: fx.GraphModule) -> None:
 
 
 def _batched_linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """`x @ w` of a 3-d x that is not contiguous comes as a product with w repeated per sample."""
+    """`x @ w` of a non-contiguous 3-d x is captured as a product with w repeated per sample."""
     matrix = parent(node, 1)
     wanted = shape(matrix)[1:]
     while is_call(matrix, aten.expand.default, aten.view.default, aten._unsafe_view.default):
@@ -234,7 +234,7 @@ def _integers(values: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _keeps_batch(source: fx.Node, expanded: fx.Node) -> bool:
-    """Whether -1, which means "as before", may stand for each symbolic size of an expand."""
+    """Whether -1, which means "unchanged", may replace each symbolic size of an expand."""
     old, new = shape(source), shape(expanded)
     padded = [1] * (len(new) - len(old)) + list(old)
     return all(
@@ -283,7 +283,7 @@ def _minuend(difference: object, c: object) -> fx.Node | None:
 
 
 def _pads_behind(graph_module: fx.GraphModule) -> None:
-    """`f(pad(x))` becomes `pad(f(x))` for zero pads and the `f` with f(0) = 0 that nets put there.
+    """`f(pad(x))` becomes `pad(f(x))` for zero pads and usual functions `f` with f(0) = 0.
 
     After this, zeros that a model pads before its sign are the zero padding of a convolution.
     """

@@ -1,7 +1,7 @@
 """Ties: sums of a binary layer that meet the threshold of the next sign exactly.
 
 Without BatchNorm between two binary layers, an accumulator of 0 is common, and 0 is the threshold.
-A model that adds +-s in float32 has rounding noise there, of either sign; on bits it is 0.
+A model that adds +-s in float32 has rounding noise of either sign there; on bits it is exactly 0.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _NEAR = 1e-6
 
 
 def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
-    """Return how many output channels have an accumulator that lies on the next threshold.
+    """Return the number of output channels with an accumulator exactly on the next threshold.
 
-    Channels whose scale is a power of two do not count: float32 sums are exact there, too.
+    Channels whose scale is a power of two do not count, since their float32 sums are exact, too.
 
     Args:
-        conv: a convolution without residual, with all that is fused into it.
-        rule: the step that its result takes.
+        conv: a convolution without residual, with its fused epilogue.
+        rule: the step that follows it.
     """
     value = rule.threshold.double()
     if conv.shift is not None:
@@ -33,7 +33,7 @@ def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
     dot = (value - conv.bias) / conv.multiplier
     nearest = dot.round()
     geometry = conv.geometry
-    # A sum of K values of +-1 has the parity of K; padding leaves out taps, and changes it.
+    # A sum of K values of +-1 has the parity of K; padding drops taps, which may change the parity.
     any_parity = any(geometry.padding) and geometry.group_channels % 2 == 1
     parity = (nearest - geometry.reduction).remainder(2) == 0
     reached = (dot - nearest).abs() <= _NEAR * nearest.abs().clamp(min=1)

@@ -1,7 +1,7 @@
-"""What a trace sees of a model: where it is, and what no graph can hold.
+"""What a trace observes: the current place in the model, and what a graph cannot express.
 
-A model may catch the exception that stops it, and go on in its `except` branch: what was seen is
-noted as well, and refused after the trace.
+A model may catch the exception that stops it and continue in its `except` branch. So what was
+observed is also recorded, and refused after the trace.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TraceLog:
     """The state of one trace.
 
     Attributes:
-        stack: paths of the modules that run now, the innermost last.
+        stack: paths of the modules that are running, the innermost last.
         paths: the module path of each operator that may be a layer, in order.
         out_spec: pytree structure of the result.
-        refused: why the model cannot be captured, in the order in which it was seen.
+        refused: reasons why the model cannot be captured, in the order of the trace.
     """
 
     stack: list[str] = field(default_factory=list)
@@ -43,24 +43,24 @@ class TraceLog:
     refused: list[str] = field(default_factory=list)
 
     def enter(self, path: str) -> None:
-        """Begin a module's forward pass."""
+        """Enter a module's forward pass."""
         self.stack.append(path)
 
     def leave(self, path: str) -> None:
-        """End it, and with it what an exception, or a hook called by hand, left open."""
+        """Leave it, and also passes that an exception or a manually called hook left open."""
         if path in self.stack:
             del self.stack[len(self.stack) - 1 - self.stack[::-1].index(path) :]
 
     @property
     def place(self) -> str:
-        """Return where the model is now, in words: module path, file and line."""
+        """Return the current place in the model as text: module path, file and line."""
         path = self.stack[-1] if self.stack else ""
         module = f"`{path}`" if path else "the model's own forward"
         line = _line_of_the_model()
         return f"{module} ({line})" if line else module
 
     def refuse(self, message: str) -> NoReturn:
-        """Note that the model cannot be captured, and stop it.
+        """Record that the model cannot be captured, and stop it.
 
         Raises:
             ConversionError: always; the model may catch it.
@@ -69,17 +69,17 @@ class TraceLog:
         raise ConversionError(message)
 
     def require_nothing_refused(self, cause: BaseException | None = None) -> None:
-        """Require that nothing was noted, also where the model went on.
+        """Require that nothing was recorded, even if the model continued.
 
         Raises:
-            ConversionError: something was; the first thing is named.
+            ConversionError: something was recorded; the message is the first reason.
         """
         if self.refused:
             raise ConversionError(self.refused[0]) from cause
 
 
 def _line_of_the_model() -> str:
-    """Return file and line of the innermost Python frame that is the model's own."""
+    """Return file and line of the innermost Python frame of the model's own code."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -92,7 +92,7 @@ def _line_of_the_model() -> str:
 
 
 def failing_line(cause: BaseException) -> str:
-    """Return file and line of the innermost frame of the model that an exception left."""
+    """Return file and line of the innermost frame of the model in an exception's traceback."""
     found, trace, inside = "", cause.__traceback__, False
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
@@ -113,18 +113,18 @@ def _is_of_the_model(filename: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_of_torch(filename: str) -> bool:
-    """Whether a source file is one of PyTorch's, also by way of a symbolic link."""
+    """Whether a source file belongs to PyTorch, also through a symbolic link."""
     return _TORCH in Path(filename).resolve().parents
 
 
 @lru_cache(maxsize=1024)
 def is_own(filename: str) -> bool:
-    """Whether a source file is one of the conversion's."""
+    """Whether a source file belongs to the conversion."""
     return _OWN in Path(filename).resolve().parents
 
 
 def random_reason(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Return the name of an operator that draws random numbers when called so, or None."""
+    """Return the name of an operator if this call draws random numbers, or None."""
     if torch.Tag.nondeterministic_seeded not in func.tags and "philox" not in func._schema.name:
         return None
     schema = func._schema.arguments

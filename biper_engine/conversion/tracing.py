@@ -1,7 +1,8 @@
-"""The modes under which `capture` runs a model: one for operators, one for what Python does.
+"""The modes under which `capture` runs a model: one for operators, one for Python functions.
 
-What depends on parameters alone runs for real and is a constant of the graph; each constant is a
-copy of what the trace read at that moment. What leaves the graph, or draws, is noted and refused.
+Operators that depend only on parameters are executed, and their results are constants of the graph;
+each constant is a copy of the value that the trace read at that moment. Values that leave the
+graph, and random draws, are recorded and refused.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ WEIGHTED_OPS = (
     *(aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention),
     *(aten._scaled_dot_product_attention_math, aten._cudnn_rnn, aten.miopen_rnn),
 )
-"""Operators that multiply; the n-th of the trace is the n-th of the captured graph."""
+"""Operators that multiply; the n-th in the trace is the n-th in the captured graph."""
 
 _SYMBOLIC = (FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 _NUMBERS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")
@@ -54,7 +55,7 @@ _ONLY_IN_A_TRACE = (
     UnsupportedOperatorException,
     NotImplementedError,
 )
-"""Errors that the model itself would not meet; its `except` branch is not what it computes."""
+"""Errors that the model itself would not raise; its `except` branch is not what it computes."""
 
 _VIEWS_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
     aten.as_strided_.default: aten.as_strided.default,
@@ -65,7 +66,7 @@ _VIEWS_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
     aten.transpose_.default: aten.transpose.int,
     aten.unsqueeze_.default: aten.unsqueeze.default,
 }
-"""Operators that change what a tensor shows, not the memory behind it."""
+"""Operators that change which memory a tensor shows, not the contents of the memory."""
 
 _MEMORY_IN_PLACE = ("resize_", "resize_as_", "set_")
 
@@ -93,11 +94,11 @@ _LEAVING = {
     Tensor.allclose: ".allclose()",
     torch.allclose: "torch.allclose()",
 }
-"""Functions that show Python the values of a tensor, by the words for them."""
+"""Functions that show Python the values of a tensor, with their names in messages."""
 
 
 _COPYING = (torch.tensor, torch.as_tensor, torch.asarray)
-"""Functions that read tensors inside of lists."""
+"""Functions that read tensors in lists."""
 
 
 def _inside(args: tuple[Any, ...]) -> list[Any]:
@@ -105,7 +106,7 @@ def _inside(args: tuple[Any, ...]) -> list[Any]:
 
 
 class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs for real every op whose inputs are real; notes the module paths of other layers."""
+    """Executes every op whose inputs are real; records the module paths of other layers."""
 
     supports_higher_order_operators = True
 
@@ -129,8 +130,8 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._require_held(func, args, kwargs)
         if _name(func) in _MEMORY_IN_PLACE:
             self._log.refuse(
-                f"The model gives a tensor other memory: `{_name(func)}` in {self._log.place}; use "
-                "`reshape`, `F.pad` or a new tensor instead."
+                f"The model replaces the memory of a tensor: `{_name(func)}` in {self._log.place}; "
+                "use `reshape`, `F.pad` or a new tensor instead."
             )
         if func in _VIEWS_IN_PLACE:
             return rebind(args[0], _VIEWS_IN_PLACE[func](*args, **kwargs))
@@ -153,7 +154,7 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except _ONLY_IN_A_TRACE as cause:
             self._log.refused.append(
                 f"The operator `{_name(func)}` in {self._log.place} cannot be captured; keep it "
-                "outside of what is converted, or write it with other operators. "
+                "outside the converted model, or write it with other operators. "
                 f"({type(cause).__name__}: {first_lines(cause)})"
             )
             raise
@@ -163,12 +164,12 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._log.refuse(
                 f"The model has control flow: `{func.name()}` in {self._log.place} runs one of "
                 "several graphs, and an engine has one. Compute both sides and choose with "
-                "`torch.where`, or keep it outside of what is converted."
+                "`torch.where`, or keep it outside the converted model."
             )
         return func(*args, **kwargs)
 
     def _require_held(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse an operator whose result, or effect, no graph with fixed shapes can hold."""
+        """Refuse an operator whose result or effect a graph with fixed shapes cannot express."""
         name = func._schema.name.partition("::")[2]
         if name in _NUMBERS:
             self._log.refuse(leaving(_name(func), self._log.place))
@@ -179,15 +180,15 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
             what = "indexing with a mask" if name == "index" else f"`{_name(func)}`"
             self._log.refuse(
                 f"The shape of a result depends on values of the input: {what} in "
-                f"{self._log.place}. An engine's shapes are fixed but for the batch: use "
-                "`torch.where` or multiply by the mask, or keep that part outside of what is "
-                "converted."
+                f"{self._log.place}. An engine's shapes are fixed except for the batch: use "
+                "`torch.where` or multiply by the mask, or keep that part outside the converted "
+                "model."
             )
         if func._schema.is_mutable:
             self._require_own(func, args, kwargs)
 
     def _require_own(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse to write what depends on the input into a tensor that does not."""
+        """Refuse to write values that depend on the input into a tensor that does not."""
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -197,7 +198,7 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._log.refuse(written(self._private, target, self._log.place))
 
     def _snapshot(self, tensor: Tensor) -> Tensor:
-        """Return what a real tensor holds now, in memory that nothing of the model writes to.
+        """Return a copy of a real tensor's current values, in memory that the model never writes.
 
         A weight that is binarised in place, used and restored is the binarised one in the graph.
         The same values at the same place are one constant.
@@ -217,7 +218,7 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class WatchPython(TorchFunctionMode):
-    """Sees what no operator shows: values that leave, `x.data = value`, circular padding."""
+    """Sees what operators do not show: values that leave, `x.data = value`, circular padding."""
 
     def __init__(self, log: TraceLog, private: nn.Module) -> None:
         super().__init__()
@@ -248,10 +249,10 @@ class WatchPython(TorchFunctionMode):
 
 
 def rebind(target: Tensor, value: Tensor) -> Tensor:
-    """Let a traced tensor be another one from now on; what was made of it before stays.
+    """Replace a traced tensor by another one from now on; earlier results do not change.
 
-    Views of its old memory keep it, and the new memory is shared with `value`: that is what
-    `target.data = value` means, and what an operator such as `unsqueeze_` does.
+    Views of its old memory keep that memory, and the new memory is shared with `value`. This is the
+    meaning of `target.data = value`, and of an operator such as `unsqueeze_`.
     """
     mode = get_proxy_mode()
     assert mode is not None, "only a trace rebinds tensors"
@@ -262,7 +263,7 @@ def rebind(target: Tensor, value: Tensor) -> Tensor:
 
 
 def _functional(func: Any) -> Any:
-    """Return `relu` for `relu_` and the like: making many in-place ops functional later is slow."""
+    """Return `relu` for `relu_` and so on: making many in-place ops functional later is slow."""
     name = func._schema.name.removeprefix("aten::")
     packet = getattr(aten, name[:-1], None) if name.endswith("_") and name != "copy_" else None
     if torch.Tag.inplace_view in func.tags:
@@ -273,7 +274,7 @@ def _functional(func: Any) -> Any:
 def _of_rrelu(
     x: Tensor, _: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, *_rest: Any, **_kwargs: Any
 ) -> tuple[Tensor, float]:
-    """Return the arguments of the leaky ReLU that a randomized one is in eval mode."""
+    """Return the arguments of the leaky ReLU that equals a randomized one in eval mode."""
     return x, (lower + upper) / 2
 
 
@@ -286,7 +287,7 @@ def _is_mask(index: Any) -> bool:
 
 
 def _as_positions(indices: Any) -> list[Any]:
-    """Return the positions that constant masks choose in place of the masks."""
+    """Replace constant masks by the positions that they select."""
     positions: list[Any] = []
     for index in indices:
         if _is_mask(index) and not isinstance(index, FakeTensor):
@@ -299,16 +300,16 @@ def _as_positions(indices: Any) -> list[Any]:
 
 @contextmanager
 def watch_generators(log: TraceLog) -> Iterator[None]:
-    """Note numbers that a model draws from the generators of Python and NumPy themselves."""
+    """Refuse numbers that a model draws from the generators of Python and NumPy."""
     before = _generator_states()
     yield
     after = _generator_states()
     for name, state in before.items():
         if state != after[name]:
             log.refused.append(
-                f"The model draws random numbers in eval mode: the generator of {name} has moved "
-                "during its call, and an engine has one answer. Draw only where `self.training`, "
-                "or pass the numbers as an input."
+                f"The model draws random numbers in eval mode: the generator of {name} changed "
+                "during its call, and an engine is deterministic. Draw only if `self.training`, or "
+                "pass the numbers as an input."
             )
 
 
@@ -325,7 +326,7 @@ def _generator_states() -> dict[str, Any]:
 
 
 def first_lines(cause: BaseException) -> str:
-    """Return an exception's text on one line, cut where it is long."""
+    """Return an exception's text on one line, shortened if it is long."""
     text = " ".join(str(cause).split())
     return text if len(text) <= 300 else text[:300] + "..."
 
@@ -334,14 +335,14 @@ def leaving(how: str, place: str) -> str:
     """Return the message for a value that Python sees."""
     return (
         f"A value computed from the input leaves the graph: `{how}` in {place}. The Python code of "
-        "a model runs once, at conversion, so no branch, loop or number of it can follow the "
-        "input: use operators of tensors (`torch.where`, `clamp`, a mask), or keep that part "
-        "outside of what is converted."
+        "a model runs once, at conversion, so its branches, loops and numbers cannot depend on the "
+        "input: use tensor operators (`torch.where`, `clamp`, a mask), or keep that part outside "
+        "the converted model."
     )
 
 
 def written(private: nn.Module, target: Tensor, place: str) -> str:
-    """Return the message for a tensor that a call changes by what depends on the input."""
+    """Return the message for a tensor into which a call writes values that depend on the input."""
     name = next(
         (
             f"`{name}`"
@@ -367,7 +368,7 @@ def _shares_memory(tensor: Tensor, target: Tensor) -> bool:
 
 def _random(drawn: str, place: str) -> str:
     return (
-        f"The model draws random numbers in eval mode: `{drawn}` in {place}; an engine has one "
-        "answer. Draw only where `self.training`, as `F.dropout(x, p, self.training)` does, or "
-        "pass the numbers as an input."
+        f"The model draws random numbers in eval mode: `{drawn}` in {place}; an engine is "
+        "deterministic. Draw only if `self.training`, as `F.dropout(x, p, self.training)` does, "
+        "or pass the numbers as an input."
     )

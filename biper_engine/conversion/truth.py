@@ -1,10 +1,9 @@
-"""Truth: what the model computes, value by value, and the proof that this is so.
+"""Truth: the values that the model computes, and the proof that they are the model's.
 
-The captured graph must give what the model gives. Its operators are the model's own, on the same
-machine, so the outputs are equal bit for bit, but for modules that PyTorch runs by a fused kernel
-and captures as several operators, such as `nn.LSTM` and attention: their sums have another order.
-The simplified graph must give what the captured graph gives, node by node, each on the captured
-graph's own values.
+The captured graph must give the model's outputs. Its operators are the model's own, on the same
+machine, so the outputs are equal bit for bit, except for modules that PyTorch runs with a fused
+kernel and captures as several operators, such as `nn.LSTM` and attention: their sums have another
+order. Each node of the simplified graph, on the captured graph's values, must give its values.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ModelReport
 __all__ = ["Truth", "largest_error"]
 
 _ANOTHER_ORDER = 1e-5
-"""What another order of float32 sums may change, over the largest magnitude: the root of 2^16 terms
-times 2^-24."""
+"""Largest change by another order of float32 sums, over the largest magnitude: the root of 2^16
+terms times 2^-24."""
 
 
 class Truth:
@@ -35,9 +34,9 @@ class Truth:
         inputs: flat inputs.
 
     Attributes:
-        values: by the name of the captured node; values that only the simplified graph has, by the
-            name of its node.
-        outputs: of the captured graph.
+        values: values by the name of the captured node; values that only the simplified graph has,
+            by the name of its node.
+        outputs: outputs of the captured graph.
     """
 
     def __init__(self, built: Built, inputs: Sequence[Tensor]) -> None:
@@ -51,9 +50,9 @@ class Truth:
     def compare_with_model(
         self, observation: Observation, observed: Observed, report: ModelReport
     ) -> None:
-        """Note in `report` whether the captured graph gives what the model gave."""
+        """Record in `report` whether the captured graph gives the model's outputs."""
         report.batches.append(int(self._inputs[0].shape[0]) if self._inputs else 0)
-        if observation.out_spec != self._built.out_spec:  # constants among the outputs are in it
+        if observation.out_spec != self._built.out_spec:  # also holds constants
             report.bit_equal, report.error = False, float("inf")
             return
         if not first_difference(observation.outputs, self.outputs):
@@ -65,13 +64,13 @@ class Truth:
         report.error = max(report.error, largest_error(observation.outputs, outputs))
 
     def add_simplified(self, report: ModelReport | None) -> None:
-        """Add the values that only the simplified graph has; note in `report` how others differ."""
+        """Add values that only the simplified graph has; record in `report` how others differ."""
         with plain_modes():
             _Simplified(self.values, self._built.float_graph, report).run(*_private(self._inputs))
 
 
 def largest_error(wanted: Sequence[Any], got: Sequence[Any]) -> float:
-    """Return the largest difference over the largest magnitude; infinite where forms differ."""
+    """Return the largest difference over the largest magnitude; infinite if forms differ."""
     if len(wanted) != len(got):
         return float("inf")
     return max((_error(a, b) for a, b in zip(wanted, got, strict=True)), default=0.0)
@@ -95,7 +94,7 @@ def _error(wanted: Any, got: Any) -> float:
 
 
 def _private(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Copy inputs, to which a captured graph may write."""
+    """Copy inputs, since a captured graph may write to them."""
     return [x.clone() for x in inputs]
 
 
@@ -112,9 +111,9 @@ class _Values(fx.Interpreter):
 
 
 class _Following(fx.Interpreter):
-    """Runs the captured graph on the model's own values, wherever those are equal up to rounding.
+    """Runs the captured graph on the model's own values, if they are equal up to rounding.
 
-    Else a bit that rounding flips behind a fused kernel would change everything after it.
+    Otherwise a bit that rounding flips after a fused kernel would change everything after it.
     """
 
     def __init__(
@@ -135,7 +134,8 @@ class _Following(fx.Interpreter):
 class _Simplified(fx.Interpreter):
     """Runs the simplified graph, each node on the captured graph's values.
 
-    With a report, values of both are compared; else only what the captured graph lacks is computed.
+    With a report, the values of both are compared. Without one, only values that the captured graph
+    lacks are computed.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class _Simplified(fx.Interpreter):
     def _compare(self, report: ModelReport, n: fx.Node, wanted: Any, value: Any) -> None:
         error = largest_error(_leaves(wanted), _leaves(value))
         report.pass_error = max(report.pass_error, error)
-        limit = FLOAT_TOLERANCE[torch.float32]  # as a segment's: the same rewriting of float sums
+        limit = FLOAT_TOLERANCE[torch.float32]  # as for a segment: the same rewriting of float sums
         if error > limit and not report.pass_wrong:
             report.pass_wrong = n.name
 

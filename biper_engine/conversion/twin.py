@@ -1,4 +1,4 @@
-"""Float forms of a binary network: what it is compared with in speed by programs without bits."""
+"""Float forms of a binary network, for speed comparisons with programs without bits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 def folded_network(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """Return the network in float operators, with constants folded, as for inference.
 
-    Weights are binarized and no longer computed in each call; scales and BatchNorm are in the
-    weights of the convolutions where they fold. Signs of activations stay. It computes what the
-    model does in eval mode, up to rounding.
+    Weights are binarized once and not in each call; scales and BatchNorm are folded into the
+    convolutions' weights if possible. Signs of activations stay. It computes what the model
+    computes in eval mode, up to rounding.
 
     Args:
         model: takes one tensor; it is not changed.
@@ -36,15 +36,14 @@ def folded_network(model: nn.Module, images: Tensor) -> fx.GraphModule:
 
 
 def float_twin(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    """Return the network with float convolutions where binary ones are.
+    """Return the network with float convolutions in place of binary ones.
 
-    The same layers, of the same sizes, with the same activations such as hardtanh, but without the
-    sign in front of a binary layer: what is left to deploy where nothing runs on bits. It does the
-    work of a float network that was trained in its place; its answers mean nothing. Weights of
-    layers that were binary are scaled to a norm of 1/2 per output channel, as a float network's
-    are: with those of a binary one, each layer would multiply differences of rounding.
-    A sign whose argument is not a map of the same shape stays, and so does one before a layer that
-    is faster in floats.
+    It has the same layers, sizes and activations such as hardtanh, but no sign before a binary
+    layer: the network that can be deployed if nothing runs on bits. It does the work of a float
+    network that was trained instead; its outputs have no meaning. Weights of layers that were
+    binary are scaled to a norm of 1/2 per output channel, as in a float network: with a binary
+    network's weights, each layer would amplify rounding differences. A sign whose argument is not a
+    map of the same shape stays, and so does a sign before a layer that is faster in floats.
 
     Args:
         model: takes one tensor; it is not changed.
@@ -90,6 +89,6 @@ def _folded(built: Built) -> fx.GraphModule:
     fuse(built.float_graph)
     graph = fx.Graph()
     graph.output(graph.graph_copy(built.float_graph.graph, {}))
-    for node in graph.nodes:  # the values of a trace that is over go
+    for node in graph.nodes:  # free the values of the finished trace
         node.meta = {"layer": node.meta.get("layer")} if is_call(node, *_LAYERS) else {}
     return fx.GraphModule(built.float_graph, graph)

@@ -1,10 +1,10 @@
-"""Value analysis: is a value binary, and where is its step?
+"""Value analysis: whether a value is binary, and where its step is.
 
-A value is binary by the values that it can take, not by the operator that made it. The cone of
-elementwise operators above it is grown, one operator at a time, until it has a single float source;
-then it is evaluated, per channel, from -1e30 to 1e30. Two levels with one step make it binary. The
-step is located exactly, by bisection over the float32 numbers. Where the source is an integer or a
-bool, it is evaluated on values of that type, since they wrap around where floats do not.
+A value is binary because of the values that it can take, not the operator that computes it. The
+cone of elementwise operators above it is grown, one operator at a time, until it has a single float
+source; then it is evaluated, per channel, from -1e30 to 1e30. It is binary if it has two levels
+with one step. The step is located exactly, by bisection over the float32 numbers. If the source is
+an integer or a bool, the cone is evaluated on values of that type, since integers wrap around.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ aten = torch.ops.aten
 MAX_CONE = 64
 EXTREME = 1e30
 NEGLIGIBLE = 2.0**-60
-_RESTS = "is a sign whose argument rests at 0, so it takes three values, -1, 0 and +1"
+_RESTS = "is a sign whose argument is often exactly 0, so it takes three values, -1, 0 and +1"
 
 _CREATED = (aten.full.default, aten.scalar_tensor.default, aten.ones.default, aten.zeros.default)
 _PASS_THROUGH = (
@@ -74,21 +74,21 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
     Args:
         graph_module: the graph, simplified.
         node: the value.
-        axis: its channel dimension; constants that vary along any other make it no function of one
-            number per channel.
+        axis: its channel dimension. If constants vary along another dimension, the value is not a
+            function of one number per channel.
 
     Returns:
         The step, or the reason why the value is not binary, as a clause after "its input".
     """
     reason, fallback = f"is {describe(node)}", None
     if not isinstance(shape(node)[axis], int):
-        return reason  # the batch; asking for its size would fix it
+        return reason  # the batch; reading its size would fix it
     cone = _Cone(graph_module, node, axis)
     while cone.grow():
         if cone.source is None:
             continue
         if cone.source.meta["val"].dtype == torch.float64:
-            continue  # float32 does not hold its step, nor its values
+            continue  # float32 can hold neither its step nor its values
         found = _rule(cone)
         if isinstance(found, str) and reason != _RESTS:
             reason = found
@@ -115,14 +115,14 @@ def _rule(cone: _Cone) -> StepRule | str | None:
         return _analyse_integers(cone)
     found = _analyse(cone)
     if isinstance(found, StepRule) and found.tie and nonnegative(cone.source):
-        cone.floor = 0.0  # a sign of what is never negative takes two values, 0 and 1
+        cone.floor = 0.0  # the sign of a value that is never negative takes two values, 0 and 1
         found = _analyse(cone)
         cone.floor = None
     return found
 
 
 def _takes_third_value(cone: _Cone, rule: StepRule) -> bool:
-    """Whether the value at the step is no accident: the argument rests there, or is an integer."""
+    """Whether the value at the step is frequent: the argument rests there, or is an integer."""
     larger: _Cone | None = cone
     while larger is not None:
         assert larger.source is not None
@@ -148,7 +148,7 @@ def describe(node: fx.Node) -> str:
 
 
 class _Cone:
-    """The elementwise operators between a value and what it is computed from."""
+    """The elementwise operators between a value and its sources."""
 
     def __init__(self, graph_module: fx.GraphModule, top: fx.Node, axis: int) -> None:
         self._graph_module = graph_module
@@ -157,17 +157,17 @@ class _Cone:
         self.axis = axis
         self.rank = len(shape(top))
         self.channels = int(shape(top)[axis])
-        self.floor: float | None = None  # the least value of the source, where that is known
+        self.floor: float | None = None  # the least value of the source, if it is known
         self.members: list[fx.Node] = []
         self._frontier: list[fx.Node] = [top]
 
     @property
     def source(self) -> fx.Node | None:
-        """The single input of the cone, or None while it has several."""
+        """The single input of the cone, or None if it has several."""
         return self._frontier[0] if len(self._frontier) == 1 else None
 
     def grow(self) -> bool:
-        """Take the latest operator of the frontier into the cone, if that is possible."""
+        """Add the last operator of the frontier to the cone, if possible."""
         latest = max(self._frontier, key=self._order.__getitem__, default=None)
         if latest is None or len(self.members) >= MAX_CONE:
             return False
@@ -221,7 +221,7 @@ class _Cone:
         return torch.tensor(number, dtype=node.meta["val"].dtype)
 
     def extended(self) -> _Cone | None:
-        """Return a larger cone with one operator more, if it again has a single source."""
+        """Return a larger cone that again has a single source, or None."""
         larger = _Cone(self._graph_module, self.top, self.axis)
         larger.members, larger._frontier = list(self.members), list(self._frontier)
         while larger.grow():
@@ -243,7 +243,7 @@ def _probes(channels: int) -> Tensor:
 
 
 def _analyse(cone: _Cone) -> StepRule | str | None:
-    """Return the rule, a reason against, or None where the cone cannot be evaluated."""
+    """Return the rule, a reason against it, or None if the cone cannot be evaluated."""
     probes = _probes(cone.channels)
     try:
         values = cone(probes)
@@ -262,7 +262,7 @@ def _analyse(cone: _Cone) -> StepRule | str | None:
     sense = torch.where(steady, False, starts == high)
     always = torch.where(ends == high, -torch.inf, torch.inf).float()
     middle = len(levels) == 3
-    # A third value sits between the last float of one level and the first of the other.
+    # A third value lies between the last float of one level and the first of the other.
     at_tie = _next(last_start) if middle else None
     threshold = torch.where(sense, last_start, first_end) if at_tie is None else at_tie
     threshold = torch.where(steady, always, threshold) + 0.0
@@ -271,12 +271,12 @@ def _analyse(cone: _Cone) -> StepRule | str | None:
         return rule
     steps = int((values[1:] != values[:-1]).sum(0).max())
     listed = ", ".join(f"{value:g}" for value in levels.tolist())
-    near = f"takes other values than {listed} near its step"
+    near = f"takes values other than {listed} near its step"
     return near if len(levels) == 2 and steps == 1 else _reason_against(levels)
 
 
 def _analyse_integers(cone: _Cone) -> StepRule | str | None:
-    """Return the rule of a cone whose source holds integers or bools; as `_analyse`."""
+    """Return the rule of a cone whose source holds integers or bools; see `_analyse`."""
     assert cone.source is not None
     dtype = cone.source.meta["val"].dtype
     if dtype.is_complex:
@@ -298,7 +298,7 @@ def _analyse_integers(cone: _Cone) -> StepRule | str | None:
     except _NotElementwise:
         return None
     if int(torch.maximum(last.abs(), first.abs()).max()) > 1 << 24:
-        return "steps at an integer that float32 does not hold"
+        return "steps at an integer that float32 cannot hold"
     steady = ~changes.any(0)
     sense = ~steady & high[0]
     threshold = torch.where(sense, last, first).float()
@@ -308,7 +308,7 @@ def _analyse_integers(cone: _Cone) -> StepRule | str | None:
 
 
 def _integer_probes(dtype: torch.dtype) -> Tensor:
-    """Return int64 values in order: all of a type of up to 16 bits, else what may wrap or step."""
+    """Return int64 values in order: all of a small type (16 bits or less), else likely steps."""
     if dtype == torch.bool:
         return torch.tensor([0, 1])
     least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
@@ -320,7 +320,7 @@ def _integer_probes(dtype: torch.dtype) -> Tensor:
 
 
 def _integer_bracket(cone: _Cone, probes: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, per channel, the last integer of the first level and the first one of the other."""
+    """Return the last integer of the first level and the first of the other, per channel."""
     index = changes.int().argmax(0)
     where = torch.where(changes.any(0), index, 0)
     last, first = (probes[:, 0][where + offset].clone() for offset in (0, 1))
@@ -334,7 +334,7 @@ def _integer_bracket(cone: _Cone, probes: Tensor, changes: Tensor) -> tuple[Tens
 
 
 def _tells_zeros_apart(cone: _Cone) -> bool:
-    """Whether -0.0 and 0.0 give different values, as `copysign` has it."""
+    """Whether -0.0 and 0.0 give different values, as in `copysign`."""
     zeros = torch.tensor([-0.0, 0.0])[:, None].expand(-1, cone.channels)
     below, above = cone(zeros)
     return bool((below != above).any())
@@ -364,7 +364,7 @@ def _holds(cone: _Cone, rule: StepRule, probes: Tensor, values: Tensor) -> bool:
 
 
 def _bracket(cone: _Cone) -> tuple[Tensor, Tensor]:
-    """Return, per channel, the last float of the first level and the first float of the last."""
+    """Return the last float of the first level and the first float of the last, per channel."""
     start = cone(torch.full((1, cone.channels), -EXTREME))
     end = cone(torch.full((1, cone.channels), EXTREME))
     last = _bisect(cone.channels, lambda x: cone(x) != start)
@@ -373,7 +373,7 @@ def _bracket(cone: _Cone) -> tuple[Tensor, Tensor]:
 
 
 def _bisect(channels: int, after: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the key of the first float where `after` holds, per channel."""
+    """Return the key of the first float for which `after` is true, per channel."""
     low = _to_key(torch.full((channels,), -EXTREME))
     high = _to_key(torch.full((channels,), EXTREME))
     for _ in range(33):
@@ -400,16 +400,16 @@ def _next(values: Tensor) -> Tensor:
 
 
 def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
-    """Whether what computes the source sits at the step on a whole interval, as ReLU does."""
+    """Whether the source is exactly at the step on a whole interval, as after a ReLU."""
     larger: _Cone | None = cone
     while larger is not None:
         probes = _probes(larger.channels)
         third = _third_values(larger, rule, probes)
         if third is None:
             return False
-        # Scales take what is smaller still to 0, by underflow: no interval that a map rests on.
+        # Scales turn even smaller values into 0 by underflow; a map does not rest on that interval.
         third &= (probes == 0) | (probes.abs() >= NEGLIGIBLE)
-        if int(third.sum(0).max()) > 3:  # -0.0, 0.0 and the grid's 0.0 are one point
+        if int(third.sum(0).max()) > 3:  # -0.0, 0.0 and the grid's 0.0 are the same point
             return True
         largest, larger = larger, larger.extended()
     at_zero = _third_values(largest, rule, torch.zeros(1, largest.channels))
@@ -419,7 +419,7 @@ def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
 
 
 def _third_values(cone: _Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
-    """Return where a cone takes neither level; None where it cannot be evaluated."""
+    """Return where a cone takes neither level; None if it cannot be evaluated."""
     try:
         values = cone(probes)
     except _NotElementwise:
@@ -428,7 +428,7 @@ def _third_values(cone: _Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
 
 
 def _rests_at_zero(node: fx.Node) -> bool:
-    """Whether a map is exactly 0 in many places, whatever the input is like."""
+    """Whether a map is exactly 0 in many places, for any input."""
     if is_call(node, aten.round.default, aten.trunc.default):
         return True
     limits = clamp_limits(node)

@@ -2,24 +2,24 @@
 
 The proof has three parts, and `VerifyReport.ok` needs the first two.
 
-1. The model itself. A copy of it is called in eval mode, with batches of two sizes or more, and
-   with the first batch again after others. The captured graph must give what it gives: bit for bit,
-   or within rounding where PyTorch runs a module by a kernel whose sums have another order. The
-   simplified graph must give what the captured one gives. A call that changes the model, or that
-   answers the same input differently, is refused by name.
-2. Segment by segment. Every node of the engine gets the model's own bits and residual, so that no
-   difference cascades. Accumulators must be equal, as integers. A bit may differ only where the
-   value is within rounding of its threshold,
+1. The model itself. A copy of it is called in eval mode, with batches of two or more sizes, and
+   with the first batch again after others. The captured graph must give the same outputs: bit for
+   bit, or within rounding if PyTorch runs a module with a kernel whose sums have another order. The
+   simplified graph must give the values of the captured one. A call that changes the model, or that
+   gives different outputs for the same input, is refused, and the cause is named.
+2. Segment by segment. Every node of the engine gets the model's own bits and residual, so that
+   differences do not accumulate. Accumulators must be equal, as integers. A bit may differ only if
+   the value is within rounding of its threshold,
 
        |v - threshold| <= 8 * 2^-24 *
            (|multiplier| * K + |bias| + |residual| + |shift| + |threshold|),
 
-   to which a float16 or bfloat16 residual adds 2^-10 or 2^-7 of its magnitude, and each one is
-   counted. A float map must agree within the rounding of its dtype. Where the model's own sign met
-   an exact 0, which no bit can hold, the contract says +1: such inputs are counted, and the outputs
-   they reach are counted and left out of the comparison of bits and floats.
+   to which a float16 or bfloat16 residual adds 2^-10 or 2^-7 of its magnitude, and each such bit is
+   counted. A float map must agree within the rounding of its dtype. If the argument of the model's
+   sign is exactly 0, which a bit cannot represent, the engine uses +1: such inputs are counted, and
+   the outputs they reach are counted and left out of the comparison of bits and floats.
 3. End to end, from the input on: bits that differ in each binary layer, error of the outputs, top-1
-   agreement. Reported, not judged: one bit that rounding flips moves the outputs.
+   agreement. These are reported, not judged: one bit that rounding flips changes the outputs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def verify(
     *,
     limit: int | None = None,
 ) -> VerifyReport:
-    """Compare an engine with the model it was converted from.
+    """Compare an engine with the model from which it was converted.
 
     Args:
         engine: an engine, converted or loaded.
@@ -67,17 +67,19 @@ def verify(
         limit: compare at most this many images.
 
     Returns:
-        A report; `report.ok` is the verdict, `report.table()` the evidence.
+        A report; `report.ok` is the verdict, `report.table()` shows the details.
 
     Raises:
         ConversionError: the model cannot be captured with the engine's input size, its calls
             change it, or it takes the sign of NaN.
-        ValueError: `data` holds no image, or batches with too few inputs.
+        ValueError: `data` contains no image, or batches with too few inputs.
     """
     batches = _batches(data, engine.signature, limit)
     first = next(batches, None)
     if first is None:
-        raise ValueError("`data` holds no image; pass a tensor [N, ...] or an iterable of batches.")
+        raise ValueError(
+            "`data` contains no image; pass a tensor [N, ...] or an iterable of batches."
+        )
     built = _rebuild(engine, model, first)
     mismatch = _mismatch(engine.graph_module, built.lowered)
     if mismatch:
@@ -108,7 +110,7 @@ def _batches(data: Any, signature: Signature, limit: int | None) -> Iterator[Bat
 
 
 def _one_call(data: Any, signature: Signature) -> list[Any] | None:
-    """Return the tensors of a single call, or None where `data` is an iterable of batches."""
+    """Return the tensors of a single call, or None if `data` is an iterable of batches."""
     if not isinstance(data, tuple | Mapping):
         return None
     args, kwargs = (data, {}) if isinstance(data, tuple) else ((), dict(data))
@@ -191,6 +193,6 @@ def _graph_difference(own: list[tuple[str, Any]], fresh: list[tuple[str, Any]]) 
 
 
 def _scalar_lists(value: Any) -> Any:
-    """A list that repeats one number and the number itself are one argument to PyTorch."""
+    """Return a list that repeats one number as the number: PyTorch treats both alike."""
     repeated = isinstance(value, list) and len(value) > 0 and all(v == value[0] for v in value)
     return value[0] if repeated and not isinstance(value[0], str) else value

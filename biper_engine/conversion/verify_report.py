@@ -1,4 +1,4 @@
-"""What `verify` reports: the model itself, one row per segment, and the whole network."""
+"""The report of `verify`: the model itself, one row per segment, and the whole network."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FLOAT_TOLERANCE = {
     torch.float16: 32 * ROUNDING[torch.float16],
     torch.bfloat16: 32 * ROUNDING[torch.bfloat16],
 }
-"""Largest error of a float map over its largest magnitude. In float32 that is the rounding of sums
-of up to 2^16 terms. In half precision inputs, weights and results are rounded, sums are not; 32
-roundings allow for what cancels, and for operators that amplify."""
+"""Largest error of a float map over its largest magnitude. In float32 this is the rounding of sums
+of up to 2^16 terms. In half precision, inputs, weights and results are rounded, but sums are not;
+32 roundings allow for cancellation and for operators that amplify errors."""
 
 _TRACE = 1e-3
-"""Share of values beyond which something is more than a trace."""
+"""Share of values above which the report adds a note."""
 
 
 @dataclass
@@ -32,8 +32,8 @@ class ModelReport:
 
     Attributes:
         batches: sizes of the batches with which the model was called.
-        bit_equal: whether the captured graph always gave the model's own bytes.
-        error: largest difference of an output, over its largest magnitude, where it did not.
+        bit_equal: whether the captured graph's outputs always equal the model's bit for bit.
+        error: largest difference of an output, over its largest magnitude, if they do not.
         pass_error: largest difference of a value of the simplified graph.
         pass_wrong: the first node of the simplified graph that differs, or empty.
     """
@@ -46,12 +46,12 @@ class ModelReport:
 
     @property
     def captured(self) -> bool:
-        """Whether the captured graph gives what the model gives, up to the order of float sums."""
+        """Whether the captured graph gives the model's outputs, up to the order of float sums."""
         return self.error <= FLOAT_TOLERANCE[torch.float32]
 
     @property
     def ok(self) -> bool:
-        """Whether both graphs give what the model gives."""
+        """Whether both graphs give the model's outputs."""
         return self.captured and not self.pass_wrong
 
     def __str__(self) -> str:
@@ -71,18 +71,18 @@ class SegmentReport:
 
     Attributes:
         name: layer or node.
-        accumulators: integers compared; 0 for a float segment.
-        accumulators_wrong: of them, unequal.
-        bits: bits compared.
-        flips: bits that differ where the value is within rounding of the threshold.
-        bits_wrong: bits that differ elsewhere.
+        accumulators: number of integers compared; 0 for a float segment.
+        accumulators_wrong: number of those that are unequal.
+        bits: number of bits compared.
+        flips: bits that differ while the value is within rounding of the threshold.
+        bits_wrong: all other bits that differ.
         undecided: values so close to the threshold of a sign that rounding decides the sign.
-        exact_zeros: inputs at which the model's sign is exactly 0.
+        exact_zeros: inputs for which the model's sign is exactly 0.
         zero_outputs: outputs that such inputs reach; their bits and floats are not compared.
         float_error: largest error of the float map, over its largest magnitude.
-        float_limit: what `float_error` may be.
-        input_bits: bits that enter a binary layer.
-        input_bits_differ: of them, different when the engine runs from the input on.
+        float_limit: largest allowed `float_error`.
+        input_bits: number of input bits of a binary layer.
+        input_bits_differ: number of those that differ when the engine runs from the input on.
     """
 
     name: str
@@ -101,7 +101,7 @@ class SegmentReport:
 
     @property
     def ok(self) -> bool:
-        """Whether accumulators are equal, no bit differs without cause and floats agree."""
+        """Whether accumulators are equal, bits differ only within rounding, and floats agree."""
         wrong = self.accumulators_wrong or self.bits_wrong
         return not wrong and self.float_error <= self.float_limit
 
@@ -112,12 +112,12 @@ class VerifyReport:
 
     Attributes:
         model: the captured graph against the model itself.
-        segments: one entry per node of the engine that was compared.
-        images: images compared.
+        segments: one entry per compared node of the engine.
+        images: number of images compared.
         mismatch: how the engine differs from a fresh conversion of the model, or empty.
         logit_error: largest |engine - model| over the images, of the whole network.
         relative_error: largest norm of that difference over that of the model's outputs, per image.
-        top1_agreement: share of images with the same argmax; None where outputs are no logits.
+        top1_agreement: share of images with the same argmax; None if outputs are not logits.
     """
 
     model: ModelReport = field(default_factory=ModelReport)
@@ -146,28 +146,28 @@ class VerifyReport:
 
     @property
     def flips(self) -> int:
-        """Bits that differ within rounding, each layer on the model's own values."""
+        """Number of bits that differ within rounding, each layer on the model's own values."""
         return sum(s.flips for s in self.segments)
 
     @property
     def exact_zeros(self) -> int:
-        """Inputs at which the model's sign is exactly 0, over all layers."""
+        """Number of inputs for which the model's sign is exactly 0, over all layers."""
         return sum(s.exact_zeros for s in self.segments)
 
     @property
     def input_bits(self) -> int:
-        """Bits that enter binary layers."""
+        """Number of input bits of binary layers."""
         return sum(s.input_bits for s in self.segments)
 
     @property
     def input_bits_differ(self) -> int:
-        """Of them, different from the model's signs when the engine runs from the input on."""
+        """Number of those that differ from the model's when the engine runs from the input on."""
         return sum(s.input_bits_differ for s in self.segments)
 
     # -- text -------------------------------------------------------------------------------------
 
     def table(self) -> str:
-        """Return the whole report as text, of at most 80 columns where names allow."""
+        """Return the whole report as text, at most 80 columns wide if names allow it."""
         if self.mismatch or not self.model.ok:
             return self.summary()
         return "\n".join([*self._notes(), *self._rows(), *self._verdicts()])
@@ -181,15 +181,15 @@ class VerifyReport:
         return "\n".join([*self._notes(), *self._verdicts()])
 
     def _notes(self) -> list[str]:
-        """Return what a reader must know first."""
+        """Return the notes that a reader must see first."""
         notes = []
         zeros = _share(self.exact_zeros, self.input_bits)
         outputs = sum(s.zero_outputs for s in self.segments)
         if zeros > _TRACE:
             accumulators = sum(s.accumulators for s in self.segments)
             notes.append(
-                f"note: the model's sign is exactly 0 at {zeros:.2%} of the inputs of binary "
-                f"layers, where a bit says +1. {_share(outputs, accumulators):.2%} of the outputs "
+                f"note: the model's sign is exactly 0 for {zeros:.2%} of the inputs of binary "
+                f"layers, where a bit means +1. {_share(outputs, accumulators):.2%} of the outputs "
                 "depend on them: their sums are compared with +1 there, their floats are not, and "
                 "the network's outputs differ. An untrained network, or padding before the sign?"
             )
@@ -198,9 +198,9 @@ class VerifyReport:
         if share > _TRACE:
             names = _listed([s.name for s in undecided])
             notes.append(
-                f"note: {share:.2%} of the signs are decided by float rounding, since what they "
-                f"are taken of is within rounding of the threshold ({names}). The model itself "
-                "answers differently in another precision. A BatchNorm before the sign ends that."
+                f"note: {share:.2%} of the signs are decided by float rounding, since their "
+                f"arguments are within rounding of the threshold ({names}). The model itself gives "
+                "other outputs in another precision. A BatchNorm before the sign avoids this."
             )
         return notes
 
@@ -232,7 +232,7 @@ class VerifyReport:
 
     @property
     def end_to_end(self) -> str:
-        """The whole network from the input on, in a line: bits, error of the outputs, top-1."""
+        """The whole network from the input on, in one line: bits, error of the outputs, top-1."""
         agreement = (
             "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.2%}"
         )
@@ -244,7 +244,7 @@ class VerifyReport:
         )
 
     def differing_bits(self) -> str:
-        """Return how many bits that enter binary layers differ when all of it runs."""
+        """Return how many input bits of binary layers differ when the whole network runs."""
         if not self.input_bits_differ:
             return "no bit differs" if self.input_bits else "no bits"
         return f"{self.input_bits_differ:,} of {self.input_bits:,} bits differ"

@@ -1,4 +1,4 @@
-"""Binary weights: a few values in every output channel, as a sum of one or two terms of +-1."""
+"""Binary weights: two or three values in every output channel, as one or two terms of +-1."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class WeightTerm:
 class BinaryWeight:
     """A weight whose output channels take two values each, or three of which one is 0.
 
-    Values -s and s are one term. Values -s, 0 and s are the mean of two: the weight with 0 counted
-    as s, and as -s. Values u and v are (v - u) / 2 times a sign and (u + v) / 2 times 1.
+    Values -s and s are one term. Values -s, 0 and s are the mean of two: the weight with 0 replaced
+    by s, and by -s. Values u and v are (v - u) / 2 times a sign and (u + v) / 2 times 1.
 
     Attributes:
-        positive: bool, the weight's shape; where the first term is positive.
-        scale: float64 [O], of the first term, at least 0.
-        second: the second term, or None where no channel has one; its scale is 0 for channels
-            without one.
-        zeros: weights that are exactly 0 in channels of three values.
+        positive: bool, the weight's shape; True if the first term is positive.
+        scale: float64 [O], scale of the first term, at least 0.
+        second: the second term, or None if no channel has one; its scale is 0 for channels without
+            one.
+        zeros: number of weights that are exactly 0 in channels of three values.
     """
 
     positive: Tensor
@@ -68,11 +68,11 @@ class BinaryWeight:
 
 
 def analyse_weight(weight: Tensor) -> BinaryWeight | str:
-    """Split a weight `[O, ...]` into terms; each channel for itself.
+    """Split a weight `[O, ...]` into terms, each channel separately.
 
-    Two numbers count as one when they differ by what the straight-through form `(sign - c) + c`
-    rounds away: at most 2^-22 * max(1, |w|), and never more than a thousandth of the channel's
-    largest magnitude. 0 is 0 only where it is exact.
+    Two numbers count as equal if they differ by the rounding of the straight-through form
+    `(sign - c) + c`: at most 2^-22 * max(1, |w|), and never more than a thousandth of the channel's
+    largest magnitude. Only an exact 0 counts as 0.
 
     Args:
         weight: float tensor, output channels first.
@@ -93,7 +93,7 @@ def analyse_weight(weight: Tensor) -> BinaryWeight | str:
     tolerance = torch.minimum(2.0**-22 * largest.clamp(min=1), 1e-3 * largest)
     ternary = (counts > 0) & (counts < flat.shape[1])
     nonzero = magnitude.masked_fill(flat == 0, torch.inf) if bool(ternary.any()) else magnitude
-    # A channel of zeros is symmetric as well.
+    # A channel of zeros is also symmetric.
     symmetric = (nonzero.amin(1, keepdim=True) >= largest - tolerance).squeeze(1)
     ternary = symmetric & ternary
     scale = magnitude.sum(1) / counts.clamp(min=1)
@@ -116,9 +116,9 @@ def analyse_weight(weight: Tensor) -> BinaryWeight | str:
 
 
 def _pairs(flat: Tensor, tolerance: Tensor, done: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Split channels of two values; None where one that is not `done` has more than two.
+    """Split channels of two values; None if a channel that is not `done` has more than two.
 
-    With four weights or less a channel, two values may be an accident: these are not split.
+    With at most four weights per channel, two values may be a coincidence: these are not split.
     """
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     upper = flat > (low + high) / 2
@@ -133,6 +133,6 @@ def _refusal(flat: Tensor) -> str:
 
 
 def _is_accident(counts: Tensor, size: int) -> bool:
-    """Whether no channel has two weights that are not 0, so that their equality says nothing."""
+    """Whether no channel has two nonzero weights, so that their equality means nothing."""
     some = bool((counts < size).any()) and bool((counts > 0).any())
     return some and int(counts.max()) < 2

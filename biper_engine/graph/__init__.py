@@ -1,8 +1,8 @@
 """The converted network as a graph: its operators, and how it is read, edited and called.
 
-Every operator that it may call is declared once, in the file of its kind: its name in files, what
-runs it, its arguments with type and range, the shape, dtype and channels of its result, whether the
-rows of a batch meet in it, and how numbers pass it. To add an operator is to add a declaration.
+Every operator that a graph may call is declared once, in the file of its kind: its name in files,
+what runs it, the type and range of its arguments, the shape, dtype and channels of its result,
+whether it mixes rows of a batch, and how numbers pass it. To add an operator, add a declaration.
 """
 
 from biper_engine.graph.inference import input_value, network_values

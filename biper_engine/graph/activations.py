@@ -64,7 +64,7 @@ def _softmax(self: Value, dim: int, half_to_float: bool) -> Value:
 
 def _log_sigmoid(self: Value) -> tuple[Value, ...]:
     require_dtype("self", self, FLOATS)
-    return (self.like(*self.shape),)  # a second one serves gradients
+    return (self.like(*self.shape),)  # the second result is only for gradients
 
 
 _SOFTMAX = {"self": TENSOR, "dim": DIM, "half_to_float": FALSE}

@@ -1,7 +1,7 @@
 """The kinds of arguments that operators take: the type and the range of each.
 
 A tensor is a `Value`; a number that a network computes from its batch is an `ImagesSize`. A bool is
-no integer, and NaN is no number.
+not an integer, and NaN is not a number.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOST = (1 << 31) - 1
 """The largest size, stride, padding and so on; native programs count in 32 bits."""
 
 _MOST_TENSORS = 1024
-"""Of one argument."""
+"""The value of one argument."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Kind:
     """What an argument may be.
 
     Attributes:
-        wanted: in words, after "must be".
-        accepts: whether something is that.
-        is_computed_with: whether it is a number that a call converts to the dtype of its tensors.
+        wanted: description that completes "must be".
+        accepts: whether a value is of this kind.
+        is_computed_with: whether a call converts this number to the dtype of its tensors.
     """
 
     wanted: str
@@ -64,7 +64,7 @@ class Kind:
         """Require a value of this kind.
 
         Raises:
-            MisfitError: it is something else.
+            MisfitError: the value is not of this kind.
         """
         if not self.accepts(value):
             raise MisfitError(f"`{name}` must be {self.wanted}, but it is {_text(value)}")
@@ -85,7 +85,7 @@ def _is_list(value: Any) -> bool:
 
 
 def optional(kind: Kind) -> Kind:
-    """Return the kind of an argument that may be left out by None."""
+    """Return the kind of an argument that may also be None."""
     return Kind(
         f"{kind.wanted} or None",
         lambda value: value is None or kind.accepts(value),
@@ -99,7 +99,7 @@ def integer(low: int, high: int = _MOST) -> Kind:
 
 
 def integers(counts: Sequence[int], low: int, high: int = _MOST) -> Kind:
-    """Return the kind of a list of integers in [low, high], of one of some lengths."""
+    """Return the kind of a list of integers in [low, high], with one of the given lengths."""
     lengths = " or ".join(map(str, counts)) if len(counts) < 4 else f"{counts[0]} to {counts[-1]}"
     return Kind(
         f"{lengths} integers from {low} to {high}",
@@ -124,7 +124,7 @@ def number(low: float = -math.inf, high: float = math.inf) -> Kind:
 
 
 def choice(*names: str) -> Kind:
-    """Return the kind of one of some strings."""
+    """Return the kind of a string that is one of `names`."""
     return Kind(
         f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
     )
@@ -168,7 +168,7 @@ DIM = integer(-MAX_RANK, MAX_RANK - 1)
 DIMS = integers(range(MAX_RANK + 1), -MAX_RANK, MAX_RANK - 1)
 SIZE = Kind(f"a size from 0 to {_MOST}", _is_size)
 SHAPE = Kind(
-    f"sizes from 0 to {_MOST}, or -1 for what is left",
+    f"sizes from 0 to {_MOST}, or -1 to infer one",
     lambda value: (
         _is_list(value)
         and len(value) <= MAX_RANK

@@ -56,7 +56,7 @@ def _operator(name: str, target: Any, arguments: Mapping[str, Kind], result: Rul
 
 
 def _same(dtypes: Sequence[torch.dtype]) -> Rule:
-    """Return the rule of a result like its operand, which must have one of some dtypes."""
+    """Return the rule of a result like its operand, whose dtype must be one of some."""
 
     def rule(self: Value, **options: Any) -> Value:
         require_dtype("self", self, dtypes)
@@ -159,7 +159,7 @@ def _two_forms(
     name: str, packet: Any, tensors: Rule, numbers: Rule | None = None, **more: Kind
 ) -> list[Operator]:
     """Return an operator on two tensors, and `name_number` on a tensor and a number."""
-    # PyTorch takes a number in the place of a tensor for these four alone.
+    # Only these four take a number in place of a tensor in PyTorch.
     operands = _WITH_EITHER if name in ("add", "sub", "mul", "div") else _OPERANDS
     return [
         _operator(name, packet.Tensor, {**operands, **more}, tensors),
@@ -211,7 +211,7 @@ def _require_range(dtype: torch.dtype, *numbers: Any) -> None:
     limits = torch.iinfo(dtype)
     for value in numbers:
         fits = not isinstance(value, int | float) or limits.min <= value <= limits.max
-        require(fits, f"{value} is no {dtype}")
+        require(fits, f"{value} does not fit {dtype}")
 
 
 def _scaled_sum(self: Value, tensor1: Value, tensor2: Value, value: Any) -> Value:
@@ -270,7 +270,7 @@ def _to_dtype(self: Value, dtype: torch.dtype | None, **options: Any) -> Value:
 def _clone(self: Value, memory_format: Any) -> Value:
     require(
         memory_format != torch.channels_last or self.rank == 4,
-        f"channels_last is a layout of 4 dimensions, but `self` is {self}",
+        f"channels_last needs 4 dimensions, but `self` is {self}",
     )
     dense = self.dense or memory_format == torch.contiguous_format
     return Value(self.dtype, self.shape, self.channels, limits=self.limits, dense=dense)

@@ -1,6 +1,6 @@
-"""Whether the images of a batch go through a network without meeting.
+"""Whether a network computes every image of a batch independently.
 
-Then rows may be added to a batch and left out of its results, and nothing else changes.
+If so, rows may be added to a batch and left out of its results, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["images_are_independent"]
 
 
 def images_are_independent(module: fx.GraphModule, inputs: Sequence[InputSpec] | None) -> bool:
-    """Whether every result is a batch, of which a row depends on that row of the inputs alone.
+    """Whether every result is a batch whose rows depend only on the same row of the inputs.
 
-    False where that is not known: for operators that are not declared, and for values whose first
-    dimension is another than the batch.
+    False if this is not known: for operators that are not declared, and for values whose first
+    dimension is not the batch.
 
     Args:
         module: a converted network.
-        inputs: what it takes; None where that is not known.
+        inputs: its inputs; None if they are not known.
     """
     if not inputs or any(spec.shape[:1] != (None,) for spec in inputs):
         return False

@@ -1,6 +1,6 @@
-"""The vocabulary of binary networks, `torch.ops.biper`.
+"""The operators of binary networks, `torch.ops.biper`.
 
-A packed map says of how many channels it is, so that no operator takes its unused bits for values.
+A packed map knows its number of channels, so that no operator takes its unused bits for values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLAGS = ("sense", "pool_min", "take_and")
 
 
 def _map_sizes(name: str, x: Value) -> tuple[Size, int, int, int]:
-    """Return the sizes of a float map [N, C, H, W], or those of a packed one in its order."""
+    """Return the sizes of a float map [N, C, H, W], or of a packed map in its own order."""
     if x.rank == 4:
         batch, *sizes = x.shape
         if all(isinstance(size, int) and size >= 1 for size in sizes):
@@ -40,7 +40,7 @@ def _map_sizes(name: str, x: Value) -> tuple[Size, int, int, int]:
 
 
 def _require_packed(name: str, bits: Value, channels: int) -> tuple[Size, int, int]:
-    """Require a packed map of some channels; return batch, height and width."""
+    """Require a packed map of `channels` channels; return batch, height and width."""
     fits = bits.channels == channels and bits.dtype == torch.int32
     if not fits:
         raise MisfitError(f"`{name}` must be a packed map of {channels} channels, but it is {bits}")
@@ -130,24 +130,24 @@ def _conv_sizes(
 
 
 def _require_clear_bits(weight: Value, channels: int) -> None:
-    """Require that the bits behind the last channel are 0."""
+    """Require that the bits after the last channel are 0."""
     used = channels % WORD_BITS
     if used and weight.constant is not None:
         unused = weight.constant[..., -1] >> used
         # A shift keeps the sign: bit 31 is one of the unused ones.
-        require(not bool(unused.any()), f"`weight` has bits behind its {channels} channels")
+        require(not bool(unused.any()), f"`weight` has bits after its {channels} channels")
 
 
 def _epilogue_sizes(
     bits: Value, weight: Value, multiplier: Value, bias: Value, named: Mapping[str, Any]
 ) -> tuple[Size, int, int, int]:
-    """Check what follows the accumulators; return the sizes of what leaves."""
+    """Check the steps after the accumulators; return the sizes of the result."""
     batch, channels, height, width = _conv_sizes(bits, weight, named)
     names = ("threshold", "sense", "pool_min", "slope", "shift")
     vectors = {name: named.get(name) for name in names}
     _require_vectors(channels, multiplier=multiplier, bias=bias, **vectors)
     clamped = named["clamp_min"] is not None or named["clamp_max"] is not None
-    require(not clamped or named["slope"] is None, "`slope` and `clamp_min`/`clamp_max` exclude")
+    require(not clamped or named["slope"] is None, "`slope` excludes `clamp_min`/`clamp_max`")
     pool = Pool2dGeometry(
         kernel_size=pair(named["pool_kernel_size"]),
         stride=pair(named["pool_stride"]),
@@ -185,7 +185,7 @@ def _conv_float_bits(
 
 
 def _geometry_errors(rule: Rule) -> Rule:
-    """Return a rule that says what does not fit a geometry as a misfit."""
+    """Return a rule that raises MisfitError instead of GeometryError."""
 
     def checked(**named: Any) -> Result:
         try:
@@ -200,7 +200,7 @@ def _geometry_errors(rule: Rule) -> Rule:
 
 
 def _constant_parameters(named: Mapping[str, Any], result: Any) -> bool:
-    """Require that only maps flow: computed parameters may come from several images."""
+    """Require that only maps are computed: computed parameters may come from several images."""
     return all(
         (value.flows and rows.is_batch(value)) if name in _FLOWING else not value.flows
         for name, value in named.items()
@@ -215,7 +215,7 @@ _MOST = torch.finfo(torch.float32).max
 _ONE_FLOAT = number(-_MOST, _MOST)
 _STREAM = Kind("float32, float16 or bfloat16", lambda v: DTYPE.accepts(v) and v in _STREAMS)
 _LIMIT = optional(
-    Kind("a number that float32 has", lambda v: _ONE_FLOAT.accepts(v) or v in (_INF, -_INF))
+    Kind("a number that float32 can hold", lambda v: _ONE_FLOAT.accepts(v) or v in (_INF, -_INF))
 )
 _OPTIONAL = optional(TENSOR)
 

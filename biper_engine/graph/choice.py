@@ -1,4 +1,4 @@
-"""Which backend runs the nodes of a network, answered without running them, and weights for it."""
+"""Which backend runs the nodes of a network, found without running them, and its weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def node_backend(module: fx.GraphModule, node: fx.Node, device: torch.device | N
     Args:
         module: a converted network.
         node: one of its nodes.
-        device: where the network's tensors are; None means the CPU.
+        device: device of the network's tensors; None means the CPU.
 
     Raises:
-        BackendUnavailableError: a backend is forced that cannot run the node.
+        BackendUnavailableError: a forced backend cannot run the node.
     """
     op = biper_op(node)
     if op is None:
@@ -44,7 +44,7 @@ def backends_of(module: fx.GraphModule, device: torch.device | None) -> tuple[st
     """Return the names of the backends that run a network now, in alphabetical order.
 
     Raises:
-        BackendUnavailableError: a backend is forced that cannot run the network.
+        BackendUnavailableError: a forced backend cannot run the network.
     """
     names = {node_backend(module, node, device) for node in module.graph.nodes}
     return tuple(sorted(name for name in names if name is not None))
@@ -54,7 +54,7 @@ def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
     """Return the weights of a `bconv2d*` node re-laid for the backend that will run it.
 
     Raises:
-        BackendUnavailableError: a backend is forced that cannot run the node.
+        BackendUnavailableError: a forced backend cannot run the node.
     """
     geometry = conv_geometry(weight, arguments(node))
     op = biper_op(node)

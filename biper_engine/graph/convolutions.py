@@ -1,4 +1,4 @@
-"""Float convolutions, of one to three dimensions, also transposed."""
+"""Float convolutions in one to three dimensions, also transposed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fixed_sizes(x: Value, count: int, name: str) -> tuple[int, ...]:
 
 
 def per_axis(values: Sequence[int], count: int, name: str) -> tuple[int, ...]:
-    """Return one integer for each axis, of as many or of a single one for all."""
+    """Return one integer for each axis; a single one counts for all axes."""
     require(len(values) in (1, count), f"`{name}` (={list(values)}) for {count} axes")
     return tuple(values) * count if len(values) == 1 else tuple(values)
 

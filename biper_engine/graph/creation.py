@@ -1,4 +1,4 @@
-"""Operators that make values from numbers and sizes alone, and sizes themselves."""
+"""Operators that make values only from numbers and sizes, and operators on sizes."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def _limits(dtype: torch.dtype, number: Any) -> tuple[int, int] | None:
 
 
 def _require_holds(dtype: torch.dtype, number: Any) -> None:
-    """Require a number that a dtype can hold; one that grows with the batch, for every batch."""
+    """Require a number that a dtype can hold, for every batch if it grows with the batch."""
     if isinstance(number, ImagesSize):
         wide = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
-        require(dtype in wide, f"{number} is no {dtype} for every batch")
+        require(dtype in wide, f"{number} does not fit {dtype} for every batch")
         return
     if dtype.is_floating_point:
         fits = math.isinf(number) or abs(number) <= torch.finfo(dtype).max
-        require(fits, f"{number} is no {dtype}")
+        require(fits, f"{number} does not fit {dtype}")
         return
     if dtype == torch.bool:
         return
     limits = torch.iinfo(dtype)
     fits = type(number) in (int, bool) and limits.min <= number <= limits.max
-    require(fits, f"{number} is no {dtype}")
+    require(fits, f"{number} does not fit {dtype}")
 
 
 def _filled(size: Sequence[Size], dtype: torch.dtype, number: Any) -> Value:
@@ -117,7 +117,7 @@ def _arange(end: Any, start: Any = 0, step: Any = 1, dtype: torch.dtype | None =
     count = divided(span, step) if isinstance(span, ImagesSize) else -(-span // step)
     require(count >= 0, f"there is nothing from {start} to {end}")
     wanted = dtype or torch.int64
-    require(wanted != torch.bool, "there is no range of bools")
+    require(wanted != torch.bool, "a range cannot be of bools")
     limits = None
     if isinstance(start, int) and isinstance(end, int) and not wanted.is_floating_point:
         limits = (start, max(end - 1, start))
@@ -133,7 +133,7 @@ def _on_sizes(compute: Callable[[Any, Any], Size]) -> Rule:
     def rule(a: Any, b: Any) -> Size:
         found = compute(a, b)
         if isinstance(found, int):
-            require(0 <= found < 1 << 31, f"{found} is no size")
+            require(0 <= found < 1 << 31, f"{found} is not a size")
         return found
 
     return rule
@@ -151,7 +151,7 @@ def _operator(
 
 
 def _same_for_every_row(named: Mapping[str, Any], result: Any) -> bool:
-    """Say yes: the rows are alike, and none is of an image."""
+    """Return True: the rows are alike, and none is computed from an image."""
     return True
 
 

@@ -1,4 +1,4 @@
-"""Changing a graph: the small steps of which every pass consists."""
+"""Small edits of a graph, from which every pass is built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def constant_node(graph_module: fx.GraphModule, before: fx.Node, tensor: Tensor)
 def call(
     graph: fx.Graph, before: fx.Node, target: Callable[..., Any], *args: Any, like: fx.Node
 ) -> fx.Node:
-    """Insert a call before a node; it takes over the meta of `like`, whose value it reproduces."""
+    """Insert a call before a node; it gets the meta of `like`, whose value it reproduces."""
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
     node.meta = dict(like.meta)
@@ -32,7 +32,7 @@ def call(
 
 
 def repeat_call(graph: fx.Graph, before: fx.Node, original: fx.Node, x: fx.Node) -> fx.Node:
-    """Insert a copy of a call before a node, on another first argument."""
+    """Insert a copy of a call before a node, with another first argument."""
     with graph.inserting_before(before):
         node = graph.node_copy(original, lambda argument: argument)
     node.update_arg(0, x)
@@ -40,6 +40,6 @@ def repeat_call(graph: fx.Graph, before: fx.Node, original: fx.Node, x: fx.Node)
 
 
 def substitute(old: fx.Node, new: fx.Node) -> None:
-    """Let `new` take the place of `old`, which is erased."""
+    """Replace `old` by `new` and erase it."""
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)

@@ -1,8 +1,8 @@
 """Operators that take values by their positions.
 
-Positions that a network holds, or that an operator such as argmax gave, are known to be inside of
-what they index, or the network is refused. Others, such as tokens that a caller passes, are held
-against it in each call, by PyTorch, with an IndexError.
+Positions that a network holds, or that an operator such as argmax returns, must be known to be in
+range, or the network is refused. PyTorch checks the others, such as tokens that a caller passes, in
+each call and raises IndexError.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _POSITIONS = (torch.int64, torch.int32)
 
 
 def _limits(x: Value) -> tuple[int, int] | None:
-    """Return the smallest and the largest integer of a value, where they are known."""
+    """Return the smallest and the largest integer of a value, if they are known."""
     if x.constant is None or x.constant.numel() == 0:
         return x.limits
     low, high = torch.aminmax(x.constant)
@@ -46,7 +46,7 @@ def _limits(x: Value) -> tuple[int, int] | None:
 def _require_positions(
     name: str, index: Value, size: Size, *, negative: bool = False, dtypes: Any = _POSITIONS
 ) -> None:
-    """Require that what is known of positions is inside of a dimension."""
+    """Require that positions, as far as they are known, are inside a dimension."""
     require_dtype(name, index, dtypes)
     limits = _limits(index)
     if limits is None:
@@ -78,7 +78,7 @@ def _gather(self: Value, dim: int, index: Value, sparse_grad: bool) -> Value:
     _require_positions("index", index, self.shape[at], dtypes=_POSITIONS[:1])
     for other, (whole, wanted) in enumerate(zip(self.shape, index.shape, strict=True)):
         fits = other == at or whole == wanted or (isinstance(wanted, int) and whole >= wanted)
-        require(fits, f"`index` (={index}) reaches out of `self` (={self})")
+        require(fits, f"`index` (={index}) is larger than `self` (={self})")
     return self.like(*index.shape)
 
 
@@ -95,7 +95,7 @@ def _scatter(self: Value, dim: int, index: Value, **source: Any) -> Value:
 
 def _index(self: Value, indices: Sequence[Value | None]) -> Value:
     require_dtype("self", self, ANY)
-    require(len(indices) <= self.rank, f"{len(indices)} indices of `self` (={self})")
+    require(len(indices) <= self.rank, f"{len(indices)} indices for `self` (={self})")
     taken = [at for at, index in enumerate(indices) if index is not None]
     require(bool(taken), "`indices` has no index")
     for at in taken:
@@ -132,7 +132,7 @@ def _grid_sample(input: Value, grid: Value, **options: Any) -> Value:
 
 def _affine_grid(theta: Value, size: Sequence[Size], align_corners: bool) -> Value:
     require_dtype("theta", theta, FLOATS[:1])
-    require(len(size) == 4 and -1 not in size, f"`size` (={list(size)}) must be that of a map")
+    require(len(size) == 4 and -1 not in size, f"`size` (={list(size)}) must be the size of a map")
     require(theta.shape == (size[0], 2, 3), f"`theta` is {theta}")
     for item in size:
         require(item >= 1, f"`size` (={list(size)}) is empty")
@@ -143,12 +143,12 @@ def _affine_grid(theta: Value, size: Sequence[Size], align_corners: bool) -> Val
 
 
 def _of_constants(named: Mapping[str, Any], result: Any) -> bool:
-    """Require positions alone to flow."""
+    """Require that only positions are computed."""
     return not named["weight"].flows and named["indices"].flows
 
 
 def _constant_index(named: Mapping[str, Any], result: Any) -> bool:
-    """Require constant positions, along another dimension than the first."""
+    """Require constant positions, along a dimension other than the first."""
     return rows.over_dims(named, result)
 
 

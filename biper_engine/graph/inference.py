@@ -1,4 +1,4 @@
-"""What is known of every value of a network, from its inputs on, before anything is computed."""
+"""Infer what is known about every value of a network before anything is computed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def input_value(taken: InputSpec) -> Value:
     """Return the value of an input.
 
     Raises:
-        MisfitError: it is too large.
+        MisfitError: the value is too large.
     """
     return Value(taken.dtype, tuple(BATCH if size is None else size for size in taken.shape))
 
@@ -30,11 +30,11 @@ def input_value(taken: InputSpec) -> Value:
 def network_values(
     module: fx.GraphModule, inputs: Iterable[InputSpec]
 ) -> dict[fx.Node, Result | None]:
-    """Return the value of every node; None for what no declaration tells.
+    """Return the value of every node; None if no declaration gives it.
 
     Args:
-        module: a converted network. What is in its constants is not looked at.
-        inputs: what it takes, in the order of its placeholders.
+        module: a converted network. The contents of its constants are not read.
+        inputs: its inputs, in the order of its placeholders.
     """
     values: dict[fx.Node, Result | None] = {}
     taken = iter(inputs)

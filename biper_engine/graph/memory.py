@@ -1,4 +1,4 @@
-"""The memory of a converted network's tensors: what its results share, and how weights lie."""
+"""The memory of a converted network's tensors: shared results, and the layout of weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["align_weights", "isolate_outputs"]
 
 
 def _aliased(node: fx.Node) -> fx.Node | None:
-    """Return the node whose memory this one may show, as the operator's schema says, or None."""
+    """Return the node whose memory this one may share, by the operator's schema, or None."""
     if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return None
     for argument in node.target._schema.arguments:
@@ -30,7 +30,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def isolate_outputs(module: fx.GraphModule) -> None:
-    """Clone, in place, every returned value that shows an input's or a constant's memory."""
+    """Clone, in place, every returned value that shares memory with an input or a constant."""
     output = module.graph.output_node()
     values = list(output_values(module.graph))
     clones: dict[fx.Node, fx.Node] = {}
@@ -51,7 +51,7 @@ def isolate_outputs(module: fx.GraphModule) -> None:
 def align_weights(module: fx.GraphModule) -> None:
     """Give the weights of float 2-d convolutions channels_last memory, in place.
 
-    torch then returns channels_last maps also for contiguous images, as binary operators want them.
+    torch then returns channels_last maps also for contiguous images, as binary operators need.
     """
     convolutions = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
     for node in module.graph.nodes:

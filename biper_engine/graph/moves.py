@@ -51,7 +51,7 @@ def _moved(x: Value, *shape: Size) -> Value:
 
 
 def _replaced(x: Value, at: int, *sizes: Size) -> tuple[Size, ...]:
-    """Return the shape of `x` with other sizes in the place of dimension `at`."""
+    """Return the shape of `x` with other sizes in place of dimension `at`."""
     return (*x.shape[:at], *sizes, *x.shape[at + 1 :])
 
 
@@ -108,7 +108,7 @@ def _unsqueeze(self: Value, dim: int) -> Value:
 
 
 def _pixel_shuffle(self: Value, upscale_factor: int) -> Value:
-    require(self.rank >= 3, f"`self` (={self}) is no map")
+    require(self.rank >= 3, f"`self` (={self}) is not a map")
     *front, channels, height, width = self.shape
     factor = upscale_factor
     inner = divided(channels, factor * factor)
@@ -116,7 +116,7 @@ def _pixel_shuffle(self: Value, upscale_factor: int) -> Value:
 
 
 def _pixel_unshuffle(self: Value, downscale_factor: int) -> Value:
-    require(self.rank >= 3, f"`self` (={self}) is no map")
+    require(self.rank >= 3, f"`self` (={self}) is not a map")
     *front, channels, height, width = self.shape
     factor = downscale_factor
     return _moved(
@@ -125,7 +125,7 @@ def _pixel_unshuffle(self: Value, downscale_factor: int) -> Value:
 
 
 def _channel_shuffle(self: Value, groups: int) -> Value:
-    require(self.rank >= 3, f"`self` (={self}) is no map")
+    require(self.rank >= 3, f"`self` (={self}) is not a map")
     divided(self.shape[1], groups)
     return _moved(self, *self.shape)
 
@@ -134,7 +134,7 @@ def _channel_shuffle(self: Value, groups: int) -> Value:
 
 
 def _length(size: Size, start: Any, end: Any, step: int) -> Size:
-    """Return how many positions there are from `start` to `end`, both as Python takes them."""
+    """Return the number of positions from `start` to `end`, both as in Python's slices."""
     first, last = (_position(at, size) for at in (start or 0, size if end is None else end))
     if first == 0 and last == size and step == 1:
         return size
@@ -150,7 +150,7 @@ def _position(at: Any, size: Size) -> Size:
     if isinstance(size, int) and isinstance(at, int):
         return min(max(at + size * (at < 0), 0), size)
     if type(at) is int and at <= 0:
-        # From the end of a size that grows: one of the first images would have no such position.
+        # Counted from the end of a size that grows: small batches would have no such position.
         require(at == 0 or size + at >= 0, f"position {at} of {size}")
         return 0 if at == 0 else size + at
     require(size >= at if isinstance(at, int) else False, f"position {at} of {size}")
@@ -171,7 +171,7 @@ def _select(self: Value, dim: int, index: int) -> Value:
 def _require_index(x: Value, at: int, index: int) -> None:
     size = x.shape[at]
     fits = size >= index + 1 if index >= 0 else size >= -index
-    require(fits, f"`index` (={index}) is outside of dimension {at} of `self` (={x})")
+    require(fits, f"`index` (={index}) is outside dimension {at} of `self` (={x})")
 
 
 def _split(self: Value, split_size: int, dim: int) -> tuple[Value, ...]:
@@ -189,7 +189,7 @@ def _split(self: Value, split_size: int, dim: int) -> tuple[Value, ...]:
 def _split_sizes(self: Value, split_sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
     at = axis(dim, self.rank)
     fits = sum(split_sizes) == self.shape[at]
-    require(fits, f"`split_sizes` (={list(split_sizes)}) are not those of `self` (={self})")
+    require(fits, f"`split_sizes` (={list(split_sizes)}) do not add up to `self` (={self})")
     return tuple(_moved(self, *_replaced(self, at, size)) for size in split_sizes)
 
 
@@ -214,7 +214,7 @@ def _diagonal(self: Value, offset: int, dim1: int, dim2: int) -> Value:
 
 
 def _triangle(self: Value, diagonal: int) -> Value:
-    require(self.rank >= 2, f"`self` (={self}) is no matrix")
+    require(self.rank >= 2, f"`self` (={self}) is not a matrix")
     return _with_zero(_moved(self, *self.shape))
 
 
@@ -307,7 +307,7 @@ def _select_scatter(self: Value, src: Value, dim: int, index: int) -> Value:
 
 
 def _reshape_rows(named: Mapping[str, Any], result: Any) -> bool:
-    """Say that rows stay rows where both shapes begin with the batch."""
+    """Whether rows stay rows: they do if both shapes begin with the batch."""
     return rows.first_flows(named, result)
 
 

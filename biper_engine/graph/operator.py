@@ -1,4 +1,4 @@
-"""What a declaration of an operator says, and the table of all operators.
+"""The declaration of an operator, and tables of operators.
 
 An operator of converted networks is declared once, in the file of its kind. Files, shapes,
 batching, recognition and native steps read the declaration.
@@ -27,7 +27,7 @@ __all__ = ["Numbers", "Operator", "Result", "Rule", "passing", "table"]
 Result = Value | Size | tuple[Value, ...]
 Rule = Callable[..., Result]
 
-# Arguments that say where a result is made, and nothing of its values: files hold none of them.
+# Arguments that say where a result is made and don't change its values. Files leave them out.
 _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "device": (None, torch.device("cpu")),
     "layout": (None, torch.strided),
@@ -37,13 +37,13 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
 
 
 class Numbers(Enum):
-    """How the numbers of a result come from those of the operands, so that few stay few."""
+    """How the numbers of a result come from those of the operands, if few of them stay few."""
 
-    ELEMENTWISE = "each is computed from those at the same place, or channel, alone"
-    MOVED = "they are the first operand's, at other places"
-    LARGEST = "they are the first operand's, the largest or smallest of some"
+    ELEMENTWISE = "each is computed only from those at the same place, or channel"
+    MOVED = "they are those of the first operand, at other places"
+    LARGEST = "they are some of the first operand's, the largest or smallest"
     JOINED = "they are those of all operands"
-    SPLIT = "those of each result are the first operand's"
+    SPLIT = "those of each result are those of the first operand"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +52,15 @@ class Operator:
 
     Attributes:
         name: in files; it does not change with PyTorch.
-        target: what runs it: an overload, or a function of Python on sizes.
-        arguments: those that files may hold, by the names that the target has for them.
-        result: from the arguments, all of them and by name, to the result: values of the right
-            dtype, shape and channels. It raises MisfitError where they do not fit.
-        rows: whether row i of the result depends on row i of each operand alone.
+        target: the callable: an overload, or a Python function on sizes.
+        arguments: the kinds of those that files may hold, by the target's names for them.
+        result: takes all arguments by name and returns the result as values of the right dtype,
+            shape and channels. It raises MisfitError if the arguments do not fit.
+        rows: whether row i of the result depends only on row i of each operand.
         numbers: how the numbers of the result come from those of the operands; None for any other
-            way. Conversion follows binary values by it.
-        also: other targets with the same arguments, which files write as this one: whatever they
-            may give, this one gives.
+            way. Conversion uses it to follow binary values.
+        also: other targets with the same arguments, which files store as this one: whatever they
+            may return, this one returns.
     """
 
     name: str
@@ -73,14 +73,14 @@ class Operator:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Values of the arguments that may be left out."""
+        """Default values of the arguments."""
         return defaults_of(self.target) if isinstance(self.target, OpOverload) else {}
 
     def named(self, node: fx.Node) -> dict[str, Any]:
-        """Return a node's arguments by name, defaults left out.
+        """Return a node's arguments by name, without the defaults.
 
         Raises:
-            MisfitError: there are more than the target takes.
+            MisfitError: there are more arguments than the target takes.
         """
         overload = isinstance(self.target, OpOverload)
         names = [a.name for a in self.target._schema.arguments] if overload else [*self.arguments]
@@ -89,14 +89,14 @@ class Operator:
         return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
     def is_elsewhere(self, argument: str, value: Any) -> bool:
-        """Whether an argument only says where the result is, as the CPU, which files leave out."""
+        """Whether an argument only says where the result is (the CPU); files leave it out."""
         return value in _ELSEWHERE.get(argument, ())
 
     def infer(self, given: Mapping[str, Any]) -> Result:
-        """Return what a call gives, after every argument has been checked.
+        """Check every argument of a call and return its result.
 
         Args:
-            given: arguments by name, tensors as `Value`; those left out have their defaults.
+            given: arguments by name, tensors as `Value`; missing ones get their defaults.
 
         Raises:
             MisfitError: an argument is missing, unknown, of another kind, or does not fit.
@@ -104,7 +104,8 @@ class Operator:
         for name in given:
             if name not in self.arguments:
                 raise MisfitError(
-                    f"`{name}` is no argument of {self.name}, which has {', '.join(self.arguments)}"
+                    f"`{name}` is not an argument of {self.name}, "
+                    f"which has {', '.join(self.arguments)}"
                 )
         complete = self.complete(given)
         for name in given:
@@ -113,7 +114,7 @@ class Operator:
         return self.result(**complete)
 
     def _require_representable(self, given: Mapping[str, Any]) -> None:
-        """Require numbers that the smallest dtype of floats among the operands can hold."""
+        """Require numbers that the smallest float dtype among the operands can hold."""
         numbers = {
             name: value
             for name, value in given.items()
@@ -128,10 +129,10 @@ class Operator:
                 raise MisfitError(f"`{name}` (={value}) is more than {largest}")
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return every argument by name, in order; those left out have their defaults.
+        """Return every argument by name, in order; missing ones get their defaults.
 
         Raises:
-            MisfitError: one without a default is missing.
+            MisfitError: an argument without a default is missing.
         """
         defaults = self.defaults
         complete = {}
@@ -143,7 +144,7 @@ class Operator:
 
 
 def passing(numbers: Numbers, operators: Iterable[Operator]) -> list[Operator]:
-    """Return operators whose results have their numbers in one way."""
+    """Return copies of operators that declare how the numbers of their results come about."""
     return [replace(operator, numbers=numbers) for operator in operators]
 
 
@@ -151,7 +152,7 @@ def table(*groups: Iterable[Operator]) -> dict[str, Operator]:
     """Return operators by name.
 
     Raises:
-        ValueError: two have one name.
+        ValueError: two operators have the same name.
     """
     found: dict[str, Operator] = {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""All declared operators, by name and by what runs them."""
+"""All declared operators, by name and by target."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPERATORS: dict[str, Operator] = table(
     indexing.OPERATORS,
     creation.OPERATORS,
 )
-"""By name in files."""
+"""All operators, by their names in files."""
 
 _BY_TARGET = {
     target: operator
@@ -47,16 +47,16 @@ _BY_TARGET = {
 
 
 def operator_for(target: Any) -> Operator | None:
-    """Return the declaration of what an overload runs, or None where there is none."""
+    """Return the declaration of an overload's operator, or None if there is none."""
     return _BY_TARGET.get(target)
 
 
 def operator_of(node: fx.Node) -> Operator | None:
-    """Return the declaration of what a node calls, or None where there is none."""
+    """Return the declaration of the operator that a node calls, or None if there is none."""
     return _BY_TARGET.get(node.target) if node.op == "call_function" else None
 
 
-# Of captured graphs, which files do not hold.
+# Operators of captured graphs, which files do not hold.
 _CAPTURED = {
     Numbers.ELEMENTWISE: "square signbit bitwise_left_shift softshrink hardshrink relu6",
     Numbers.MOVED: "native_channel_shuffle",
@@ -75,6 +75,6 @@ _NUMBERS = {
 
 
 def numbers_of(node: fx.Node) -> Numbers | None:
-    """Return how the numbers of a call's result come from its operands', whatever its overload."""
+    """Return how the numbers of a call's result come from its operands', for any overload."""
     packet = getattr(node.target, "overloadpacket", None)
     return _NUMBERS.get(packet) if node.op == "call_function" else None

@@ -1,4 +1,4 @@
-"""Pads: zeros and other numbers, and values of the map itself."""
+"""Pads with zeros and other numbers, and with values of the map itself."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _pad(self: Value, pad: Sequence[int], value: Any) -> Value:
 
 
 def _edge_pad(dimensions: int, name: str) -> Rule:
-    """Return the rule of a pad of the last dimensions with values of the map."""
+    """Return the rule of a pad of the last dimensions with the map's own values."""
 
     def rule(self: Value, padding: Sequence[int]) -> Value:
         require_dtype("self", self, FLOATS)

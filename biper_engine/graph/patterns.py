@@ -1,6 +1,6 @@
-"""Patterns: what operators of a graph say, and what stands behind them.
+"""Patterns: what the operators of a graph mean, and which operators follow them.
 
-Passes of the conversion, fused ends and native steps ask the same questions; each is answered here.
+Passes of the conversion, fused ends and native steps ask the same questions, answered only here.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _aten = torch.ops.aten
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """Return the node that alone uses a value, None where there are none or several."""
+    """Return the only node that uses a value, or None if there are none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """Return (vertical, horizontal) of an argument that may be one number, or a list of one."""
+    """Return (vertical, horizontal) of an argument that may be one number or a list of one."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values[0], values[-1]
 
@@ -52,7 +52,7 @@ def conv2d_geometry(node: fx.Node, weight: Tensor) -> Conv2dGeometry:
         weight: [O, C / groups, KH, KW], of any dtype.
 
     Raises:
-        GeometryError: the values make no geometry.
+        GeometryError: the values are not a valid geometry.
     """
     named = arguments(node)
     vertical, horizontal = pair(named["padding"])
@@ -81,7 +81,7 @@ def max_pool_geometry(node: fx.Node) -> Pool2dGeometry | None:
 
 
 def clamp_limits(node: fx.Node) -> tuple[float, float] | None:
-    """Return a clamp's lower and upper limit, infinite for no limit; None for another node."""
+    """Return a clamp's lower and upper limit, infinite if there is none; None for another node."""
     if is_call(node, _aten.relu.default):
         return 0.0, math.inf
     if is_call(node, _aten.hardtanh.default):
@@ -95,9 +95,9 @@ def clamp_limits(node: fx.Node) -> tuple[float, float] | None:
 
 
 def zero_pad(node: fx.Node) -> list[int] | None:
-    """Return the zeros that a pad adds; None for another node, other values or cutting off.
+    """Return the zeros that a pad adds; None for another node, other values or cropping.
 
-    They are [left, right, top, bottom, ...], two for each dimension from the last one on.
+    The order is [left, right, top, bottom, ...], two for each dimension, the last dimension first.
     """
     if not is_call(node, _aten.constant_pad_nd.default):
         return None
@@ -115,7 +115,7 @@ def is_mean_of_pixels(node: fx.Node) -> bool:
 
 
 def drops_pixels(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    """Whether a value goes from [N, C, 1, 1] to [N, C]."""
+    """Whether a node reshapes a value from [N, C, 1, 1] to [N, C]."""
     return len(after) == 2 and tuple(before[1:]) == (after[1], 1, 1)
 
 
@@ -124,11 +124,11 @@ def per_channel(value: Any, channels: int, rank: int) -> Tensor | None:
 
     Args:
         value: a number, or a constant tensor.
-        channels: of the map, C.
-        rank: dimensions of the map, [N, C, ...].
+        channels: number of channels of the map, C.
+        rank: number of dimensions of the map, [N, C, ...].
 
     Returns:
-        None where it varies along another dimension than the channels, or is something else.
+        None if it varies along a dimension other than the channels, or is anything else.
     """
     if isinstance(value, int | float):
         return torch.full((channels,), float(value), dtype=torch.float64)
@@ -151,13 +151,13 @@ def is_binarize(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class ConvTail:
-    """What stands behind a float convolution, and can be computed with it.
+    """The nodes after a float convolution that can be computed together with it.
 
     Attributes:
         nodes: a max pool and a clamp, at most one of each, in their order.
-        pool: the pool's geometry; the identity without one.
-        limits: of the clamp; infinite without one.
-        bits: the first `binarize` of the value, and those that are the same.
+        pool: the pool's geometry; the identity if there is no pool.
+        limits: limits of the clamp; infinite if there is no clamp.
+        bits: the first `binarize` of the value, and all that are equal to it.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -167,9 +167,9 @@ class ConvTail:
 
 
 def tail_of(conv: fx.Node) -> ConvTail:
-    """Return what stands behind a float convolution.
+    """Return the nodes after a float convolution that can be computed together with it.
 
-    A pool and a clamp commute: a clamp is monotone, and padding wins in neither order.
+    A pool and a clamp commute: a clamp is monotone, and padding is never a maximum.
     """
     nodes: list[fx.Node] = []
     pool, limits = None, None

@@ -23,7 +23,7 @@ _Sizes = Sequence[int]
 
 
 def _require_map(x: Value, count: int, name: str = "self") -> tuple[int, ...]:
-    """Require a float map of some axes, with a batch; return its sizes along them."""
+    """Require a float map with a batch and `count` axes; return its sizes along them."""
     require_dtype(name, x, FLOATS)
     require(x.rank == count + 2, f"`{name}` must have {count + 2} dimensions, but it is {x}")
     require(isinstance(x.shape[0], ImagesSize) or x.shape[0] >= 1, f"`{name}` (={x}) is empty")
@@ -39,7 +39,7 @@ def _windows(
     count: int,
     dilation: _Sizes = (1,),
 ) -> list[int]:
-    """Return how many windows there are along each axis."""
+    """Return the number of windows along each axis."""
     kernels, gaps = per_axis(kernel, count, "kernel_size"), per_axis(dilation, count, "dilation")
     steps = per_axis(stride or kernels, count, "stride")
     pads = per_axis(padding, count, "padding")
@@ -70,7 +70,7 @@ def _max_pool(count: int) -> Rule:
 
 
 def _with_positions(rule: Rule, count: int) -> Rule:
-    """Return the rule of a max pool that also gives where in the map each maximum is."""
+    """Return the rule of a max pool that also returns the position of each maximum."""
 
     def both(self: Value, **options: Any) -> tuple[Value, ...]:
         pooled = rule(self=self, **options)
@@ -84,7 +84,7 @@ def _with_positions(rule: Rule, count: int) -> Rule:
 
 
 def _avg_pool(count: int) -> Rule:
-    # PyTorch has no average of a volume in half precision on the CPU.
+    # PyTorch has no 3-d average pool in half precision on the CPU.
     dtypes = FLOATS if count == 2 else (torch.float32, torch.float64)
 
     def rule(
@@ -183,7 +183,7 @@ def _from_columns(
     _require_map(self, 1)
     depth, count = fixed_sizes(self, 2, "self")
     fits = count == _positions(output_size, kernel_size, dilation, padding, stride)
-    require(fits, f"`self` (={self}) has other windows than `output_size` (={list(output_size)})")
+    require(fits, f"`self` (={self}) does not match `output_size` (={list(output_size)})")
     channels = divided(depth, kernel_size[0] * kernel_size[1])
     return self.like(self.shape[0], channels, *output_size)
 

@@ -1,4 +1,4 @@
-"""A converted network's graph as plain data, to pickle and to rebuild."""
+"""A converted network's graph as plain data that can be pickled and rebuilt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["PortableGraph", "from_portable", "release_source", "to_portable"]
 
 @dataclass(frozen=True)
 class _Reference:
-    """A node's name, where a picklable argument stands for the node."""
+    """A node's name, which replaces the node in a picklable argument."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _Operator:
-    """An operator's qualified name; overloads themselves do not pickle in every version."""
+    """An operator's qualified name; not every version of torch can pickle overloads."""
 
     name: str
     overload: str
@@ -37,14 +37,14 @@ class _Operator:
 
 @dataclass(frozen=True)
 class PortableGraph:
-    """A GraphModule as plain picklable data; names survive, which `GraphModule` itself loses."""
+    """A GraphModule as plain picklable data; it keeps names, which `GraphModule` itself loses."""
 
     nodes: tuple[tuple[str, str, Any, Any, Any], ...]
     constants: dict[str, Any]
 
     @staticmethod
     def reference(name: str) -> Any:
-        """Return what stands for the node called `name` in another node's arguments."""
+        """Return the value that replaces the node called `name` in another node's arguments."""
         return _Reference(name)
 
 
@@ -95,10 +95,10 @@ def from_portable(portable: PortableGraph) -> fx.GraphModule:
 
 
 def release_source(module: fx.GraphModule) -> fx.GraphModule:
-    """Let the source of a graph go when the module goes; return the module.
+    """Free the source of a graph together with its module; return the module.
 
-    torch.fx keeps the text that it compiled of every graph, for tracebacks, until the process ends:
-    18 kB for a ResNet-20, at each load. A module that is recompiled later has another text.
+    torch.fx keeps the compiled source of every graph, for tracebacks, until the process ends:
+    18 kB for a ResNet-20, at each load. A module that is recompiled later has another source.
     """
     forward: Any = type(module).forward
     weakref.finalize(module, _forget_source, forward.__code__.co_filename).atexit = False

@@ -70,7 +70,7 @@ def _baddbmm(self: Value, batch1: Value, batch2: Value, beta: Any, alpha: Any) -
 def _attention(
     query: Value, key: Value, value: Value, attn_mask: Value | None, **options: Any
 ) -> tuple[Value, ...]:
-    """Check as much as PyTorch does not: its kernel for CPUs reads what it is given."""
+    """Check what PyTorch does not check: its CPU kernel reads memory without looking at shapes."""
     same_dtype(FLOATS, query=query, key=key, value=value)
     same = query.rank == key.rank == 4 and key.shape == value.shape
     fits = same and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]
@@ -82,11 +82,11 @@ def _attention(
         same_dtype(FLOATS, query=query, attn_mask=attn_mask)
         fits = attn_mask.rank in (2, 4) and broadcast(attn_mask.shape, scores) == scores
         require(fits, f"`attn_mask` (={attn_mask}) does not fit {query.like(*scores)}")
-    return (query.like(*query.shape),)  # a second one serves gradients
+    return (query.like(*query.shape),)  # the second result is only for gradients
 
 
 def _matrices(named: Mapping[str, Any], result: Any) -> bool:
-    """Require a batch with rows of their own, and constant parameters."""
+    """Require a batch whose rows have their own shape, and constant parameters."""
     return rows.first_flows(named, result) and next(iter(named.values())).rank >= 2
 
 

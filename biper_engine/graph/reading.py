@@ -1,4 +1,4 @@
-"""What a converted network's `torch.fx.GraphModule` consists of, and how to walk it.
+"""The parts of a converted network's `torch.fx.GraphModule`, and how to walk it.
 
 Placeholders are flat tensor inputs, get_attr nodes constants, call_function nodes operators of
 `torch.ops` or `operator.getitem`, and the output node returns a flat tuple or list.
@@ -36,7 +36,7 @@ __all__ = [
 
 Call = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 
-# Operators whose result is a packed map, and where it stands in a tuple of results.
+# Operators whose result is a packed map, and its position in a tuple of results.
 _PACKED_RESULTS = {
     "binarize": None,
     "bmaxpool2d": None,
@@ -45,7 +45,7 @@ _PACKED_RESULTS = {
 }
 
 
-# A schema counts dtypes where they are defaults.
+# A schema stores a default dtype as its number.
 _COUNTED_DTYPES: dict[Any, torch.dtype] = {4: torch.int64, 6: torch.float32}
 
 
@@ -64,12 +64,12 @@ def biper_op(node: fx.Node) -> str | None:
 
 
 def is_bconv2d(node: fx.Node) -> bool:
-    """Whether a node is a binary convolution, with an epilogue or without."""
+    """Whether a node is a binary convolution, with or without an epilogue."""
     return (biper_op(node) or "").startswith("bconv2d")
 
 
 def packed_map(node: fx.Node, result: Any) -> Tensor | None:
-    """Return the packed map in a node's result, or None where it makes none."""
+    """Return the packed map in a node's result, or None if it has none."""
     op = biper_op(node)
     if op not in _PACKED_RESULTS:
         return None
@@ -81,7 +81,7 @@ def packed_map(node: fx.Node, result: Any) -> Tensor | None:
 def parent(node: fx.Node, position: int = 0) -> fx.Node:
     """Return the node that is a positional argument of a call."""
     value = node.args[position]
-    assert isinstance(value, fx.Node), f"argument {position} of {node} is no node"
+    assert isinstance(value, fx.Node), f"argument {position} of {node} is not a node"
     return value
 
 
@@ -91,21 +91,21 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two values have one shape; symbolic sizes are compared as expressions."""
+    """Whether two values have the same shape; symbolic sizes are compared as expressions."""
     return [str(size) for size in shape(a)] == [str(size) for size in shape(b)]
 
 
 def output_values(graph: fx.Graph) -> tuple[Any, ...]:
-    """Return what the output node returns: nodes, or constants such as None."""
+    """Return the values that the output node returns: nodes, or constants such as None."""
     values = graph.output_node().args[0]
     return tuple(values) if isinstance(values, tuple | list) else (values,)
 
 
 def get_constant(module: torch.nn.Module, target: str) -> Any:
-    """Return the tensor behind a get_attr node's dotted target.
+    """Return the tensor at a get_attr node's dotted target.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: there is no such attribute.
     """
     return functools.reduce(getattr, target.split("."), module)
 
@@ -120,7 +120,7 @@ def constant(module: torch.nn.Module, node: object) -> Tensor | None:
 
 @functools.cache
 def defaults_of(target: OpOverload) -> Mapping[str, Any]:
-    """Return the values of the arguments that a call may leave out, by the schema's names."""
+    """Return the default values of an operator's arguments, by the schema's names."""
     return {
         a.name: _COUNTED_DTYPES.get(a.default_value, a.default_value)
         if str(a.real_type) in ("ScalarType", "Optional[ScalarType]")
@@ -135,7 +135,7 @@ def with_defaults(
 ) -> dict[str, Any]:
     """Return a value for every argument of an operator's schema, in its order.
 
-    What is left out has its default, or None where it has none.
+    A missing argument gets its default, or None if it has no default.
 
     Raises:
         TypeError: there are more arguments than the operator takes.
@@ -159,7 +159,7 @@ def interpret(module: fx.GraphModule, inputs: Sequence[Any], call: Call) -> tupl
     Args:
         module: a converted network.
         inputs: the values of the placeholders, in order.
-        call: gets each call_function node with the values of its arguments, and returns its result.
+        call: called with each call_function node and its arguments' values; returns its result.
 
     Returns:
         The flat outputs.
@@ -181,7 +181,7 @@ def interpret(module: fx.GraphModule, inputs: Sequence[Any], call: Call) -> tupl
 
 
 def evaluate(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
-    """Run one call_function node on given values of its inputs."""
+    """Run one call_function node on the given values of its inputs."""
 
     def look_up(leaf: Any) -> Any:
         return values[leaf] if isinstance(leaf, fx.Node) else leaf

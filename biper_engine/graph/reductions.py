@@ -1,4 +1,4 @@
-"""Reductions, scans and sorts along dimensions, and what normalises by statistics of its input."""
+"""Reductions, scans and sorts along dimensions, and normalisation by statistics of the input."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _over(
     *,
     needs_elements: bool = False,
 ) -> Rule:
-    """Return the rule of a reduction over `dim`, over everything where that is empty or None."""
+    """Return the rule of a reduction over `dim`, or over everything if it is empty or None."""
 
     def rule(self: Value, dim: Any, keepdim: bool, **options: Any) -> Value:
         require_dtype("self", self, dtypes)
@@ -87,7 +87,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _whole(rule: Rule) -> Rule:
-    """Return the rule of a reduction of everything."""
+    """Return the rule of a reduction over all dimensions."""
 
     def whole(self: Value) -> Result:
         return rule(self=self, dim=None, keepdim=False)
@@ -104,7 +104,7 @@ def _pair_over(self: Value, dim: Any, keepdim: bool, **options: Any) -> tuple[Va
 _mean = _over(FLOATS)
 _sum = _over(ANY, _sum_dtype)
 _extreme = _over(NUMBERS, needs_elements=True)
-_TRUTH = tuple(dtype for dtype in ANY if dtype != torch.uint8)  # bytes stay bytes there
+_TRUTH = tuple(dtype for dtype in ANY if dtype != torch.uint8)  # uint8 results stay uint8
 _truth = _over(_TRUTH, lambda dtype: torch.bool)
 _DIMS = {"self": TENSOR, "dim": optional(DIMS), "keepdim": BOOL}
 _SOME_DIMS = integers(range(1, MAX_RANK + 1), -MAX_RANK, MAX_RANK - 1)

@@ -1,7 +1,7 @@
-"""Batching rules: whether the rows of a batch go through an operator without meeting.
+"""Batching rules: whether an operator computes the rows of a batch independently.
 
-A rule gets an operator's arguments by name, and its result, whose first dimension is the batch. A
-value of the network that is the same in every call is a constant; any other one flows.
+A rule takes an operator's arguments by name, and its result, whose first dimension is the batch. A
+value of the network that is the same in every call is a constant; any other value flows.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _flat(named: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def mixes(named: Mapping[str, Any], result: Any) -> bool:
-    """Say that rows may meet."""
+    """Return False: rows may depend on each other."""
     return False
 
 
 def elementwise(named: Mapping[str, Any], result: Any) -> bool:
-    """Require flowing values of one rank, and constants that are the same for every row."""
+    """Require flowing values of the same rank, and constants that are the same for every row."""
     rank = result[0].rank if isinstance(result, tuple) else result.rank
     for value in _flat(named):
         if not isinstance(value, Value):
@@ -58,19 +58,19 @@ def elementwise(named: Mapping[str, Any], result: Any) -> bool:
 
 
 def first_flows(named: Mapping[str, Any], result: Any) -> bool:
-    """Require that the first operand is the batch, and that no other one flows."""
+    """Require that the first operand is the batch, and that no other operand flows."""
     first, *rest = [value for value in _flat(named) if isinstance(value, Value)]
     return first.flows and is_batch(first) and not any(value.flows for value in rest)
 
 
 def image(named: Mapping[str, Any], result: Any) -> bool:
-    """Require a batch of which each row has a shape of its own."""
+    """Require a batch whose rows have their own shape."""
     first = next(iter(named.values()))
     return first_flows(named, result) and first.rank >= 3
 
 
 def over_dims(named: Mapping[str, Any], result: Any) -> bool:
-    """Require dimensions, none of which is the first."""
+    """Require dimensions other than the first."""
     first, dims = next(iter(named.values())), named["dim"]
     listed = list(dims) if isinstance(dims, list | tuple) else [dims]
     return (
@@ -81,13 +81,13 @@ def over_dims(named: Mapping[str, Any], result: Any) -> bool:
 
 
 def unless_first(named: Mapping[str, Any], result: Any) -> bool:
-    """Require that the dimension, of the result, is not the first."""
+    """Require that the dimension of the result is not the first."""
     rank = result[0].rank if isinstance(result, tuple) else result.rank
     return first_flows(named, result) and bool(named["dim"] % rank != 0)
 
 
 def cat(named: Mapping[str, Any], result: Any) -> bool:
-    """Require that batches are joined, along another dimension than the first."""
+    """Require that batches are joined, along a dimension other than the first."""
     return all(x.flows and is_batch(x) for x in named["tensors"]) and bool(
         named["dim"] % result.rank != 0
     )

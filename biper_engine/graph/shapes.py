@@ -1,8 +1,8 @@
 """Shapes of the values in a graph, found without computing anything.
 
-PyTorch's own rules for tensors without data are Python for most operators, and the first of them to
-be used imports SymPy and Dynamo: 1 to 3 seconds for what takes milliseconds. So operators that are
-declared (`operators`) have their shapes from there; PyTorch's rule is used for the others,
+PyTorch's rules for tensors without data are Python for most operators, and the first use of one
+imports SymPy and Dynamo: 1 to 3 seconds for what takes milliseconds. So the shapes of declared
+operators come from their declarations (`operators`); PyTorch's rules are used for other operators,
 and for arguments that a declaration does not know.
 """
 
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 BATCH = 61
-"""Images of the tensors without data that stand for values; no other size of a network is likely
-to be this one, so that a first dimension of it is the batch."""
+"""Batch size of the tensors without data that stand for values. No other size of a network is
+likely to be equal, so a first dimension of this size is the batch."""
 
 _REFUSALS = (RuntimeError, IndexError, AssertionError, ZeroDivisionError, GeometryError)
-"""What a call raises without data that need not fail with it.
+"""Errors of a call without data that may succeed with data.
 
-PyTorch's operators raise RuntimeError where they have no rule, where the shape depends on
-values and where it does not fit BATCH images, IndexError for a position beyond these, and
-AssertionError where a rule in Python checks. Functions on sizes divide by zero. Operators of
+PyTorch's operators raise RuntimeError if they have no rule, if the shape depends on values or
+if it does not fit BATCH images, IndexError for a position beyond these, and AssertionError if
+a check of a Python rule fails. Functions on sizes divide by zero. Operators of
 `torch.ops.biper` raise GeometryError.
 """
 
@@ -67,7 +67,7 @@ def call_without_data(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) 
         try:
             return _inferred(declared, args, kwargs)
         except MisfitError:
-            pass  # PyTorch tells what it is, or what is wrong with it
+            pass  # PyTorch's rule finds the shape, or the error
     try:
         return target(*args, **kwargs)
     except _REFUSALS as error:
@@ -79,10 +79,10 @@ def result_without_data(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> An
 
     Args:
         node: the call.
-        value_of: gives the values that it takes, without data; None for one that is not known.
+        value_of: returns the values of its inputs, without data; None if one is not known.
 
     Returns:
-        None where it is not known before it is computed.
+        None if the shape is not known before it is computed.
     """
     if any(value_of(source) is None for source in node.all_input_nodes):
         return None
@@ -118,14 +118,14 @@ def _blank(result: Any) -> Any:
         return tuple(map(_blank, result))
     if not isinstance(result, Value):
         return result
-    shape: Any = result.shape  # integers, as those of the operands
+    shape: Any = result.shape  # integers, like those of the operands
     return torch.empty(shape, dtype=result.dtype, device="meta")
 
 
 def values_without_data(module: fx.GraphModule, inputs: Sequence[InputSpec]) -> dict[fx.Node, Any]:
     """Return the value of every node for BATCH images as a tensor without data.
 
-    It is None where it is not known before it is computed.
+    A value is None if its shape is not known before it is computed.
     """
     values: dict[fx.Node, Any] = {}
     specs = iter(inputs)

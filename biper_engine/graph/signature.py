@@ -25,12 +25,12 @@ __all__ = ["InputSpec", "Signature"]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One tensor that an engine takes.
+    """One input tensor of an engine.
 
     Attributes:
-        name: of the graph's placeholder.
-        dtype: the only one accepted.
-        shape: sizes; None for the batch, which may be any.
+        name: name of the graph's placeholder.
+        dtype: the only accepted dtype.
+        shape: sizes; None for the batch, which may have any size.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Signature:
     Attributes:
         in_spec: pytree of `(args, kwargs)`; its leaves are `inputs`, in order. Constants, such as
             None or a number, are part of it: a call must pass the same ones.
-        out_spec: pytree of the result; its leaves are the graph's outputs, in order, and constants
-            of the model are part of it.
+        out_spec: pytree of the result; its leaves are the graph's outputs, in order. Constants of
+            the model are part of it.
         inputs: one entry per tensor.
-        names: of the model's parameters, by which a call may pass what is positional in `in_spec`,
-            and the other way round; empty where they are not known.
-        defaults: constants that the model took for parameters that were not passed.
-        is_positional: whether the arguments of a call are the inputs as they are, none by keyword.
+        names: names of the model's parameters, so that a call may pass positional arguments of
+            `in_spec` by keyword, and the other way round; empty if they are not known.
+        defaults: constants that the model used for parameters that were not passed.
+        is_positional: whether a call's positional arguments are exactly the inputs, in order.
     """
 
     in_spec: pytree.TreeSpec
@@ -85,7 +85,7 @@ class Signature:
         return ", ".join(map(str, self.inputs))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Trees of marks stand for the specs, whose own pickles depend on torch's version.
+        # Trees of marks replace the specs, whose own pickles depend on torch's version.
         trees = [marked_structure(spec) for spec in (self.in_spec, self.out_spec)]
         return _from_trees, (*trees, self.inputs, self.names, self.defaults)
 
@@ -93,7 +93,7 @@ class Signature:
         """Return the leaves of a call's arguments in the order of `inputs`.
 
         Raises:
-            TypeError: their number or structure is another.
+            TypeError: their number or structure differs.
         """
         as_they_are = self.is_positional and not kwargs and len(args) == len(self.inputs)
         if as_they_are and all(isinstance(value, Tensor) for value in args):
@@ -101,7 +101,7 @@ class Signature:
         args, kwargs = self._as_converted(args, kwargs)
         inputs, spec = flatten_structure((args, kwargs))
         if spec != self.in_spec:
-            try:  # dicts with the same keys in another order are the same structure
+            try:  # dicts with the same keys in another order have the same structure
                 leaves = self.in_spec.flatten_up_to(fixed((args, kwargs)))
                 inputs = [leaf.value if isinstance(leaf, Fixed) else leaf for leaf in leaves]
             except ValueError:
@@ -111,7 +111,7 @@ class Signature:
     def _as_converted(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments as they were passed at conversion: by position or by name."""
+        """Return the arguments as they were passed at conversion, by position or by name."""
         bound = dict(zip(self.names, args, strict=False))
         unnamed = len(args) > len(self.names) or self._positionals > len(self.names)
         if not unnamed and not bound.keys() & kwargs.keys():
@@ -144,8 +144,8 @@ class Signature:
         A CUDA engine also takes tensors in pinned CPU memory, which it copies without waiting.
 
         Raises:
-            TypeError: a leaf is no tensor, or has another dtype.
-            GeometryError: a shape is another, apart from the batch.
+            TypeError: a leaf is not a tensor, or has another dtype.
+            GeometryError: a shape differs, except for the batch.
             ValueError: a tensor is on another device.
             RuntimeError: a tensor requires grad while grad is enabled.
         """

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 __all__ = ["BATCH", "ImagesSize", "MisfitError", "Size", "divided", "product", "require_small"]
 
 MAX_VALUES = 1 << 31
-"""Elements that one image of a value may have; also the first size that is too large."""
+"""Most elements of one image of a value; also the first size that is too large."""
 
 
 class MisfitError(ValueError):
-    """The arguments of an operator do not fit it, or it is not known that they do."""
+    """The arguments of an operator do not fit it, or are not known to fit."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ImagesSize:
 
     def __mul__(self, other: Size) -> Size:
         if isinstance(other, ImagesSize):
-            raise MisfitError(f"{self} * {other} is no multiple of the batch")
+            raise MisfitError(f"{self} * {other} is not a multiple of the batch")
         return _size(self.images * other, self.more * other)
 
     __rmul__ = __mul__
@@ -57,7 +57,7 @@ class ImagesSize:
         return not self >= other
 
     def __ge__(self, other: int) -> bool:
-        if self.images + self.more >= other:  # at the smallest batch, hence at every one
+        if self.images + self.more >= other:  # for the smallest batch, hence for every batch
             return True
         raise MisfitError(f"whether {self} is at least {other} depends on the batch")
 
@@ -83,7 +83,7 @@ def _size(images: int, more: int) -> Size:
     if images == 0:
         return more
     if images < 0 or images + more < 1:
-        raise MisfitError(f"{images} * N + {more} is no size for every batch")
+        raise MisfitError(f"{images} * N + {more} is not a size for every batch")
     if images >= MAX_VALUES or abs(more) >= MAX_VALUES:
         raise MisfitError(f"{images} * N + {more} is too large for a size")
     return ImagesSize(images, more)
@@ -109,7 +109,7 @@ def divided(size: Size, divisor: Size) -> Size:
 
 
 def product(sizes: Iterable[Size]) -> Size:
-    """Return the product of sizes, of which one at most may grow with the batch."""
+    """Return the product of sizes; at most one of them may grow with the batch."""
     total: Size = 1
     for size in sorted(sizes, key=lambda size: isinstance(size, ImagesSize)):
         total = size * total
@@ -120,4 +120,4 @@ def require_small(shape: Iterable[Size]) -> None:
     """Require at most MAX_VALUES elements for one image."""
     sizes = [size.images + size.more if isinstance(size, ImagesSize) else size for size in shape]
     if math.prod(max(size, 1) for size in sizes) > MAX_VALUES:
-        raise MisfitError(f"a value of {sizes} has more than {MAX_VALUES:,} elements an image")
+        raise MisfitError(f"a value of {sizes} has more than {MAX_VALUES:,} elements per image")

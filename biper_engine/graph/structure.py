@@ -1,7 +1,7 @@
 """Structures of arguments and results in which some leaves are constants.
 
-A network takes and returns tensors. What stands between them in a pytree, such as None for a head
-that is only trained, is part of the structure: `tree_unflatten` of its spec puts it back.
+A network takes and returns tensors. Other leaves of a pytree, such as None for a head that is only
+used in training, are part of the structure: `tree_unflatten` of its spec restores them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = [
 ]
 
 CONSTANT_TYPES = (type(None), bool, int, float, str)
-"""Types of values that may stand between tensors."""
+"""Types of constants that may be leaves beside tensors."""
 
 
 class Fixed:
-    """Marks a constant in a tree that is to be flattened; trees that are made have its value."""
+    """Marks a constant in a tree to be flattened; trees that are rebuilt have its value."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -37,7 +37,7 @@ class Leaf:
 
 
 def _flatten_fixed(fixed: Fixed) -> tuple[list[Any], tuple[type, Any]]:
-    return [], (type(fixed.value), fixed.value)  # 1, 1.0 and True are three constants
+    return [], (type(fixed.value), fixed.value)  # 1, 1.0 and True are different constants
 
 
 def _unflatten_fixed(_children: Any, context: tuple[type, Any]) -> Any:
@@ -50,7 +50,7 @@ pytree.register_pytree_node(
 
 
 def flatten_structure(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the leaves of a tree that are no constants, and its spec, which has the constants."""
+    """Return the leaves of a tree that are not constants, and its spec with the constants."""
     return pytree.tree_flatten(fixed(tree))
 
 
@@ -60,11 +60,11 @@ def fixed(tree: Any) -> Any:
 
 
 def marked_structure(spec: pytree.TreeSpec, mark: Callable[[int], Any] | None = None) -> Any:
-    """Return a tree of a spec: a `Leaf`, or `mark(index)`, for each tensor."""
+    """Return the tree of a spec, with a `Leaf` or `mark(index)` for each tensor."""
     leaves = [Leaf() if mark is None else mark(index) for index in range(spec.num_leaves)]
     return pytree.tree_unflatten(leaves, spec)
 
 
 def structure_of(tree: Any) -> pytree.TreeSpec:
-    """Return the spec of a tree that `marked_structure` made."""
+    """Return the spec of a tree made by `marked_structure`."""
     return flatten_structure(tree)[1]

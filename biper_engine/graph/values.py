@@ -1,4 +1,4 @@
-"""What is known of a value of a network before anything is computed: its dtype and its shape."""
+"""What is known about a value of a network before anything is computed: dtype and shape."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Value:
     """A tensor of a network, for N images.
 
     Attributes:
-        dtype: of its elements.
+        dtype: dtype of its elements.
         shape: its sizes.
-        channels: how many bits a pixel of a packed map has; None for every other value.
-        flows: whether it is computed in a call, from what the caller passes or from sizes.
-        constant: the tensor itself, where the network holds it and its values may be looked at.
-        limits: the smallest and the largest integer that may be in it; None where that is unknown.
+        channels: number of bits in a pixel of a packed map; None for every other value.
+        flows: whether it is computed in a call, from the caller's inputs or from sizes.
+        constant: the tensor itself, if the network holds it and its values may be read.
+        limits: the smallest and the largest integer that it may contain; None if unknown.
         dense: whether its memory is contiguous, in the order of its dimensions.
     """
 
@@ -75,8 +75,8 @@ class Value:
         """Return the value of a tensor that the network holds.
 
         Args:
-            tensor: of the network.
-            open: whether rules may look at what is in it.
+            tensor: a tensor of the network.
+            open: whether rules may read its values.
         """
         constant = tensor if open else None
         return cls(tensor.dtype, tuple(tensor.shape), flows=False, constant=constant, dense=True)
@@ -103,7 +103,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_dtype(name: str, value: Value, dtypes: Sequence[torch.dtype]) -> None:
-    """Require one of some dtypes, and no packed map."""
+    """Require one of the dtypes, and not a packed map."""
     if value.channels is not None:
         raise MisfitError(f"`{name}` is a packed map, which only operators on bits take")
     if value.dtype not in dtypes:
@@ -112,7 +112,7 @@ def require_dtype(name: str, value: Value, dtypes: Sequence[torch.dtype]) -> Non
 
 
 def same_dtype(dtypes: Sequence[torch.dtype], **values: Value | None) -> torch.dtype:
-    """Require one of some dtypes, the same for all values that are given; return it."""
+    """Require one of the dtypes, the same for all given values; return it."""
     given = {name: value for name, value in values.items() if value is not None}
     first = next(iter(given.values()))
     for name, value in given.items():
@@ -161,10 +161,10 @@ def _number_dtype(number: Any) -> torch.dtype:
 
 
 def promoted(*operands: Any) -> torch.dtype:
-    """Return the dtype that PyTorch computes operands in: values, numbers and sizes.
+    """Return the dtype in which PyTorch computes with values, numbers and sizes.
 
-    The dtypes of values with dimensions decide; those of values without any, and of numbers, only
-    where they are of a higher category (bool, integer, float).
+    The dtypes of values with dimensions decide; those of values without any, and of numbers, count
+    only if they are of a higher category (bool, integer, float).
     """
     ranked: list[tuple[int, torch.dtype]] = []
     for operand in operands:

@@ -1,4 +1,4 @@
-"""How a converted network runs: the plan that is made from its graph for one device."""
+"""How a converted network runs: the plan made from its graph for one device."""
 
 from biper_engine.runtime.native import NativePlan
 from biper_engine.runtime.plan import Plan, PlanSlot, is_watched

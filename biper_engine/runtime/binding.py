@@ -21,16 +21,16 @@ from biper_engine.ops.registration import split_options
 __all__ = ["BoundOperation", "bind_node"]
 
 _FLOWING = ("x", "bits", "residual")
-"""Arguments whose values come from call to call; the others must be constants of the graph."""
+"""Arguments whose values change in each call; the others must be constants of the graph."""
 
 
 @dataclass(frozen=True)
 class BoundOperation:
-    """A node's operator on one backend, with its constants inside.
+    """A node's operator on one backend, together with its constants.
 
     Attributes:
-        call: takes the values of `inputs`, returns what the node returns.
-        inputs: nodes, or None for an optional argument that is left out.
+        call: takes the values of `inputs` and returns the node's result.
+        inputs: nodes, or None for a missing optional argument.
     """
 
     call: Callable[..., Any]
@@ -42,15 +42,15 @@ def bind_node(
 ) -> BoundOperation | None:
     """Bind a node's operator to the backend that runs it on `device`.
 
-    What flows between the nodes of a checked graph has the right shapes and dtypes, so that a bound
+    Values between the nodes of a checked graph have the right shapes and dtypes, so that a bound
     operator needs neither the dispatcher nor the operator's checks; constants are checked here.
 
     Returns:
-        None for a node to run as it stands: one that calls no operator of a converted network, or
-        one with parameters that the graph computes.
+        None for a node that runs unchanged: it calls no operator of a converted network, or has
+        parameters that the graph computes.
 
     Raises:
-        BackendUnavailableError: a backend is forced that cannot run the node.
+        BackendUnavailableError: a forced backend cannot run the node.
         GeometryError, TypeError, ValueError: its constants do not fit each other.
     """
     op = biper_op(node)
@@ -137,7 +137,7 @@ def _bind_bmaxpool2d(
 def _bind_stem(node: fx.Node, arguments: dict[str, Any], device: torch.device) -> BoundOperation:
     op = str(biper_op(node))
     used = {user.args[1] for user in node.users if user.target is operator.getitem}
-    whole = op == "stem_bits" or len(used) < len(node.users)  # of a stem: both as a tuple
+    whole = op == "stem_bits" or len(used) < len(node.users)  # a stem returns both as a tuple
     stem = split_stem(
         arguments["weight"],
         arguments,

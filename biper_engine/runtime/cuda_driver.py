@@ -1,6 +1,6 @@
-"""What CUDA graphs need of a device, and how PyTorch's CUDA gives it.
+"""The interface of a device for CUDA graphs, and its implementation with PyTorch's CUDA.
 
-Everything that only a GPU can run is here; `cuda_graphs` decides what is captured and when.
+All code that only a GPU can run is here; `cuda_graphs` decides what is captured and when.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["Capture", "CudaDriver", "Event", "GraphDriver", "Replayable", "graph_driver"]
 
 FREE_MEMORY_SHARE = 0.25
-"""Of the memory that is free when a network captures its first graph, what its graphs may hold."""
+"""Share of the free memory, at a network's first capture, that its graphs may hold."""
 
 
 class Replayable(Protocol):
@@ -30,23 +30,23 @@ class Event(Protocol):
     """A point in a stream's work."""
 
     def record(self) -> None:
-        """Be the end of the current stream's work so far."""
+        """Record the current end of the current stream's work."""
 
     def wait(self) -> None:
-        """Let the current stream's further work wait until the point that was recorded."""
+        """Let further work of the current stream wait for the recorded point."""
 
     def synchronize(self) -> None:
-        """Wait until the point that was recorded; return at once if none was."""
+        """Wait for the recorded point; return at once if there is none."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What capturing a function gave.
+    """The result of capturing a function.
 
     Attributes:
-        graph: runs the function's work again, on the same memory.
-        outputs: of the function; every replay writes to them.
-        memory_bytes: what the graph keeps for itself on the device.
+        graph: repeats the function's work on the same memory.
+        outputs: outputs of the function; every replay writes to them.
+        memory_bytes: memory that the graph reserves on the device.
     """
 
     graph: Replayable
@@ -58,16 +58,16 @@ class GraphDriver(Protocol):
     """A device that captures graphs."""
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Make the device the current one; everything below is called in there."""
+        """Make the device the current one; all methods below are called in this context."""
 
     def is_capturing(self) -> bool:
-        """Whether the caller captures the current stream."""
+        """Whether the caller is capturing the current stream."""
 
     def synchronize(self) -> None:
         """Wait for all work of the device."""
 
     def stream(self) -> int:
-        """Return what identifies the current stream."""
+        """Return the identity of the current stream."""
 
     def to_device(self, x: Tensor) -> Tensor:
         """Return a tensor on the device; from pinned memory without waiting."""
@@ -82,15 +82,15 @@ class GraphDriver(Protocol):
         """Run a function on another stream, then capture it.
 
         Raises:
-            RuntimeError: it does something that no graph can hold, or memory is short.
+            RuntimeError: it does something that a graph cannot hold, or memory is short.
         """
 
     def free_bytes(self) -> int:
-        """Return the memory that could be allocated now."""
+        """Return the number of bytes that could be allocated now."""
 
 
 def graph_driver(device: torch.device | None) -> GraphDriver | None:
-    """Return the driver of a device; None where PyTorch captures no graphs."""
+    """Return the driver of a device; None if PyTorch cannot capture graphs on it."""
     return CudaDriver(device) if device is not None and device.type == "cuda" else None
 
 
@@ -124,13 +124,13 @@ class CudaDriver:
     def capture(self, run: Callable[[], Any]) -> Capture:
         """Run a function on another stream, then capture it there.
 
-        The run before is for what libraries do once per thread and stream, such as choosing
-        algorithms, which no capture allows. The pool that memory comes from is new: graphs with a
-        common one would have to wait for each other, and dropping one would free nothing. It has
-        the workspace of cuBLAS, too, which PyTorch keeps for each of its 32 streams: it is
-        forgotten before the capture, so that the graph makes its own, and after it, so that neither
-        another graph on that stream takes it nor dropping one gives it back. What other threads do
-        meanwhile does not end the capture.
+        The run before the capture is for work that libraries do once per thread and stream, such as
+        choosing algorithms, which a capture does not allow. Each graph has its own memory pool:
+        graphs with a common pool would have to wait for each other, and dropping one would free
+        nothing. The pool also holds the workspace of cuBLAS, which PyTorch keeps for each of its 32
+        streams: it is cleared before the capture, so that the graph makes its own, and after it, so
+        that no other graph on that stream takes it and dropping a graph does not give it back. Work
+        of other threads does not end the capture.
         """
         current = torch.cuda.current_stream()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
@@ -140,7 +140,7 @@ class CudaDriver:
             graph, pool=pool, stream=stream, capture_error_mode="thread_local"
         )
         try:
-            # `torch.cuda.graph` leaves its stream the current one where its end raises.
+            # If its end raises, `torch.cuda.graph` leaves its stream as the current one.
             with torch.cuda.stream(stream):
                 run()
                 with capturing:
@@ -165,17 +165,17 @@ _failed: list[torch.cuda.CUDAGraph] = []
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Let PyTorch's allocators go on after a capture whose end raised.
+    """Let PyTorch's allocators continue after a capture whose end raised.
 
-    Before 2.12 they take the capture for still under way then: memory is no more given back, and
-    for every allocation they ask the graph whether it is its own, also when that is long gone. So
-    the capture is ended for them, and the graph stays for the rest of the process.
+    Before 2.12 they assume that the capture is still active: they no longer free memory, and for
+    every allocation they ask the graph whether it owns it, even after the graph is gone. So the
+    capture is ended for them, and the graph is kept for the rest of the process.
     Source: pytorch/pytorch#180395.
     """
     try:
         graph.pool()
     except RuntimeError:  # it did not end; otherwise there is nothing to clean up
         _failed.append(graph)
-        # It had not begun, or PyTorch has done so itself, or is older and has another name for it.
+        # It had not begun, PyTorch has done so itself, or an older PyTorch has another name for it.
         with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)

@@ -1,14 +1,14 @@
 """The CUDA plan: a network's operators as one CUDA graph for every shape of its inputs.
 
-A shape's first call runs operator by operator, its second captures a graph, and further ones replay
-it: they copy their inputs into the graph's own memory, launch it, and copy the results out. A batch
-of at least half the size of a captured one runs on that graph, where the images of the network do
-not meet; such are the last batches of a data set.
+The first call of a shape runs operator by operator, the second captures a graph, and further calls
+replay it: they copy their inputs into the graph's own memory, launch it, and copy the results out.
+A batch of at least half the size of a captured one, such as the last batch of a data set, runs on
+that graph if the network computes images independently.
 
-Order. Work of a call is on the caller's current stream, as that of any PyTorch operator. A graph's
-memory is written by every call, so that one call waits on the device for the last one, if that was
-on another stream, and on the host for another thread to have launched. Different shapes do not wait
-for each other. A graph that is dropped lives until its last launch is done.
+Order. Work of a call is on the caller's current stream, as for any PyTorch operator. Every call
+writes to the graph's memory. So a call waits on the device for the previous one, if that was on
+another stream, and on the host for another thread to finish its launch. Different shapes do not
+wait for each other. A graph that is dropped lives until its last launch is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from biper_engine.runtime.cuda_driver import FREE_MEMORY_SHARE, Capture, GraphDr
 __all__ = ["CudaGraphs", "uncapturable_reason"]
 
 MAX_REMEMBERED_SHAPES = 1024
-"""Shapes that were seen once, or are too large for a graph; beyond, the oldest is forgotten."""
+"""Most shapes seen once, or too large for a graph, to remember; then the oldest is dropped."""
 
 _UNSAFE_TAGS = tuple(
     getattr(torch.Tag, name)
@@ -40,7 +40,7 @@ _UNSAFE_TAGS = tuple(
     if hasattr(torch.Tag, name)
 )
 
-# One capture at a time in a process, as PyTorch wants it.
+# One capture at a time in a process, as PyTorch requires.
 _capturing = threading.Lock()
 
 _Input = tuple[tuple[int, ...], torch.dtype, bool]  # shape, dtype, whether it is channels_last
@@ -48,10 +48,10 @@ _Key = tuple[_Input, ...]
 
 
 def uncapturable_reason(module: fx.GraphModule) -> str | None:
-    """Return which operator of a network no CUDA graph can hold, or None.
+    """Return why a CUDA graph cannot hold an operator of a network, or None if it can.
 
-    Such operators give other shapes or numbers for other values, so that the host must wait for
-    these, or are random. Others may turn out to be so when they are captured.
+    The shapes or numbers from such an operator depend on values, so that the host must wait for
+    them, or it is random. Other operators may turn out to be like this in a capture.
     """
     for node in module.graph.nodes:
         tags = node.target.tags if isinstance(node.target, OpOverload) else []
@@ -61,16 +61,16 @@ def uncapturable_reason(module: fx.GraphModule) -> str | None:
 
 
 class CudaGraphs:
-    """Runs a network by CUDA graphs; safe from several threads and streams.
+    """Runs a network with CUDA graphs; safe from several threads and streams.
 
     Args:
         run: runs the network, operator by operator, on the device's current stream.
         driver: the device.
-        operators: how many it runs.
-        independent: whether the images of a batch do not meet (see `batching`).
-        reason: why nothing is captured, or None.
-        limit_bytes: memory that all graphs together may hold, their inputs included; None means
-            FREE_MEMORY_SHARE of what is free when the first one is captured.
+        operators: number of operators of the network.
+        independent: whether the network computes images independently (see `batching`).
+        reason: reason why nothing is captured, or None.
+        limit_bytes: memory that all graphs together may hold, with their inputs; None means
+            FREE_MEMORY_SHARE of the free memory at the first capture.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CudaGraphs:
         self._independent = independent
         self._reason = reason
         self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()  # of all that follows
+        self._lock = threading.Lock()  # for all attributes below
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()  # least recently used first
         self._seen: OrderedDict[_Key, None] = OrderedDict()
         self._too_large: OrderedDict[_Key, None] = OrderedDict()
@@ -116,12 +116,12 @@ class CudaGraphs:
 
     @property
     def memory_bytes(self) -> int:
-        """What the graphs hold on the device."""
+        """Memory that the graphs hold on the device."""
         with self._lock:
             return sum(graph.memory_bytes for graph in self._graphs.values())
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run the network; takes and returns what `run` does."""
+        """Run the network, with the arguments and results of `run`."""
         with self._driver.on_device(), torch.no_grad():
             if self._is_excluded(inputs):
                 return self._run_eagerly(inputs)
@@ -134,7 +134,7 @@ class CudaGraphs:
             return self._run_eagerly(inputs) if graph is None else graph.run(inputs)
 
     def warm_up(self, *inputs: Tensor) -> None:
-        """Capture a graph for inputs like these, unless there is one."""
+        """Capture a graph for inputs like these, if there is none."""
         with self._driver.on_device(), torch.no_grad():
             if self._is_excluded(inputs):
                 self._run_eagerly(inputs)
@@ -146,12 +146,12 @@ class CudaGraphs:
     # -- which graph ------------------------------------------------------------------------------
 
     def _is_excluded(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether a call is none for a graph: nothing is captured, or the caller captures."""
+        """Whether a call cannot use a graph: nothing is captured, or the caller is capturing."""
         empty = any(x.numel() == 0 for x in inputs)
         return self._reason is not None or empty or self._driver.is_capturing()
 
     def _find(self, key: _Key, *, any_layout: bool = False) -> _Graph | None:
-        """Return a graph of inputs like these, or of a batch that is not twice as large."""
+        """Return a graph of inputs like these, or of a batch at most twice as large."""
         with self._lock:
             found = key if key in self._graphs else self._fitting(key, any_layout)
             if found is None:
@@ -187,7 +187,7 @@ class CudaGraphs:
     # -- capturing --------------------------------------------------------------------------------
 
     def _capture(self, key: _Key, inputs: Sequence[Tensor], *, wait: bool) -> _Graph | None:
-        """Capture a graph, or return None where that is not possible, or not now."""
+        """Capture a graph, or return None if that is not possible, or not now."""
         if not _capturing.acquire(blocking=wait):
             return None
         try:
@@ -199,10 +199,10 @@ class CudaGraphs:
             _capturing.release()
 
     def _capture_alone(self, inputs: Sequence[Tensor]) -> _Graph | None:
-        """Capture a graph; where memory is short, once more after all others have gone."""
+        """Capture a graph; if memory is short, drop all others and try again."""
         if self._limit_bytes is None:
             self._limit_bytes = int(FREE_MEMORY_SHARE * self._driver.free_bytes())
-        handled = sys.exc_info()[1]  # by the caller, and no cause of what happens here
+        handled = sys.exc_info()[1]  # handled by the caller, and not a cause of errors here
         for _ in range(2):
             try:
                 return self._captured(inputs)
@@ -218,7 +218,7 @@ class CudaGraphs:
         return None
 
     def _captured(self, inputs: Sequence[Tensor]) -> _Graph:
-        # Graphs outlive the mode of the call that makes them; an inference tensor would not.
+        # Graphs outlive the mode of the call that makes them and must not hold inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             buffers = [self._driver.empty_like(_plain(x)) for x in inputs]
             for buffer, x in zip(buffers, inputs, strict=True):
@@ -241,7 +241,7 @@ class CudaGraphs:
         return graph
 
     def _drop_down_to(self, limit: int) -> None:
-        """Drop least recently used graphs until the others hold no more than so many bytes."""
+        """Drop least recently used graphs until the others hold at most so many bytes."""
         dropped = []
         with self._lock:
             held = sum(graph.memory_bytes for graph in self._graphs.values())
@@ -249,7 +249,7 @@ class CudaGraphs:
                 _, graph = self._graphs.popitem(last=False)
                 held -= graph.memory_bytes
                 dropped.append(graph)
-        # They end here, without the lock, since each waits for its last launch.
+        # They are freed here, without the lock, since each waits for its last launch.
         dropped.clear()
 
     def _run_eagerly(self, inputs: Sequence[Tensor]) -> Any:
@@ -268,7 +268,7 @@ class _Graph:
         self._outputs = capture.outputs
         self._batch = buffers[0].shape[0] if buffers and buffers[0].dim() else 0
         self._lock = threading.Lock()
-        self._stream: int | None = None  # of the last call
+        self._stream: int | None = None  # stream of the last call
         self.memory_bytes = capture.memory_bytes + sum(x.nbytes for x in buffers)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -282,18 +282,18 @@ class _Graph:
                 self._event.wait()
             self._stream = stream
             for buffer, x in zip(self._buffers, inputs, strict=True):
-                # Rows behind those keep what they held: their results are left out.
+                # Later rows keep their old values: their results are left out.
                 target = buffer if rows is None else buffer[:rows]
                 target.copy_(x, non_blocking=True)
             try:
                 self._graph.replay()
                 return tuple(_copied(value, rows) for value in self._outputs)
-            finally:  # also where memory for the copies is short
+            finally:  # also if memory for the copies is short
                 self._event.record()
 
     def __del__(self) -> None:
-        # Memory goes back to PyTorch after this, which may give it out for work of other streams.
-        # A caller that captures must not wait; nor need it where the process ends.
+        # After this, PyTorch owns the memory again and may use it for work of other streams.
+        # A caller that is capturing must not wait, and need not wait if the process ends.
         if not sys.is_finalizing() and not self._driver.is_capturing():
             self._event.synchronize()
 
@@ -305,7 +305,7 @@ def _copied(value: Any, rows: int | None) -> Any:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Return a tensor of one of the two layouts, without data, in the place of `x`."""
+    """Return a tensor without data in one of the two layouts, in place of `x`."""
     form = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
     return torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=form)
 
@@ -323,7 +323,7 @@ def _input_key(x: Tensor) -> _Input:
 
 
 def _batch(key: _Key) -> int | None:
-    """Return the batch that all inputs have; None where they have none, or several."""
+    """Return the batch size of all inputs; None if they have none, or several."""
     sizes = {shape[:1] for shape, _, _ in key}
     return next(iter(sizes))[0] if len(sizes) == 1 and () not in sizes else None
 
@@ -339,7 +339,7 @@ def _remember(shapes: OrderedDict[_Key, None], key: _Key) -> None:
 
 
 def _first_cause(error: BaseException, handled: BaseException | None) -> str:
-    """Return the first line of what began a chain of errors: the end of a capture raises, too."""
+    """Return the first line of the first error of a chain: the end of a capture also raises."""
     while error.__context__ is not None and error.__context__ is not handled:
         error = error.__context__
     lines = str(error).strip().splitlines()

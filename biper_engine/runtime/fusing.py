@@ -1,13 +1,13 @@
-"""Fuses the float ends of a network, for plans of devices whose backends have them fused.
+"""Fuses the float ends of a network, for plans of devices whose backends have fused operators.
 
-A convolution of few channels, the images' own normalisation before it and the max pool, the clamp
-and the bits behind it become one `biper::stem` or `biper::stem_bits`; the mean of a map and the
-linear layer behind it `biper::pooled_linear`. The graph of a network itself never changes: what
-files, reports and proofs speak of is that.
+A convolution of few channels, the normalisation of the images before it, and the max pool, clamp
+and bits after it become one `biper::stem` or `biper::stem_bits`; the mean of a map and the linear
+layer after it become `biper::pooled_linear`. The graph of a network itself never changes; files,
+reports and proofs refer to that graph.
 
-What is fused is rounded less often than what it stands for. Images are normalised by one fused
-multiply-add in float32 whatever their steps were, and the bits of a half-precision stem come from
-its float32 sums, as those of every binary convolution do.
+A fused operator rounds less often than the operators that it replaces. It normalises images with
+one fused multiply-add in float32 for any number of steps, and the bits of a half-precision stem
+come from its float32 sums, as in every binary convolution.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ def fuse_ends(
     *,
     ops: Collection[str] | None = None,
 ) -> fx.GraphModule:
-    """Return a network with its float ends fused where a backend has that on `device`.
+    """Return a network with its float ends fused if a backend supports that on `device`.
 
-    The result shares the tensors of `module`, apart from those of the fused operators; it is
-    `module` itself where nothing is to fuse.
+    The result shares the tensors of `module`, except for those of the fused operators; it is
+    `module` itself if there is nothing to fuse.
 
     Args:
         module: a converted network; it does not change.
-        device: where its tensors are.
-        inputs: what it takes; without it nothing is fused.
+        device: device of its tensors.
+        inputs: its inputs; without them nothing is fused.
         ops: names of the fused operators to use; None means those of the backend that is forced or
-            would be chosen. The reference, which has all of them, counts only where it is forced on
-            another device than the CPU: unforced it is no gain over PyTorch's own operators, and on
-            the CPU it stands for the graph as it is.
+            would be chosen. The reference, which has all of them, counts only if it is forced on a
+            device other than the CPU: unforced it is not faster than PyTorch's own operators, and
+            on the CPU it runs the graph unchanged.
     """
     if device is None or inputs is None:
         return module
@@ -79,7 +79,7 @@ def fuse_ends(
         ops = {op for op in PLAN_OPERATORS if _is_fused(op, device)}
     if not ops:
         return module
-    # Plans outlive the mode of the call that makes them; an inference tensor would not.
+    # A plan outlives the mode of the call that makes it, so it must not hold inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         fusion = _Fusion(module, inputs, ops)
         fusion.fuse_stems()
@@ -101,7 +101,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def _means_whole_map(node: fx.Node, x: Tensor) -> bool:
-    """Whether a node is the mean of the map `x` over all of its pixels."""
+    """Whether a node is the mean of the map `x` over all its pixels."""
     if is_mean_of_pixels(node):
         return True
     if is_call(node, _aten._adaptive_avg_pool2d.default):
@@ -133,12 +133,12 @@ class _Affine:
         return bool((self.scale == 1).all()) and not bool(self.offset.any())
 
     def after(self, first: _Affine) -> _Affine:
-        """Return this function of what `first` gives."""
+        """Return this function applied to the result of `first`."""
         return _Affine(self.scale * first.scale, self.scale * first.offset + self.offset)
 
 
 class _Fusion:
-    """A copy of a graph in which operators are fused."""
+    """A copy of a graph with fused operators."""
 
     def __init__(
         self, module: fx.GraphModule, inputs: Sequence[InputSpec], ops: Collection[str]
@@ -203,7 +203,7 @@ class _Fusion:
         self._changed = True
 
     def _stem_of(self, conv: fx.Node) -> Stem | None:
-        """Return a convolution as a stem, or None where it is no convolution of images."""
+        """Return a convolution as a stem, or None if it is not a convolution of images."""
         named = arguments(conv)
         weight, bias = (self._constant(named[name]) for name in ("weight", "bias"))
         if (
@@ -229,9 +229,9 @@ class _Fusion:
         )
 
     def _take_images(self, node: fx.Node, stem: Stem) -> tuple[fx.Node, Stem]:
-        """Return the images behind conversions and per-channel constants, and these as the stem's.
+        """Return the images before conversions and per-channel constants, and these as the stem's.
 
-        Both stay where they are if the images are no floats or bytes.
+        Both stay in the graph if the images are neither floats nor bytes.
         """
         channels = stem.weight.shape[1]
         start, steps = node, _Affine.identity(channels)
@@ -257,7 +257,7 @@ class _Fusion:
         return node, replace(stem, scale=scale, offset=offset)
 
     def _take_tail(self, tail: ConvTail, stem: Stem) -> Stem:
-        """Return a stem with what stands behind its convolution."""
+        """Return a stem with the operators after its convolution."""
         low, high = tail.limits
         stem = replace(
             stem,
@@ -308,7 +308,7 @@ class _Fusion:
         self._changed = True
 
     def _mean_behind(self, node: Any, channels: int) -> tuple[fx.Node, _Affine] | None:
-        """Return the map whose mean `node` is, and the function of every channel between."""
+        """Return the map whose mean is `node`, and the function of every channel in between."""
         steps = _Affine.identity(channels)
         while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
             source = node.all_input_nodes[0] if node.all_input_nodes else node
@@ -329,7 +329,7 @@ class _Fusion:
         return None
 
     def _flattens(self, node: fx.Node, channels: int) -> bool:
-        """Whether a node only takes [N, C, 1, 1] to [N, C]."""
+        """Whether a node only reshapes [N, C, 1, 1] to [N, C]."""
         if node.target not in (_aten.reshape.default, _aten.squeeze.dims):
             return False
         before, after = (_shape_of(self._values[x]) for x in (node.all_input_nodes[0], node))
@@ -342,7 +342,7 @@ class _Fusion:
     def _affine_step(
         self, node: fx.Node, channels: int, dims: int
     ) -> tuple[fx.Node, _Affine] | None:
-        """Return what a sum or product with constants is of, and what it does to every channel."""
+        """Return the operand of a sum or product with constants, and the function per channel."""
         result = self._values[node]
         if node.target not in _ARITHMETIC or dims not in (2, 4) or result is None:
             return None
@@ -381,7 +381,7 @@ class _Fusion:
         return tensor
 
     def _call(self, name: str, target: Any, x: fx.Node, options: dict[str, Any]) -> fx.Node:
-        """Make a call whose tensors are constants of the graph."""
+        """Create a call whose tensors are constants of the graph."""
         arguments: dict[str, Any] = {}
         for key, value in options.items():
             arguments[key] = value

@@ -1,10 +1,10 @@
 """The native plan: runs of a network's operators as programs, the other operators one by one.
 
-Every operator that has a native step is in a run; the others run one by one in between, each for a
-reason that the plan tells. Runs are as few as can be: an operator joins the earliest one that comes
-after all that it needs, so that a network whose operators all have steps is a single program, and
-branches side by side share theirs. Where there are others, a run of one operator that is no
-convolution is not worth a call of its own: it runs as what is in between.
+Every operator that has a native step is in a run; the others run one by one in between, and the
+plan gives the reason for each. The number of runs is minimal: an operator joins the earliest run
+after all its inputs, so that a network whose operators all have steps is a single program, and
+parallel branches share one. If there are other operators, a run of a single operator that is not
+a convolution is not worth its own call, and the operator runs in between.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class NativePlan:
     """A network as native programs, and operators between them.
 
     Attributes:
-        parts: programs and call_function nodes, in the order in which they run.
-        reasons: why each operator among them is in no program.
-        is_whole: whether there is one program only, which takes and returns what the graph does.
+        parts: programs and call_function nodes, in order of execution.
+        reasons: reasons why each operator among them is not in a program.
+        is_whole: whether a single program has the inputs and outputs of the graph.
     """
 
     parts: tuple[NativeRun | fx.Node, ...]
@@ -46,7 +46,7 @@ class NativePlan:
 
     @property
     def runs(self) -> tuple[NativeRun, ...]:
-        """The programs."""
+        """All programs."""
         return tuple(part for part in self.parts if isinstance(part, NativeRun))
 
     @property
@@ -72,14 +72,14 @@ def native_plan(
 
     Args:
         module: a converted network.
-        device: where its tensors are.
-        inputs: what it takes; None where that is not known.
+        device: device of its tensors.
+        inputs: its inputs; None if they are not known.
 
     Returns:
-        The plan, or why there is no program at all.
+        The plan, or the reason why there is no program at all.
 
     Raises:
-        BackendUnavailableError: a backend is forced that cannot run the network.
+        BackendUnavailableError: a forced backend cannot run the network.
     """
     if device is None or device.type != "cpu":
         return f"the network is on {device}"
@@ -89,18 +89,18 @@ def native_plan(
     if others:
         return f"operators run on backend {', '.join(sorted(map(str, others)))}"
     if select("binarize", None, device).name != "cpu":
-        return "the cpu backend does not run here"
-    # Plans outlive the mode of the call that makes them; an inference tensor would not.
+        return "the cpu backend is not available here"
+    # A plan outlives the mode of the call that makes it, so it must not hold inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         return _Partition(module, inputs).plan()
 
 
 class _Partition:
-    """Gives every operator to a run, or leaves it outside.
+    """Assigns every operator to a run, or leaves it outside.
 
-    Run k takes values of runs before it and of operators outside that need no later run than k - 1;
-    operators outside with level k take values of the runs up to k. So run 0 comes first, then the
-    operators of level 0, then run 1, and so on.
+    Run k takes values of earlier runs and of outside operators that need runs up to k - 1; outside
+    operators of level k take values of the runs up to k. So run 0 comes first, then the operators
+    of level 0, then run 1, and so on.
     """
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[InputSpec]) -> None:
@@ -174,7 +174,7 @@ class _Partition:
         return self._levels.get(source, 0) + made_outside
 
     def _leave(self, node: fx.Node) -> None:
-        """Leave a node outside of the runs, at the level of what it needs."""
+        """Leave a node outside the runs, at the level of its inputs."""
         self._levels[node] = max((self._levels.get(x, 0) for x in node.all_input_nodes), default=0)
         self._outside[node] = result_without_data(node, self._value)
 
@@ -201,7 +201,7 @@ class _Partition:
                 self._move_out(node, "is not worth a program alone")
 
     def _move_out(self, node: fx.Node, reason: str) -> None:
-        """Take a node out of its run when all values are known; it keeps its level."""
+        """Take a node out of its run after all values are known; it keeps its level."""
         del self._owners[node]
         self._outside[node] = None
         self._reasons[node] = f"{node.name} ({node.target}) {reason}"

@@ -1,9 +1,9 @@
 """The plan of a network: native programs, CUDA graphs, or operators one by one.
 
-On a CPU it is programs where that can be, on a CUDA GPU graphs of all operators. Operators that run
-one by one, or are captured so, are bound once to the backend that runs them. A plan belongs to one
-device and one forced backend. It is made at the first call, outside the state dict, from copies of
-the network's tensors (see `tensors`), and another is made where these have changed.
+On a CPU it consists of programs if possible, on a CUDA GPU of graphs of all operators. Operators
+that run or are captured one by one are bound once to the backend that runs them. A plan belongs to
+one device and one forced backend. It is made at the first call, outside the state dict, from copies
+of the network's tensors (see `tensors`), and made again if these have changed.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from biper_engine.runtime.tensors import Watch, own_tensors, refuse_gradients
 __all__ = ["Plan", "PlanSlot", "bound_graph", "is_watched"]
 
 
-_PRE_DISPATCH = DispatchKey.PreDispatch  # where make_fx(..., pre_dispatch=True) records
+_PRE_DISPATCH = DispatchKey.PreDispatch  # make_fx(..., pre_dispatch=True) records here
 
 
 def is_watched() -> bool:
-    """Whether calls are only recorded now, by a dispatch mode or by `torch.jit.trace`."""
+    """Whether a dispatch mode or `torch.jit.trace` records calls now."""
     return (
         _len_torch_dispatch_stack() > 0
         or _get_tracing_state() is not None
@@ -59,15 +59,14 @@ class Plan:
     """How a network runs on one device.
 
     Attributes:
-        module: the network, its float ends fused where the device's backends have that.
+        module: the network, with its float ends fused if the device's backends support that.
         device: where its tensors are.
-        forced: the backend that was forced when it was made, or None.
-        run: takes and returns what the graph does.
-        native: the programs and what runs between them, or why there is no program.
-        watch: holds while the network has the tensors that it was made from.
-        graphs: what `run` is on a CUDA GPU, else None.
-        program: the only one, where it is the whole network and takes a call's arguments as they
-            are.
+        forced: the backend that was forced when the plan was made, or None.
+        run: runs the network, with the arguments and results of the graph.
+        native: the programs and the operators between them, or the reason why there is no program.
+        watch: tells whether the network still has the tensors from which the plan was made.
+        graphs: `run` on a CUDA GPU, or None.
+        program: the program, if it is the whole network and takes a call's arguments unchanged.
     """
 
     module: fx.GraphModule
@@ -81,7 +80,7 @@ class Plan:
 
     @property
     def execution(self) -> str:
-        """How it runs, in a few words."""
+        """A short description of how the network runs."""
         if self.graphs is not None:
             return str(self.graphs)
         if isinstance(self.native, str):
@@ -89,11 +88,11 @@ class Plan:
         return str(self.native)
 
     def serves(self, device: torch.device | None, forced: str | None) -> bool:
-        """Whether it is a plan for this device and backend, of the network as it is now."""
+        """Whether this is a plan for the device, the backend and the network's current tensors."""
         return self.device == device and self.forced == forced and self.watch.holds()
 
     def warm_up(self, *inputs: Tensor) -> None:
-        """Prepare all that calls with such inputs need."""
+        """Prepare everything that calls with such inputs need."""
         if self.graphs is not None:
             self.graphs.warm_up(*inputs)
         else:
@@ -121,37 +120,37 @@ class PlanSlot:
         Args:
             module: a converted network.
             device: where its tensors are.
-            inputs: what the network takes; without it there is no native program.
-            positional: whether calls pass just that, each as an argument.
+            inputs: the network's inputs; without them there is no native program.
+            positional: whether calls pass exactly these, each as a positional argument.
 
         Raises:
             BackendUnavailableError: a backend is forced that cannot run the network.
-            RuntimeError: a plan is to be made while the caller captures a CUDA graph, or of tensors
-                with gradients.
-            TypeError, ValueError: it is to be made of tensors that no kernel can read.
+            RuntimeError: a plan must be made while the caller captures a CUDA graph, or from
+                tensors with gradients.
+            TypeError, ValueError: it must be made from tensors that kernels cannot read.
         """
         forced = forced_name()
         plan = self._plan
         if plan is not None and plan.serves(device, forced):
             return plan
-        # One lock per process: a lock that another thread held at a fork is never released here.
+        # One lock per process: a lock that another thread held at a fork stays locked in the child.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             plan = self._plan
             if plan is None or not plan.serves(device, forced):
-                self._plan = None  # what it holds goes before more is made
+                self._plan = None  # free its memory before making another
                 generation = self._generation
                 plan = _plan(module, device, forced, inputs, positional)
-                # Weights that changed meanwhile made this plan stale: it serves this call alone.
+                # Weights that changed meanwhile make this plan outdated: only this call uses it.
                 if generation == self._generation:
                     self._plan = plan
         return plan
 
     def run_as_is(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
-        """Run a network that is one program on tensors that need no more than its own checks.
+        """Run a network that is one program on tensors that need only the program's checks.
 
         Returns:
-            None, with nothing done, for any other network, arguments or modes of torch, and where
-            there is no plan yet for the backend that is forced now and the tensors of now.
+            None, without doing anything, for any other network, arguments or modes of torch, and if
+            there is no plan yet for the backend forced now and the current tensors.
         """
         plan = self._plan
         if plan is None or plan.program is None or plan.forced != forced_name() or is_watched():
@@ -167,7 +166,7 @@ class PlanSlot:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no plan now."""
+        """Whether there is no plan."""
         return self._plan is None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlanSlot:
@@ -188,7 +187,7 @@ def _plan(
     driver = graph_driver(device)
     if driver is not None:
         return _graph_plan(module, device, forced, inputs, driver)
-    # Plans outlive the mode of the call that makes them; an inference tensor would not.
+    # A plan outlives the mode of the call that makes it, so it must not hold inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         watch, owned = own_tensors(module, device)
         native = native_plan(owned, device, inputs)
@@ -214,14 +213,14 @@ def _graph_plan(
     with driver.on_device():
         if driver.is_capturing():
             raise RuntimeError(
-                "The engine prepares its weights at its first call, which a CUDA graph that is "
-                "being captured would not run: call it, or its `warmup`, before the capture."
+                "The engine prepares its weights at its first call, which cannot be part of a CUDA "
+                "graph capture: call the engine, or its `warmup`, before the capture."
             )
         native = f"the network is on {device}"
         watch, owned = own_tensors(module, device)
         module = fuse_ends(owned, device, inputs)
         bound = bound_graph(module, device, native)
-        driver.synchronize()  # whatever stream the first caller is on, later ones are on others
+        driver.synchronize()  # later callers may be on other streams than the first
     graphs = CudaGraphs(
         bound.forward,
         driver,
@@ -238,15 +237,15 @@ def _graph_plan(
 def bound_graph(
     module: fx.GraphModule, device: torch.device | None, native: NativePlan | str
 ) -> fx.GraphModule:
-    """Return a network that shares the tensors of `module`, its operators bound to what runs them.
+    """Return a network that shares the tensors of `module`, with bound operators.
 
-    Runs of operators are calls of their native programs, the other `biper` operators are bound to
-    backends. Where a node comes from is in its `meta`: "run" has the NativeRun of a program's call,
-    "node" the node of any other operator. Constants get names without dots: attribute look-up by
-    way of nested modules is slow.
+    Runs of operators become calls of their native programs, other `biper` operators are bound to
+    backends. `meta` of a node gives its origin: "run" is the NativeRun of a program's call, "node"
+    the node of any other operator. Constants get names without dots, since attribute look-up
+    through nested modules is slow.
     """
     graph = _BoundGraph(module, device)
-    # Plans outlive the mode of the call that makes them; an inference tensor would not.
+    # A plan outlives the mode of the call that makes it, so it must not hold inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         for node in module.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
@@ -291,7 +290,7 @@ class _BoundGraph:
             self._copies[node] = results[at]
 
     def add_operator(self, node: fx.Node) -> None:
-        """Add an operator, bound where it is one of ours."""
+        """Add an operator, bound if it is one of ours."""
         operation = bind_node(self._module, node, self._device)
         if operation is None:
             copy = self._graph.node_copy(node, self._copies.__getitem__)
@@ -305,7 +304,7 @@ class _BoundGraph:
         """Return the module."""
         outputs = tuple(output_values(self._module.graph))
         self._graph.output(fx.node.map_arg(outputs, self._copies.__getitem__))
-        for node in self._graph.find_nodes(op="get_attr"):  # what a bound operator holds by itself
+        for node in self._graph.find_nodes(op="get_attr"):  # held by bound operators
             if not node.users:
                 self._graph.erase_node(node)
                 del self._constants[node.target]

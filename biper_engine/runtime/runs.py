@@ -1,4 +1,4 @@
-"""A run of operators as one native program: the values that come in, flow and leave."""
+"""A run of operators as one native program, with its inputs, maps and outputs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class NativeStep:
     """One step of a program.
 
     Attributes:
-        nodes: of the graph, which it stands for.
-        macs: multiply-accumulates on bits of one image, padded taps counted; None without any.
+        nodes: nodes of the graph that the step computes.
+        macs: multiply-accumulates on bits for one image, including padded taps; None if none.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -40,9 +40,9 @@ class NativeRun:
 
     Attributes:
         program: takes the values of `inputs`.
-        steps: in the order in which they run.
-        inputs: nodes outside of the run.
-        outputs: nodes of the run whose values leave, and where each is in the program's result.
+        steps: steps in order of execution.
+        inputs: nodes outside the run.
+        outputs: nodes of the run whose values are returned, with positions in the result.
     """
 
     program: CpuProgram
@@ -52,17 +52,17 @@ class NativeRun:
 
 
 class RunMaps:
-    """A program in the making, and the values that its maps stand for.
+    """A program under construction, and the values of its maps.
 
     Args:
         module: a converted network.
-        value_of: returns the value of a node outside of the run as a tensor without data, for BATCH
-            images; None where that is not known.
+        value_of: returns the value of a node outside the run as a tensor without data, for BATCH
+            images; None if it is not known.
 
     Attributes:
-        nodes: what the run stands for, views of its maps included, in order.
-        steps: of the program.
-        inputs: nodes outside of the run, and the maps that their values are in it.
+        nodes: nodes that the run computes, with views of its maps, in order.
+        steps: steps of the program.
+        inputs: nodes outside the run, and the maps of their values in the run.
     """
 
     def __init__(self, module: fx.GraphModule, value_of: Callable[[fx.Node], Any]) -> None:
@@ -74,7 +74,7 @@ class RunMaps:
         self._program = CpuProgram()
         self._maps: dict[fx.Node, Any] = {}  # Map, or a pair of them
         self._flat: dict[fx.Node, tuple[int, int, int] | None] = {}  # [N, features] values
-        self._roots: dict[int, int] = {}  # views, and the maps whose memory they show
+        self._roots: dict[int, int] = {}  # views, and the maps whose memory they share
 
     def value(self, node: fx.Node) -> Tensor:
         """Return the value of a node of the run as a tensor without data, for BATCH images."""
@@ -87,9 +87,9 @@ class RunMaps:
         return floats[:, :, 0, 0] if node in self._flat else floats
 
     def views_to_leave(self, wanted: Sequence[fx.Node]) -> list[fx.Node]:
-        """Return the views among `wanted` that the program cannot return, and those they are of.
+        """Return the views among `wanted` that the program cannot return, and their maps.
 
-        A map leaves once, in the shape that it was written in or as a view of that.
+        A map is returned once, in the shape in which it was written or as a view of it.
         """
         shown: dict[int, set[int]] = {}
         for node in wanted:
@@ -109,10 +109,10 @@ class RunMaps:
         return list(left)
 
     def finish(self, wanted: Sequence[fx.Node]) -> NativeRun:
-        """End the program.
+        """Finish the program.
 
         Args:
-            wanted: nodes of the run whose values leave, in order; no views to leave among them.
+            wanted: nodes of the run whose values are returned, in order, without views.
         """
         positions: dict[int, int] = {}
         leaving: list[fx.Node] = []
@@ -141,7 +141,7 @@ class RunMaps:
     # -- values -----------------------------------------------------------------------------------
 
     def _map(self, value: Any, bit_channels: int | None = None) -> Map:
-        """Return the map of a node's value; `bit_channels` are those of a packed one."""
+        """Return the map of a node's value; `bit_channels` is the channel count of a packed map."""
         if not isinstance(value, fx.Node) or value.op == "get_attr":
             raise Unsupported(f"takes {value}, which is no map")
         found = self._maps.get(value) or self.inputs.get(value)

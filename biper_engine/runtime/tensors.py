@@ -1,8 +1,8 @@
-"""The tensors of a network: copies that nobody else reaches, and whether they have changed since.
+"""The tensors of a network: private copies, and whether the originals have changed since.
 
-Whoever holds an engine can do to its tensors what PyTorch allows: write to them, move them to
-shared memory, swap them, put others in their places. A plan reads none of them. It is made from
-copies, and asks at every call whether the tensors are still those that were copied.
+A user of an engine can do to its tensors what PyTorch allows: write to them, move them to shared
+memory, swap or replace them. A plan reads none of them. It is made from copies, and checks at every
+call whether the tensors are still those that were copied.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ _TRIES = 100
 
 
 class Watch(Protocol):
-    """What tells whether the tensors of a network have changed."""
+    """Tells whether the tensors of a network have changed."""
 
     def holds(self) -> bool:
         """Whether they are the same objects, in the same memory, with the same values.
 
-        Of a CPU tensor beyond 4 kB samples of the values are compared, and the number of writes
-        that PyTorch counted; of tensors on other devices that number alone. PyTorch counts no write
-        by way of `tensor.data`, NumPy or another process.
+        For a CPU tensor above 4 kB, samples of the values are compared, and the number of writes
+        that PyTorch counted; for tensors on other devices, only that number. PyTorch does not count
+        writes through `tensor.data`, NumPy or another process.
         """
 
 
 def own_tensors(
     module: fx.GraphModule, device: torch.device | None
 ) -> tuple[Watch, fx.GraphModule]:
-    """Return a network with the tensors that `module` has now, and a watch on those of `module`.
+    """Return a network with the current tensors of `module`, and a watch on those of `module`.
 
-    The network shares the graph. Its tensors are copies on a CPU; on other devices they show the
-    same memory, which lives as long as they do.
+    The network shares the graph. Its tensors are copies on a CPU; on other devices they share the
+    memory, which lives as long as they do.
 
     Args:
         module: a converted network.
-        device: where its tensors are.
+        device: device of its tensors.
 
     Raises:
-        RuntimeError: a tensor has a tangent of forward-mode AD, or other threads change tensors all
-            the time.
-        TypeError: a tensor is gone, or there is something else in its place that has no values in
-            memory, such as a sparse tensor or one of a transform of torch.func.
+        RuntimeError: a tensor has a tangent of forward-mode AD, or other threads keep changing
+            tensors.
+        TypeError: a tensor is missing, or was replaced by something without values in memory, such
+            as a sparse tensor or one of a transform of torch.func.
         ValueError: a tensor is on another device, or its memory was freed.
     """
     for _ in range(_TRIES):
@@ -99,7 +99,7 @@ def _own(module: fx.GraphModule, target: str, device: torch.device | None) -> Te
         value = get_constant(module, target)
     except AttributeError as error:
         raise TypeError(
-            f"The engine's tensor `{target}` is gone; load the engine again, or put it back with "
+            f"The engine's tensor `{target}` is missing; load the engine again, or restore it with "
             "`load_state_dict(..., assign=True)`."
         ) from error
     if not isinstance(value, Tensor):
@@ -114,7 +114,7 @@ def _own(module: fx.GraphModule, target: str, device: torch.device | None) -> Te
 
 
 def _copy(value: Tensor) -> Tensor:
-    """Return a copy; one by `torch.clone` could read memory that another thread frees meanwhile."""
+    """Return a copy; `torch.clone` could read memory that another thread frees meanwhile."""
     copied, compiled = torch.empty_like(value), native()
     if compiled is not None and compiled.copy(copied, value):
         return copied
@@ -138,7 +138,7 @@ def _watch(module: fx.GraphModule) -> Watch:
 
 
 class _SlowWatch:
-    """A watch where there is no compiled module; it compares no values."""
+    """A watch without the compiled module; it does not compare values."""
 
     def __init__(self, dicts: list[dict[str, Any]], tensors: list[Tensor]) -> None:
         self._dicts = [(held, list(held.values())) for held in dicts]

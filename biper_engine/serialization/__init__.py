@@ -1,8 +1,8 @@
 """`.biper` files: one converted network in one safetensors file, with a proof of what it computes.
 
 The header entry `biper` has `format`, `graph`, `signature`, `report`, `metadata`, `provenance`,
-`options`, `proof` and `sha256`. Nothing is pickled; every name, shape and value is checked on the
-way in. The format is 0, and may change, until release 1.0.
+`options`, `proof` and `sha256`. Nothing is pickled; every name, shape and value is checked when a
+file is read. The format is 0, and may change, until release 1.0.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ SEED = 0
 def write(network: ConvertedNetwork, path: str | os.PathLike[str]) -> None:
     """Write a network to a `.biper` file, atomically and with a new proof.
 
-    Writing twice gives the same bytes. A network on any device is written; the proof is computed on
+    Writing twice gives the same bytes. The network may be on any device; the proof is computed on
     the CPU by the reference backend.
 
     Raises:
         FileFormatError: the network has an operator, an argument or a form of inputs or outputs
             that files cannot hold; nothing is written.
-        OSError: the file cannot be written; an older one stays as it was.
+        OSError: the file cannot be written; an existing file does not change.
     """
     inputs = network.signature.inputs
     nodes, constants = graph_format.encode(network.graph_module)
     entries = {**header_entries(network), "graph": nodes}
-    canonical_json(entries)  # fails before the work
+    canonical_json(entries)  # fails before the expensive work
     with torch.inference_mode(False):
         tensors = {name: tensor.detach().cpu() for name, tensor in constants.items()}
         proof = make_proof(decode(nodes, tensors, inputs), inputs, SEED)
@@ -70,7 +70,7 @@ def read(path: str | os.PathLike[str]) -> ConvertedNetwork:
 
     Raises:
         FileFormatError: the file is truncated, edited, foreign or of an unknown version; the
-            message says what came, what was wanted and what to do.
+            message says what was found, what was expected and what to do.
         OSError: there is no such file, or it cannot be read.
     """
     header, tensors = container.read(path)

@@ -1,4 +1,4 @@
-"""A backend compared with the reference, operator by operator, with no model and no record."""
+"""Compare a backend with the reference, operator by operator, without a model or a proof."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def check_backend(
     """Compare a backend with the reference, operator by operator, each on the reference's inputs.
 
     Args:
-        network: any; no proof is needed.
-        backend: a name from `biper_engine.backends()`; None takes what an engine would.
-        inputs: the network's flat inputs; None makes them from `seed`.
+        network: any converted network; it needs no proof.
+        backend: a name from `biper_engine.backends()`; None takes the engine's choice.
+        inputs: the network's flat inputs; None creates them from `seed`.
         seed: see `example_inputs`.
 
     Returns:

@@ -1,12 +1,12 @@
 """The outer form of a `.biper` file: safetensors with one JSON header, a checksum, atomic writes.
 
-A file is what safetensors defines: eight bytes of header length, a JSON header with names, types
-and offsets, and the tensors' bytes. The key `biper` of its `__metadata__` holds our header,
+A file has the layout of safetensors: eight bytes of header length, a JSON header with names, types
+and offsets, and the tensors' bytes. The key `biper` of its `__metadata__` holds our header in
 canonical JSON: keys sorted, no spaces, ASCII, no NaN. The entry `sha256` is the SHA-256 of the
-whole file with the sum's own 64 digits written as zeros, so that it covers every other byte.
+whole file with its own 64 digits written as zeros, so that it covers every other byte.
 
-The header is read and checked first. What it promises is held against the size of the file before
-memory is taken for any tensor.
+The header is read and checked first. Its sizes are compared with the size of the file before memory
+is allocated for any tensor.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _FOREIGN = (
 def write(
     path: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write a file, atomically: at no time is there half a file under `path`.
+    """Write a file atomically: `path` never contains an incomplete file.
 
     Args:
         path: a new file, or one to replace; a symbolic link is followed.
         header: JSON values, without `format` and `sha256`.
-        tensors: by name; on any device, copied.
+        tensors: tensors by name, on any device; they are copied.
 
     Raises:
-        FileFormatError: the header is not JSON, or a tensor's dtype has no form in files.
-        OSError: the file cannot be written; an older one stays as it was.
+        FileFormatError: the header is not JSON, or files cannot hold a tensor's dtype.
+        OSError: the file cannot be written; an existing file does not change.
     """
     text = canonical_json({**header, "format": FORMAT, "sha256": _NO_SUM})
     blob = _to_safetensors(_plain(tensors), {"biper": text})
@@ -73,7 +73,7 @@ def write(
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to contiguous CPU memory of their own, as safetensors wants them."""
+    """Copy tensors to their own contiguous CPU memory, as safetensors requires."""
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise FileFormatError(
@@ -89,10 +89,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     """Read a file and check it as a container: kind, length, version and checksum.
 
     Returns:
-        Our header and the tensors, on the CPU, each in memory of its own.
+        Our header and the tensors, on the CPU, each in its own memory.
 
     Raises:
-        FileFormatError: the message says what came, what was wanted and what to do.
+        FileFormatError: the message says what was found, what was expected and what to do.
         OSError: there is no such file, or it cannot be read.
     """
     with RegularFile(path) as file:
@@ -153,7 +153,7 @@ def _our_header(name: str, outer: Mapping[str, Any]) -> dict[str, Any]:
         )
     header = parse(name, text)
     if not isinstance(header, dict):
-        raise FileFormatError(f"{name} is damaged: its header `biper` is no JSON object.")
+        raise FileFormatError(f"{name} is damaged: its header `biper` is not a JSON object.")
     return header
 
 
@@ -161,7 +161,7 @@ def _check_format(name: str, header: Mapping[str, Any]) -> None:
     version = header.get("format")
     if type(version) is not int:
         raise FileFormatError(
-            f"{name} is damaged: its format version is {version!r:.100}, no integer."
+            f"{name} is damaged: its format version is {version!r:.100}, not an integer."
         )
     if version > FORMAT:
         raise FileFormatError(
@@ -173,7 +173,7 @@ def _check_format(name: str, header: Mapping[str, Any]) -> None:
 
 
 def _digest_without_sum(name: str, start: bytes, header: Mapping[str, Any]) -> Any:
-    """Return the SHA-256 of the file up to the end of its header, the sum's digits as zeros."""
+    """Return the SHA-256 of the file up to the end of its header, with its own digits as zeros."""
     matches = list(_SUM.finditer(start))
     if len(matches) != 1 or matches[0].group(1).decode() != header.get("sha256"):
         raise _wrong_sum(name)

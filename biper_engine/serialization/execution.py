@@ -1,4 +1,4 @@
-"""Running a graph's nodes one at a time, the same way for proofs and for checks of backends."""
+"""Run a graph's nodes one at a time, in the same way for proofs and for checks of backends."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def digest(tensor: Tensor) -> str:
 
 
 def forced(backend: str | None) -> AbstractContextManager[None]:
-    """Force a backend, if one is named."""
+    """Force a backend if one is given."""
     return nullcontext() if backend is None else use_backend(backend)
 
 
 @contextmanager
 def exactly() -> Iterator[None]:
-    """Compute as engines do: without grad, and in the dtypes that the graph has."""
+    """Compute like an engine: without gradients, and in the graph's dtypes."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         if torch.cuda.is_available():
             with torch.autocast("cuda", enabled=False):
@@ -40,7 +40,7 @@ def exactly() -> Iterator[None]:
 
 
 def call_node(node: fx.Node, args: tuple[Any, ...], kwargs: Any, *, prepack: bool) -> Any:
-    """Run one node, with weights re-laid as the engine's plan does, if `prepack`."""
+    """Run one node; if `prepack`, with weights re-laid as in the engine's plan."""
     assert callable(node.target)
     if prepack and is_bconv2d(node):
         kwargs = {**kwargs, "prepacked": prepack_node(node, args[1])}

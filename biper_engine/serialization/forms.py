@@ -1,13 +1,13 @@
-"""The forms of what a network takes and returns: containers with tensors and constants as leaves.
+"""The forms of inputs and outputs: containers with tensors and constants as leaves.
 
 "*" is a tensor, {"value": ...} a constant, {"float": "inf"} one that JSON cannot write. A container
-is an object with one key, which says what it is:
+is an object with one key, its kind:
 
     {"tuple": [...]}  {"list": [...]}  {"dict": [[key, form], ...]}  {"ordered": [[key, form], ...]}
     {"namedtuple": {"name": name, "fields": [[field, form], ...]}}
 
-Dicts keep their order, so they are lists of pairs. A named tuple is saved by the names of its
-fields; what is loaded has the same ones, and is of a class of its own.
+Dicts keep their order, so they are lists of pairs. A named tuple is saved with the names of its
+fields; the loaded one has the same fields, and its own class.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def encode_form(spec: pytree.TreeSpec, what: str) -> Any:
     """Return the JSON form of a pytree.
 
     Args:
-        spec: of inputs or outputs.
-        what: which of them, for messages.
+        spec: spec of inputs or outputs.
+        what: "inputs" or "outputs", for messages.
 
     Raises:
-        FileFormatError: there is a container in it that files cannot hold.
+        FileFormatError: it contains a container that files cannot hold.
     """
     return _encode(marked_structure(spec), what, 0)
 
@@ -83,7 +83,7 @@ def decode_form(value: Any, depth: int = 0) -> Any:
     """Return a tree like the encoded one, with a `Leaf` for every tensor.
 
     Raises:
-        ValueError: it is no form.
+        ValueError: it is not a valid form.
     """
     if depth > _MAX_DEPTH:
         raise ValueError(f"a form is nested more than {_MAX_DEPTH} deep")
@@ -108,7 +108,7 @@ def decode_form(value: Any, depth: int = 0) -> Any:
             fields = _pairs(items, depth)
             made = _named_tuple(name, tuple(field for field, _ in fields))
             return made(*(form for _, form in fields))
-    raise ValueError(f"{value!r:.100} is no form of inputs or outputs")
+    raise ValueError(f"{value!r:.100} is not a form of inputs or outputs")
 
 
 def _pairs(items: list[Any], depth: int) -> list[tuple[str, Any]]:
@@ -118,7 +118,7 @@ def _pairs(items: list[Any], depth: int) -> list[tuple[str, Any]]:
             case [str(key), form]:
                 found.append((key, decode_form(form, depth + 1)))
             case _:
-                raise ValueError(f"{item!r:.100} is no key with a form")
+                raise ValueError(f"{item!r:.100} is not a key with a form")
     if len(dict(found)) != len(found):
         raise ValueError("a form has a key twice")
     return found
@@ -126,13 +126,13 @@ def _pairs(items: list[Any], depth: int) -> list[tuple[str, Any]]:
 
 @functools.lru_cache(maxsize=256)
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
-    """Return the class of named tuples with some fields, one and the same for equal names."""
+    """Return the class of named tuples with these fields, the same class for equal names."""
     if len(fields) > _MAX_FIELDS or not all(map(_is_name, (name, *fields))):
-        raise ValueError(f"{name!r:.100} with the fields {fields!r:.200} is no named tuple")
+        raise ValueError(f"{name!r:.100} with the fields {fields!r:.200} is not a named tuple")
     make: Any = namedtuple
     made = make(name, fields)
     made.__module__ = __name__
-    made.__reduce__ = _reduce  # the class is in no module, from which pickle could take it
+    made.__reduce__ = _reduce  # the class is in no module from which pickle could import it
     return made
 
 

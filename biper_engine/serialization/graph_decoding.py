@@ -1,7 +1,7 @@
-"""The graph of a file, rebuilt: nothing in it is trusted.
+"""Rebuild the graph of a file without trusting anything in it.
 
-Every node is held against the declaration of its operator as it comes, with the values of the nodes
-before it, for any number of images; see `biper_engine.graph`. Only then is anything built of it.
+Every node is checked against the declaration of its operator, with the values of the nodes before
+it, for any number of images; see `biper_engine.graph`. The graph is only built after all checks.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ __all__ = ["decode"]
 
 _MAX_NODES = 1 << 16
 _MAX_NAME = 1000
-_MAX_PARTS = 32  # of a tensor's name, each of which becomes a module
-_MAX_DEPTH = 1  # of lists in an argument
-# What a module has already cannot be the name of one of its tensors.
+_MAX_PARTS = 32  # parts of a tensor's name, each of which becomes a module
+_MAX_DEPTH = 1  # nesting of lists in an argument
+# Attributes of a module cannot be names of its tensors.
 _TAKEN = frozenset(dir(fx.GraphModule({}, fx.Graph())))
 
 
 def decode(
     nodes: Any, tensors: Mapping[str, Tensor], inputs: Sequence[InputSpec]
 ) -> fx.GraphModule:
-    """Build the graph of `encode`'s JSON.
+    """Build the graph from the JSON of `encode`.
 
     Args:
         nodes: the header's entry.
-        tensors: of the file, by name.
-        inputs: what the network takes.
+        tensors: tensors of the file, by name.
+        inputs: the network's inputs.
 
     Raises:
         FileFormatError: the message names the node and what is wrong with it.
@@ -71,7 +71,7 @@ def decode(
 
 
 class _Decoder:
-    """Checks JSON nodes one by one and collects what `from_portable` takes."""
+    """Checks JSON nodes one by one and collects the arguments of `from_portable`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], inputs: Sequence[InputSpec]) -> None:
         self.tensors = tensors
@@ -158,8 +158,8 @@ class _Decoder:
             or not 0 <= index < len(several)
         ):
             raise FileFormatError(
-                f"Node {name!r} takes item {index!r:.100} of {of!r:.100}, which is no earlier call "
-                "with that many results."
+                f"Node {name!r} takes item {index!r:.100} of {of!r:.100}, which is not an earlier "
+                "call with that many results."
             )
         arguments = (self._reference(name, of), index)
         self._append("call_function", name, operator.getitem, several[index], arguments)
@@ -182,13 +182,13 @@ class _Decoder:
             result = declared.infer({key: self._known(value) for key, value in values.items()})
         except MisfitError as error:
             raise FileFormatError(
-                f"Node {name!r} ({op}) does not fit what it is given: {error!s:.400}."
+                f"Node {name!r} ({op}) does not fit its arguments: {error!s:.400}."
             ) from error
         args, kwargs = _by_position(declared.target, values)
         self._append("call_function", name, declared.target, result, args, kwargs)
 
     def _known(self, value: Any) -> Any:
-        """Return what is known of a value: of a node, of a list's items, else itself."""
+        """Return what is known about a node or a list's items, or any other value itself."""
         if isinstance(value, list):
             return [self._known(item) for item in value]
         return self._results[value.name] if isinstance(value, _REFERENCE) else value
@@ -211,14 +211,14 @@ class _Decoder:
         if known is not None and not isinstance(
             known, Value | ImagesSize | bool | int | float | str
         ):
-            raise FileFormatError(f"The file's graph returns {value!r:.100}, which is no value.")
+            raise FileFormatError(f"The file's graph returns {value!r:.100}, which is not a value.")
         return decoded
 
     def _reference(self, node: str, name: Any) -> Any:
         if not isinstance(name, str) or name not in self._results:
             raise FileFormatError(
-                f"Node {node!r} refers to {name!r:.100}, which is no node before it; the file was "
-                "edited."
+                f"Node {node!r} refers to {name!r:.100}, which is not a node before it; the file "
+                "was edited."
             )
         return PortableGraph.reference(name)
 
@@ -247,8 +247,8 @@ _REFERENCE = type(PortableGraph.reference(""))
 
 
 def _by_position(target: Any, values: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Split named arguments into positional and keyword ones, as conversion's graphs have them."""
-    if not isinstance(target, OpOverload):  # a function of Python
+    """Split named arguments into positional and keyword ones, as in conversion's graphs."""
+    if not isinstance(target, OpOverload):  # a Python function
         return tuple(values[name] for name in sorted(values)), {}
     args: list[Any] = []
     kwargs = {}
@@ -276,7 +276,7 @@ def _is_tensor_name(key: str) -> bool:
 
 
 def _is_attribute(part: str) -> bool:
-    """Whether a module may have a tensor or a module of that name."""
+    """Whether a module may have a tensor or a module with this name."""
     written = part.isprintable() and bool(part) and not set(part) & set("\"'\\")
     return written and not _reserved(part) and part not in _TAKEN and not part.startswith("__")
 
@@ -289,11 +289,11 @@ def _node_name(name: Any) -> str:
         or not name.isidentifier()
         or _reserved(name)
     ):
-        raise FileFormatError(f"{name!r:.100} is no name for a node of the file's graph.")
+        raise FileFormatError(f"{name!r:.100} is not a name for a node of the file's graph.")
     return name
 
 
 def _require_names(module: fx.GraphModule, nodes: Sequence[tuple[Any, ...]]) -> None:
     for node, (_, name, *_) in zip(module.graph.nodes, nodes, strict=True):
         if node.name != name:
-            raise FileFormatError(f"{name!r:.100} is no name for a node of the file's graph.")
+            raise FileFormatError(f"{name!r:.100} is not a name for a node of the file's graph.")

@@ -1,4 +1,4 @@
-"""A converted network's graph as JSON, with operator and argument names of our own.
+"""A converted network's graph as JSON, with our own names of operators and arguments.
 
 A graph is a list of nodes in order of execution:
 
@@ -8,9 +8,9 @@ A graph is a list of nodes in order of execution:
     {"item": index, "name": name, "of": name}             one result of a call that gives several
     {"output": [...]}                                     once, at the end
 
-Operators are those of `biper_engine.graph`, which declares the arguments of each; no ATen overload
-is named. Values are JSON's own, and `{"node": name}`, `{"dtype": "float32"}`,
-`{"layout": "contiguous"}`, and `{"float": "inf"}` for what JSON cannot write.
+Operators are those of `biper_engine.graph`, which declares their arguments; ATen overloads are not
+named. Values are JSON values, `{"node": name}`, `{"dtype": "float32"}`, `{"layout": "contiguous"}`,
+and `{"float": "inf"}` for floats that JSON cannot write.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _LAYOUT_NAMES = {layout: name for name, layout in LAYOUTS.items()}
 
 
 def encode(module: fx.GraphModule) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Return a graph's JSON form and its tensors by the names that the JSON uses.
+    """Return a graph's JSON form, and its tensors by their names in the JSON.
 
     Raises:
-        FileFormatError: an operator, argument or value has no form in files; the message names it.
+        FileFormatError: files cannot hold an operator, argument or value; the message names it.
     """
     nodes: list[dict[str, Any]] = []
     for node in module.graph.nodes:
@@ -62,7 +62,7 @@ def encode(module: fx.GraphModule) -> tuple[list[dict[str, Any]], dict[str, Tens
     for target, value in constants.items():
         if not isinstance(value, Tensor):
             raise FileFormatError(
-                f"The engine cannot be saved: its constant {target!r} is {type(value)}, no tensor."
+                f"The engine cannot be saved: constant {target!r} is {type(value)}, not a tensor."
             )
     return nodes, constants
 
@@ -72,8 +72,8 @@ def _encode_call(node: fx.Node) -> dict[str, Any]:
     if declared is None:
         raise FileFormatError(
             f"The engine cannot be saved: node {node.name!r} calls {node.target}, which is not "
-            "among the operators of .biper files. It runs all the same; write that part of the "
-            "model with other operators, or keep it outside of what is converted."
+            "among the operators of .biper files. The engine still runs; write that part of the "
+            "model with other operators, or keep it outside the converted model."
         )
     try:
         named = declared.named(node)
@@ -90,7 +90,7 @@ def _encode_call(node: fx.Node) -> dict[str, Any]:
 
 
 def _is_held(declared: Operator, node: fx.Node, key: str, value: Any) -> bool:
-    """Whether a file holds an argument; False for one that says what is said without it.
+    """Whether a file holds an argument; False if leaving it out means the same.
 
     Raises:
         FileFormatError: a file cannot hold it.

@@ -21,14 +21,14 @@ __all__ = ["header_entries", "header_values"]
 T = TypeVar("T")
 
 _MOST_SIZE = 1 << 31
-_MOST = 1 << 62  # of counts; no network has as many operations
+_MOST = 1 << 62  # largest count; no network has as many operations
 _MAX_RANK = 8
 _MAX_INPUTS = 1024
-_MAX_DEPTH = 32  # of lists and objects in `options`
+_MAX_DEPTH = 32  # nesting of lists and objects in `options`
 
 
 def header_entries(network: ConvertedNetwork) -> dict[str, Any]:
-    """Return the header entries of a network, apart from graph and proof.
+    """Return the header entries of a network, except for graph and proof.
 
     Raises:
         FileFormatError: inputs or outputs have a form that files cannot hold.
@@ -44,10 +44,10 @@ def header_entries(network: ConvertedNetwork) -> dict[str, Any]:
 
 
 def header_values(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a network that a header has, apart from graph and proof.
+    """Return the attributes of a network in a header, except for graph and proof.
 
     Raises:
-        FileFormatError: an entry is missing or is not what `header_entries` makes.
+        FileFormatError: an entry is missing or does not have the form of `header_entries`.
     """
     return {
         "signature": _entry(header, "signature", _decode_signature),
@@ -143,13 +143,13 @@ def _decode_input(entry: Mapping[str, Any]) -> InputSpec:
 def _typed(value: Any, *kinds: type) -> Any:
     if type(value) not in kinds:
         wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise TypeError(f"{value!r:.100} is no {wanted}")
+        raise TypeError(f"{value!r:.100} is not of type {wanted}")
     return value
 
 
 def _count(value: Any) -> int:
     if not 0 <= _typed(value, int) < _MOST:
-        raise ValueError(f"{value!r:.100} is no count")
+        raise ValueError(f"{value!r:.100} is not a count")
     return int(value)
 
 

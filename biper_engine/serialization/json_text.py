@@ -1,4 +1,4 @@
-"""JSON as files hold it: one text for each value, and nothing that JSON does not define."""
+"""JSON in files: one text for each value, and nothing that JSON does not define."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["canonical_json", "parse"]
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value.
+    """Return the canonical JSON text of a value.
 
     Raises:
-        FileFormatError: it holds something that JSON has no form for.
+        FileFormatError: it contains something that JSON cannot represent.
     """
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -29,11 +29,11 @@ def parse(name: str, text: bytes | str) -> Any:
     """Return the value of a JSON text: no NaN, no infinity, no key twice in an object.
 
     Args:
-        name: of the file, for messages.
-        text: in UTF-8.
+        name: name of the file, for messages.
+        text: the text in UTF-8.
 
     Raises:
-        FileFormatError: it is no such text.
+        FileFormatError: it is not such a text.
     """
     try:
         decoded = text if isinstance(text, str) else text.decode()

@@ -1,7 +1,7 @@
-"""Proofs: what a network computes, recorded when it is saved and replayed when it is trusted.
+"""Proofs: what a network computes, recorded when it is saved, so that any backend can repeat it.
 
-A proof is a seed, and for the input made from it the SHA-256 of every packed map and of the
-outputs, computed by the reference backend. `replay` repeats it on any backend.
+A proof is a seed, and the SHA-256 of every packed map and of the outputs for the input made from
+the seed, computed by the reference backend. `replay` repeats it on any backend.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _MAX_STORED_VALUES = 65_536
 _TENSOR_PREFIX = "proof/output/"
 
 # Outputs may differ from the record by the rounding of float layers, which torch computes in
-# another order on another machine: thousands of terms of 2^-24 each, far less than a flipped bit.
+# another order on another machine: thousands of terms of 2^-24 each, far below one flipped bit.
 _OUTPUT_TOLERANCE = 1e-5
 
 
 def proof_entry(proof: Proof) -> dict[str, Any]:
-    """Return the header entry of a proof; `proof_tensors` has the rest."""
+    """Return the header entry of a proof; `proof_tensors` returns the rest."""
     return {
         "seed": proof.seed,
         "maps": [[name, digest] for name, digest in proof.maps.items()],
@@ -60,10 +60,10 @@ def proof_tensors(proof: Proof) -> dict[str, Tensor]:
 
 
 def read_proof(entry: Any, tensors: dict[str, Tensor]) -> Proof:
-    """Return the proof of a header entry, taking its tensors out of `tensors`.
+    """Return the proof of a header entry, and remove its tensors from `tensors`.
 
     Raises:
-        FileFormatError: the entry is not what `proof_entry` makes.
+        FileFormatError: the entry does not have the form of `proof_entry`.
     """
     try:
         maps, outputs, positions = entry["maps"], entry["outputs"], entry["values"]
@@ -76,7 +76,7 @@ def read_proof(entry: Any, tensors: dict[str, Tensor]) -> Proof:
         bound = entry.get("bound", BYTES)
         _require(type(bound) is int and 1 <= bound <= BYTES, "a bound of integers")
         values = {i: tensors.pop(f"{_TENSOR_PREFIX}{i}") for i in positions}
-        _require(all(outputs[i] is not None for i in positions), "hashes of what it holds")
+        _require(all(outputs[i] is not None for i in positions), "hashes of stored outputs")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"The file's header has a wrong proof: {error!r:.200}.") from error
     named = {name: digest for name, digest in maps}  # noqa: C416  (a dict of lists)
@@ -136,8 +136,8 @@ def _example_input(spec: InputSpec, seed: int, bound: int) -> Tensor:
 def make_proof(module: fx.GraphModule, inputs: Sequence[InputSpec], seed: int) -> Proof:
     """Run a network on the reference backend and record what it computes.
 
-    Integers may be positions in a table, such as tokens of an embedding: they are bytes where the
-    network takes those, else smaller.
+    Integers may be positions in a table, such as tokens of an embedding: they are bytes if the
+    network takes them, or smaller.
     """
     bound = BYTES
     while True:
@@ -186,19 +186,20 @@ def _run(
 def replay(
     network: ConvertedNetwork, proof: Proof | None = None, *, backend: str | None = None
 ) -> ProofReport:
-    """Repeat a proof and compare with what was recorded.
+    """Repeat a proof and compare with the record.
 
     Args:
-        network: that was read from a file, on any device.
+        network: a network that was read from a file, on any device.
         proof: None means the network's own.
         backend: a name from `biper_engine.backends()`; None takes what an engine would.
 
     Returns:
         Whether every packed map and output has the recorded bytes; if not, the first map that
-        differs, in how many bits from the reference on this machine, and how far the outputs are.
+        differs, the number of its bits that differ from the reference on this machine, and the
+        difference of the outputs.
 
     Raises:
-        ValueError: there is no proof, since the network was not read from a file.
+        ValueError: there is no proof, because the network was not read from a file.
         BackendUnavailableError: `backend` cannot run the network.
     """
     proof = network.proof if proof is None else proof
@@ -234,7 +235,7 @@ def _locate(
     report: ProofReport,
     proof: Proof,
 ) -> ProofReport:
-    """Add how many bits of the first different map differ, which hashes alone cannot tell."""
+    """Add the number of bits that differ in the first different map; hashes do not show it."""
     assert report.node is not None
     if report.node not in maps:
         return report
@@ -247,7 +248,7 @@ def _locate(
 
 
 def _pairs(outputs: Sequence[Any], values: Mapping[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return (output, recorded) in float64, where there is a record of the same shape."""
+    """Return (output, recorded) in float64 if there is a record of the same shape."""
     found = [(outputs[i], wanted) for i, wanted in values.items() if i < len(outputs)]
     return [
         (got.cpu().double(), wanted.double())

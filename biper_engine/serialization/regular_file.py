@@ -1,4 +1,4 @@
-"""Regular files, read from their start to their end."""
+"""Regular files, read from start to end."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class RegularFile:
     """A file that is open for reading; a context manager.
 
     Attributes:
-        name: its path, for messages.
-        size: its bytes when it was opened.
+        name: path of the file, for messages.
+        size: its size in bytes when it was opened.
 
     Raises:
-        FileFormatError: it is a directory, a pipe, a device or a socket.
+        FileFormatError: the path is a directory, a pipe, a device or a socket.
         OSError: there is no such file, or it cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fsdecode(os.fspath(path))
-        # Without O_NONBLOCK, to open a pipe would wait until somebody writes to it.
+        # Without O_NONBLOCK, opening a pipe would block until a process writes to it.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         descriptor = _open(path, flags, self.name)
         try:
@@ -64,7 +64,7 @@ class RegularFile:
         self._file.close()
 
     def read(self, count: int) -> bytes:
-        """Return the next bytes, fewer at the end of the file."""
+        """Return the next bytes, or fewer at the end of the file."""
         memory = bytearray(min(count, self.size))
         return bytes(memory[: self._fill(memoryview(memory))])
 
@@ -72,7 +72,7 @@ class RegularFile:
         """Read the next bytes into memory.
 
         Raises:
-            FileFormatError: the file has ended, since it became shorter.
+            FileFormatError: the file ended early because it became shorter.
         """
         if self._fill(memory) != len(memory):
             raise FileFormatError(
@@ -94,7 +94,7 @@ def _open(path: str | os.PathLike[str], flags: int, name: str) -> int:
     try:
         return os.open(path, flags)
     except OSError as error:
-        if os.path.exists(path) and not os.path.isfile(path):  # such as a socket
+        if os.path.exists(path) and not os.path.isfile(path):  # for example a socket
             raise _irregular(name, os.stat(path).st_mode) from None
         if error.errno is None or error.strerror is None:
             raise
@@ -111,5 +111,5 @@ def _checked_size(name: str, status: os.stat_result) -> int:
 def _irregular(name: str, mode: int) -> FileFormatError:
     kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "something else")
     return FileFormatError(
-        f"{name} is {kind}, no regular file; pass a file that `engine.save` wrote."
+        f"{name} is {kind}, not a regular file; pass a file that `engine.save` wrote."
     )

@@ -1,4 +1,4 @@
-"""What checks of an engine found: plain data, printed as tables or as JSON."""
+"""Results of checks of an engine: plain data, printed as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ __all__ = ["BackendReport", "NodeReport", "ProofReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class ProofReport:
-    """A proof, replayed.
+    """The result of replaying a proof.
 
     Attributes:
-        backend: the one that was asked for, or "automatic".
-        seed: of the inputs.
+        backend: the requested backend, or "automatic".
+        seed: seed of the inputs.
         maps: number of packed maps in the proof.
         maps_identical: whether every packed map has the recorded bytes.
         outputs_identical: whether every output has the recorded bytes.
-        outputs_close: whether every output is within the rounding of float layers of the record.
-        max_output_difference: largest absolute difference of a recorded value, None without any.
+        outputs_close: whether every output equals the record within the rounding of float layers.
+        max_output_difference: largest absolute difference of a recorded value, or None.
         node: the first node whose packed map differs, or None.
-        bits_differ: in how many bits that map differs from the reference on this machine.
-        reference_agrees: whether the reference on this machine has the recorded map there; if not,
-            float layers before it round differently here than where the file was saved.
+        bits_differ: number of bits in which that map differs from the reference on this machine.
+        reference_agrees: whether the reference on this machine gives the recorded map there; if
+            not, float layers before it round differently here than on the machine that saved it.
     """
 
     backend: str
@@ -39,16 +39,16 @@ class ProofReport:
 
     @property
     def bit_identical(self) -> bool:
-        """Whether all bytes are as recorded, of packed maps and of outputs."""
+        """Whether all bytes of packed maps and outputs are as recorded."""
         return self.maps_identical and self.outputs_identical
 
     @property
     def ok(self) -> bool:
-        """Whether all packed maps are as recorded, and outputs but for the rounding of floats."""
+        """Whether all packed maps are as recorded, and outputs up to the rounding of floats."""
         return self.maps_identical and self.outputs_close
 
     def table(self) -> str:
-        """Return the finding as a few lines of text."""
+        """Return the result as a few lines of text."""
         lines = [f"proof (seed {self.seed}) on backend {self.backend}: {self.maps} packed maps"]
         if self.bit_identical:
             return "\n".join([*lines, "bit-identical, outputs included"])
@@ -75,15 +75,15 @@ class ProofReport:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One operator on a backend and on the reference, given the same inputs.
+    """One operator on a backend and on the reference, with the same inputs.
 
     Attributes:
         node: its name in the graph.
         op: its name in `torch.ops.biper`.
-        backend: the one that ran.
-        different: elements (words of packed maps, values of float maps) that differ.
-        total: elements.
-        max_difference: largest absolute difference of an element; of words, without a meaning.
+        backend: the backend that ran.
+        different: number of elements (words of packed maps, values of float maps) that differ.
+        total: number of elements.
+        max_difference: largest absolute difference of an element; it has no meaning for words.
     """
 
     node: str
@@ -104,7 +104,7 @@ class BackendReport:
     """Every `torch.ops.biper` node of an engine, on a backend and on the reference.
 
     Attributes:
-        backend: the one that was asked for, or "automatic".
+        backend: the requested backend, or "automatic".
         nodes: one row per node, in order of execution.
     """
 

@@ -1,4 +1,4 @@
-"""The table of tensors in a file: names, dtypes, shapes, and where their bytes are."""
+"""The table of tensors in a file: names, dtypes, shapes, and positions of their bytes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""The dtypes of tensors, by the names that safetensors has for them."""
+"""The dtypes of tensors, by their names in safetensors."""
 
-_MOST = (1 << 31) - 1  # of a size
+_MOST = (1 << 31) - 1  # largest size
 _MAX_RANK = 8
 _MAX_VALUES = 1 << 40
 
@@ -41,8 +41,8 @@ class TableEntry:
         name: its key.
         dtype: one of DTYPES.
         shape: its sizes.
-        start: its first byte, counted from the end of the header.
-        end: the byte behind its last one.
+        start: position of its first byte, counted from the end of the header.
+        end: position after its last byte.
     """
 
     name: str
@@ -52,11 +52,11 @@ class TableEntry:
     end: int
 
     def read(self, file: RegularFile, digest: Any) -> Tensor:
-        """Return the tensor, in memory of its own, and add its bytes to a digest.
+        """Return the tensor, in its own memory, and add its bytes to a digest.
 
-        The file must stand at its first byte.
+        The file must be at its first byte.
         """
-        # Any byte may stand in a file, only 0 and 1 in a bool tensor.
+        # A file may hold any byte, a bool tensor only 0 and 1.
         is_bool = self.dtype == torch.bool
         tensor = torch.empty(self.shape, dtype=torch.uint8 if is_bool else self.dtype)
         if tensor.numel():
@@ -73,13 +73,13 @@ def tensor_table(
     """Return the tensors of a file in the order of their bytes.
 
     Args:
-        name: of the file, for messages.
-        outer: its header.
-        header_end: where their bytes begin.
-        size: of the whole file.
+        name: name of the file, for messages.
+        outer: header of the file.
+        header_end: position at which the tensors' bytes begin.
+        size: size of the whole file.
 
     Raises:
-        FileFormatError: an entry has another form, or the bytes of all are not the file's rest.
+        FileFormatError: an entry has another form, or the tensors do not fill the rest of the file.
     """
     entries = [_entry(name, key, entry) for key, entry in outer.items() if key != "__metadata__"]
     entries.sort(key=lambda entry: (entry.start, entry.end))
@@ -124,7 +124,7 @@ def _entry(name: str, key: str, entry: Any) -> TableEntry:
     for length in shape:
         count *= length
     if count > _MAX_VALUES or count * DTYPES[dtype].itemsize != end - start:
-        raise _damaged(name, key, f"of shape {shape!r:.200} is no {end - start:,} bytes")
+        raise _damaged(name, key, f"of shape {shape!r:.200} is not {end - start:,} bytes")
     return TableEntry(key, DTYPES[dtype], tuple(shape), start, end)
 
 

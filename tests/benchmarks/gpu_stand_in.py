@@ -1,8 +1,8 @@
-"""Stands in for a GPU in a rehearsal of benchmarks/gpu: an emulator, small networks, false tools.
+"""Stands in for a GPU in a rehearsal of benchmarks/gpu: an emulator, small networks, fake tools.
 
     bash benchmarks/gpu_check.sh --rehearse
 
-`csrc/cuda` runs over the emulator of tests/native/cuda, Triton's kernels in its interpreter, CUDA
+`csrc/cuda` runs on the emulator of tests/native/cuda, Triton's kernels in its interpreter, and CUDA
 graphs on the driver of tests/runtime.
 """
 

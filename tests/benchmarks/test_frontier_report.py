@@ -1,4 +1,4 @@
-"""What is said and drawn of a result, from small results made up for it."""
+"""Texts and plots of a result, from small made-up results."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def test_the_best_are_those_that_nothing_beats() -> None:
     assert names(fast.best(8)) == ["S in float32", "L in float32"]
 
 
-def test_of_equals_both_are_best_and_of_equally_fast_ones_the_more_accurate() -> None:
+def test_equal_ones_are_both_best_and_equally_fast_ones_compare_by_accuracy() -> None:
     equal = result({1: {"S, float32": 1.0, "S, bfloat16": 1.0, "B, bits": 1.0}})
     assert names(equal.best(1)) == ["S in float32", "S in bfloat16"]
 
@@ -119,14 +119,14 @@ def test_bits_that_no_float_net_equals_are_compared_with_none() -> None:
 def test_bytes_are_compared_with_the_smallest_named() -> None:
     text = weights(result(SLOW_BITS))
     assert (
-        "S takes 50.0 M multiply-accumulates an image; B takes 50.0 M in float and 900.0 M" in text
+        "S takes 50.0 M multiply-accumulates per image; B takes 50.0 M in float and 900.0 M" in text
     )
     assert "B (10.0 M parameters) is a file of 2.0 MB and C (20.0 M parameters) is a file " in text
     assert "S (3.0 M) takes 12.0 MB in float32 and 6.0 MB in bfloat16. " in text
     assert "The smallest here is B on bits; S in int8, which is not measured here, would " in text
 
 
-def test_the_largest_difference_in_bfloat16_is_told() -> None:
+def test_the_largest_difference_in_bfloat16_is_reported() -> None:
     assert rounding(result(SLOW_BITS)).endswith("by up to 2.8 % for S, of the largest.")
     assert rounding(result(FAST_BITS)) == "bfloat16 did not run on this machine."
 

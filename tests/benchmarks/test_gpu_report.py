@@ -1,4 +1,4 @@
-"""Tables and pictures of the GPU check, from lines that were made up, and a whole rehearsal."""
+"""Tables and plots of the GPU check, from made-up lines, and a whole rehearsal."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The GPU check's runner: limits, verdicts, and results that no kill loses."""
+"""The GPU check's runner: limits, verdicts, and results that survive a kill."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_verdicts_are_of_the_exit_status_and_one_that_fails_stops_no_other(out: 
         ("stopped", "at its limit of 2 s; begun"),
         ("ok", "it printed nothing"),
         ("skipped", "bad was failed"),
-        ("skipped", "there is no no-such-program"),
+        ("skipped", "no-such-program was not found"),
     ]
     assert told["late"][1].startswith("it needs 1000 s, and 5")
     assert told["half"][1].startswith("it needs 40 s, and 2")
@@ -144,13 +144,13 @@ def test_verdicts_are_of_the_exit_status_and_one_that_fails_stops_no_other(out: 
     assert log.index("===== bad\nwhy") < log.index("===== hangs\nbegun")
 
 
-def test_what_measures_waits_for_what_runs_beside(out: Path) -> None:
+def test_a_measuring_step_waits_for_steps_beside_it(out: Path) -> None:
     beside = fake("beside", "hang", beside=True, alone=False, most_s=1.0)
     Runner(out, 60)([beside, fake("build", "built", alone=False), fake("times", "timed")])
     assert list(steps_of(out)) == ["build", "beside", "times"]
 
 
-def test_a_stopped_step_takes_along_what_it_started(tmp_path: Path) -> None:
+def test_a_stopped_step_stops_what_it_started(tmp_path: Path) -> None:
     log, left = tmp_path / "log", tmp_path / "left"
     process = start(["sh", "-c", f"(trap '' TERM; sleep 2; touch {left}) & echo on; wait"], log)
     while not log.read_bytes():

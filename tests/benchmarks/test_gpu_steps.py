@@ -1,4 +1,4 @@
-"""What the steps of the GPU check do, on a CPU: tests, networks, layers, counters, a sanitizer."""
+"""The steps of the GPU check, on a CPU: tests, networks, layers, counters, a sanitizer."""
 
 import dataclasses
 import os
@@ -118,7 +118,7 @@ def test_the_build_is_for_the_gpu_at_hand_and_does_not_need_the_cpu_s(
     assert variables == wanted
 
 
-def test_a_missing_cpu_extension_is_told_and_a_missing_cuda_one_fails(out: Path) -> None:
+def test_a_missing_cpu_extension_is_reported_and_a_missing_cuda_one_fails(out: Path) -> None:
     def built(status: int, *extensions: str) -> str:
         command = [sys.executable, "-c", f"raise SystemExit({status})"]
         here = dataclasses.replace(HERE, install=lambda: (command, {}), extensions=extensions)
@@ -167,7 +167,7 @@ def converted() -> networks.Prepared:
 
 @pytest.fixture
 def prepared(converted: networks.Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Skipped, match="resnet18_1w1a is not there"):
+    with pytest.raises(Skipped, match="resnet18_1w1a is missing"):
         networks.load(networks.NETWORKS[0])
     monkeypatch.setattr(networks, "NETWORKS", networks.NETWORKS[:1])
     monkeypatch.setattr(networks, "TURNS", 2)
@@ -218,7 +218,7 @@ def test_what_is_wrong_is_not_timed(
     assert networks.agreeing(wanted + torch.tensor([4e-4, 0.0]), wanted) == (2, 3)
     assert networks.agreeing(torch.full_like(wanted, torch.nan), wanted) == (0, 3)
     monkeypatch.setattr(networks, "agreeing", lambda got, _wanted: (0, len(got)))
-    with pytest.raises(Wrong, match="WRONG: it agrees with the reference on 0 of 2 images only"):
+    with pytest.raises(Wrong, match="WRONG: it agrees with the reference on only 0 of 2 images"):
         measured("--batch", "2")
     assert {line["who"] for line in of_kind(out, "time")} == {"reference float16", "eager float16"}
 

@@ -1,4 +1,4 @@
-"""MobileNetV3 beside its paper: arXiv:1905.02244, tables 1 and 2."""
+"""MobileNetV3 compared with its paper: arXiv:1905.02244, tables 1 and 2."""
 
 from collections.abc import Callable
 
@@ -61,7 +61,7 @@ def test_maps_have_the_shapes_of_the_tables(build: Build, wanted: list[tuple[int
 
 
 @pytest.mark.parametrize("build", [mobilenet_v3_small, mobilenet_v3_large])
-def test_in_eval_mode_an_image_has_one_answer_whatever_is_beside_it(build: Build) -> None:
+def test_in_eval_mode_an_image_gives_the_same_output_in_any_batch(build: Build) -> None:
     network, batch = build().eval(), images(3, 3, 64, 64)
     with torch.no_grad():
         together, again, alone = network(batch), network(batch), network(batch[1:2])

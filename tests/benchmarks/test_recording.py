@@ -45,7 +45,7 @@ def test_the_disturbance_is_that_of_the_contestant_that_lost_most() -> None:
     assert recording.disturbance(turns(0.5, 1.25, 1.1)) == pytest.approx(0.25)
 
 
-def test_a_run_whose_disturbance_is_not_known_is_taken_as_it_is() -> None:
+def test_a_run_whose_disturbance_is_not_known_is_kept_unchanged() -> None:
     counted = {"batches": [{"contestants": {"engine": {"median_images_per_second": 1.0}}}]}
     assert recording.disturbance(counted) is None
     left = iter([counted, turns(1.0)])

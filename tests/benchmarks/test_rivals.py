@@ -37,7 +37,7 @@ def test_rivals_with_wider_kernels_or_without_a_limit_are_named() -> None:
     ],
 )
 def test_an_engine_or_a_pytorch_beyond_the_limit_is_an_error(machine: dict[str, str]) -> None:
-    with pytest.raises(RuntimeError, match="avx2 was asked for, but the engine has"):
+    with pytest.raises(RuntimeError, match="avx2 was requested, but the engine has"):
         rivals.beyond({**values(contestants={}), "machine": machine}, "avx2")
 
 
@@ -97,7 +97,7 @@ def test_a_file_is_named_by_what_is_measured(
     assert told == expected
 
 
-def test_a_line_has_times_or_images_a_second_and_what_went_beyond() -> None:
+def test_a_line_has_times_or_images_per_second_and_what_went_beyond() -> None:
     timed = values(
         contestants={"b": {"median_ms": 6.0}, "engine": {"median_ms": 2.0}},
         engine_times_as_fast={"b": 3.0},

@@ -1,4 +1,4 @@
-"""A tiny binary network, as a user would have it: a module in the current directory."""
+"""A tiny binary network in a module in the current directory, as a user would have it."""
 
 from __future__ import annotations
 

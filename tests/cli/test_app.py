@@ -1,4 +1,4 @@
-"""What all commands share: help, version, errors and exit codes."""
+"""Features of all commands: help, version, errors and exit codes."""
 
 from __future__ import annotations
 

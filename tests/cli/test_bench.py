@@ -166,7 +166,7 @@ def test_errors(biper: Biper, tiny: Path, words: list[str], code: int, message: 
     assert message in " ".join(done.err.replace("│", " ").split())
 
 
-def test_a_rival_without_a_result_is_said_to_have_none_and_why() -> None:
+def test_a_rival_without_a_result_is_reported_with_its_reason() -> None:
     contest = Contest(
         batch=4,
         samples={"float, eager": Samples((8.0,)), "engine": Samples((2.0,))},
@@ -222,7 +222,7 @@ def quick_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(biper_engine.bench, "throughput", short)
 
 
-def test_images_a_second_are_counted_by_slices(
+def test_images_per_second_are_counted_by_slices(
     biper: Biper, user_directory: Path, quick_slices: None
 ) -> None:
     words = ("bench", "tinynet:with_metadata", "--streams", "--threads", "1", "--rounds", "2")

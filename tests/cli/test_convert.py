@@ -122,7 +122,7 @@ def test_errors(
     assert message in " ".join(done.err.replace("│", " ").split())
 
 
-def test_a_binary_layer_that_stays_float_is_warned_of(biper: Biper, user_directory: Path) -> None:
+def test_a_binary_layer_left_in_float_gives_a_warning(biper: Biper, user_directory: Path) -> None:
     done = biper("convert", "tinynet:one_binary", "--no-check")
     assert done.code == 0
     assert done.err.startswith("Warning: 1 binary layer(s) stay in floating point. 5 (")

@@ -1,4 +1,4 @@
-"""`biper demo`: its plumbing on a tiny network, and, deep, the whole of it."""
+"""`biper demo`: its options and output on a tiny network, and the whole demo as a deep test."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_difference_fails(biper: Biper, tmp_path: Path, monkeypatch: pytest.Mo
         ({"reload_identical": False}, "different logits"),
     ],
 )
-def test_what_must_be_true(changes: dict[str, object], message: str) -> None:
+def test_every_broken_demand_is_a_failure(changes: dict[str, object], message: str) -> None:
     assert RESULT.failures == []
     (failure,) = replace(RESULT, **changes).failures  # type: ignore[arg-type]
     assert message in failure
@@ -151,7 +151,7 @@ def test_the_table_has_a_row_for_every_rival_and_batch() -> None:
     assert "ms, ResNet-18's 3x3 layers* 20.00 1.60 12.5 times faster" in text
 
 
-def test_a_rival_that_did_not_run_is_said_to() -> None:
+def test_a_rival_that_did_not_run_is_reported() -> None:
     contests = (
         Contest(
             batch=1,

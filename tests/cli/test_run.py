@@ -54,7 +54,7 @@ def test_markup_in_a_class_name_is_shown(biper: Biper, tiny: Path, photos: Path)
     assert "[cat]" in biper("run", tiny, photos / "a.png").out
 
 
-def test_a_network_that_is_no_classifier_is_refused(
+def test_a_network_that_is_not_a_classifier_is_refused(
     biper: Biper, tiny: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def feature_map(self: object, images: torch.Tensor) -> torch.Tensor:

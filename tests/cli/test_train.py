@@ -1,4 +1,4 @@
-"""`biper train`: the plumbing; training itself is tested in tests/training."""
+"""`biper train`: options and output; tests/training tests training itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert a small model and compare the engine with it, in float64."""
+"""Convert a small model and compare the engine with it in float64."""
 
 import copy
 import warnings

@@ -1,7 +1,7 @@
 """Binary networks as other people write them; nothing here uses biper_engine.
 
-`SIGNS` and `WEIGHTS` are spellings found in public code. Every class is small (8x8 images) and
-draws its weights, BatchNorm statistics included, from the global generator: see `seeded`.
+`SIGNS` and `WEIGHTS` are forms found in public code. Every class is small (8x8 images) and draws
+its weights and BatchNorm statistics from the global generator: see `seeded`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Capture: one functional graph of any model, the model itself untouched."""
+"""Capture: one functional graph of any model, without changes to the model itself."""
 
 import copy
 import os
@@ -129,7 +129,7 @@ def test_a_branch_on_the_input_is_refused_with_advice() -> None:
     ("example", "words"),
     [
         ((torch.randn(2, 3, 5, 5), object()), "has a object"),
-        ((3,), "holds no tensor"),
+        ((3,), "contains no tensor"),
         ((torch.randn(()),), "batch of at least 1"),
         ((torch.randn(0, 3, 5, 5),), "batch of at least 1"),
         ((torch.randn(2, 3), torch.randn(3, 3)), "share one batch"),
@@ -146,7 +146,7 @@ def test_other_results_than_tensors_and_constants_are_refused() -> None:
     with pytest.raises(ConversionError, match="returns a object"):
         capture(model, (torch.randn(2, 3, 5, 5),))
     model = Functional(lambda self, x: (self.conv(x), x.shape[0]), conv=QConv(3, 4, 3))
-    with pytest.raises(ConversionError, match="follows the batch size"):
+    with pytest.raises(ConversionError, match="depends on the batch size"):
         capture(model, (torch.randn(2, 3, 5, 5),))
 
 

@@ -1,4 +1,4 @@
-"""convert: arguments, structures, messages, and the model left alone."""
+"""convert: arguments, structures, messages, and an unchanged model."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""Copies: a model out of its wrappers, and whatever it holds, is converted or named."""
+"""Copies: a model without its wrappers, and everything that it holds, is converted or named."""
 
 import io
 import threading
@@ -47,7 +47,7 @@ def test_wrappers_are_taken_off(wrapper: str) -> None:
     assert_close(engine, model, images_of((3, 8, 8)))
 
 
-def test_compiled_parts_are_run_as_they_are_written() -> None:
+def test_compiled_parts_run_uncompiled() -> None:
     model = Outer(torch.compile(seeded(SmallNet), backend="eager"))
     model.compile(backend="eager")
     double = torch.compile(lambda x: x * 2, backend="eager")
@@ -85,7 +85,7 @@ def test_a_program_for_one_batch_size_is_refused() -> None:
         (3, "`model` is a int; pass an `nn.Module`"),
     ],
 )
-def test_what_is_no_module_is_refused_with_the_next_step(given: Any, words: str) -> None:
+def test_other_objects_are_refused_with_the_next_step(given: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         unwrapped(given)
 

@@ -14,7 +14,7 @@ from tests.conversion.foreign_models import SmallNet, seeded
 
 
 class Logarithm(nn.Module):
-    """Takes the logarithm of its images, in front of a binary network."""
+    """Takes the logarithm of its images, before a binary network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ def test_random_images_that_give_nan_are_replaced_by_those_of_the_example() -> N
 def test_images_that_give_nan_are_refused_in_one_sentence(value: float) -> None:
     model = seeded(Logarithm)
     wrong = torch.full((2, 3, 8, 8), value)
-    with pytest.raises(ConversionError, match="sign of NaN in front of net") as caught:
+    with pytest.raises(ConversionError, match="sign of NaN before net") as caught:
         convert(model, wrong)
     assert "\n" not in str(caught.value)
     engine = convert(model, wrong, check=False)
-    with pytest.raises(ConversionError, match="sign of NaN in front of net"):
+    with pytest.raises(ConversionError, match="sign of NaN before net"):
         verify(engine, model, wrong)

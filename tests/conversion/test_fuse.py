@@ -1,4 +1,4 @@
-"""Fuse: what follows a binary convolution goes into its epilogue, and means the same."""
+"""Fuse: operators after a binary convolution become its epilogue, with the same results."""
 
 import math
 from typing import Any

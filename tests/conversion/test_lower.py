@@ -1,4 +1,4 @@
-"""Lower: the graph of operators, its tensors and dtypes, and what an engine of it can do."""
+"""Lower: the graph of operators, its tensors and dtypes, and an engine made from it."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The networks of this package: golden weights on every backend, and fresh ones."""
+"""The networks of this package, with golden weights on every backend and with random weights."""
 
 from collections.abc import Callable
 from itertools import product

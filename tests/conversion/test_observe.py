@@ -1,4 +1,4 @@
-"""Observe: calls of the model itself, and everything that they may leave behind."""
+"""Observe: calls of the model itself, and everything that they may change."""
 
 import random
 from collections import deque
@@ -202,7 +202,7 @@ def write_to_the_input(s: Layer, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [table, binarize_in_place, flag, swap, write_to_the_input])
-def test_what_every_first_call_sets_alike_is_no_state(
+def test_a_value_that_every_first_call_sets_alike_is_not_state(
     forward: Callable[[Layer, Tensor], Tensor],
 ) -> None:
     model = Around(Layer(forward))
@@ -220,11 +220,11 @@ def test_what_every_first_call_sets_alike_is_no_state(
     [lambda: random.random(), lambda: float(np.random.rand()), lambda: float(torch.rand(1))],  # noqa: NPY002
     ids=["random", "numpy", "torch"],
 )
-def test_random_numbers_are_no_answer(draw: Callable[[], float]) -> None:
+def test_random_numbers_in_a_result_are_refused(draw: Callable[[], float]) -> None:
     python, torch_state = random.getstate(), torch.get_rng_state()
     observed = Observed(Layer(lambda s, x: x + draw()), IN_SPEC)
     observed([IMAGES])
-    with pytest.raises(ConversionError, match="answers the same input differently"):
+    with pytest.raises(ConversionError, match="gives different outputs for the same input"):
         observed.again()
     assert random.getstate() == python
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -255,7 +255,7 @@ def test_a_model_that_takes_another_path_when_it_is_traced_is_refused() -> None:
             y = self.conv(x).mean((2, 3))
             return y if type(x) is Tensor else y + 1
 
-    with pytest.raises(ConversionError, match="does not compute what its trace says") as caught:
+    with pytest.raises(ConversionError, match="does not compute what its trace computes") as caught:
         convert_quietly(Sneaky(), IMAGES)
     assert "defect" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Operands: what is binary behind operators that move, join or combine binary values."""
+"""Operands: binary values after operators that move, join or combine binary values."""
 
 from collections.abc import Callable
 from typing import Any

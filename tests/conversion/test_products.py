@@ -200,7 +200,7 @@ BINARY: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], tuple[in
 
 
 @pytest.mark.parametrize("name", BINARY)
-def test_binary_products_that_stay_float_are_warned_of(name: str) -> None:
+def test_binary_products_that_stay_float_give_a_warning(name: str) -> None:
     run, layer, shape, reason = BINARY[name]
 
     def whole(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

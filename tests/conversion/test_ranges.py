@@ -1,4 +1,4 @@
-"""Ranges: the sign of a value, where it has one."""
+"""Ranges: the sign of a value, if it has one."""
 
 from typing import Any
 

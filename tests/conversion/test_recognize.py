@@ -1,4 +1,4 @@
-"""Recognize: which layers become binary, whatever surrounds sign and convolution, exactly."""
+"""Recognize: which layers become binary, exactly, for any operators around sign and convolution."""
 
 import warnings
 from collections.abc import Callable
@@ -282,7 +282,7 @@ def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Mod
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda s, x: s.ok(x) + s.c(F.softshrink(x, 0.1)), "rests at 0"),
+        (lambda s, x: s.ok(x) + s.c(F.softshrink(x, 0.1)), "often exactly 0"),
         (lambda s, x: s.ok(x) + s.c(F.pad(x[:, :2], (0, 0, 0, 0, 1, 1))), "its input"),
         (lambda s, x: s.ok(x) + F.conv2d(x, torch.sign(s.c.weight)), "the network's input"),
         (lambda s, x: s.ok(x) + F.conv2d(torch.sign(x), s.c.weight), "144 distinct values"),
@@ -303,7 +303,7 @@ def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Mod
         ),
     ],
 )
-def test_what_stays_float_is_warned_of_by_name_reason_and_cost(run: Any, reason: str) -> None:
+def test_the_warning_names_float_layers_with_reason_and_cost(run: Any, reason: str) -> None:
     model, images = one_layer(run), images_of((4, 6, 6))
     with pytest.warns(UnconvertedWarning, match=r"1 binary layer.*of all MACs") as caught:
         engine = convert(model, images)

@@ -1,4 +1,4 @@
-"""Simplify: spellings of one thing become one."""
+"""Simplify: different forms of the same computation become one."""
 
 from collections.abc import Callable
 

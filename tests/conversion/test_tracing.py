@@ -1,4 +1,4 @@
-"""Tracing: aliases, memory and swapped weights stay right; what no graph can hold is refused."""
+"""Tracing: aliases, memory and swapped weights are correct; what a graph cannot hold is refused."""
 
 import copy
 import pickle
@@ -191,7 +191,9 @@ def test_the_memory_around_a_view_is_refused() -> None:
     ],
 )
 def test_other_memory_is_refused(run: Callable[[Net, Tensor], Any], name: str) -> None:
-    with pytest.raises(ConversionError, match=f"^The model gives a tensor other memory: `{name}`"):
+    with pytest.raises(
+        ConversionError, match=f"^The model replaces the memory of a tensor: `{name}`"
+    ):
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
@@ -337,11 +339,11 @@ def test_random_operators_are_named(name: str) -> None:
 
 @pytest.mark.parametrize("draw", [random.random, np.random.random_sample], ids=["random", "numpy"])
 def test_random_numbers_of_python_and_numpy_are_seen(draw: Callable[[], float]) -> None:
-    with pytest.raises(ConversionError, match=r"the generator of .*random` has moved"):
+    with pytest.raises(ConversionError, match=r"the generator of .*random` changed"):
         capture(Net(lambda self, x: x * draw()), (torch.randn(2, 3, 4, 6),))
 
 
-def test_what_is_random_in_training_only_is_no_obstacle() -> None:
+def test_randomness_in_training_only_is_accepted() -> None:
     def run(self: Net, x: Tensor) -> Tensor:
         x = F.rrelu(F.dropout(x, 0.5, self.training), training=self.training)
         return F.scaled_dot_product_attention(x, x, x) + F.dropout(x, 0.0)
@@ -407,7 +409,7 @@ def test_shapes_that_depend_on_values(run: Callable[[Net, Tensor], Any], what: s
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
-def test_a_mask_that_is_a_constant_is_no_obstacle() -> None:
+def test_a_constant_mask_is_accepted() -> None:
     assert_captured(lambda self, x: x[..., self.table > 2] + x[:, :, :1, :3])
 
 
@@ -464,7 +466,7 @@ def test_a_branch_on_the_batch_size(run: Callable[[Net, Tensor], Any]) -> None:
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
-def test_a_check_that_holds_for_every_batch_size_is_no_obstacle() -> None:
+def test_a_check_that_holds_for_every_batch_size_is_accepted() -> None:
     def run(self: Net, x: Tensor) -> Tensor:
         assert x.shape[0] > 0
         assert x.shape[0]

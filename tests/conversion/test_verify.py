@@ -1,4 +1,4 @@
-"""Verify: it passes what is equal and fails what is not."""
+"""Verify: equal engines pass, and others fail."""
 
 import copy
 import json
@@ -38,9 +38,9 @@ def test_data_may_be_batches_with_labels(small: Converted) -> None:
     assert verify(engine, model, loader).images == 4
     assert verify(engine, model, loader, limit=2).images == 2
     assert verify(engine, model, (batch for batch in loader), limit=4).images == 4
-    with pytest.raises(ValueError, match="holds no image"):
+    with pytest.raises(ValueError, match="contains no image"):
         verify(engine, model, [])
-    with pytest.raises(ValueError, match="holds no image"):
+    with pytest.raises(ValueError, match="contains no image"):
         verify(engine, model, images, limit=0)
 
 
@@ -203,7 +203,7 @@ def test_flips_end_to_end_stand_beside_the_error_that_they_make() -> None:
     assert f"{report.input_bits_differ:,} of {report.input_bits:,} bits differ" in report.summary()
 
 
-def test_signs_that_rounding_decides_are_said_first() -> None:
+def test_signs_that_rounding_decides_are_reported_first() -> None:
     """Without a BatchNorm between two binary layers, sums of exactly 0 meet the next sign."""
 
     def run(s: nn.Module, x: Tensor) -> Tensor:
@@ -219,9 +219,9 @@ def test_signs_that_rounding_decides_are_said_first() -> None:
     assert "decided by float rounding" in notes[-1]
 
 
-def test_exact_zeros_are_said_first() -> None:
+def test_exact_zeros_are_reported_first() -> None:
     images = images_of((4, 6, 6))
     images[:, :, 2] = 0
     model = Functional(lambda s, x: s.c(x), c=QConv(4, 5, 3, padding=1)).eval()
     text = str(verify(convert_quietly(model, images), model, images))
-    assert text.startswith("note: the model's sign is exactly 0 at 16.67% of the inputs")
+    assert text.startswith("note: the model's sign is exactly 0 for 16.67% of the inputs")

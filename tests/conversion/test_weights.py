@@ -1,4 +1,4 @@
-"""Binary weights: a few values per output channel, and how they are split."""
+"""Binary weights: few values per output channel, and their split into terms."""
 
 import pytest
 import torch

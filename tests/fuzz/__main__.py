@@ -1,9 +1,9 @@
-"""Mutates files of networks, loads them and runs what loads; see `tests/fuzz/judge.py`.
+"""Mutates files of networks, loads them and runs those that load; see `tests/fuzz/judge.py`.
 
     python -m tests.fuzz [--seconds N | --seeds N] [--seed S] [--extension PATH]
 
 Runs seeds from S on, in processes that may crash. Prints a summary, and each finding with its seed;
-`python -m tests.fuzz --seed S --seeds 1` repeats it. Exits with 1 where there is one.
+`python -m tests.fuzz --seed S --seeds 1` repeats it. Exits with 1 if there is a finding.
 """
 
 from __future__ import annotations

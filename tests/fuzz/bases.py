@@ -1,8 +1,7 @@
 """Networks whose files are mutated: together they call every declared operator.
 
-Weights are small multiples of 1/4, as are the images that they get. Sums of their products are
-exact in float32 in whatever order they are taken, so that native programs and the reference must
-agree bit for bit.
+Weights and images are small multiples of 1/4. Sums of their products are exact in float32 in any
+order, so that native programs and the reference must agree bit for bit.
 """
 
 from __future__ import annotations

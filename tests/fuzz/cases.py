@@ -1,4 +1,4 @@
-"""Seeds become files: the same one for the same seed, the checksum made right."""
+"""Files made from seeds: the same file for the same seed, with a correct checksum."""
 
 from __future__ import annotations
 

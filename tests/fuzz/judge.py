@@ -1,9 +1,9 @@
-"""Whether what came of a file is right: refused with a FileFormatError, or it loads and runs.
+"""Whether a file is handled correctly: refused with a FileFormatError, or loaded and run.
 
-What loads runs at two batch sizes, on the backend that it would take and on the reference. Packed
-maps must be equal, operator by operator. Outputs must be equal bit for bit where every sum is exact
-in float32, and close otherwise; after a sign that floats feed, a rounding may flip a bit, so that
-outputs are compared there operator by operator alone.
+A loaded network runs at two batch sizes, on its default backend and on the reference. Packed maps
+must be equal, operator by operator. Outputs must be equal bit for bit if every sum is exact in
+float32, and close otherwise; after a sign of floats, rounding may flip a bit, so that outputs are
+only compared operator by operator.
 """
 
 from __future__ import annotations

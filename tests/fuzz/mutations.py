@@ -1,7 +1,7 @@
 """Mutations of files: of their graph, their tensors, their other entries and their bytes.
 
-Each takes a random generator, a header and its tensors, and changes them in place. What a mutation
-finds no place for it leaves alone.
+Each takes a random generator, a header and its tensors, and changes them in place. A mutation that
+does not apply changes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs seeds in child processes, which may crash or hang, and sums up what they say."""
+"""Runs seeds in child processes, which may crash or hang, and summarises their results."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Runs a range of seeds in a process of its own, and writes a line of JSON for each.
+"""Runs a range of seeds in its own process, and writes a line of JSON for each.
 
     python -m tests.fuzz.worker FIRST LAST FOLDER RESULTS [EXTENSION]
 
-Before a seed is loaded its number is written, so that the parent knows which one ended the process.
-EXTENSION is a build of biper_engine._cpu to use instead of the installed one.
+The number of a seed is written before the seed is loaded, so that the parent knows which one ended
+the process. EXTENSION is a build of biper_engine._cpu to use instead of the installed one.
 """
 
 from __future__ import annotations

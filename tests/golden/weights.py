@@ -1,4 +1,4 @@
-"""Deterministic weights and inputs for a state dict that is given as names and shapes.
+"""Deterministic weights and inputs for a state dict given as names and shapes.
 
 Every array comes from its own NumPy PCG64 stream seeded by its name, so that any process can
 rebuild the same checkpoint without storing it. Scales keep activations near unit variance.

@@ -1,4 +1,4 @@
-"""Calls of every declared operator, for any number of images, to hold against PyTorch."""
+"""Calls of every declared operator, for any number of images, to compare with PyTorch."""
 
 from __future__ import annotations
 

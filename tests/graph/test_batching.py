@@ -1,4 +1,4 @@
-"""Networks in which the images of a batch meet, and those in which they do not."""
+"""Networks that compute the images of a batch independently, and others."""
 
 import operator
 

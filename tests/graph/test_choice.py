@@ -1,4 +1,4 @@
-"""Which backend runs a node, asked without running it."""
+"""Which backend runs a node, found without running it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The memory of results: their own."""
+"""Results have their own memory."""
 
 import torch
 

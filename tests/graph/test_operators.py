@@ -1,4 +1,4 @@
-"""Declared operators: what they say of a call is what PyTorch gives, or the call is refused."""
+"""Declared operators: the declared result of a call is PyTorch's, or the call is refused."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Patterns: what operators say, and what stands behind a convolution."""
+"""Patterns: the meaning of operators, and the operators after a convolution."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Shapes without data: the rules of ours say what PyTorch's say."""
+"""Shapes without data: our rules give the same results as PyTorch's."""
 
 import operator
 from collections.abc import Callable

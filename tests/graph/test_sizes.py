@@ -1,4 +1,4 @@
-"""Sizes that grow with the batch: what holds for every number of images, and nothing else."""
+"""Sizes that grow with the batch: only what holds for every number of images is accepted."""
 
 from collections.abc import Callable
 from typing import Any

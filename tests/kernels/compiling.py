@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not there, with the arguments that their launchers pass."""
+"""Compile kernels without a GPU, with the arguments that their launchers pass."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""The launches that stand for all: every kernel, with the operands that cost it most registers."""
+"""Representative launches: every kernel, with the operands that need the most registers."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

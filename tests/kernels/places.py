@@ -1,4 +1,4 @@
-"""A kernel that writes down where `tiles.locate` puts the pixels of one tile."""
+"""A kernel that records where `tiles.locate` puts the pixels of one tile."""
 
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
-"""Every kernel becomes what it was written for, on every target, without a GPU.
+"""Every kernel compiles to the intended instructions, on every target, without a GPU.
 
-Checked in machine code: matrix instructions where there are products, POPC where bits are counted,
-no register in memory, and no product and sum contracted. For the versions of Triton see
+Checked in machine code: matrix instructions for products, POPC for counting bits, no spilled
+registers, and no contracted product and sum. For the versions of Triton see
 `tests/ops/test_triton.py`.
 """
 

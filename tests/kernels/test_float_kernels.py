@@ -1,8 +1,8 @@
 """The fused float kernels against plain PyTorch, in Triton's interpreter.
 
-Sums have no order that is promised, so floats compare within a bound on the error of a sum of K
-products, K * 2^-24 of their absolute values, and one rounding to the stream; bits compare where the
-value is further than that from the threshold. `tests/ops/test_triton.py` starts these tests.
+The order of sums is not specified, so floats are compared within a bound on the error of a sum of K
+products, K * 2^-24 of their absolute values, and one rounding to the stream; bits are compared if
+the value is further than that from the threshold. `tests/ops/test_triton.py` starts these tests.
 """
 
 from typing import Any

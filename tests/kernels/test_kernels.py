@@ -1,4 +1,4 @@
-"""What the operator matrix cannot reach: tiles and offsets of maps that no test could hold.
+"""Cases outside the operator matrix: tiles and offsets of maps too large for a test.
 
 Runs in Triton's interpreter; `tests/ops/test_triton.py` starts it.
 """

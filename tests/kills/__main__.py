@@ -1,16 +1,15 @@
-"""Kill processes while they save and while they train, and look at what is left.
+"""Kill processes while they save and while they train, and check the files that are left.
 
     python -m tests.kills                              200 kills while saving, 50 while training
     python -m tests.kills --saves 12 --trains 2 --folders /tmp
     python -m tests.kills --folders /tmp /dev/shm      half of the kills in each
 
-After each kill the older or the newer file must be whole, and a training run that is resumed must
-end with the bits of one that was never killed. What a killed writer left beside its file must go
-with the next write of it. By default the folders are the system's temporary one and, where there
-is one, a file system in memory: what is written to another file system than the temporary folder's
-must be as safe.
+After each kill, the old or the new file must be complete, and a resumed training run must end with
+the bits of one that was never killed. The next write must remove the temporary files of a killed
+writer. By default the folders are the system's temporary one and, if there is one, a file system in
+memory: writing to a file system other than the temporary folder's must be equally safe.
 
-Exits with 1 at the first thing that is lost. Needs a system that forks.
+Exits with 1 at the first loss. Needs a system with fork.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Children that are killed at random moments by SIGKILL, as when memory is short."""
+"""Child processes that are killed at random moments by SIGKILL, as if memory were short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kill a process that saves engines over each other."""
+"""Kill a process that repeatedly saves engines to the same file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """BiPer's ten networks and its loss as equations on a state dict, in plain PyTorch.
 
-They are written down from the paper and from the official code's structure, and share nothing with
-`biper_engine`: both surrogates, loss and regulariser are formulas, and autograd derives what the
-package's backward passes are compared with. Training mode only.
+They follow the paper and the structure of the official code, and share nothing with `biper_engine`:
+both surrogates, loss and regulariser are formulas, and autograd derives the gradients with which
+the package's backward passes are compared. Training mode only.
 """
 
 from __future__ import annotations

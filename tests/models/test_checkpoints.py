@@ -362,6 +362,6 @@ class TestDamagedFiles:
                 load_checkpoint(tmp_path / name)
         assert not marker.exists()
 
-    def test_a_tensor_alone_is_no_checkpoint(self, tmp_path):
+    def test_a_tensor_alone_is_not_a_checkpoint(self, tmp_path):
         with pytest.raises(CheckpointError, match="holds a Tensor, wanted a dict"):
             load_checkpoint(saved(tmp_path / "a.pt", torch.ones(3)))

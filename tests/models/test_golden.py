@@ -1,4 +1,4 @@
-"""The official code's numbers, in float64; see tests/golden/README.md."""
+"""Results of the official code, in float64; see tests/golden/README.md."""
 
 import pytest
 import torch

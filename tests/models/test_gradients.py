@@ -1,6 +1,6 @@
-"""Every parameter's gradient in training against the equations, in float64.
+"""Every parameter's gradient in training, compared with the equations in float64.
 
-At each step the equations start from the network's own state, so that nothing adds up.
+At each step the equations start from the network's own state, so that errors do not accumulate.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_build_says_what_it_built():
     assert (layer.frequency, layer.stage) == (15.0, 1)
 
 
-def test_a_task_of_ones_own_has_no_metadata():
+def test_a_custom_task_has_no_metadata():
     assert build("cifar10/resnet20_1w1a", num_classes=10).metadata is None
 
 

@@ -82,7 +82,7 @@ def test_a_state_dict_under_any_keys_is_found(
     check(tmp_path, contents, state)
 
 
-def test_a_lightning_checkpoint_of_somebody_is_read(tmp_path: Path, state: State) -> None:
+def test_a_foreign_lightning_checkpoint_is_read(tmp_path: Path, state: State) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
     contents = {
         "pytorch-lightning_version": "2.6",
@@ -138,7 +138,7 @@ def test_two_networks_that_fit_are_refused_unless_they_are_equal(
         check(tmp_path, merged(state, state), state)
 
 
-def test_a_teacher_of_another_size_is_no_second_network(tmp_path: Path, state: State) -> None:
+def test_a_teacher_of_another_size_is_not_a_second_network(tmp_path: Path, state: State) -> None:
     teacher = prefixed(build("cifar10/resnet18B_1w1a").state_dict(), "teacher.")
     torch.save({"model": {**prefixed(state, "student."), **teacher}}, tmp_path / "a.pt")
     model = build(NAME)
@@ -167,7 +167,7 @@ def test_the_names_that_do_not_fit_are_told_apart(tmp_path: Path, state: State) 
         load_checkpoint(tmp_path / "a.pt", arch=NAME, frequency=20.0, stage=2)
 
 
-def test_a_file_without_tensors_is_said_to_be_one(tmp_path: Path) -> None:
+def test_a_file_without_tensors_is_reported_as_such(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="has no state dict: there is no tensor in it, only"):
         load_checkpoint(tmp_path / "a.pt", frequency=20.0, stage=2)

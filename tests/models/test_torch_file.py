@@ -1,4 +1,4 @@
-"""Files of `torch.save` that declare more than they have, and files that are something else."""
+"""Files of `torch.save` that declare more than they contain, and files of other kinds."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ FOREIGN: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_other_files_are_called_what_they_are(tmp_path: Path, kind: str) -> None:
+def test_other_files_are_named_by_their_kind(tmp_path: Path, kind: str) -> None:
     contents, message = FOREIGN[kind]
     path = tmp_path / "a.pt"
     if isinstance(contents, bytes):
@@ -240,7 +240,7 @@ def test_other_files_are_called_what_they_are(tmp_path: Path, kind: str) -> None
     assert "is damaged" not in str(caught.value)
 
 
-def test_a_config_txt_that_is_none_is_not_read(tmp_path: Path) -> None:
+def test_a_config_txt_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "config.txt"
     with path.open("wb") as file:
         file.truncate(10**10)

@@ -1,4 +1,4 @@
-"""Writes cases of the operator matrix, with what the reference backend answers, for replay.cpp.
+"""Writes cases of the operator matrix, with the results of the reference backend, for replay.cpp.
 
 All integers are int64, little-endian:
 
@@ -7,8 +7,9 @@ All integers are int64, little-endian:
              number of buffers (inputs, then expected outputs), buffers
     buffer:  bytes of an element, bytes (-1: absent), memory
 
-Maps are NHWC in memory. Operators, values and buffers stand at `accumulate`, `fused`, `binarize`,
-`unbinarize` and `maxpool` below. Unused bits of words are set in all inputs: nothing may see them.
+Maps are NHWC in memory. Operators, values and buffers are described at `accumulate`, `fused`,
+`binarize`, `unbinarize` and `maxpool` below. Unused bits of words are set in all inputs: they must
+not affect results.
 """
 
 import dataclasses

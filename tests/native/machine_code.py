@@ -1,4 +1,4 @@
-"""What cuobjdump prints of an extension, read into kernels and the instructions in them."""
+"""The output of cuobjdump for an extension, parsed into kernels and their instructions."""
 
 import os
 import re

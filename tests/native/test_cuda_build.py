@@ -1,6 +1,6 @@
-"""csrc/cuda compiled for every architecture: what the module needs, and its machine code.
+"""csrc/cuda compiled for every architecture: dependencies of the module, and its machine code.
 
-No GPU is needed. What is read here is that instructions are there or not, not that they are right.
+No GPU is needed. These tests check which instructions are present, not that they are correct.
 """
 
 import functools

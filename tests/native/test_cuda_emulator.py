@@ -1,4 +1,4 @@
-"""The emulator of CUDA in tests/native/cuda: that it is right, and that it finds mistakes."""
+"""The CUDA emulator in tests/native/cuda: it is correct, and it finds mistakes."""
 
 import functools
 import os
@@ -127,7 +127,7 @@ def test_missing_synchronisation_shows_in_the_result(
 
 
 @pytest.mark.parametrize("kernel", ["correct", "correct_in_static_shared"])
-def test_no_mistake_is_none(every_build: Emulated, kernel: str) -> None:
+def test_code_without_mistakes_reports_none(every_build: Emulated, kernel: str) -> None:
     assert {every_build.wrong(kernel, seed) for seed in SEEDS} == {"differ: 0"}
 
 
@@ -287,7 +287,7 @@ def accumulators(instruction: Instruction, count: int) -> NDArray[np.generic]:
 
 
 @every_instruction
-def test_both_sources_say_the_same_of_fragments(instruction: Instruction) -> None:
+def test_both_sources_agree_on_fragments(instruction: Instruction) -> None:
     cutlass, ptx = cutlass_tables(instruction.k), ptx_tables(instruction.k)
     for matrix in ("a", "b", "c"):
         one, other = getattr(cutlass, matrix), getattr(ptx, matrix)

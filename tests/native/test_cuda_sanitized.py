@@ -1,4 +1,4 @@
-"""The operator matrix on csrc/cuda over the emulator, under the address sanitizer."""
+"""The operator matrix on csrc/cuda in the emulator, under the address sanitizer."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the tests of operators share: random operands, and an exact fused multiply-add."""
+"""Fixtures for the tests of operators: random operands, and an exact fused multiply-add."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The operator matrix: geometries, epilogues, maps and pools that every backend must get right."""
+"""The operator matrix: geometries, epilogues, maps and pools for which all backends are tested."""
 
 import dataclasses
 import itertools

@@ -143,7 +143,7 @@ def test_prepack_runs_on_the_backend_it_names(monkeypatch: pytest.MonkeyPatch) -
     assert named.calls == ["prepack"]
 
 
-def test_the_first_that_can_runs_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_backend_that_can_runs_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     refuses = ("binarize", "bconv2d")
     backends_ = [install(monkeypatch, name, refuses) for name in PREFERENCE[:-1]]
     last = install(monkeypatch, "reference")
@@ -210,7 +210,7 @@ def test_a_forced_backend_that_cannot_run_a_call_raises_with_its_reason(
     assert forced.calls == []
 
 
-def test_where_none_can_run_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_backend_can_run_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in PREFERENCE[1:]:
         install(monkeypatch, name, refuses=("binarize",))
     monkeypatch.delitem(_REGISTERED, "cuda", raising=False)

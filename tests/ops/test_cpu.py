@@ -161,7 +161,7 @@ def test_the_number_of_threads_does_not_change_a_byte(
     assert torch.equal(results[0][1], wanted[1])
 
 
-def test_results_are_on_the_cpu_whatever_device_torch_makes_tensors_on() -> None:
+def test_results_are_on_the_cpu_for_any_default_device() -> None:
     data, x, backend = case(), noise(2, 40, 6, 6), by_name("cpu")
 
     def results() -> list[Tensor | None]:  # as plans call it
@@ -310,7 +310,7 @@ def test_halves_are_rounded_as_torch_does(isa: str, dtype: torch.dtype) -> None:
         assert torch.equal(result.view(torch.int16), (finite + 0.0).to(dtype).view(torch.int16))
 
 
-def test_it_serves_cpu_tensors_only() -> None:
+def test_it_takes_cpu_tensors_only() -> None:
     reason = by_name("cpu").unsupported_reason("binarize", None, torch.device("cuda", 0))
     assert reason == "it runs on the CPU, the tensors are on cuda:0"
     with use_backend("cpu"), pytest.raises(BackendUnavailableError, match="it runs on the CPU"):

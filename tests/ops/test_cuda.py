@@ -1,4 +1,4 @@
-"""The CUDA backend's own ways to run a convolution, on the emulator or on a GPU."""
+"""The CUDA backend's own kernels for a convolution, on the emulator or on a GPU."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

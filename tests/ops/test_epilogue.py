@@ -1,4 +1,4 @@
-"""The epilogue against scalar arithmetic: a rational fma, then NumPy float32, step by step."""
+"""The epilogue compared with scalar arithmetic: a rational fma, then NumPy float32, by steps."""
 
 import dataclasses
 import functools

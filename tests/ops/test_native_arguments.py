@@ -1,4 +1,4 @@
-"""What reaches native code is checked there, too: malformed arguments are errors, never a crash."""
+"""Native code also checks its arguments: malformed arguments raise errors and never crash."""
 
 from typing import Any
 
@@ -125,7 +125,7 @@ def test_sizes_that_overflow_are_errors(native_conv: Any) -> None:
         conv.accumulate(huge, huge, huge, memory(bits), memory(bits), 1)
 
 
-def test_weights_that_are_no_prepacked_weights_are_refused(native_conv: Any) -> None:
+def test_weights_that_are_not_prepacked_are_refused(native_conv: Any) -> None:
     from biper_engine import _cpu
 
     _, prepacked, _ = native_conv

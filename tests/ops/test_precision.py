@@ -1,4 +1,4 @@
-"""TF32 is off while a network runs, and as it was afterwards."""
+"""TF32 is off while a network runs, and restored afterwards."""
 
 import threading
 from collections.abc import Iterator

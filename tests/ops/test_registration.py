@@ -1,4 +1,4 @@
-"""What torch expects of an operator: opcheck, shape functions, compile, export, modes."""
+"""Requirements of torch for operators: opcheck, shape functions, compile, export, modes."""
 
 import dataclasses
 import warnings

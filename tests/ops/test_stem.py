@@ -1,4 +1,4 @@
-"""The fused float ends: what they compute, what they refuse, and on every backend that has them."""
+"""The fused float ends: their results and errors, on every backend that has them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -218,7 +218,7 @@ def test_a_float32_stem_is_the_convolution_of_torch_within_rounding() -> None:
     assert bool(((floats - expected).abs() <= tolerance(x, given)).all())
 
 
-def test_outputs_that_nobody_wants_are_left_out() -> None:
+def test_unwanted_outputs_are_left_out() -> None:
     x, given = noise(1, 3, 9, 9), parameters(want_float=False)
     reference = by_name("reference")
     floats, bits = reference.stem(x, given)

@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: when it serves, and the operator matrix in its interpreter.
+"""The Triton backend without a GPU: when it runs, and the operator matrix in its interpreter.
 
 TRITON_INTERPRET must be set before Triton is loaded, so the matrix runs in a process of its own.
 `make test` runs a few cases of every kernel there, `make test-deep` more (see `SOME`), and
@@ -117,7 +117,7 @@ def test_the_oldest_version_computes_and_compiles_the_same() -> None:
     assert passed == 2
 
 
-# -- when it serves -------------------------------------------------------------------------------
+# -- when it runs ---------------------------------------------------------------------------------
 
 
 def test_the_reason_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_without_a_gpu_it_is_available_in_the_interpreter_only() -> None:
 
 
 @pytest.mark.skipif(triton_is_interpreted(), reason="the interpreter takes CPU tensors")
-def test_it_serves_gpus_only() -> None:
+def test_it_runs_on_gpus_only() -> None:
     backend = TritonBackend()
     assert backend.unsupported_reason("binarize", None, CUDA) is None
     for device in (CPU, META):
@@ -172,7 +172,7 @@ def test_a_gpu_that_triton_does_not_compile_for_is_refused(
 
 
 @pytest.mark.skipif(not triton_is_interpreted(), reason="needs TRITON_INTERPRET=1")
-def test_the_interpreter_serves_who_forces_it_and_nobody_else() -> None:
+def test_the_interpreter_runs_only_if_it_is_forced() -> None:
     reason = by_name("triton").unsupported_reason("binarize", None, CPU)
     assert reason == "Triton's interpreter runs only if this backend is forced"
     assert select("binarize", None, CPU).name != "triton"

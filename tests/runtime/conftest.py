@@ -1,4 +1,4 @@
-"""What tests of plans share: a cpu backend, or a skip without one, and a stand-in for a GPU."""
+"""Fixtures for tests of plans: a cpu backend, or a skip without one, and a stand-in for a GPU."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Networks by hand for the tests of fusing, and what a fused graph consists of."""
+"""Networks written by hand for the tests of fusing, and the contents of a fused graph."""
 
 import operator
 from collections.abc import Sequence

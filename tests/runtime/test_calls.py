@@ -1,4 +1,4 @@
-"""Calls of a native program: what it takes as it is, what it lays out first, what it refuses."""
+"""Calls of a native program: inputs that it takes directly, copies to another layout or refuses."""
 
 import gc
 import warnings
@@ -198,7 +198,7 @@ def test_a_call_that_is_recorded_shows_its_operators_also_after_others(
     ],
     ids=["rank 3", "channels last", "no batch", "float64", "int32", "meta", "batch", "sparse"],
 )
-def test_a_program_refuses_what_is_no_map_of_its_own(x: Tensor) -> None:
+def test_a_program_refuses_tensors_that_do_not_fit_its_maps(x: Tensor) -> None:
     program, fits = total(), torch.zeros(2, 5, 4, 4)
     for inputs in ((x, fits), (fits, x)):
         assert program.call_as_is(inputs) is None

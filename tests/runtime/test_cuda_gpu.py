@@ -1,4 +1,4 @@
-"""The CUDA plan on a GPU; `test_cuda_graphs` has the same promises without one."""
+"""The CUDA plan on a GPU; `test_cuda_graphs` tests the same behaviour without one."""
 
 import copy
 import operator
@@ -187,7 +187,7 @@ def test_several_engines_share_a_device(device: torch.device) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA GPU only")
-def test_an_engine_runs_on_its_own_device_whatever_the_current_one() -> None:
+def test_an_engine_runs_on_its_own_device_for_any_current_one() -> None:
     engine = classifier().to("cuda:1")
     x = images(8).to("cuda:1")
     with torch.cuda.device(0):

@@ -1,8 +1,8 @@
-"""CUDA graphs: when they are captured and replayed, and what calls may rely on.
+"""CUDA graphs: when they are captured and replayed, and their guarantees for calls.
 
-A stand-in for the device captures a function with the memory that it was called on, and replays it
-by running it again; so everything but the GPU itself is tested without one. Tests marked `gpu` run
-the same on a GPU.
+A stand-in for the device captures a function with the memory of its call, and replays it by running
+it again, so that everything except the GPU itself is tested without one. Tests marked `gpu` run the
+same on a GPU.
 """
 
 import copy
@@ -177,7 +177,7 @@ def test_the_smallest_graph_that_holds_a_batch_runs_it(driver: FakeDriver) -> No
     assert batches(graphs_of(engine)) == [8, 7, 6]  # the last one is the one just used
 
 
-def test_rows_left_from_an_earlier_call_do_no_harm(driver: FakeDriver) -> None:
+def test_rows_left_from_an_earlier_call_change_no_result(driver: FakeDriver) -> None:
     engine = classifier()
     engine.warmup([(8, 3, 8, 8)])
     engine(torch.full((8, 3, 8, 8), float("nan")))

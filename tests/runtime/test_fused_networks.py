@@ -1,4 +1,4 @@
-"""Whole networks with fused float ends, when that is done, and who runs them."""
+"""Whole networks with fused float ends: when ends are fused, and which backend runs them."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Fused float ends: which operators become one, and that nothing but rounding changes."""
+"""Fused float ends: which operators become one; only rounding changes."""
 
 import math
 from typing import Any
@@ -162,7 +162,7 @@ def test_bytes_that_wrap_around_are_not_folded() -> None:
     assert_bits_agree(result(pixels)[0], module(pixels)[0], 40, 1e-3)
 
 
-def test_a_constant_that_is_no_value_per_channel_is_not_folded() -> None:
+def test_a_constant_that_is_not_per_channel_is_not_folded() -> None:
     g = StemBuilder()
     image = g.constant("image", images(1, 3, 9, 9))
     conv = g.conv(g.call("centred", _aten.sub.Tensor, g.x, image))
@@ -170,7 +170,7 @@ def test_a_constant_that_is_no_value_per_channel_is_not_folded() -> None:
     assert operators(result) == ["sub", "stem_bits"]
 
 
-def test_what_else_uses_the_images_keeps_them() -> None:
+def test_other_users_of_the_images_keep_them() -> None:
     g = StemBuilder()
     half = g.call("doubled", _aten.mul.Tensor, g.x, 2.0)
     conv = g.conv(half)

@@ -1,4 +1,4 @@
-"""What CUDA graphs hold, what is dropped, and what happens where a capture fails."""
+"""The memory of CUDA graphs, which graphs are dropped, and failed captures."""
 
 import gc
 from typing import Any
@@ -137,7 +137,7 @@ def test_a_capture_that_fails_leaves_the_operators_and_says_why(driver: FakeDriv
     assert driver.errors_left == 10**9 - 1
 
 
-def test_an_error_that_the_caller_handles_is_no_cause_of_a_failure() -> None:
+def test_an_error_that_the_caller_handles_is_not_the_cause_of_a_failure() -> None:
     driver = FakeDriver()
     graphs = runner(driver)
     driver.error = RuntimeError("the capture was invalidated")

@@ -1,4 +1,4 @@
-"""Native programs: the whole network in one call, with the same bytes however it is called."""
+"""Native programs: the whole network in one call, with the same bytes for any form of call."""
 
 import itertools
 import sys

@@ -81,7 +81,7 @@ def test_a_plan_owns_what_it_reads_and_holds_no_more() -> None:
     assert len(held) == 3  # the stem and the classifier; what operators are bound to is in them
 
 
-def test_a_node_with_computed_parameters_runs_as_it_stands(images: Tensor) -> None:
+def test_a_node_with_computed_parameters_runs_unchanged(images: Tensor) -> None:
     g = GraphBuilder()
     x = g.input("x")
     threshold = g.call("threshold", _aten.mean.dim, x, [0, 2, 3])

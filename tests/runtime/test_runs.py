@@ -1,7 +1,7 @@
-"""Networks of which only parts are native: what crosses between, in which order, and what is said.
+"""Networks with only some native parts: values between parts, order of parts, and descriptions.
 
-Float operators here are the same arithmetic in a program as in PyTorch (sums, max pools), so that
-results are compared bit for bit; where there are float convolutions or means, by rounding.
+Float operators here have the same arithmetic in a program as in PyTorch (sums, max pools), so that
+results are compared bit for bit; with float convolutions or means, within rounding.
 """
 
 import copy
@@ -224,7 +224,7 @@ def test_a_view_of_an_input_is_in_the_program_and_outside_where_it_is_needed() -
     assert_same_bits(engine, (CHANNELS, 1, 1))
 
 
-def test_images_that_are_no_float32_maps_are_changed_in_front() -> None:
+def test_images_that_are_not_float32_maps_are_converted_before_the_program() -> None:
     g = Network()
     x = g.input("x")
     floats = g.call("floats", _aten._to_copy.default, x, dtype=torch.float32)
@@ -250,7 +250,7 @@ def test_vectors_as_inputs_make_one_program() -> None:
     assert_same_bits(engine, (CHANNELS,))
 
 
-def test_a_single_operator_that_is_no_convolution_is_not_worth_a_program() -> None:
+def test_a_single_operator_that_is_not_a_convolution_is_not_worth_a_program() -> None:
     g = Network()
     x = g.input("x")
     pooled = g.call("pool", _aten.max_pool2d.default, g.gelu("first", x), [2, 2])
@@ -271,7 +271,7 @@ def test_without_a_program_it_runs_operator_by_operator_and_says_why() -> None:
     assert_same_bits(engine)
 
 
-def test_a_value_whose_shape_nobody_knows_stays_outside() -> None:
+def test_a_value_of_unknown_shape_stays_outside() -> None:
     g = Network()
     x = g.input("x")
     where = g.call("where", _aten.ge.Scalar, x, float("-inf"))

@@ -1,4 +1,4 @@
-"""The outer form of a file: what is read, and in which order."""
+"""The outer form of a file: which parts are read, and in which order."""
 
 import json
 import os
@@ -26,15 +26,15 @@ def blob(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_a_named_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     path = tmp_path / "pipe.biper"
     os.mkfifo(path)
-    with pytest.raises(FileFormatError, match=r"pipe.biper is a named pipe, no regular file"):
+    with pytest.raises(FileFormatError, match=r"pipe.biper is a named pipe, not a regular file"):
         load(path)
 
 
 def test_a_directory_and_a_device_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileFormatError, match="is a directory, no regular file"):
+    with pytest.raises(FileFormatError, match="is a directory, not a regular file"):
         load(tmp_path)
     if os.path.exists("/dev/zero"):
-        with pytest.raises(FileFormatError, match="/dev/zero is a device, no regular file"):
+        with pytest.raises(FileFormatError, match="/dev/zero is a device, not a regular file"):
             load("/dev/zero")
 
 
@@ -69,7 +69,7 @@ def _file(path: Path, text: str, body: bytes) -> Path:
         ({"shape": [1 << 31]}, "cannot have shape"),
         ({"shape": [True]}, "cannot have shape"),
         ({"shape": [1] * 9}, "cannot have shape"),
-        ({"shape": [3]}, "is no 40 bytes"),
+        ({"shape": [3]}, "is not 40 bytes"),
         ({"shape": "x"}, "its table of tensors is unreadable"),
         ({"data_offsets": [0, 1 << 62]}, "cannot be at the bytes"),
         ({"data_offsets": [-40, 0]}, "cannot be at the bytes"),

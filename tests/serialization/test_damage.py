@@ -1,4 +1,4 @@
-"""Files that are not what `save` wrote: every one is refused with a reason, none crashes."""
+"""Files that differ from the output of `save`: all are refused with a reason, and none crashes."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def test_an_absent_file_is_the_usual_error(tmp_path: Path) -> None:
         load(tmp_path / "absent.biper")
 
 
-def test_a_link_to_itself_is_called_that(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_reported_as_such(tmp_path: Path) -> None:
     (tmp_path / "a.biper").symlink_to("a.biper")
     with pytest.raises(OSError, match=r"^Cannot read '.*a\.biper': it is a symbolic link that lea"):
         load(tmp_path / "a.biper")
@@ -117,13 +117,13 @@ def test_plain_safetensors_are_recognised(scratch: Path) -> None:
     refuse(scratch, data, "safetensors file without the header `biper`")
 
 
-def test_a_truncated_file_is_told_in_bytes(scratch: Path, blob: bytes) -> None:
+def test_missing_bytes_are_counted_in_the_message(scratch: Path, blob: bytes) -> None:
     wanted = f"file is {len(blob) - 5:,} bytes, header promises {len(blob):,}"
     refuse(scratch, blob[:-5], wanted)
     refuse(scratch, blob[:100], "file is 100 bytes, its header alone needs")
 
 
-def test_a_file_with_more_at_its_end_is_told_in_bytes(scratch: Path, blob: bytes) -> None:
+def test_bytes_after_the_end_are_counted_in_the_message(scratch: Path, blob: bytes) -> None:
     refuse(scratch, blob + b"abc", f"file is {len(blob) + 3:,} bytes, header promises")
 
 
@@ -224,7 +224,7 @@ BAD_EDITS: list[tuple[Edit, str]] = [
     (_dtype("layer1.0.conv1.sense", torch.uint8), "`sense` must be torch.bool"),
     (_values("layer1.0.conv1.multiplier", float("nan")), "`multiplier` .* not finite"),
     (_values("layer1.0.conv1.threshold", float("nan")), "`threshold` .* not finite"),
-    (_values("layer1.0.conv1.weight", -1), "`weight` has bits behind its 33 channels"),
+    (_values("layer1.0.conv1.weight", -1), "`weight` has bits after its 33 channels"),
     (_other_channels, "`bits` must be a packed map of 64 channels, but it is .* of 40 channels"),
     (_float_operator_on_bits, "`self` is a packed map, which only operators on bits take"),
     (_set("layer1_0", "in_channels", True), "`in_channels` must be an integer"),
@@ -233,9 +233,9 @@ BAD_EDITS: list[tuple[Edit, str]] = [
     (_set("layer1_0", "dtype", {"dtype": "int8"}), "`dtype` must be float32, float16 or"),
     (
         _set("layer1_0", "clamp_min", {"float": "nan"}),
-        "`clamp_min` must be a number that float32 has",
+        "`clamp_min` must be a number that float32 can hold",
     ),
-    (_set("layer1_0", "clamp_min", -1e39), "`clamp_min` must be a number that float32 has"),
+    (_set("layer1_0", "clamp_min", -1e39), "`clamp_min` must be a number that float32 can hold"),
     (_set("total", "other", 1e39), "`other` .=1e.39. is more than 3.4"),
     (_set("total", "alpha", 1e39), "`alpha` .=1e.39. is more than 3.4"),
     (_set("layer1_0", "stride", 1), "`stride` must be 2 integers"),
@@ -277,9 +277,9 @@ BAD_EDITS: list[tuple[Edit, str]] = [
     (_set("shortcut", "stride", [0, 0]), "'shortcut' .*does not fit"),
     (_set("flat", "shape", [-1, 34]), "'flat' .*does not fit"),
     (_set("mean", "dim", [9]), "'mean' .*does not fit"),
-    (_set("total", "other", {"node": "absent"}), "'absent', which is no node before it"),
-    (_forward_reference, "'total', which is no node before it"),
-    (_cycle, "'total', which is no node before it"),
+    (_set("total", "other", {"node": "absent"}), "'absent', which is not a node before it"),
+    (_forward_reference, "'total', which is not a node before it"),
+    (_cycle, "'total', which is not a node before it"),
     (_narrower_weight, "'layer1_0' .*does not fit"),
     (_float_weight, "'layer1_0' .*does not fit"),
     (lambda h, t: t.pop("fc.bias"), "the tensor 'fc.bias', which the file lacks"),
@@ -294,16 +294,16 @@ BAD_EDITS: list[tuple[Edit, str]] = [
     (lambda h, t: node(h, "layer1_1").update(name="stem"), "Two nodes .* are called 'stem'"),
     (lambda h, t: h["graph"].pop(), "no output as its last node"),
     (lambda h, t: h["graph"].insert(1, {"output": []}), "one output, a list, as its last node"),
-    (lambda h, t: h["graph"].pop(0), "refers to 'image', which is no node before it"),
+    (lambda h, t: h["graph"].pop(0), "refers to 'image', which is not a node before it"),
     (lambda h, t: h["graph"].insert(0, 7), "Node 0 .* must have one of"),
     (lambda h, t: h.update(graph=[]), "must be a list of nodes"),
     (lambda h, t: h.update(graph=None), "must be a list of nodes"),
     (lambda h, t: h["graph"][-1].update(output=[None, None]), "returns 2 values, its signature 1"),
-    (_rename("x y"), "is no name for a node"),
-    (_rename("class"), "is no name for a node"),
-    (_rename("self"), "is no name for a node"),
-    (_rename("print"), "is no name for a node"),
-    (_rename("x = __import__('os')"), "is no name for a node"),
+    (_rename("x y"), "is not a name for a node"),
+    (_rename("class"), "is not a name for a node"),
+    (_rename("self"), "is not a name for a node"),
+    (_rename("print"), "is not a name for a node"),
+    (_rename("x = __import__('os')"), "is not a name for a node"),
     (_rename_tensor("fc.b'ias"), "forbidden name"),
     (_rename_tensor("a.class"), "forbidden name"),
     (_rename_tensor("fc..bias"), "forbidden name"),

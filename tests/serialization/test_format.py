@@ -1,4 +1,4 @@
-"""`.biper` files: what goes round, and what cannot be written."""
+"""`.biper` files: what survives saving and loading, and what cannot be saved."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ def one_call(target: object, *args: object, **kwargs: object) -> Engine:
     return engine_of(module, signature({"x": (4,)}, (0,), {}, 0))
 
 
-def test_everything_goes_round(tmp_path: Path, images: Tensor) -> None:
+def test_everything_round_trips(tmp_path: Path, images: Tensor) -> None:
     engine = classifier()
     engine.save(tmp_path / "net.biper")
     loaded = load(tmp_path / "net.biper")
@@ -44,7 +44,7 @@ def test_everything_goes_round(tmp_path: Path, images: Tensor) -> None:
     assert not any("proof" in name for name in loaded.state_dict())
 
 
-def test_pytrees_go_round(tmp_path: Path) -> None:
+def test_pytrees_round_trip(tmp_path: Path) -> None:
     engine = two_inputs()
     engine.save(tmp_path / "net.biper")
     image, mask = torch.randn(2, 3, 6, 6), torch.ones(2, 1, 6, 6)
@@ -83,13 +83,13 @@ def test_a_file_names_no_aten_overload_and_pickles_nothing(tmp_path: Path) -> No
     assert b"torch" not in data
 
 
-def test_infinities_go_round(tmp_path: Path) -> None:
+def test_infinities_round_trip(tmp_path: Path) -> None:
     one_call(_aten.hardtanh.default, float("-inf"), float("inf")).save(tmp_path / "net.biper")
     node = next(n for n in load(tmp_path / "net.biper").graph_module.graph.nodes if n.name == "y")
     assert node.args[1:] == (float("-inf"), float("inf"))
 
 
-def test_dtypes_of_constants_go_round(tmp_path: Path) -> None:
+def test_dtypes_of_constants_round_trip(tmp_path: Path) -> None:
     g = GraphBuilder()
     x = g.input("x")
     outputs = [x]
@@ -185,7 +185,7 @@ def test_a_failed_write_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_missing_directory_is_said(tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "absent"))):
         classifier().save(tmp_path / "absent" / "net.biper")
 

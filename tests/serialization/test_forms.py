@@ -32,7 +32,7 @@ FORMS: list[Any] = [
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_form_goes_round(form: Any) -> None:
+def test_a_form_round_trips(form: Any) -> None:
     spec = pytree.tree_structure(form)
     encoded = encode_form(spec, "outputs")
     decoded = pytree.tree_map(lambda leaf: 0, decode_form(encoded))
@@ -41,7 +41,7 @@ def test_a_form_goes_round(form: Any) -> None:
     assert encode_form(pytree.tree_structure(decoded), "outputs") == encoded
 
 
-def test_constants_go_round() -> None:
+def test_constants_round_trip() -> None:
     form = (Leaf(), None, 1, 1.0, True, "x", math.inf)
     encoded = encode_form(structure_of(form), "outputs")
     assert json.loads(json.dumps(encoded)) == encoded
@@ -81,8 +81,8 @@ def test_a_loaded_named_tuple_has_the_fields_of_the_saved_one() -> None:
         {"namedtuple": {"name": "Out", "fields": [["a", "*"]], "more": 1}},
     ],
 )
-def test_what_is_no_form_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"no form|no key|key twice|no named tuple"):
+def test_an_invalid_form_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"not a form|not a key|key twice|not a named tuple"):
         decode_form(value)
 
 

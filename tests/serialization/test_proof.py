@@ -108,7 +108,7 @@ def test_another_networks_proof_does_not_replay(loaded: Engine, tmp_path: Path) 
     assert "round differently" in report.table()
 
 
-def test_float_rounding_alone_is_not_held_against_a_network(loaded: Engine) -> None:
+def test_float_rounding_alone_does_not_fail_a_network(loaded: Engine) -> None:
     loaded.get_buffer("graph_module.fc.bias").mul_(1 + 2**-22)
     report = replay(loaded.network)
     assert report.ok

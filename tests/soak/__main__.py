@@ -1,17 +1,16 @@
-"""Run engines for an hour from several threads, disturbed in turn, and compare every byte.
+"""Run engines for an hour from several threads, with varying disturbances; compare every byte.
 
     python -m tests.soak                                  an hour, five networks
     python -m tests.soak --minutes 0.25 --phase-seconds 0.4 --networks cifar10/resnet20_1w1a
 
 Engines are called with random batches of known images: by one thread and by too many, with more
-threads than cores, while other processes take the cores, on OpenMP's threads and on our own, while
-engines are loaded, saved, changed and dropped, in children that are forked meanwhile, and while
-engines are sent to a spawned process, moved to shared memory, traced and loaded. After each phase,
-at rest, the memory, the threads and the open files of the process are counted. The first round of
-phases warms up.
+threads than cores, while other processes use the cores, on OpenMP's threads and on our own, while
+engines are loaded, saved, changed and dropped, in forked children, and while engines are sent to a
+spawned process, moved to shared memory, traced and loaded. After each phase, while idle, the
+memory, the threads and the open files of the process are counted. The first round warms up.
 
-Exits with 1 at the first result with other bytes than at the start, at a call that raises or never
-returns, and where memory, threads or files have grown in the end. Times are printed, never judged.
+Exits with 1 at the first result whose bytes differ from the start, at a call that raises or never
+returns, and if memory, threads or files have grown at the end. Times are printed, never judged.
 Needs Linux: it reads /proc.
 """
 

@@ -1,4 +1,4 @@
-"""What an engine that callers run is handed to meanwhile: processes, shared memory, recorders."""
+"""Passes an engine in use to other processes, shared memory and recorders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens in a phase: callers in threads that live on, and what disturbs them."""
+"""The work of a phase: callers in long-lived threads, and their disturbances."""
 
 from __future__ import annotations
 

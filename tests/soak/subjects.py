@@ -1,4 +1,4 @@
-"""Engines under soak: a network, its images, and what it gave for them at the start."""
+"""Engines in a soak test: a network, its images, and their results at the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak: what it judges by, and a short one."""
+"""The soak test: its criteria, and a short run."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_growth_is_that_of_the_medians_of_thirds() -> None:
         watch.growth([1.0, 2.0])
 
 
-def test_a_steady_leak_is_complained_of_and_noise_is_not() -> None:
+def test_a_steady_leak_is_reported_and_noise_is_not() -> None:
     def rounds(step_mb: float, files: int) -> list[watch.Holding]:
         return [
             watch.Holding(100 + (i % 2) * 3, 20 + step_mb * i, 7 + i % 2, 9 + files * i)

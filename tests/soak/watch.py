@@ -1,4 +1,4 @@
-"""What a process holds, sampled while it rests, and whether that grew."""
+"""Resources of a process, sampled while it is idle, and whether they grew."""
 
 from __future__ import annotations
 

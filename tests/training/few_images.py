@@ -1,4 +1,4 @@
-"""A data set so small that an epoch takes a blink."""
+"""A data set so small that an epoch takes almost no time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine's operators on OpenVINO: equal on integers, where no rounding can differ."""
+"""The engine's operators on OpenVINO: equal on integers, for which rounding cannot differ."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_the_inputs_of_float_layers() -> None:
     torch.testing.assert_close(run(module, images), module(images)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_what_openvino_lacks_is_said() -> None:
+def test_what_openvino_lacks_is_reported() -> None:
     pytest.importorskip("openvino", reason='pip install "biper-engine[bench]"')
     g = Graph()
     weight = g.constant("conv.weight", contract.pack_weight(g.normal(4, 1, 3, 3) >= 0))

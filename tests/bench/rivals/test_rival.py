@@ -52,7 +52,7 @@ def test_eight_images_or_more_are_checked_in_batches_of_one_size(batch: int) -> 
     assert torch.equal(batches[0], check_images(torch.zeros(batch, 3, 2, 2))[0])
 
 
-def test_what_is_missing_is_said_with_how_to_install_it() -> None:
+def test_what_is_missing_is_reported_with_how_to_install_it() -> None:
     assert missing("torch") == ""
     assert missing("torch", "no_such_module") == (
         'no_such_module not installed; pip install "biper-engine[bench]"'

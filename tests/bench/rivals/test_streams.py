@@ -1,4 +1,4 @@
-"""Rivals with several calls under way, on a network of one layer."""
+"""Rivals with several concurrent calls, on a network of one layer."""
 
 from pathlib import Path
 from typing import Any

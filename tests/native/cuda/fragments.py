@@ -1,4 +1,4 @@
-"""Where the lanes of a warp hold the operands of its products, from two sources."""
+"""Positions of a product's operands in the lanes of a warp, from two sources."""
 
 from dataclasses import dataclass
 
