@@ -56,7 +56,9 @@ def run(job: Job, end: float) -> str:
         variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     why = "not started, since the time was over"
     if monotonic() < end:
-        command = python("pytest", "-p", "gpu.select_tests", *OPTIONS, str(job.path))
+        command = python(
+            *("pytest", "-p", "gpu.select_tests", *OPTIONS, f"--rootdir={ROOT}", str(job.path))
+        )
         process = start([*job.prefix, *command], log, variables)
         with suppress(TimeoutExpired):
             process.wait(end - monotonic())

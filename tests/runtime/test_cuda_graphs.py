@@ -129,7 +129,7 @@ def test_nothing_is_captured_while_the_caller_captures(driver: FakeDriver) -> No
 def test_a_plan_cannot_be_made_while_the_caller_captures(driver: FakeDriver) -> None:
     driver.captures_itself = True
     engine = classifier()
-    with pytest.raises(RuntimeError, match="call it, or its `warmup`, before the capture"):
+    with pytest.raises(RuntimeError, match="call the engine, or its `warmup`, before the capture"):
         engine(images(2))
     assert engine._plan.is_empty
 
