@@ -35,7 +35,9 @@ bool Arguments::flag(const char* name, bool otherwise) const {
 }
 
 float Arguments::number(const char* name, float otherwise) const {
-  return has(name) ? static_cast<float>(get<double>(name, "a float")) : otherwise;
+  if (!has(name)) return otherwise;
+  const int64_t* whole = std::get_if<int64_t>(&values_.at(name));  // as a limit of 6 may be written
+  return static_cast<float>(whole ? static_cast<double>(*whole) : get<double>(name, "a number"));
 }
 
 std::vector<int64_t> Arguments::integers(const char* name, size_t count) const {

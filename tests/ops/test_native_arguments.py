@@ -213,7 +213,7 @@ def test_maps_and_pools_are_checked() -> None:
         ("sum", {"a": None}, "`a` is missing"),
         ("sum", {"a": 7}, r"`map` \(=7\) must be from 0 to 0"),
         ("sum", {"a": True}, "`a` must be an integer"),
-        ("sum", {"clamp_min": 1}, "`clamp_min` must be a float"),
+        ("sum", {"clamp_min": True}, "`clamp_min` must be a number"),
         ("sum", {"gate": 1}, "`gate` is no argument of this step"),
         ("binarize", {"threshold": torch.zeros(5).bool()}, "`threshold` has memory of type 6"),
         ("binarize", {"threshold": torch.zeros(4)}, "`threshold` has 4 elements, but 5 are wanted"),
@@ -232,3 +232,10 @@ def test_a_step_refuses_arguments_that_are_not_its_own(
         program.add(step, **{**fits, **changes})
     program.finish([x], program.add("sum", a=x))  # nothing was added
     assert torch.equal(program(torch.ones(1, 5, 4, 4))[0], torch.ones(1, 5, 4, 4))
+
+
+def test_a_limit_may_be_an_integer() -> None:
+    program = CpuProgram()
+    x = program.add_map(5, 4, 4)
+    program.finish([x], program.add("sum", a=x, clamp_min=2, clamp_max=6))
+    assert torch.equal(program(torch.ones(1, 5, 4, 4))[0], torch.full((1, 5, 4, 4), 2.0))
