@@ -81,8 +81,10 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
         The step, or the reason why the value is not binary, as a clause after "its input".
     """
     reason, fallback = f"is {describe(node)}", None
+    if axis % len(shape(node)) == 0:
+        return reason  # the dimension along which a cone is evaluated, and of the batch
     if not isinstance(shape(node)[axis], int):
-        return reason  # the batch; reading its size would fix it
+        return reason  # reading its size would fix it
     cone = _Cone(graph_module, node, axis)
     while cone.grow():
         if cone.source is None:

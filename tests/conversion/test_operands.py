@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from biper_engine.conversion import convert
+from biper_engine.conversion import convert, verify
 from tests.conversion.comparison import (
     Functional,
     assert_exact,
@@ -110,6 +110,15 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     assert_packed_exactly(*EXACT[name])
+
+
+def test_signs_of_a_vector_without_a_batch() -> None:
+    model = seeded(
+        lambda: Functional(lambda s, x: s.a(x.mean((0, 2, 3))), a=QLinear(6, 5, sign=where_ge))
+    )
+    engine = convert(model, images_of((6, 5, 5)))
+    assert engine.report.packed == 1
+    assert verify(engine, model, images_of((6, 5, 5))).ok
 
 
 FLOAT: dict[str, tuple[Callable[..., Tensor], str]] = {
