@@ -92,16 +92,15 @@ def test_every_binary_convolution_is_exact_on_every_backend(
     assert report.ok, report.table()
 
 
-# Each dtype on one backend, and each network with every dtype on every backend.
+# The quick tests have one network, with each dtype on one backend.
 HALVES = ((torch.float16, "cpu"), (torch.bfloat16, "reference"))
+EVERY = product(PACKED, (torch.float16, torch.bfloat16), ("cpu", "reference"))
 HALF = [
-    *((QUICK[0], *case) for case in HALVES),
-    *(pytest.param(QUICK[2], *case, marks=pytest.mark.deep) for case in HALVES),
-    *(
-        pytest.param(*case, marks=pytest.mark.weekly)
-        for case in product(PACKED, (torch.float16, torch.bfloat16), ("cpu", "reference"))
-    ),
+    pytest.param(*case, marks=pytest.mark.deep if case[2] == "cpu" else pytest.mark.weekly)
+    for case in EVERY
+    if case not in [(QUICK[0], *half) for half in HALVES]
 ]
+HALF += [pytest.param(QUICK[0], *half) for half in HALVES]
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), HALF)
