@@ -14,7 +14,7 @@ after them, and a clamp moves after a max pool, which leaves it at most a quarte
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from typing import Any
 
 import torch
@@ -176,10 +176,14 @@ def _affine(
         return None
     for partner in partners:
         part: BinaryConv = partner.meta["conv"]
-        scaled = replace(part, multiplier=part.multiplier * scale, bias=part.bias * scale)
-        partner.meta["conv"] = scaled
+        partner.meta["conv"] = _scaled(part, scale, ir.float64(0.0, len(scale)))
         partner.meta.pop("source", None)  # no value of the float graph any more
-    return replace(conv, multiplier=conv.multiplier * scale, bias=conv.bias * scale + offset)
+    return _scaled(conv, scale, offset)
+
+
+def _scaled(conv: BinaryConv, scale: Tensor, offset: Tensor) -> BinaryConv:
+    epilogue = conv.epilogue
+    return conv.fused(multiplier=epilogue.multiplier * scale, bias=epilogue.bias * scale + offset)
 
 
 def _scale_and_offset(
@@ -210,8 +214,9 @@ def _scale_and_offset(
 
 def _add(conv: BinaryConv, term: Tensor) -> BinaryConv:
     if not conv.activated:
-        return replace(conv, bias=conv.bias + term)
-    return replace(conv, shift=term if conv.shift is None else conv.shift + term)
+        return conv.fused(bias=conv.epilogue.bias + term)
+    shift = conv.epilogue.shift
+    return conv.fused(shift=term if shift is None else shift + term)
 
 
 def batch_norm_affine(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
@@ -240,21 +245,25 @@ def _activation(
         return None
     limits = clamp_limits(user)
     if limits is not None:
-        return replace(conv, clamp=limits)
+        low, high = limits
+        return conv.fused(
+            clamp_min=None if low == -math.inf else low,
+            clamp_max=None if high == math.inf else high,
+        )
     channels = conv.geometry.out_channels
     if is_call(user, aten.leaky_relu.default):
-        return replace(conv, slope=ir.float64(arguments(user)["negative_slope"], channels))
+        return conv.fused(slope=ir.float64(arguments(user)["negative_slope"], channels))
     if is_call(user, aten._prelu_kernel.default):
         slope = constant(graph_module, user.args[1])
-        return None if slope is None else replace(conv, slope=ir.float64(slope, channels))
+        return None if slope is None else conv.fused(slope=ir.float64(slope, channels))
     return None
 
 
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
     pool = max_pool_geometry(user)
-    if pool is None or not conv.monotone or not conv.pool.is_identity:
+    if pool is None or not conv.monotone or not conv.epilogue.pool.is_identity:
         return None
-    return replace(conv, pool=pool, pool_min=conv.multiplier < 0)
+    return conv.fused(pool=pool, pool_min=conv.epilogue.multiplier < 0)
 
 
 def _residual(

@@ -26,11 +26,13 @@ def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
         rule: the step that follows it.
     """
     value = rule.threshold.double()
-    if conv.shift is not None:
-        value = value - conv.shift
-    if conv.slope is not None:
-        value = torch.where((value < 0) & (conv.slope > 0), value / conv.slope, value)
-    dot = (value - conv.bias) / conv.multiplier
+    epilogue = conv.epilogue
+    if epilogue.shift is not None:
+        value = value - epilogue.shift
+    if epilogue.slope is not None:
+        slope = epilogue.slope
+        value = torch.where((value < 0) & (slope > 0), value / slope, value)
+    dot = (value - epilogue.bias) / epilogue.multiplier
     nearest = dot.round()
     geometry = conv.geometry
     # A sum of K values of +-1 has the parity of K; padding drops taps, which may change the parity.
@@ -39,7 +41,7 @@ def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
     reached = (dot - nearest).abs() <= _NEAR * nearest.abs().clamp(min=1)
     reached &= nearest.abs() <= geometry.reduction
     reached &= parity | any_parity
-    return int((reached & ~_power_of_two(conv.multiplier)).sum())
+    return int((reached & ~_power_of_two(epilogue.multiplier)).sum())
 
 
 def _power_of_two(values: Tensor) -> Tensor:

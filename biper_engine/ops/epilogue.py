@@ -11,18 +11,24 @@ gives the same bytes (o is the output channel):
     v = v + shift[o]                                  if there is a shift
     store v, rounded to the stream's dtype            if a float map is returned
     bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    if bits are returned
+
+A step is a field of `Epilogue` and an entry of `VECTORS` or `NUMBERS`. Schemas, checks, files and
+native arguments are made from these, so a new step needs both here, its formula in `reference.py`,
+and kernels. A backend whose `steps` leave it out is not chosen for calls that have it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from biper_engine.geometry import Pool2dGeometry
 
-__all__ = ["Epilogue"]
+__all__ = ["NUMBERS", "SCHEMA", "STEPS", "VECTORS", "Epilogue", "steps_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,11 @@ class Epilogue:
     threshold: Tensor | None = None
     sense: Tensor | None = None
 
+    @property
+    def clamped(self) -> bool:
+        """Whether there is a limit."""
+        return self.clamp_min is not None or self.clamp_max is not None
+
     def values(self) -> dict[str, Any]:
         """Return all parameters by name."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -60,3 +71,47 @@ class Epilogue:
     def tensors(self) -> dict[str, Tensor]:
         """Return the per-channel tensors that are present, by name."""
         return {name: value for name, value in self.values().items() if isinstance(value, Tensor)}
+
+    def steps(self) -> frozenset[str]:
+        """Return the names of the optional parameters that are present."""
+        return steps_of(self.values())
+
+    def rounded(self) -> Epilogue:
+        """Return the epilogue with its floats in float32; conversion folds them in float64."""
+        floats: dict[str, Any] = {
+            n: v.float() for n, v in self.tensors().items() if v.is_floating_point()
+        }
+        return replace(self, **floats)
+
+
+VECTORS = {
+    "multiplier": torch.float32,
+    "bias": torch.float32,
+    "pool_min": torch.bool,
+    "slope": torch.float32,
+    "shift": torch.float32,
+    "threshold": torch.float32,
+    "sense": torch.bool,
+}
+"""The parameters that have one value per channel, and their dtypes."""
+
+NUMBERS = ("clamp_min", "clamp_max")
+"""The parameters that are one number."""
+
+_POSITIONAL = ("multiplier", "bias", "threshold", "sense")
+
+STEPS = (*(name for name in VECTORS if name not in _POSITIONAL), *NUMBERS)
+"""The optional parameters, keyword arguments of the operators."""
+
+SCHEMA = ", ".join(
+    [
+        "int[2] pool_kernel_size=1, int[2] pool_stride=1, int[2] pool_padding=0",
+        *(f"{'float' if name in NUMBERS else 'Tensor'}? {name}=None" for name in STEPS),
+    ]
+)
+"""The keyword arguments of the operators, apart from the residual."""
+
+
+def steps_of(named: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the optional steps among the arguments of a call."""
+    return frozenset(name for name in STEPS if named.get(name) is not None)

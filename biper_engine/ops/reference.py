@@ -16,7 +16,7 @@ from torch import Tensor
 from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import STEPS, Epilogue
 from biper_engine.ops.precision import without_tf32
 from biper_engine.ops.stem import Stem
 
@@ -126,6 +126,7 @@ class ReferenceBackend(Backend):
     """Plain PyTorch, on any device."""
 
     name = "reference"
+    steps = frozenset(STEPS)
 
     def unavailable_reason(self) -> str | None:
         return None

@@ -44,6 +44,17 @@ struct Epilogue {
   float clamp_max;           // +inf where there is none
 };
 
+// The parameters of the epilogue that are a float per channel, by their names in Python.
+struct EpilogueVector {
+  const char* name;
+  const float* Epilogue::* values;
+};
+constexpr EpilogueVector kEpilogueVectors[] = {{"multiplier", &Epilogue::multiplier},
+                                               {"bias", &Epilogue::bias},
+                                               {"slope", &Epilogue::slope},
+                                               {"shift", &Epilogue::shift},
+                                               {"threshold", &Epilogue::threshold}};
+
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
 struct Border {
   int32_t first, last;

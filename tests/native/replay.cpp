@@ -190,11 +190,11 @@ void run_fused(const int64_t* v, Operands& operands, const Variant& variant) {
   const ConvGeometry geometry = geometry_of(v);
   Memory prepacked = prepacked_of(geometry, operands.span<const uint32_t>(0), variant);
   EpilogueSpans epilogue;
-  epilogue.multiplier = operands.span<const float>(2);
-  epilogue.bias = operands.span<const float>(3);
-  epilogue.slope = operands.span<const float>(4);
-  epilogue.shift = operands.span<const float>(5);
-  epilogue.threshold = operands.span<const float>(6);
+  epilogue[&Epilogue::multiplier] = operands.span<const float>(2);
+  epilogue[&Epilogue::bias] = operands.span<const float>(3);
+  epilogue[&Epilogue::slope] = operands.span<const float>(4);
+  epilogue[&Epilogue::shift] = operands.span<const float>(5);
+  epilogue[&Epilogue::threshold] = operands.span<const float>(6);
   epilogue.sense = operands.span<const uint8_t>(7);
   epilogue.pool_min = operands.span<const uint8_t>(8);
   const float* limits = operands.span<const float>(9).data;
