@@ -261,7 +261,7 @@ def _activation(
 
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
     pool = max_pool_geometry(user)
-    if pool is None or not conv.monotone or not conv.epilogue.pool.is_identity:
+    if pool is None or not conv.epilogue.monotone or not conv.epilogue.pool.is_identity:
         return None
     return conv.fused(pool=pool, pool_min=conv.epilogue.multiplier < 0)
 

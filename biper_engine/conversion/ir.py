@@ -104,12 +104,6 @@ class BinaryConv:
         """Whether an activation is fused; no scale or residual can be fused after it."""
         return bool(self.epilogue.steps() - {"pool_min"})
 
-    @property
-    def monotone(self) -> bool:
-        """Whether the value is monotone in the accumulator, per channel, with nothing added."""
-        slope = self.epilogue.slope
-        return slope is None or bool((slope >= 0).all())
-
 
 def float64(values: Tensor | float, channels: int) -> Tensor:
     """Return a scalar or a tensor with `channels` values as a float64 vector per channel."""

@@ -23,7 +23,16 @@ from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.stem import Stem
 
-__all__ = ["PREFERENCE", "Backend", "BackendInfo", "backends", "by_name", "select", "use_backend"]
+__all__ = [
+    "PREFERENCE",
+    "Backend",
+    "BackendInfo",
+    "backends",
+    "by_name",
+    "refusal",
+    "select",
+    "use_backend",
+]
 
 _VARIABLE = Variable("BIPER_BACKEND")
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
@@ -218,13 +227,14 @@ def forced_name() -> str | None:
     return _forced.get() or _VARIABLE.get()
 
 
-def _refusal(
+def refusal(
     backend: Backend,
     op: str,
     geometry: Conv2dGeometry | None,
     device: torch.device,
     steps: frozenset[str],
 ) -> str | None:
+    """Return why a backend cannot run a call, or None; the arguments are those of `select`."""
     missing = sorted(steps - backend.steps)
     if missing:
         return f"its epilogue has no {' and no '.join(missing)} yet"
@@ -251,7 +261,7 @@ def select(
     forced = forced_name()
     if forced is not None:
         backend = by_name(forced)
-        reason = _refusal(backend, op, geometry, device, steps)
+        reason = refusal(backend, op, geometry, device, steps)
         if reason is not None:
             raise BackendUnavailableError(f"Backend {forced!r} cannot run {op}: {reason}.")
         return backend
@@ -264,7 +274,7 @@ def select(
         reason = _unavailable_reason(name)
         if reason is None:
             backend = _REGISTERED[name]
-            reason = _refusal(backend, op, geometry, device, steps)
+            reason = refusal(backend, op, geometry, device, steps)
             if reason is None:
                 return backend
         refusals.append(f"{name}: {reason}")

@@ -42,7 +42,7 @@ class Epilogue:
         pool_min: bool [O]; the pool takes the minimum if True. None means never.
         clamp_min: lower limit, or None.
         clamp_max: upper limit, or None.
-        slope: float32 [O], factor of negative values, or None. Excludes the clamp.
+        slope: float32 [O], factor of negative values, or None for 1. Excludes the clamp.
         shift: float32 [O], added last, or None.
         threshold: float32 [O], required if bits are returned.
         sense: bool [O], True if the bit is `v <= threshold`; required if bits are returned.
@@ -63,6 +63,34 @@ class Epilogue:
     def clamped(self) -> bool:
         """Whether there is a limit."""
         return self.clamp_min is not None or self.clamp_max is not None
+
+    @property
+    def monotone(self) -> bool:
+        """Whether the value, without a residual, is monotone in the accumulator of each channel."""
+        return all(bool((factor >= 0).all()) for factor in self._factors() if factor is not None)
+
+    def largest_factor(self) -> Tensor:
+        """Return how many times larger than before the steps after the sum make a value, [O]."""
+        largest = torch.ones_like(self.multiplier)
+        for factor in self._factors():
+            largest = largest if factor is None else torch.maximum(largest, factor.abs())
+        return largest
+
+    def accumulator_at(self, value: Tensor) -> Tensor:
+        """Return the accumulator, as a real number [O], that gives a value if there is no residual.
+
+        It is wrong where the clamp or a factor of 0 leaves no or several such accumulators.
+        """
+        if self.shift is not None:
+            value = value - self.shift
+        for factor, side in zip(self._factors(), (value < 0, value >= 0), strict=True):
+            if factor is not None:
+                value = torch.where(side & (factor > 0), value / factor, value)
+        return (value - self.bias) / self.multiplier
+
+    def _factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the factors of negative values and of the others."""
+        return self.slope, None
 
     def values(self) -> dict[str, Any]:
         """Return all parameters by name."""
