@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import BinaryConv
+from biper_engine.conversion.piecewise import two_slopes
 from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
 from biper_engine.graph.patterns import (
     clamp_limits,
@@ -71,14 +72,19 @@ def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Absorb the only user of a binary convolution; return the new node, or None if it has none."""
     user = only_user(node)
     flattened = user if user is not None and _flattens(user) else None
-    if flattened is not None:
-        user = only_user(flattened)
-    if user is None or user.op != "call_function":
-        return None
     value = flattened or node
+    user = only_user(value)
     conv: BinaryConv = node.meta["conv"]
     residual = node.args[1] if len(node.args) > 1 else None
+    if user is None:
+        return _two_slopes(graph_module, node, flattened, conv, residual)
+    if user.op != "call_function":
+        return None
     fused = _affine(graph_module, user, value, node)
+    if fused is None:
+        sloped = _two_slopes(graph_module, node, flattened, conv, residual)
+        if sloped is not None:
+            return sloped
     fused = fused or _activation(graph_module, user, value, conv)
     if fused is None and flattened is None:
         fused = _pool(user, conv) if residual is None else None
@@ -250,13 +256,40 @@ def _activation(
             clamp_min=None if low == -math.inf else low,
             clamp_max=None if high == math.inf else high,
         )
-    channels = conv.geometry.out_channels
-    if is_call(user, aten.leaky_relu.default):
-        return conv.fused(slope=ir.float64(arguments(user)["negative_slope"], channels))
-    if is_call(user, aten._prelu_kernel.default):
-        slope = constant(graph_module, user.args[1])
-        return None if slope is None else conv.fused(slope=ir.float64(slope, channels))
     return None
+
+
+def _two_slopes(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    flattened: fx.Node | None,
+    conv: BinaryConv,
+    residual: Any,
+) -> fx.Node | None:
+    """Absorb a function with two slopes that several operators compute."""
+    channels = conv.geometry.out_channels
+
+    def constant_of(value: Any, user: fx.Node) -> Tensor | None:
+        if is_call(user, aten._prelu_kernel.default):  # its weight has one dimension
+            held = constant(graph_module, value)
+            return None if held is None else ir.float64(held, channels)
+        return _per_channel(value, graph_module, user, channels)
+
+    if conv.activated:
+        return None
+    function = two_slopes(flattened or node, channels, constant_of)
+    if function is None:
+        return None
+    *inner, last = function.nodes
+    gain = None if bool((function.gain == 1).all()) else function.gain
+    if gain is None and bool((function.slope == 0).all()):
+        fused = conv.fused(clamp_min=0.0)
+    else:
+        fused = conv.fused(slope=function.slope, gain=gain)
+    for dead in reversed(inner):
+        dead.replace_all_uses_with(flattened or node)
+        graph_module.graph.erase_node(dead)
+    return _replace(graph_module, node, flattened, last, fused, residual)
 
 
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:

@@ -7,7 +7,7 @@ gives the same bytes (o is the output channel):
     v = fma(multiplier[o], float(dot), bias[o])
     v = v + residual                                  if there is a residual
     v = clamp(v, clamp_min, clamp_max)                (v < lo ? lo : v, then v > hi ? hi : v)
-      or v < 0 ? v * slope[o] : v                     if there is a slope
+    v = v < 0 ? v * slope[o] : v * gain[o]            if there are such factors
     v = v + shift[o]                                  if there is a shift
     store v, rounded to the stream's dtype            if a float map is returned
     bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    if bits are returned
@@ -43,6 +43,7 @@ class Epilogue:
         clamp_min: lower limit, or None.
         clamp_max: upper limit, or None.
         slope: float32 [O], factor of negative values, or None for 1. Excludes the clamp.
+        gain: float32 [O], factor of the other values, or None for 1.
         shift: float32 [O], added last, or None.
         threshold: float32 [O], required if bits are returned.
         sense: bool [O], True if the bit is `v <= threshold`; required if bits are returned.
@@ -55,6 +56,7 @@ class Epilogue:
     clamp_min: float | None = None
     clamp_max: float | None = None
     slope: Tensor | None = None
+    gain: Tensor | None = None
     shift: Tensor | None = None
     threshold: Tensor | None = None
     sense: Tensor | None = None
@@ -90,7 +92,7 @@ class Epilogue:
 
     def _factors(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the factors of negative values and of the others."""
-        return self.slope, None
+        return self.slope, self.gain
 
     def values(self) -> dict[str, Any]:
         """Return all parameters by name."""
@@ -117,6 +119,7 @@ VECTORS = {
     "bias": torch.float32,
     "pool_min": torch.bool,
     "slope": torch.float32,
+    "gain": torch.float32,
     "shift": torch.float32,
     "threshold": torch.float32,
     "sense": torch.bool,

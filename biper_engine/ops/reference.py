@@ -115,8 +115,11 @@ def apply_epilogue(dot: Tensor, epilogue: Epilogue, residual: Tensor | None) -> 
     if residual is not None:
         v = v + residual.float()
     v = _clamp(v, epilogue.clamp_min, epilogue.clamp_max)
-    if epilogue.slope is not None:
-        v = torch.where(v < 0, v * _per_channel(epilogue.slope), v)
+    negative, positive = (
+        v if factor is None else v * _per_channel(factor)
+        for factor in (epilogue.slope, epilogue.gain)
+    )
+    v = torch.where(v < 0, negative, positive)
     if epilogue.shift is not None:
         v = v + _per_channel(epilogue.shift)
     return v

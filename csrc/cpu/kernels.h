@@ -36,6 +36,7 @@ struct Epilogue {
   const float* multiplier;
   const float* bias;
   const float* slope;
+  const float* gain;
   const float* shift;
   const float* threshold;
   const uint32_t* sense;     // a bit per channel: the bit is v <= threshold; null: v >= threshold
@@ -49,11 +50,10 @@ struct EpilogueVector {
   const char* name;
   const float* Epilogue::* values;
 };
-constexpr EpilogueVector kEpilogueVectors[] = {{"multiplier", &Epilogue::multiplier},
-                                               {"bias", &Epilogue::bias},
-                                               {"slope", &Epilogue::slope},
-                                               {"shift", &Epilogue::shift},
-                                               {"threshold", &Epilogue::threshold}};
+constexpr EpilogueVector kEpilogueVectors[] = {
+    {"multiplier", &Epilogue::multiplier}, {"bias", &Epilogue::bias},
+    {"slope", &Epilogue::slope},           {"gain", &Epilogue::gain},
+    {"shift", &Epilogue::shift},           {"threshold", &Epilogue::threshold}};
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
 struct Border {

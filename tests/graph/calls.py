@@ -334,4 +334,5 @@ CALLS: Calls = [
     ("biper.bconv2d_float", {**FUSED, "dtype": torch.bfloat16, "stride": [2, 1]}),
     ("biper.bconv2d_bits", {**FUSED, **OUTGOING, "pool_kernel_size": [2, 2]}),
     ("biper.bconv2d_float_bits", {**FUSED, **OUTGOING, "slope": CHANNEL, "shift": CHANNEL}),
+    ("biper.bconv2d_float_bits", {**FUSED, **OUTGOING, "gain": CHANNEL, "clamp_min": -1.0}),
 ]  # fmt: skip

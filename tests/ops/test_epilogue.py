@@ -72,7 +72,7 @@ def expected_values(
             v = np.float32(epilogue.clamp_min)
         if epilogue.clamp_max is not None and v > np.float32(epilogue.clamp_max):
             v = np.float32(epilogue.clamp_max)
-        factor = epilogue.slope if v < 0 else None
+        factor = epilogue.slope if v < 0 else epilogue.gain
         if factor is not None:
             v = v * np.float32(factor[o].item())
         if epilogue.shift is not None:
