@@ -20,6 +20,7 @@ from biper_engine.conversion.lower import lower
 from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.products import find_product
 from biper_engine.conversion.recognize import recognize
+from biper_engine.conversion.recurrent import make_recurrent_layers_portable
 from biper_engine.conversion.simplify import simplify
 from biper_engine.conversion.ties import tied_channels
 from biper_engine.graph.reading import constant, is_call
@@ -78,6 +79,7 @@ def build(
     fuse(graph_module)
     rows = _with_ties(rows, graph_module)
     lowered = lower(graph_module, compute_dtype)
+    make_recurrent_layers_portable(lowered)
     return Built(
         before,
         float_graph,

@@ -9,11 +9,10 @@ import torch
 
 from biper_engine.graph.arguments import BOOL, FALSE, TENSOR, TENSORS, integer, number
 from biper_engine.graph.operator import Operator
-from biper_engine.graph.values import Value, require, same_dtype
+from biper_engine.graph.values import FLOATS, Value, require, same_dtype
 
 __all__ = ["OPERATORS"]
 
-_DTYPES = (torch.float32, torch.float64)
 _MOST_LAYERS = 64
 
 
@@ -28,7 +27,7 @@ def _lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Value, ...]:
-    same_dtype(_DTYPES, input=input, **{f"part {at}": x for at, x in enumerate((*hx, *params))})
+    same_dtype(FLOATS, input=input, **{f"part {at}": x for at, x in enumerate((*hx, *params))})
     require(input.rank == 3 and len(hx) == 2, f"`input` is {input}, `hx` has {len(hx)} tensors")
     batch, steps = input.shape[:2] if batch_first else input.shape[1::-1]
     for size in (batch, steps, input.shape[2]):
