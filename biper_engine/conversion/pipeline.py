@@ -43,6 +43,7 @@ class Built:
         examples: the flat inputs of the trace.
         in_spec: pytree structure of `(args, kwargs)`.
         out_spec: pytree structure of the result.
+        dropped_checks: the model's checks of values that only raise, which the engine lacks.
     """
 
     captured: fx.GraphModule
@@ -52,6 +53,7 @@ class Built:
     examples: tuple[Tensor, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    dropped_checks: tuple[str, ...] = ()
 
 
 @plain_modes()
@@ -88,6 +90,7 @@ def build(
         captured.examples,
         captured.in_spec,
         captured.out_spec,
+        captured.dropped_checks,
     )
 
 
