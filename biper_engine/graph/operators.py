@@ -14,6 +14,7 @@ from biper_engine.graph import (
     convolutions,
     creation,
     indexing,
+    matrices,
     moves,
     pads,
     pools,
@@ -26,6 +27,7 @@ __all__ = ["OPERATORS", "numbers_of", "operator_for", "operator_of"]
 
 OPERATORS: dict[str, Operator] = table(
     binary.OPERATORS,
+    matrices.OPERATORS,
     convolutions.OPERATORS,
     products.OPERATORS,
     pools.OPERATORS,
