@@ -123,6 +123,9 @@ class _Lowering:
                 return str(user.meta["layer"])
             if is_call(user, ir.binary_max_pool):
                 return self._owner(user)
+            if "product" in user.meta:
+                side = "left" if user.args[0] is node else "right"
+                return f"{user.meta['layer']}.{side}"
         return str(node.name)
 
     def _step(self, rule: StepRule, owner: str) -> tuple[fx.Node | None, fx.Node | None]:
@@ -205,7 +208,7 @@ class _Lowering:
     # -- names and tensors ------------------------------------------------------------------------
 
     def _keep(self, new: fx.Node, old: fx.Node) -> fx.Node:
-        new.meta |= {key: old.meta[key] for key in ("source", "layer") if key in old.meta}
+        new.meta |= {key: old.meta[key] for key in ("source", "layer", "product") if key in old.meta}
         return new
 
     def _named(
