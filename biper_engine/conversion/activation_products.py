@@ -63,12 +63,12 @@ class FactorValue:
 
     @property
     def scale(self) -> float:
-        """s of the values s * element + m."""
+        """S of the values s * element + m."""
         return (self.rule.high - self.rule.low) / (1 - self.low)
 
     @property
     def middle(self) -> float:
-        """m of the values s * element + m."""
+        """M of the values s * element + m."""
         return 0.0 if self.low == 0 else (self.rule.high + self.rule.low) / 2
 
 
@@ -280,9 +280,7 @@ def _emit(
     substitute(node, call(graph, node, aten.reshape.default, matrices, flat, like=node))
 
 
-def _bits(
-    graph_module: fx.GraphModule, before: fx.Node, factor: _Factor, groups: int
-) -> fx.Node:
+def _bits(graph_module: fx.GraphModule, before: fx.Node, factor: _Factor, groups: int) -> fx.Node:
     """Insert the calls that make the packed map of a factor."""
     rule = factor.held.rule
     tokens = _tokens(factor) if groups > 1 else None
@@ -308,7 +306,6 @@ def _bits(
             return user
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.call_function(ir.binarize, (source,))
-    n, channels, height, width = shape(source)
     node.meta = {"rule": rule, "val": source.meta["val"].permute(0, 2, 3, 1)}
     return node
 

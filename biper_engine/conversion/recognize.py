@@ -34,11 +34,12 @@ from biper_engine.graph.patterns import conv2d_geometry
 from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
 from biper_engine.report import LayerReport
 
-__all__ = ["recognize"]
+__all__ = ["KEPT", "recognize"]
 
 aten = torch.ops.aten
 
 
+KEPT = "kept by `keep_float`"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -79,7 +80,7 @@ def _layer(
     )
     path = row.name.partition("#")[0]  # numbered if a module is called again
     if any(fnmatchcase(path, pattern) or fnmatchcase(row.name, pattern) for pattern in keep_float):
-        return replace(row, reason="kept by `keep_float`", by_choice=True)
+        return replace(row, reason=KEPT, by_choice=True)
     half = [held.dtype for _, held in found if held is not None and held.dtype in _HALF]
     if half:
         name = str(half[0]).removeprefix("torch.")
