@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.piecewise import two_slopes
+from biper_engine.conversion.weights import analyse_weight
 from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
 from biper_engine.graph.patterns import (
     clamp_limits,
@@ -400,5 +401,7 @@ def _fold_in_front(graph_module: fx.GraphModule, norm: fx.Node, layer: fx.Node) 
     if held is None:
         return
     weight, bias = held
+    if not isinstance(analyse_weight(weight), str):
+        return  # weights of two values are worth more than one operator less
     scale, offset = batch_norm_affine(graph_module, norm)
     _rewrite_layer(graph_module, layer, norm.args[0], weight * scale, bias + weight @ offset, layer)

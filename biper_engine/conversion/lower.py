@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from biper_engine import bits as contract
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import BinaryConv, StepRule
-from biper_engine.graph.reading import constant, is_call
+from biper_engine.graph.reading import biper_op, constant, is_call
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.functional import epilogue_options, geometry_options
 
@@ -92,9 +92,10 @@ class _Lowering:
 
         def convert(value: Any, name: str) -> Any:
             if isinstance(value, fx.Node):
-                return self._operand(
-                    value, f"{owner}.{name}" if layer else f"constants.{node.name}_{name}"
-                )
+                path = f"{owner}.{name}" if layer else f"constants.{node.name}_{name}"
+                held = constant(self._old, value) if biper_op(node) is not None else None
+                # Our operators take float32 parameters, whatever the dtype of maps.
+                return self._operand(value, path) if held is None else self._hold(path, held)
             if isinstance(value, (list, tuple)):
                 return [convert(item, f"{name}{index}") for index, item in enumerate(value)]
             exact = node.meta.get("exact", False)  # integers, which half precision may not hold
@@ -123,6 +124,9 @@ class _Lowering:
                 return str(user.meta["layer"])
             if is_call(user, ir.binary_max_pool):
                 return self._owner(user)
+            if "product" in user.meta:
+                side = "left" if user.args[0] is node else "right"
+                return f"{user.meta['layer']}.{side}"
         return str(node.name)
 
     def _step(self, rule: StepRule, owner: str) -> tuple[fx.Node | None, fx.Node | None]:
@@ -196,7 +200,9 @@ class _Lowering:
     # -- names and tensors ------------------------------------------------------------------------
 
     def _keep(self, new: fx.Node, old: fx.Node) -> fx.Node:
-        new.meta |= {key: old.meta[key] for key in ("source", "layer") if key in old.meta}
+        new.meta |= {
+            key: old.meta[key] for key in ("source", "layer", "product") if key in old.meta
+        }
         return new
 
     def _named(

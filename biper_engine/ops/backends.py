@@ -21,6 +21,8 @@ from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.matrix import MatrixScale, MatrixShape
+from biper_engine.ops.matrix_reference import unpack_weight
 from biper_engine.ops.stem import Stem
 
 __all__ = [
@@ -141,6 +143,36 @@ class Backend(ABC):
     def pooled_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply a linear layer to the mean of a float map over its pixels."""
         raise NotImplementedError(f"The {self.name} backend has no fused classifier.")
+
+    def bmatmul(self, a: Tensor, b: Tensor, shape: MatrixShape) -> Tensor:
+        """Integer sums of a product of two packed maps, [N, V, H * groups, W] channels_last.
+
+        A backend that does not override this and the next two does not support the operators.
+        """
+        raise NotImplementedError(f"The {self.name} backend has no products of matrices.")
+
+    def bmatmul_float(
+        self, a: Tensor, b: Tensor, shape: MatrixShape, scale: MatrixScale, dtype: torch.dtype
+    ) -> Tensor:
+        """Multiply two packed maps and scale the sums."""
+        raise NotImplementedError(f"The {self.name} backend has no products of matrices.")
+
+    def weight_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        multiplier: Tensor,
+        bias: Tensor | None,
+        offset: Tensor | None,
+    ) -> Tensor:
+        """Multiply real rows with binary weights."""
+        raise NotImplementedError(f"The {self.name} backend has no products of matrices.")
+
+    def unpack_weight(
+        self, weight: Tensor, low: Tensor, high: Tensor, channels: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Unpack weights into two values for each output channel."""
+        return unpack_weight(weight, low, high, channels, dtype)
 
     def bind_pooled_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return `pooled_linear` with fixed parameters, a function of the map."""

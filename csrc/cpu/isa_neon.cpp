@@ -24,6 +24,10 @@ struct Neon {
   using Word = uint32x4_t;
   using Weights = Lanes;
   using Float = float32x4_t;
+  using Signs = uint32x4_t;
+  struct Table {
+    uint8x16_t low, high;
+  };
 
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
@@ -37,6 +41,9 @@ struct Neon {
   static constexpr int kFloatPixels = 6;
   static constexpr int kFloatTiles = 4;  // 7 sums each
   static constexpr bool kSumsFitFloats = false;
+  static constexpr int kSignVectors = 4;
+  static constexpr int kSignRows = 2;
+  static constexpr int kTableFloats = 8;  // the signed sums of two inputs, and of two
   static constexpr int kPeakSums = 4;
 
   BIPER_INLINE Sum zero() {
@@ -72,6 +79,27 @@ struct Neon {
     asm volatile(""
                  : "+w"(value.quarter[0]), "+w"(value.quarter[1]), "+w"(value.quarter[2]),
                    "+w"(value.quarter[3]));
+  }
+
+  BIPER_INLINE Signs load_signs(const uint32_t* from) { return vld1q_u32(from); }
+  BIPER_INLINE Signs next_signs(Signs signs) { return vshrq_n_u32(signs, 4); }
+  BIPER_INLINE Table load_table(const float* from) {
+    return {vreinterpretq_u8_f32(vld1q_f32(from)), vreinterpretq_u8_f32(vld1q_f32(from + 4))};
+  }
+  // The bytes of the float that the lowest two bits of a lane name.
+  BIPER_INLINE Float look_up_pair(uint8x16_t pair, Signs signs) {
+    const uint32x4_t number = vandq_u32(signs, vdupq_n_u32(3));
+    const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100u), number, vdupq_n_u32(0x04040404u));
+    return vreinterpretq_f32_u8(vqtbl1q_u8(pair, vreinterpretq_u8_u32(bytes)));
+  }
+  BIPER_INLINE Float look_up(const Table& table, Signs signs) {
+    return vaddq_f32(look_up_pair(table.low, signs),
+                     look_up_pair(table.high, vshrq_n_u32(signs, 2)));
+  }
+  BIPER_INLINE void make_table(const float* x, float* table) {
+    for (int pair = 0; pair < 2; ++pair, x += 2, table += 4) {
+      for (int i = 0; i < 4; ++i) table[i] = (i & 1 ? x[0] : -x[0]) + (i & 2 ? x[1] : -x[1]);
+    }
   }
 
   BIPER_INLINE Float broadcast(float x) { return vdupq_n_f32(x); }

@@ -51,8 +51,11 @@ def x(*shape: Size, dtype: torch.dtype = F32, high: int = 2) -> Flowing:
 MAP, ROW, SEQUENCE, VOLUME = x(N, 4, 6, 8), x(N, 6), x(N, 4, 6), x(N, 4, 4, 5, 6)
 MASK, COUNTS = x(N, 4, 6, 8, dtype=BOOL), x(N, 3, dtype=I64, high=9)
 BITS = Flowing((N, 6, 8, 2), torch.int32, channels=40)
+OTHER_BITS = Flowing((N, 6, 5, 2), torch.int32, channels=40)
 CHANNEL, SENSE = torch.rand(8), torch.rand(8) > 0.5
 WORDS = pack_weight(torch.rand(8, 40, 3, 3) > 0.5)
+VECTORS = ("multiplier", "bias", "offset")
+SIGNS = pack_weight(torch.rand(8, 40, 1, 1) > 0.5)[:, 0, 0]
 CONV: dict[str, Any] = {"bits": BITS, "weight": WORDS, "in_channels": 40, "padding": [1, 1, 1, 1]}
 FUSED: dict[str, Any] = {**CONV, "multiplier": CHANNEL, "bias": CHANNEL}
 OUTGOING: dict[str, Any] = {"threshold": CHANNEL, "sense": SENSE}
@@ -438,6 +441,24 @@ CALLS: Calls = [
     ("biper.unbinarize", {"bits": BITS, "channels": 40, "dtype": torch.float16}),
     ("biper.bmaxpool2d", {"bits": BITS, "channels": 40, "kernel_size": [2, 2], "stride": [2, 2]}),
     ("biper.bconv2d", CONV),
+    ("biper.bmatmul", {"a": BITS, "b": OTHER_BITS, "channels": 40, "groups": 4}),
+    ("biper.bmatmul_float", {"a": BITS, "b": OTHER_BITS, "channels": 40, "low_a": 0}),
+    (
+        "biper.bmatmul_float",
+        {
+            **{"a": BITS, "b": BITS, "channels": 40, "low_b": 0, "dtype": torch.float16},
+            **{"multiplier": 0.5, "row_multiplier": 2, "column_multiplier": -1.0, "bias": 3.0},
+        },
+    ),
+    ("biper.weight_linear", {"x": x(N, 3, 40), "weight": SIGNS, "multiplier": CHANNEL}),
+    (
+        "biper.weight_linear",
+        {"x": x(N, 40), "weight": SIGNS, **dict.fromkeys(VECTORS, CHANNEL)},
+    ),
+    (
+        "biper.unpack_weight",
+        {"weight": WORDS, "low": CHANNEL, "high": CHANNEL, "channels": 40, "dtype": torch.bfloat16},
+    ),
     ("biper.bconv2d_float", {**FUSED, "residual": x(N, 8, 6, 8), "clamp_min": -1.0}),
     ("biper.bconv2d_float", {**FUSED, "dtype": torch.bfloat16, "stride": [2, 1]}),
     ("biper.bconv2d_bits", {**FUSED, **OUTGOING, "pool_kernel_size": [2, 2]}),
