@@ -207,7 +207,7 @@ def _batched_linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """`x @ w` of a non-contiguous 3-d x is captured as a product with w repeated per sample."""
     matrix = parent(node, 1)
     wanted = shape(matrix)[1:]
-    while is_call(matrix, aten.expand.default, aten.view.default, aten._unsafe_view.default):
+    while is_call(matrix, aten.expand.default, aten.reshape.default):
         matrix = parent(matrix)
     weight = constant(graph_module, matrix)
     if weight is None or tuple(weight.shape[-2:]) != wanted or weight.numel() != math.prod(wanted):

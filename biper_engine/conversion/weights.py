@@ -54,10 +54,14 @@ class BinaryWeight:
         """Number of terms, each a binary convolution."""
         return 1 if self.second is None else 2
 
+    def all_terms(self) -> list[WeightTerm]:
+        """Return the terms, the first one first."""
+        first = WeightTerm(self.positive, self.scale)
+        return [first] if self.second is None else [first, self.second]
+
     def weight(self) -> Tensor:
         """Return the weight in float64."""
-        first = WeightTerm(self.positive, self.scale).weight()
-        return first if self.second is None else first + self.second.weight()
+        return sum((term.weight() for term in self.all_terms()[1:]), self.all_terms()[0].weight())
 
     def reshaped(self, shape: Sequence[int]) -> BinaryWeight:
         """Return the same weight in another shape, output channels first."""
