@@ -25,10 +25,11 @@ from biper_engine.conversion.costs import slower_on_bits
 from biper_engine.conversion.operands import Operand, Operands, peel_padding
 from biper_engine.conversion.packing import Layer
 from biper_engine.conversion.products import Factor, Product, find_product
+from biper_engine.conversion.transposed import TransposedAxis, interleaved
 from biper_engine.conversion.weights import BinaryWeight, analyse_weight
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.editing import call, substitute
-from biper_engine.graph.patterns import conv2d_geometry
+from biper_engine.graph.patterns import conv2d_geometry, pair
 from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
 from biper_engine.report import LayerReport
 
@@ -127,7 +128,7 @@ def _factor(
     held = constant(graph_module, x)
     if held is not None:
         return analyse_weight(factor.by_output(held)), held
-    if product.kind == "conv2d" and factor is product.factors[0]:
+    if product.kind in ("conv1d", "conv2d") and factor is product.factors[0]:
         _, x = peel_padding(x)
     return operands.find(x, factor.axis), None
 
@@ -181,8 +182,12 @@ def _pack(
 ) -> None:
     """Replace a layer by binary convolutions."""
     layer = Layer(graph_module, node, operand, operand.bits(graph_module, node))
-    bias = constant(graph_module, arguments(node)["bias"])
-    result = layer.convolved(geometry, split, bias)
+    named = arguments(node)
+    bias = constant(graph_module, named["bias"])
+    if named.get("transposed"):
+        result = interleaved(layer, _transposed_axes(node), split, geometry.groups, bias)
+    else:
+        result = layer.convolved(geometry, split, bias)
     if is_call(node, aten.linear.default):
         result = call(
             graph_module.graph, node, aten.reshape.default, result, _linear_shape(node), like=node
@@ -191,6 +196,19 @@ def _pack(
         result.meta["source"] = node.meta.get("source", node.name)
     result.meta["val"] = node.meta["val"]
     substitute(node, result)
+
+
+def _transposed_axes(node: fx.Node) -> tuple[TransposedAxis, TransposedAxis]:
+    named = arguments(node)
+    names = ("stride", "padding", "dilation")
+    sizes = shape(parent(node))[2:], shape(node)[2:], shape(named["weight"])[2:]
+    vertical, horizontal = (
+        TransposedAxis(
+            *(int(size[axis]) for size in sizes), *(pair(named[name])[axis] for name in names)
+        )
+        for axis in (0, 1)
+    )
+    return vertical, horizontal
 
 
 def _linear_shape(node: fx.Node) -> list[int]:
@@ -203,6 +221,15 @@ def _geometry(node: fx.Node, kind: str, positive: Tensor) -> Conv2dGeometry:
         kernel = (int(positive.shape[2]), int(positive.shape[3])) if positive.dim() == 4 else (1, 1)
         return Conv2dGeometry(
             in_channels=positive.shape[1], out_channels=positive.shape[0], kernel_size=kernel
+        )
+    if kind.startswith("conv_transpose"):  # for its channels and taps only
+        outputs, group_channels, *taps = positive.shape
+        groups = arguments(node)["groups"]
+        return Conv2dGeometry(
+            in_channels=group_channels * groups,
+            out_channels=outputs,
+            kernel_size=(taps[0], taps[1]),
+            groups=groups,
         )
     geometry = conv2d_geometry(node, positive)
     (top, bottom, left, right), _ = peel_padding(parent(node))

@@ -63,6 +63,14 @@ class BinaryWeight:
         """Return the weight in float64."""
         return sum((term.weight() for term in self.all_terms()[1:]), self.all_terms()[0].weight())
 
+    def part(self, rows: Sequence[int], columns: Sequence[int]) -> BinaryWeight:
+        """Return the weight of some taps of [O, C, KH, KW], in their order."""
+        taps = (slice(None), slice(None), torch.tensor(rows)[:, None], torch.tensor(columns))
+        second = self.second
+        if second is not None:
+            second = replace(second, positive=second.positive[taps])
+        return replace(self, positive=self.positive[taps], second=second)
+
     def reshaped(self, shape: Sequence[int]) -> BinaryWeight:
         """Return the same weight in another shape, output channels first."""
         second = self.second

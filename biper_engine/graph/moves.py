@@ -386,6 +386,18 @@ _MOVED = [
     _operator(
         "repeat", _aten.repeat.default, {"self": TENSOR, "repeats": SHAPE}, _repeat, _repeat_rows
     ),
+    _operator(
+        "diagonal",
+        _aten.diagonal.default,
+        {"self": TENSOR, "offset": _OFFSET, "dim1": DIM, "dim2": DIM},
+        _diagonal,
+    ),
+    _operator(
+        "unfold",
+        _aten.unfold.default,
+        {"self": TENSOR, "dimension": DIM, "size": COUNT, "step": COUNT},
+        _unfold,
+    ),
 ]
 
 _SPLIT = [
@@ -426,12 +438,6 @@ OPERATORS: list[Operator] = [
         _split,
         rows.over_dims,
     ),
-    _operator(
-        "diagonal",
-        _aten.diagonal.default,
-        {"self": TENSOR, "offset": _OFFSET, "dim1": DIM, "dim2": DIM},
-        _diagonal,
-    ),
     *[
         _operator(
             name,
@@ -442,12 +448,6 @@ OPERATORS: list[Operator] = [
         )
         for name in ("tril", "triu")
     ],
-    _operator(
-        "unfold",
-        _aten.unfold.default,
-        {"self": TENSOR, "dimension": DIM, "size": COUNT, "step": COUNT},
-        _unfold,
-    ),
     _operator(
         "slice_scatter",
         _aten.slice_scatter.default,
