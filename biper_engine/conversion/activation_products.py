@@ -21,10 +21,10 @@ from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import StepRule
-from biper_engine.conversion.operands import binary_value
+from biper_engine.conversion.operands import Operands
 from biper_engine.conversion.products import Product
 from biper_engine.conversion.ranges import is_move
-from biper_engine.conversion.values import Step, find_step, is_float
+from biper_engine.conversion.values import Steps, find_steps, is_float
 from biper_engine.geometry import MAX_REDUCTION
 from biper_engine.graph.editing import call, repeat_call, substitute
 from biper_engine.graph.reading import is_call, parent, shape
@@ -108,8 +108,15 @@ class _Factor:
     moves: tuple[fx.Node, ...]  # what is done to the source, the last move first
 
 
-def pack_activation_product(graph_module: fx.GraphModule, product: Product) -> str | None:
+def pack_activation_product(
+    graph_module: fx.GraphModule, product: Product, operands: Operands
+) -> str | None:
     """Replace a batched product of two binary activations by one on bits, in place.
+
+    Args:
+        graph_module: the graph.
+        product: the product.
+        operands: finds its factors.
 
     Returns:
         None, or the reason why the product stays in floating point, as a clause.
@@ -122,7 +129,7 @@ def pack_activation_product(graph_module: fx.GraphModule, product: Product) -> s
     factors = []
     for x, summed, name in zip(node.args[:2], (-1, -2), ("left", "right"), strict=True):
         assert isinstance(x, fx.Node)
-        factor = _factor(graph_module, x, summed)
+        factor = _factor(graph_module, operands, x, summed)
         if isinstance(factor, str):
             return f"its {name} factor {factor}"
         factors.append(factor)
@@ -147,7 +154,9 @@ def _sizes(node: fx.Node, position: int) -> tuple[Any, ...]:
 # -- factors --------------------------------------------------------------------------------------
 
 
-def _factor(graph_module: fx.GraphModule, x: fx.Node, summed: int) -> _Factor | str:
+def _factor(
+    graph_module: fx.GraphModule, operands: Operands, x: fx.Node, summed: int
+) -> _Factor | str:
     """Find the float map of which a factor is a step."""
     x = _before_merging(x)
     axis = len(shape(x)) + summed
@@ -155,17 +164,20 @@ def _factor(graph_module: fx.GraphModule, x: fx.Node, summed: int) -> _Factor | 
     while is_move(root):
         moves.append(root)
         root = parent(root)
-    step = _uniform_step(graph_module, root) if moves else find_step(graph_module, x, axis)
-    if isinstance(step, Step) and is_float(step.source):
-        rule = step.rule.resized(int(shape(x)[axis])) if moves else step.rule
+    step = _uniform_step(graph_module, root) if moves else find_steps(graph_module, x, axis)
+    if isinstance(step, Steps) and len(step.rules) == 1 and is_float(step.source):
+        (rule,) = step.rules
+        rule = rule.resized(int(shape(x)[axis])) if moves else rule
         source = None if moves else step.source.meta.get("source", step.source.name)
         return _made(x, source, rule, summed, step.source, moves)
-    operand = binary_value(graph_module, x, axis)  # two numbers; its bits are those of the value
+    operand = operands.find(x, axis)  # two numbers; its bits are those of the value
     if isinstance(operand, str):
         return operand
-    middle = (operand.rule.low + operand.rule.high) / 2
-    threshold = torch.full_like(operand.rule.threshold, middle)
-    rule = replace(operand.rule, threshold=threshold, sense=torch.zeros_like(operand.rule.sense))
+    if len(operand.rules) > 1:
+        return f"takes {len(operand.rules) + 1} values"
+    (rule,) = operand.rules
+    threshold = torch.full_like(rule.threshold, (rule.low + rule.high) / 2)
+    rule = replace(rule, threshold=threshold, sense=torch.zeros_like(rule.sense))
     return _made(x, None, rule, summed, x, [])
 
 
@@ -192,12 +204,12 @@ def _before_merging(x: fx.Node) -> fx.Node:
     return inner if len(shape(inner)) in (3, 4) else x
 
 
-def _uniform_step(graph_module: fx.GraphModule, x: fx.Node) -> Step | None:
+def _uniform_step(graph_module: fx.GraphModule, x: fx.Node) -> Steps | None:
     """Return the step of a value if all its elements share one."""
     last = len(shape(x)) - 1
     for axis in dict.fromkeys((last, min(1, last))):
-        step = find_step(graph_module, x, axis)
-        if isinstance(step, Step) and step.rule.uniform:
+        step = find_steps(graph_module, x, axis)
+        if isinstance(step, Steps) and len(step.rules) == 1 and step.rules[0].uniform:
             return step
     return None
 
@@ -299,7 +311,7 @@ def _bits(graph_module: fx.GraphModule, before: fx.Node, factor: _Factor, groups
             dims = _map_dims(factor)
         source = _permuted(graph_module, before, base, dims)
         if factor.rank == 3:
-            n, channels, pixels_of_row = shape(source)
+            _, channels, pixels_of_row = shape(source)
             source = _reshaped(graph_module, before, source, [-1, channels, 1, pixels_of_row])
     for user in source.users:
         if is_call(user, ir.binarize) and user.meta["rule"] is rule:

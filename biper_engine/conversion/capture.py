@@ -45,6 +45,8 @@ from biper_engine.graph.structure import flatten_structure
 
 __all__ = ["Capture", "capture"]
 
+aten = torch.ops.aten
+
 
 @dataclass
 class Capture:
@@ -106,6 +108,7 @@ def capture(
         graph_module = _trace(call, examples, private, log)
     assert log.out_spec is not None
     _flatten_calling_convention(graph_module)
+    _reshape_for_view(graph_module)
     _name_layers(graph_module, log.paths)
     return Capture(graph_module, examples, in_spec, log.out_spec, tuple(dict.fromkeys(log.dropped)))
 
@@ -251,6 +254,17 @@ def _flatten_calling_convention(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
     graph_module.recompile()
+
+
+def _reshape_for_view(graph_module: fx.GraphModule) -> None:
+    """Let views copy if they must: a kernel may return strides other than those of the trace.
+
+    On the CPU, for example, batch norm returns a dense result also for a transposed input. Values
+    are the same, since nothing is written in a functional graph.
+    """
+    for node in graph_module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def _name_layers(graph_module: fx.GraphModule, paths: list[str]) -> None:

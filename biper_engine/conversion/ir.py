@@ -44,11 +44,13 @@ def binary_conv(bits: Tensor, residual: Tensor | None = None) -> Tensor:
 class StepRule:
     """A value with two levels and one step, as a function of a float source.
 
+    A step of a value with more levels is one of the values of which that is the sum.
+
     Attributes:
         threshold: float32 [C]; the bit is `v >= threshold`, or `v <= threshold` if `sense`.
         sense: bool [C].
         low: value if the bit is 0.
-        high: value if the bit is 1; always above `low`.
+        high: value if the bit is 1; above `low`, except for a step of several.
         tie: whether the function has a third value exactly at the step, like `sign` at 0, or
             distinguishes -0.0 from 0.0. The engine gives `high` there; verification counts it.
     """

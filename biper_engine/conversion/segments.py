@@ -263,7 +263,8 @@ class Segments(fx.Interpreter):
         if conv.rule.tie and conv.source is not None:
             threshold = conv.rule.threshold.view(1, -1, 1, 1).to(value.device)
             zero = zero | (_as_map(self._truth.values[conv.source]) == threshold)
-        unit = torch.where(zero | (value >= middle), 1.0, -1.0)
+        high = value >= middle if level > 0 else value <= middle
+        unit = torch.where(zero | high, 1.0, -1.0)
         geometry = conv.geometry
         top, bottom, left, right = geometry.padding
         shared = (None, geometry.stride, 0, geometry.dilation, geometry.groups)

@@ -54,10 +54,22 @@ class BinaryWeight:
         """Number of terms, each a binary convolution."""
         return 1 if self.second is None else 2
 
+    def all_terms(self) -> list[WeightTerm]:
+        """Return the terms, the first one first."""
+        first = WeightTerm(self.positive, self.scale)
+        return [first] if self.second is None else [first, self.second]
+
     def weight(self) -> Tensor:
         """Return the weight in float64."""
-        first = WeightTerm(self.positive, self.scale).weight()
-        return first if self.second is None else first + self.second.weight()
+        return sum((term.weight() for term in self.all_terms()[1:]), self.all_terms()[0].weight())
+
+    def part(self, rows: Sequence[int], columns: Sequence[int]) -> BinaryWeight:
+        """Return the weight of some taps of [O, C, KH, KW], in their order."""
+        taps = (slice(None), slice(None), torch.tensor(rows)[:, None], torch.tensor(columns))
+        second = self.second
+        if second is not None:
+            second = replace(second, positive=second.positive[taps])
+        return replace(self, positive=self.positive[taps], second=second)
 
     def reshaped(self, shape: Sequence[int]) -> BinaryWeight:
         """Return the same weight in another shape, output channels first."""
