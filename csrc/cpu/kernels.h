@@ -35,11 +35,15 @@ struct ConvGeometry {
 struct Epilogue {
   const float* multiplier;
   const float* bias;
+  const float* window;
+  const float* taps;
+  const float* valid;
   const float* slope;
   const float* gain;
   const float* shift;
   const float* threshold;
   const uint32_t* sense;     // a bit per channel: the bit is v <= threshold; null: v >= threshold
+  const int32_t* set_bits;   // [O] of the weights, where there are `taps`
   const int32_t* pool_sign;  // [O] -1 where the pool takes the minimum, else 1; null: all 1
   float clamp_min;           // -inf where there is none
   float clamp_max;           // +inf where there is none
@@ -50,10 +54,15 @@ struct EpilogueVector {
   const char* name;
   const float* Epilogue::* values;
 };
-constexpr EpilogueVector kEpilogueVectors[] = {
-    {"multiplier", &Epilogue::multiplier}, {"bias", &Epilogue::bias},
-    {"slope", &Epilogue::slope},           {"gain", &Epilogue::gain},
-    {"shift", &Epilogue::shift},           {"threshold", &Epilogue::threshold}};
+constexpr EpilogueVector kEpilogueVectors[] = {{"multiplier", &Epilogue::multiplier},
+                                               {"bias", &Epilogue::bias},
+                                               {"window", &Epilogue::window},
+                                               {"taps", &Epilogue::taps},
+                                               {"valid", &Epilogue::valid},
+                                               {"slope", &Epilogue::slope},
+                                               {"gain", &Epilogue::gain},
+                                               {"shift", &Epilogue::shift},
+                                               {"threshold", &Epilogue::threshold}};
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
 struct Border {
