@@ -299,7 +299,7 @@ def _bits(graph_module: fx.GraphModule, before: fx.Node, factor: _Factor, groups
             dims = _map_dims(factor)
         source = _permuted(graph_module, before, base, dims)
         if factor.rank == 3:
-            n, channels, pixels_of_row = shape(source)
+            _, channels, pixels_of_row = shape(source)
             source = _reshaped(graph_module, before, source, [-1, channels, 1, pixels_of_row])
     for user in source.users:
         if is_call(user, ir.binarize) and user.meta["rule"] is rule:
