@@ -6,8 +6,8 @@ returns floats, bits or both, depending on its users.
 
 from __future__ import annotations
 
-import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -190,21 +190,12 @@ class _Lowering:
             self._bits[steps[0]] = bits
 
     def _epilogue(self, conv: BinaryConv, rule: StepRule | None) -> Epilogue:
-        low, high = conv.clamp or (-math.inf, math.inf)
-        return Epilogue(
-            multiplier=conv.multiplier.float(),
-            bias=conv.bias.float(),
-            pool=conv.pool,
-            pool_min=conv.pool_min
-            if conv.pool_min is not None and bool(conv.pool_min.any())
-            else None,
-            clamp_min=None if low == -math.inf else low,
-            clamp_max=None if high == math.inf else high,
-            slope=None if conv.slope is None else conv.slope.float(),
-            shift=None if conv.shift is None else conv.shift.float(),
-            threshold=None if rule is None else rule.threshold,
-            sense=None if rule is None else rule.sense,
-        )
+        epilogue = conv.epilogue.rounded()
+        if epilogue.pool_min is not None and not bool(epilogue.pool_min.any()):
+            epilogue = replace(epilogue, pool_min=None)
+        if rule is None:
+            return epilogue
+        return replace(epilogue, threshold=rule.threshold, sense=rule.sense)
 
     # -- names and tensors ------------------------------------------------------------------------
 

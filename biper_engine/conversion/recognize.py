@@ -32,6 +32,7 @@ from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.editing import call, constant_node, substitute
 from biper_engine.graph.patterns import conv2d_geometry
 from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
+from biper_engine.ops.epilogue import Epilogue
 from biper_engine.report import LayerReport
 
 __all__ = ["KEPT", "recognize"]
@@ -196,10 +197,10 @@ def _pack(
         rule=operand.rule,
         geometry=geometry,
         positive=split.positive,
-        multiplier=split.scale * scale,
-        bias=torch.zeros(channels, dtype=torch.float64)
-        if bias is None
-        else ir.float64(bias, channels),
+        epilogue=Epilogue(
+            multiplier=split.scale * scale,
+            bias=ir.float64(0.0 if bias is None else bias, channels),
+        ),
     )
     bits = operand.build(node)
     result = _emit(graph_module, node, bits, conv)
@@ -280,15 +281,18 @@ def _other_terms(
             conv,
             layer=f"{conv.layer}.second",
             positive=split.second.positive,
-            multiplier=split.second.scale * (rule.high - rule.low) / 2,
-            bias=torch.zeros_like(conv.bias),
+            epilogue=Epilogue(
+                multiplier=split.second.scale * (rule.high - rule.low) / 2,
+                bias=torch.zeros_like(conv.epilogue.bias),
+            ),
         )
         extra = _emit(graph_module, node, bits, second)
         result = _sum(graph, node, result, extra)
     if middle:
         sums = _weight_sums(graph_module, node, geometry, split) * middle
         if bool((sums == sums[..., :1, :1]).all()):
-            conv.bias = conv.bias + sums[0, :, 0, 0]
+            bias = conv.epilogue.bias + sums[0, :, 0, 0]
+            conv.epilogue = replace(conv.epilogue, bias=bias)
         else:
             held = constant_node(graph_module, node, sums.float())
             result = _sum(graph, node, result, held)

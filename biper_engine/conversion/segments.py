@@ -279,13 +279,15 @@ class Segments(fx.Interpreter):
 def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
     """Return how much rounding may change the value before a sign; see `verify`."""
     per_channel = epilogue.multiplier.abs() * conv.geometry.reduction + epilogue.bias.abs()
+    factor = epilogue.largest_factor()
+    per_channel = per_channel * factor
     for term in (epilogue.threshold, epilogue.shift):
         if term is not None:
             per_channel = per_channel + term.abs()
     bound = per_channel.view(1, -1, 1, 1)
     if residual is None:
         return _STEPS * ROUNDING[torch.float32] * bound
-    magnitude = residual.float().abs()
+    magnitude = residual.float().abs() * factor.view(1, -1, 1, 1)
     exact = _STEPS * ROUNDING[torch.float32] * (bound + magnitude)
     return exact + _half_rounding(residual) * magnitude
 

@@ -20,6 +20,7 @@ from biper_engine.graph.operator import Operator, Result, Rule
 from biper_engine.graph.patterns import pair
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import Value, require, require_dtype
+from biper_engine.ops.epilogue import NUMBERS, STEPS, VECTORS
 
 __all__ = [
     "OPERATORS",
@@ -34,7 +35,6 @@ _biper = torch.ops.biper
 
 STREAMS = (torch.float32, torch.float16, torch.bfloat16)
 _FLOWING = ("x", "bits", "residual")
-_FLAGS = ("sense", "pool_min", "take_and")
 
 
 def _map_sizes(name: str, x: Value) -> tuple[Size, int, int, int]:
@@ -64,7 +64,7 @@ def require_vectors(channels: int, **vectors: Value | None) -> None:
     for name, vector in vectors.items():
         if vector is None:
             continue
-        wanted = torch.bool if name in _FLAGS else torch.float32
+        wanted = torch.bool if name == "take_and" else VECTORS.get(name, torch.float32)
         fits = vector.dtype == wanted and vector.shape == (channels,) and vector.channels is None
         if not fits:
             raise MisfitError(f"`{name}` must be {wanted} [{channels}], but it is {vector}")
@@ -151,9 +151,8 @@ def _epilogue_sizes(
 ) -> tuple[Size, int, int, int]:
     """Check the steps after the accumulators; return the sizes of the result."""
     batch, channels, height, width = _conv_sizes(bits, weight, named)
-    names = ("threshold", "sense", "pool_min", "slope", "shift")
-    vectors = {name: named.get(name) for name in names}
-    require_vectors(channels, multiplier=multiplier, bias=bias, **vectors)
+    vectors = {name: named.get(name) for name in VECTORS}
+    require_vectors(channels, **{**vectors, "multiplier": multiplier, "bias": bias})
     clamped = named["clamp_min"] is not None or named["clamp_max"] is not None
     require(not clamped or named["slope"] is None, "`slope` excludes `clamp_min`/`clamp_max`")
     pool = Pool2dGeometry(
@@ -240,8 +239,9 @@ _GEOMETRY = {
 _EPILOGUE = {
     "residual": _OPTIONAL,
     **{"pool_kernel_size": _STEPS, "pool_stride": _STEPS},
-    **{"pool_padding": _PADS, "pool_min": _OPTIONAL},
-    **{"clamp_min": _LIMIT, "clamp_max": _LIMIT, "slope": _OPTIONAL, "shift": _OPTIONAL},
+    "pool_padding": _PADS,
+    **dict.fromkeys(STEPS, _OPTIONAL),
+    **dict.fromkeys(NUMBERS, _LIMIT),
 }
 _OPERANDS = dict.fromkeys(("bits", "weight", "multiplier", "bias"), TENSOR)
 _OUTGOING = {"threshold": TENSOR, "sense": TENSOR}

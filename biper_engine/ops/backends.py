@@ -25,7 +25,16 @@ from biper_engine.ops.matrix import MatrixScale, MatrixShape
 from biper_engine.ops.matrix_reference import unpack_weight
 from biper_engine.ops.stem import Stem
 
-__all__ = ["PREFERENCE", "Backend", "BackendInfo", "backends", "by_name", "select", "use_backend"]
+__all__ = [
+    "PREFERENCE",
+    "Backend",
+    "BackendInfo",
+    "backends",
+    "by_name",
+    "refusal",
+    "select",
+    "use_backend",
+]
 
 _VARIABLE = Variable("BIPER_BACKEND")
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
@@ -37,6 +46,8 @@ class Backend(ABC):
     name: str
     device_types: tuple[str, ...] | None = None
     """Device types for which it is considered and loaded, unless it is forced; None: all."""
+    steps = frozenset({"pool_min", "clamp_min", "clamp_max", "slope", "shift"})
+    """The optional steps of the epilogue (see `epilogue.STEPS`) that its kernels have."""
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -248,8 +259,33 @@ def forced_name() -> str | None:
     return _forced.get() or _VARIABLE.get()
 
 
-def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Backend:
+def refusal(
+    backend: Backend,
+    op: str,
+    geometry: Conv2dGeometry | None,
+    device: torch.device,
+    steps: frozenset[str],
+) -> str | None:
+    """Return why a backend cannot run a call, or None; the arguments are those of `select`."""
+    missing = sorted(steps - backend.steps)
+    if missing:
+        return f"its epilogue has no {' and no '.join(missing)} yet"
+    return backend.unsupported_reason(op, geometry, device)
+
+
+def select(
+    op: str,
+    geometry: Conv2dGeometry | None,
+    device: torch.device,
+    steps: frozenset[str] = frozenset(),
+) -> Backend:
     """Return the backend that runs this call.
+
+    Args:
+        op: name of the operator.
+        geometry: of a convolution, or None.
+        device: where the tensors are.
+        steps: names of the optional steps of the epilogue that the call has.
 
     Raises:
         BackendUnavailableError: the forced backend cannot run it, or no backend can.
@@ -257,7 +293,7 @@ def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Ba
     forced = forced_name()
     if forced is not None:
         backend = by_name(forced)
-        reason = backend.unsupported_reason(op, geometry, device)
+        reason = refusal(backend, op, geometry, device, steps)
         if reason is not None:
             raise BackendUnavailableError(f"Backend {forced!r} cannot run {op}: {reason}.")
         return backend
@@ -270,7 +306,7 @@ def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Ba
         reason = _unavailable_reason(name)
         if reason is None:
             backend = _REGISTERED[name]
-            reason = backend.unsupported_reason(op, geometry, device)
+            reason = refusal(backend, op, geometry, device, steps)
             if reason is None:
                 return backend
         refusals.append(f"{name}: {reason}")

@@ -14,7 +14,7 @@ from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
 from biper_engine.ops.cpu_module import missing_reason, native
 from biper_engine.ops.cpu_threads import thread_count
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import STEPS, Epilogue
 from biper_engine.ops.matrix import MatrixScale, MatrixShape
 from biper_engine.ops.native_arguments import (
     channels_last,
@@ -101,6 +101,7 @@ class CpuBackend(Backend):
     """Kernels of csrc/cpu, for the best instruction set that the processor has."""
 
     name = "cpu"
+    steps = frozenset(STEPS)
 
     def unavailable_reason(self) -> str | None:
         return missing_reason()

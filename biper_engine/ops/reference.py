@@ -17,7 +17,7 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import matrix_reference
 from biper_engine.ops.backends import Backend
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import STEPS, Epilogue
 from biper_engine.ops.matrix import MatrixScale, MatrixShape
 from biper_engine.ops.precision import without_tf32
 from biper_engine.ops.rounding import fma
@@ -92,8 +92,11 @@ def apply_epilogue(dot: Tensor, epilogue: Epilogue, residual: Tensor | None) -> 
     if residual is not None:
         v = v + residual.float()
     v = _clamp(v, epilogue.clamp_min, epilogue.clamp_max)
-    if epilogue.slope is not None:
-        v = torch.where(v < 0, v * _per_channel(epilogue.slope), v)
+    negative, positive = (
+        v if factor is None else v * _per_channel(factor)
+        for factor in (epilogue.slope, epilogue.gain)
+    )
+    v = torch.where(v < 0, negative, positive)
     if epilogue.shift is not None:
         v = v + _per_channel(epilogue.shift)
     return v
@@ -103,6 +106,7 @@ class ReferenceBackend(Backend):
     """Plain PyTorch, on any device."""
 
     name = "reference"
+    steps = frozenset(STEPS)
 
     def unavailable_reason(self) -> str | None:
         return None

@@ -164,8 +164,8 @@ struct Avx2 {
   // and v > high ? high : v, also for zeros of either sign.
   BIPER_INLINE Float at_least_or(Float v, Float low) { return _mm256_max_ps(low, v); }
   BIPER_INLINE Float at_most_or(Float v, Float high) { return _mm256_min_ps(high, v); }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return _mm256_blendv_ps(v, other, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return _mm256_blendv_ps(other, negative, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));

@@ -135,8 +135,9 @@ struct Avx512 {
   // and v > high ? high : v, also for zeros of either sign.
   BIPER_INLINE Float at_least_or(Float v, Float low) { return _mm512_max_ps(low, v); }
   BIPER_INLINE Float at_most_or(Float v, Float high) { return _mm512_min_ps(high, v); }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), other);
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return _mm512_mask_mov_ps(other, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ),
+                              negative);
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 };

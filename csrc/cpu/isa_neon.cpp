@@ -136,8 +136,8 @@ struct Neon {
   BIPER_INLINE Float at_most_or(Float v, Float high) {
     return vbslq_f32(vcgtq_f32(v, high), high, v);
   }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return vbslq_f32(vcltzq_f32(v), other, v);
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return vbslq_f32(vcltzq_f32(v), negative, other);
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) {
     const uint32x4_t place = {1, 2, 4, 8};

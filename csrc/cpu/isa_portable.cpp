@@ -177,8 +177,8 @@ struct Portable {
   BIPER_INLINE Float at_most_or(Float v, Float high) {
     return each([&](int l) { return v.lane[l] > high.lane[l] ? high.lane[l] : v.lane[l]; });
   }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return each([&](int l) { return v.lane[l] < 0.0f ? other.lane[l] : v.lane[l]; });
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return each([&](int l) { return v.lane[l] < 0.0f ? negative.lane[l] : other.lane[l]; });
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) {
     uint32_t bits = 0;

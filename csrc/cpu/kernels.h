@@ -36,6 +36,7 @@ struct Epilogue {
   const float* multiplier;
   const float* bias;
   const float* slope;
+  const float* gain;
   const float* shift;
   const float* threshold;
   const uint32_t* sense;     // a bit per channel: the bit is v <= threshold; null: v >= threshold
@@ -43,6 +44,16 @@ struct Epilogue {
   float clamp_min;           // -inf where there is none
   float clamp_max;           // +inf where there is none
 };
+
+// The parameters of the epilogue that are a float per channel, by their names in Python.
+struct EpilogueVector {
+  const char* name;
+  const float* Epilogue::* values;
+};
+constexpr EpilogueVector kEpilogueVectors[] = {
+    {"multiplier", &Epilogue::multiplier}, {"bias", &Epilogue::bias},
+    {"slope", &Epilogue::slope},           {"gain", &Epilogue::gain},
+    {"shift", &Epilogue::shift},           {"threshold", &Epilogue::threshold}};
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
 struct Border {
