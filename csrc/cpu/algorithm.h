@@ -42,13 +42,19 @@ static void peak(int64_t rounds) {
 }
 
 template <class I>
+constexpr ConvKernels conv_kernels_of() {
+  return {Blocking{I::kLanes, I::kVectors, I::kParts, I::kPartWords, tile_pixels<I, 1>()},
+          &I::pack_word, &conv_unit<I>};
+}
+
+// Heavy is I, or a class with another layout for weights that caches don't hold.
+template <class I, class Heavy = I>
 constexpr Kernels kernels_of(const char* name, int32_t id) {
   return Kernels{
       name,
       id,
-      Blocking{I::kLanes, I::kVectors, I::kParts, I::kPartWords, tile_pixels<I, 1>()},
-      &I::pack_word,
-      &conv_unit<I>,
+      conv_kernels_of<I>(),
+      conv_kernels_of<Heavy>(),
       &binarize<I>,
       &unbinarize<I>,
       &maxpool_row<I>,

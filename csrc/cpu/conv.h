@@ -91,6 +91,7 @@ class Conv {
   void start(ConvPlan& plan, int64_t threads) const;
 
   const Kernels* kernels_;
+  const ConvKernels* own_;  // of them, those for these weights
   ConvGeometry geometry_;
   Window pool_{1, 1, 1, 1, 0, 0};
   bool pooled_ = false;

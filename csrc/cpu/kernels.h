@@ -79,8 +79,11 @@ struct Blocking {
   int64_t tile_pixels;  // output pixels in the largest tile
 };
 
+struct ConvKernels;
+
 // One convolution at one image size; filled by conv.cpp, read by every kernel.
 struct ConvPlan {
+  const ConvKernels* kernels;
   ConvGeometry geometry;
   Window pool;
   bool pooled;
@@ -280,10 +283,8 @@ struct FunctionCall {
   float* out;
 };
 
-// The kernels of one instruction set. Ranges are half open; disjoint ranges may run at once.
-struct Kernels {
-  const char* name;
-  int32_t id;  // stored in prepacked weights, so that they meet their kernels
+// A binary convolution, and the layout of its weights.
+struct ConvKernels {
   Blocking blocking;
 
   // Re-lays one input word of a vector's weights: canonical[l * stride] is that of lane l < rows,
@@ -291,6 +292,14 @@ struct Kernels {
   void (*pack_word)(const uint32_t* canonical, int64_t stride, int64_t rows, uint32_t* packed,
                     int64_t part_stride);
   void (*conv_unit)(const ConvPlan& plan, int64_t unit, void* scratch);
+};
+
+// The kernels of one instruction set. Ranges are half open; disjoint ranges may run at once.
+struct Kernels {
+  const char* name;
+  int32_t id;  // stored in prepacked weights, so that they meet their kernels
+  ConvKernels conv;
+  ConvKernels heavy;  // for weights that caches don't hold
   void (*binarize)(const BinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
   void (*unbinarize)(const UnbinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
   void (*maxpool_row)(const PoolCall& call, int64_t row);  // row of all images: n * out_h + y
