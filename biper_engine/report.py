@@ -29,6 +29,7 @@ class LayerReport:
         binary_weight: whether its weight has two values in every output channel, or -s, 0 and s.
         ties: output channels in which a sum can equal the threshold of the next sign. Float32
             rounding then decides the model's own bit; a BatchNorm in between avoids this.
+        weights_packed: whether it computes in floating point with weights that are held as bits.
         by_choice: whether it stays in floating point on purpose: `keep_float` names it, or bits are
             slower. A binary operator that stays for another reason causes a warning.
     """
@@ -46,11 +47,14 @@ class LayerReport:
     binary_weight: bool = False
     ties: int = 0
     by_choice: bool = False
+    weights_packed: bool = False
 
     @property
     def note(self) -> str:
         """Why it stays in floating point; for a packed one, its weights of 0 and its ties."""
         notes = [self.reason] if self.reason else []
+        if self.weights_packed:
+            notes.append("its weights are held as bits")
         if self.packed and self.zero_weights:
             plural = "s are" if self.zero_weights > 1 else " is"
             notes.append(f"{self.zero_weights:,} weight{plural} 0")

@@ -48,7 +48,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="Checkpoint (ours or the official code's), or module:callable."
+            metavar="SOURCE",
+            help="Checkpoint (ours or the official code's), module:callable, or file.py:callable.",
         ),
     ],
     output: Annotated[
@@ -89,7 +90,7 @@ def convert(
     [bold]Examples[/bold]
     biper convert biper-train/stage2.pt
     biper convert model_best.pth.tar --frequency 20 --stage 2
-    biper convert mynet:build --weights mynet.pt --input 1,3,224,224 -v
+    biper convert mynet.py:build --weights mynet.pt --input 1,3,224,224 -v
     """
     import torch
 

@@ -1,8 +1,12 @@
-"""Load the model that a command names: a checkpoint file, `module:callable`, or a known name."""
+"""Load the model that a command names: a checkpoint file, `module:callable`, or a known name.
+
+The module may also be a file, as in `mynet.py:build`.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -58,7 +62,7 @@ Weights = Annotated[
     typer.Option(help="State dict for module:callable (.pt, .safetensors).", show_default=False),
 ]
 
-_REFERENCE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
+_REFERENCE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ class ModelSource:
 
     @property
     def reference(self) -> tuple[str, str] | None:
-        """Module and callable, or None for a checkpoint."""
+        """Module, or file of Python code, and callable; None for a checkpoint."""
         match = None if Path(self.text).exists() else _REFERENCE.fullmatch(self.text)
         return (match[1], match[2]) if match else None
 
@@ -132,7 +136,13 @@ def _from_checkpoint(source: ModelSource) -> nn.Module:
     path = Path(source.text)
     if source.weights is not None:
         raise typer.BadParameter(
-            f"--weights is for module:callable, such as mynet:build; '{source.text}' is not one."
+            f"--weights is for module:callable, such as mynet:build or mynet.py:build; "
+            f"'{source.text}' is not one."
+        )
+    if path.suffix == ".py":
+        raise ValueError(
+            f"'{path}' is Python code, wanted also the function or the class in it that makes the "
+            f"model, without arguments, as in {path}:build."
         )
     if path.suffix == ".biper":
         raise ValueError(
@@ -146,24 +156,27 @@ def _from_reference(module_name: str, attribute: str) -> nn.Module:
     from torch import nn
 
     text = f"{module_name}:{attribute}"
-    target: Any = _import(module_name)
+    from_file = module_name.endswith(".py")
+    target: Any = _import_file(Path(module_name)) if from_file else _import(module_name)
     for name in attribute.split("."):
         if not hasattr(target, name):
-            raise ValueError(f"'{text}': module {module_name} has no '{attribute}'.")
+            raise ValueError(
+                f"'{text}': {'file' if from_file else 'module'} {module_name} has no '{attribute}'."
+            )
         target = getattr(target, name)
     if isinstance(target, nn.Module):
         return target
     if not callable(target):
         raise ValueError(
             f"'{text}' is a {type(target).__name__}, wanted a callable without required "
-            "arguments that returns an nn.Module."
+            "arguments that returns an nn.Module; weights are passed by --weights."
         )
     try:
         inspect.signature(target).bind()
     except TypeError as error:
         raise ValueError(
-            f"'{text}' cannot be called without arguments: {error}. "
-            "Write a function that calls it and name that one."
+            f"'{text}' cannot be called without arguments: {error}. Write a function without "
+            "arguments that calls it, name that one, and pass a checkpoint of it by --weights."
         ) from error
     model = target()
     if not isinstance(model, nn.Module):
@@ -178,18 +191,45 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if name.endswith(".py") and Path(name).is_file():
-            raise ValueError(
-                f"'{name}' is a file, wanted the name of a module: {name.removesuffix('.py')}."
-            ) from error
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ValueError(
                 f"No module '{name}' in '{here}' or among the installed packages. "
-                "Run biper where the file is, or pass the path of a checkpoint."
+                "Run biper where the file is, or pass the file, as in path/to/mynet.py:build, or "
+                "the path of a checkpoint."
             ) from error
         raise
     finally:
         sys.path.remove(here)
+
+
+def _import_file(path: Path) -> Any:
+    """Run a file of Python code as a module, which may import what is beside it."""
+    if not path.is_file():
+        raise ValueError(f"There is no file '{path}' in '{Path.cwd()}'.")
+    name = path.stem if path.stem not in sys.modules else f"_{path.stem}_of_biper"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None, "the name ends with .py"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    sys.modules[name] = module  # as importing does: dataclasses and pickle look it up
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        del sys.modules[name]
+        if "relative import" in str(error):
+            raise ValueError(
+                f"'{path}' imports from its own package: run biper in the folder of the package, "
+                f"and name the module with dots, as in {path.parent.name}.{path.stem}:build."
+            ) from error
+        raise
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+    return module
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

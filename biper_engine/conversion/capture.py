@@ -59,12 +59,14 @@ class Capture:
         in_spec: pytree structure of `(args, kwargs)`; its leaves are tensors, constants are part
             of it.
         out_spec: pytree structure of the result, of the same kind.
+        dropped_checks: the model's checks of values that only raise, which the graph lacks.
     """
 
     graph_module: fx.GraphModule
     examples: tuple[Tensor, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    dropped_checks: tuple[str, ...] = ()
 
 
 def capture(
@@ -108,7 +110,7 @@ def capture(
     _flatten_calling_convention(graph_module)
     _reshape_for_view(graph_module)
     _name_layers(graph_module, log.paths)
-    return Capture(graph_module, examples, in_spec, log.out_spec)
+    return Capture(graph_module, examples, in_spec, log.out_spec, tuple(dict.fromkeys(log.dropped)))
 
 
 def _examples(flat: list[Any]) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from biper_engine.conversion.check import Batch, check_against_model
 from biper_engine.conversion.copying import unwrapped
 from biper_engine.conversion.modes import plain_modes
+from biper_engine.conversion.observe import FailedCallError
 from biper_engine.conversion.pipeline import Built, build, nothing_packed
 from biper_engine.conversion.segments import NanInputError
 from biper_engine.conversion.verify_report import VerifyReport
@@ -59,7 +60,7 @@ def convert(
         compute_dtype: dtype of float maps between layers and of float layers. float32 is the exact
             mode; float16 and bfloat16 are approximate, and faster if the hardware supports them.
         check: verify the result on the example and two seeded random inputs, or only on the
-            example's rows if the model computes NaN from random numbers.
+            example's rows if the model computes NaN from random numbers or raises an error.
         metadata: preprocessing and class names; None takes `model.metadata` if it has one.
 
     Returns:
@@ -118,7 +119,8 @@ def convert_and_verify(
     )
     if not any(row.packed or row.binary_weight for row in built.rows):
         raise ConversionError(nothing_packed(built, _provenance(model)))
-    _announce(built.rows, unconverted, tuple(keep_float))
+    _announce(built.rows, unconverted)
+    _announce_checks(built.dropped_checks, unconverted)
     engine = _engine(
         model,
         built,
@@ -197,7 +199,19 @@ def _names(
     )
 
 
-def _announce(rows: Sequence[LayerReport], unconverted: str, keep_float: tuple[str, ...]) -> None:
+def _announce_checks(checks: Sequence[str], unconverted: str) -> None:
+    if not checks or unconverted == "ignore":
+        return
+    message = (
+        "The engine does not check values of its input, as the model does in "
+        f"{', '.join(checks)}: where the model raises, the engine returns a result"
+    )
+    if unconverted == "raise":
+        raise ConversionError(message + ". Pass unconverted='warn' to convert the rest.")
+    warnings.warn(message + ".", UnconvertedWarning, stacklevel=5)
+
+
+def _announce(rows: Sequence[LayerReport], unconverted: str) -> None:
     left = [row for row in rows if row.binary and not row.packed and not row.by_choice]
     if not left or unconverted == "ignore":
         return
@@ -271,7 +285,8 @@ def _check(engine: Engine, model: nn.Module, built: Built) -> VerifyReport:
     ]
     try:
         report = check_against_model(engine, model, built, batches)
-    except NanInputError:  # for example from the logarithm of a random number
+    except (NanInputError, FailedCallError):
+        # The logarithm of a random number, for example, or a value that the model does not take.
         batches = [_repeated(built.examples, size) for size in (small, own, large)]
         report = check_against_model(engine, model, built, batches)
     if report.ok:

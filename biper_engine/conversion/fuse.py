@@ -14,7 +14,7 @@ after them, and a clamp moves after a max pool, which leaves it at most a quarte
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import BinaryConv
+from biper_engine.conversion.piecewise import two_slopes
+from biper_engine.conversion.weights import analyse_weight
 from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
 from biper_engine.graph.patterns import (
     clamp_limits,
@@ -71,14 +73,19 @@ def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Absorb the only user of a binary convolution; return the new node, or None if it has none."""
     user = only_user(node)
     flattened = user if user is not None and _flattens(user) else None
-    if flattened is not None:
-        user = only_user(flattened)
-    if user is None or user.op != "call_function":
-        return None
     value = flattened or node
+    user = only_user(value)
     conv: BinaryConv = node.meta["conv"]
     residual = node.args[1] if len(node.args) > 1 else None
+    if user is None:
+        return _two_slopes(graph_module, node, flattened, conv, residual)
+    if user.op != "call_function":
+        return None
     fused = _affine(graph_module, user, value, node)
+    if fused is None:
+        sloped = _two_slopes(graph_module, node, flattened, conv, residual)
+        if sloped is not None:
+            return sloped
     fused = fused or _activation(graph_module, user, value, conv)
     if fused is None and flattened is None:
         fused = _pool(user, conv) if residual is None else None
@@ -176,10 +183,14 @@ def _affine(
         return None
     for partner in partners:
         part: BinaryConv = partner.meta["conv"]
-        scaled = replace(part, multiplier=part.multiplier * scale, bias=part.bias * scale)
-        partner.meta["conv"] = scaled
+        partner.meta["conv"] = _scaled(part, scale, ir.float64(0.0, len(scale)))
         partner.meta.pop("source", None)  # no value of the float graph any more
-    return replace(conv, multiplier=conv.multiplier * scale, bias=conv.bias * scale + offset)
+    return _scaled(conv, scale, offset)
+
+
+def _scaled(conv: BinaryConv, scale: Tensor, offset: Tensor) -> BinaryConv:
+    epilogue = conv.epilogue
+    return conv.fused(multiplier=epilogue.multiplier * scale, bias=epilogue.bias * scale + offset)
 
 
 def _scale_and_offset(
@@ -210,8 +221,9 @@ def _scale_and_offset(
 
 def _add(conv: BinaryConv, term: Tensor) -> BinaryConv:
     if not conv.activated:
-        return replace(conv, bias=conv.bias + term)
-    return replace(conv, shift=term if conv.shift is None else conv.shift + term)
+        return conv.fused(bias=conv.epilogue.bias + term)
+    shift = conv.epilogue.shift
+    return conv.fused(shift=term if shift is None else shift + term)
 
 
 def batch_norm_affine(graph_module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor]:
@@ -240,21 +252,52 @@ def _activation(
         return None
     limits = clamp_limits(user)
     if limits is not None:
-        return replace(conv, clamp=limits)
-    channels = conv.geometry.out_channels
-    if is_call(user, aten.leaky_relu.default):
-        return replace(conv, slope=ir.float64(arguments(user)["negative_slope"], channels))
-    if is_call(user, aten._prelu_kernel.default):
-        slope = constant(graph_module, user.args[1])
-        return None if slope is None else replace(conv, slope=ir.float64(slope, channels))
+        low, high = limits
+        return conv.fused(
+            clamp_min=None if low == -math.inf else low,
+            clamp_max=None if high == math.inf else high,
+        )
     return None
+
+
+def _two_slopes(
+    graph_module: fx.GraphModule,
+    node: fx.Node,
+    flattened: fx.Node | None,
+    conv: BinaryConv,
+    residual: Any,
+) -> fx.Node | None:
+    """Absorb a function with two slopes that several operators compute."""
+    channels = conv.geometry.out_channels
+
+    def constant_of(value: Any, user: fx.Node) -> Tensor | None:
+        if is_call(user, aten._prelu_kernel.default):  # its weight has one dimension
+            held = constant(graph_module, value)
+            return None if held is None else ir.float64(held, channels)
+        return _per_channel(value, graph_module, user, channels)
+
+    if conv.activated:
+        return None
+    function = two_slopes(flattened or node, channels, constant_of)
+    if function is None:
+        return None
+    *inner, last = function.nodes
+    gain = None if bool((function.gain == 1).all()) else function.gain
+    if gain is None and bool((function.slope == 0).all()):
+        fused = conv.fused(clamp_min=0.0)
+    else:
+        fused = conv.fused(slope=function.slope, gain=gain)
+    for dead in reversed(inner):
+        dead.replace_all_uses_with(flattened or node)
+        graph_module.graph.erase_node(dead)
+    return _replace(graph_module, node, flattened, last, fused, residual)
 
 
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
     pool = max_pool_geometry(user)
-    if pool is None or not conv.monotone or not conv.pool.is_identity:
+    if pool is None or not conv.epilogue.monotone or not conv.epilogue.pool.is_identity:
         return None
-    return replace(conv, pool=pool, pool_min=conv.multiplier < 0)
+    return conv.fused(pool=pool, pool_min=conv.epilogue.multiplier < 0)
 
 
 def _residual(
@@ -358,5 +401,7 @@ def _fold_in_front(graph_module: fx.GraphModule, norm: fx.Node, layer: fx.Node) 
     if held is None:
         return
     weight, bias = held
+    if not isinstance(analyse_weight(weight), str):
+        return  # weights of two values are worth more than one operator less
     scale, offset = batch_norm_affine(graph_module, norm)
     _rewrite_layer(graph_module, layer, norm.args[0], weight * scale, bias + weight @ offset, layer)

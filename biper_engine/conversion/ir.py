@@ -8,12 +8,14 @@ graph whose value it reproduces; `verify` uses it to compare segment by segment.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.geometry import Conv2dGeometry
+from biper_engine.ops.epilogue import Epilogue
 
 __all__ = ["BinaryConv", "StepRule", "binarize", "binary_conv", "binary_max_pool", "unbinarize"]
 
@@ -73,7 +75,7 @@ class StepRule:
 
 @dataclass
 class BinaryConv:
-    """A binary convolution and the epilogue that is fused so far, in float64.
+    """A binary convolution and the epilogue that is fused so far.
 
     Attributes:
         layer: module path, for the report.
@@ -83,13 +85,8 @@ class BinaryConv:
         rule: the step of `value`.
         geometry: the convolution on bits.
         positive: weight bits, bool [O, C / groups, KH, KW].
-        multiplier: float64 [O].
-        bias: float64 [O].
-        pool: max pool of accumulators.
-        pool_min: bool [O], or None without a pool.
-        clamp: (lo, hi), either may be infinite, or None.
-        slope: float64 [O], or None.
-        shift: float64 [O], or None.
+        epilogue: its parameters; floats are float64 until `lower` rounds them.
+        rows: whether `value` has its channels in the last dimension, and no height and width.
     """
 
     layer: str
@@ -99,23 +96,17 @@ class BinaryConv:
     rule: StepRule
     geometry: Conv2dGeometry
     positive: Tensor
-    multiplier: Tensor
-    bias: Tensor
-    pool: Pool2dGeometry = field(default_factory=Pool2dGeometry)
-    pool_min: Tensor | None = None
-    clamp: tuple[float, float] | None = None
-    slope: Tensor | None = None
-    shift: Tensor | None = None
+    epilogue: Epilogue
+    rows: bool = False
+
+    def fused(self, **parameters: Any) -> BinaryConv:
+        """Return the convolution with some parameters of its epilogue replaced."""
+        return replace(self, epilogue=replace(self.epilogue, **parameters))
 
     @property
     def activated(self) -> bool:
         """Whether an activation is fused; no scale or residual can be fused after it."""
-        return self.clamp is not None or self.slope is not None or self.shift is not None
-
-    @property
-    def monotone(self) -> bool:
-        """Whether the value is monotone in the accumulator, per channel, with nothing added."""
-        return self.slope is None or bool((self.slope >= 0).all())
+        return bool(self.epilogue.steps() - {"pool_min"})
 
 
 def float64(values: Tensor | float, channels: int) -> Tensor:

@@ -6,8 +6,8 @@ returns floats, bits or both, depending on its users.
 
 from __future__ import annotations
 
-import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from biper_engine import bits as contract
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import BinaryConv, StepRule
-from biper_engine.graph.reading import constant, is_call
+from biper_engine.graph.reading import biper_op, constant, is_call
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.functional import epilogue_options, geometry_options
 
@@ -92,9 +92,10 @@ class _Lowering:
 
         def convert(value: Any, name: str) -> Any:
             if isinstance(value, fx.Node):
-                return self._operand(
-                    value, f"{owner}.{name}" if layer else f"constants.{node.name}_{name}"
-                )
+                path = f"{owner}.{name}" if layer else f"constants.{node.name}_{name}"
+                held = constant(self._old, value) if biper_op(node) is not None else None
+                # Our operators take float32 parameters, whatever the dtype of maps.
+                return self._operand(value, path) if held is None else self._hold(path, held)
             if isinstance(value, (list, tuple)):
                 return [convert(item, f"{name}{index}") for index, item in enumerate(value)]
             exact = node.meta.get("exact", False)  # integers, which half precision may not hold
@@ -123,6 +124,9 @@ class _Lowering:
                 return str(user.meta["layer"])
             if is_call(user, ir.binary_max_pool):
                 return self._owner(user)
+            if "product" in user.meta:
+                side = "left" if user.args[0] is node else "right"
+                return f"{user.meta['layer']}.{side}"
         return str(node.name)
 
     def _step(self, rule: StepRule, owner: str) -> tuple[fx.Node | None, fx.Node | None]:
@@ -186,26 +190,19 @@ class _Lowering:
             self._bits[steps[0]] = bits
 
     def _epilogue(self, conv: BinaryConv, rule: StepRule | None) -> Epilogue:
-        low, high = conv.clamp or (-math.inf, math.inf)
-        return Epilogue(
-            multiplier=conv.multiplier.float(),
-            bias=conv.bias.float(),
-            pool=conv.pool,
-            pool_min=conv.pool_min
-            if conv.pool_min is not None and bool(conv.pool_min.any())
-            else None,
-            clamp_min=None if low == -math.inf else low,
-            clamp_max=None if high == math.inf else high,
-            slope=None if conv.slope is None else conv.slope.float(),
-            shift=None if conv.shift is None else conv.shift.float(),
-            threshold=None if rule is None else rule.threshold,
-            sense=None if rule is None else rule.sense,
-        )
+        epilogue = conv.epilogue.rounded()
+        if epilogue.pool_min is not None and not bool(epilogue.pool_min.any()):
+            epilogue = replace(epilogue, pool_min=None)
+        if rule is None:
+            return epilogue
+        return replace(epilogue, threshold=rule.threshold, sense=rule.sense)
 
     # -- names and tensors ------------------------------------------------------------------------
 
     def _keep(self, new: fx.Node, old: fx.Node) -> fx.Node:
-        new.meta |= {key: old.meta[key] for key in ("source", "layer") if key in old.meta}
+        new.meta |= {
+            key: old.meta[key] for key in ("source", "layer", "product") if key in old.meta
+        }
         return new
 
     def _named(

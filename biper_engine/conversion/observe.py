@@ -26,12 +26,16 @@ from biper_engine.conversion.modes import callers_defaults, plain_modes
 from biper_engine.errors import ConversionError
 from biper_engine.graph.structure import flatten_structure
 
-__all__ = ["Observation", "Observed", "first_difference"]
+__all__ = ["FailedCallError", "Observation", "Observed", "first_difference"]
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _MAX_DEPTH = 6
 _OF_MODULES = frozenset(nn.Module().__dict__)
 """Attributes that every module has: parameters, buffers, hooks. Contents are compared by name."""
+
+
+class FailedCallError(ConversionError):
+    """The model itself raises an error when it is called."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _called(model: nn.Module, args: Any, kwargs: Any) -> Any:
         return model(*args, **kwargs)
     except Exception as cause:  # a model may raise anything; it is re-raised with advice
         sizes = {len(x) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        raise ConversionError(
+        raise FailedCallError(
             f"The model itself fails when it is called with a batch of {max(sizes, default=0)}; "
             "it must run for every batch size. If an input must have certain values, such as "
             "positions in a table, make it an integer tensor; the example's own values are used. "

@@ -21,6 +21,7 @@ from biper_engine.conversion.operands import Operand
 from biper_engine.conversion.weights import BinaryWeight, WeightTerm
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.editing import constant_node
+from biper_engine.ops.epilogue import Epilogue
 
 __all__ = ["Layer"]
 
@@ -86,8 +87,8 @@ class Layer:
             rule=rule,
             geometry=geometry,
             positive=term.positive,
-            multiplier=term.scale * (rule.high - rule.low) / 2,
-            bias=offset,
+            epilogue=Epilogue(multiplier=term.scale * (rule.high - rule.low) / 2, bias=offset),
+            rows=not self._is_map,
         )
 
     def _emit(self, bits: fx.Node, conv: BinaryConv) -> fx.Node:
@@ -101,9 +102,11 @@ class Layer:
     def _map(self) -> Tensor:
         """Return the fake value of the input as a map [N, C, H, W]."""
         value: Tensor = self.operand.value.meta["val"]
-        if value.dim() == 4 and self.operand.axis == 1:
-            return value
-        return value.reshape(-1, value.shape[-1], 1, 1)
+        return value if self._is_map else value.reshape(-1, value.shape[-1], 1, 1)
+
+    @property
+    def _is_map(self) -> bool:
+        return self.operand.value.meta["val"].dim() == 4 and self.operand.axis == 1
 
     def _sum(self, a: fx.Node, b: fx.Node) -> fx.Node:
         with self.graph_module.graph.inserting_before(self.node):

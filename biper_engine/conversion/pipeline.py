@@ -19,9 +19,11 @@ from biper_engine.conversion.fuse import fuse
 from biper_engine.conversion.lower import lower
 from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.products import find_product
-from biper_engine.conversion.recognize import recognize
+from biper_engine.conversion.recognize import KEPT, recognize
+from biper_engine.conversion.recurrent import make_recurrent_layers_portable
 from biper_engine.conversion.simplify import simplify
 from biper_engine.conversion.ties import tied_channels
+from biper_engine.conversion.weight_only import pack_weights
 from biper_engine.graph.reading import constant, is_call
 from biper_engine.metadata import Provenance
 from biper_engine.report import LayerReport
@@ -42,6 +44,7 @@ class Built:
         examples: the flat inputs of the trace.
         in_spec: pytree structure of `(args, kwargs)`.
         out_spec: pytree structure of the result.
+        dropped_checks: the model's checks of values that only raise, which the engine lacks.
     """
 
     captured: fx.GraphModule
@@ -51,6 +54,7 @@ class Built:
     examples: tuple[Tensor, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
+    dropped_checks: tuple[str, ...] = ()
 
 
 @plain_modes()
@@ -76,8 +80,11 @@ def build(
     float_graph = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     rows = recognize(graph_module, keep_float=keep_float)
     fuse(graph_module)
+    kept = [row.name for row in rows if row.reason == KEPT]
+    rows = pack_weights(graph_module, rows, kept)
     rows = _with_ties(rows, graph_module)
     lowered = lower(graph_module, compute_dtype)
+    make_recurrent_layers_portable(lowered)
     return Built(
         before,
         float_graph,
@@ -86,6 +93,7 @@ def build(
         captured.examples,
         captured.in_spec,
         captured.out_spec,
+        captured.dropped_checks,
     )
 
 

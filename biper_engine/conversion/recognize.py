@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
+from biper_engine.conversion.activation_products import pack_activation_product
 from biper_engine.conversion.costs import slower_on_bits
 from biper_engine.conversion.layers import insert
 from biper_engine.conversion.operands import Operand, Operands, peel_padding
@@ -35,11 +36,12 @@ from biper_engine.graph.patterns import conv2d_geometry, pair
 from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
 from biper_engine.report import LayerReport
 
-__all__ = ["recognize"]
+__all__ = ["KEPT", "recognize"]
 
 aten = torch.ops.aten
 
 
+KEPT = "kept by `keep_float`"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -82,11 +84,14 @@ def _layer(
     )
     path = row.name.partition("#")[0]  # numbered if a module is called again
     if any(fnmatchcase(path, pattern) or fnmatchcase(row.name, pattern) for pattern in keep_float):
-        return replace(row, reason="kept by `keep_float`", by_choice=True)
+        return replace(row, reason=KEPT, by_choice=True)
     half = [held.dtype for _, held in found if held is not None and held.dtype in _HALF]
     if half:
         name = str(half[0]).removeprefix("torch.")
         return replace(row, reason=f"it computes in {name}, under the model's own autocast")
+    if not weights and product.kind == "matmul" and all(_is_operand(item) for item, _ in found):
+        reason = pack_activation_product(graph_module, product, operands)
+        return replace(row, packed=reason is None, reason=reason or "")
     operand, split = found[0][0], found[1][0]
     if not product.packable or not isinstance(operand, Operand) or len(weights) != 1:
         return replace(row, reason=_reason(product, found, binary_weight))
@@ -105,6 +110,10 @@ def _layer(
     _pack(graph_module, node, geometry, operand, split, scales)
     after = 32 * math.prod(geometry.weight_shape) * split.terms
     return replace(row, packed=True, weight_bits_after=after)
+
+
+def _is_operand(item: object) -> bool:
+    return isinstance(item, Operand)
 
 
 def _read_signs_from_bits(graph_module: fx.GraphModule, node: fx.Node, operand: Operand) -> None:

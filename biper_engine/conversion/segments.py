@@ -15,13 +15,16 @@ from torch import Tensor, fx
 
 from biper_engine import bits as contract
 from biper_engine import ops
+from biper_engine.conversion.activation_products import ActivationProduct
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.pipeline import Built
+from biper_engine.conversion.product_check import expected_sums
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ROUNDING, SegmentReport
 from biper_engine.errors import ConversionError
 from biper_engine.graph.reading import is_call, parent
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.matrix_operators import matrix_shape
 from biper_engine.ops.reference import apply_epilogue
 from biper_engine.ops.registration import split_options
 
@@ -44,9 +47,9 @@ class NanInputError(ConversionError):
         )
 
 
-def _as_map(value: Tensor) -> Tensor:
+def _as_map(value: Tensor, conv: BinaryConv) -> Tensor:
     """Return [N, C, H, W]; features in the last dimension become channels of 1x1 maps."""
-    return value if value.dim() == 4 else value.reshape(-1, value.shape[-1], 1, 1)
+    return value.reshape(-1, value.shape[-1], 1, 1) if conv.rows else value
 
 
 def _row(segments: dict[str, SegmentReport], n: fx.Node) -> SegmentReport:
@@ -79,6 +82,8 @@ class Segments(fx.Interpreter):
         """Run a node on true values; return the true value in its place."""
         if "conv" in n.meta:
             return self._conv(n)
+        if "product" in n.meta:
+            return self._product(n)
         value = super().run_node(n)
         affected = self._inherited(n, value)
         if "rule" in n.meta:
@@ -221,6 +226,26 @@ class Segments(fx.Interpreter):
             segment.bits_wrong += int((unequal & ~close).sum())
         return wanted_bits if op == "bconv2d_bits" else (floats, wanted_bits)
 
+    def _product(self, n: fx.Node) -> Tensor:
+        """Compare a product of two activations; return the model's own."""
+        product: ActivationProduct = n.meta["product"]
+        segment = _row(self._segments, n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        values = self._truth.values
+        for factor in (product.left, product.right):
+            if any(bool(values[name].isnan().any()) for name in factor.names):
+                raise NanInputError(str(n.meta["layer"]))
+        self.layer_inputs[n.name] = args[0]
+        shape = matrix_shape(kwargs)
+        sums = ops.bmatmul(args[0], args[1], shape)
+        wanted, affected, result = expected_sums(product, values, sums.shape[2])
+        segment.accumulators += sums.numel()
+        segment.accumulators_wrong += int((sums != wanted).sum())
+        if affected is not None:
+            segment.zero_outputs += int(affected.sum())
+        self._compare_floats(segment, n.target(*args, **kwargs), result, affected)  # type: ignore[operator]
+        return self._rounded(n, result, kwargs["dtype"])
+
     def _require_signs(self, n: fx.Node, conv: BinaryConv) -> None:
         """Require that every input of a layer has a sign."""
         names = (conv.value,) if conv.source is None else (conv.value, conv.source)
@@ -229,7 +254,7 @@ class Segments(fx.Interpreter):
 
     def _accumulators(self, conv: BinaryConv, dot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the model's accumulators, zeros counted as +1, and what zeros reach."""
-        value = _as_map(self._truth.values[conv.value].float())
+        value = _as_map(self._truth.values[conv.value].float(), conv)
         middle = (conv.rule.high + conv.rule.low) / 2
         level = (conv.rule.high - conv.rule.low) / 2
         zero = torch.zeros_like(value, dtype=torch.bool)
@@ -237,7 +262,7 @@ class Segments(fx.Interpreter):
             zero = (value - middle).abs() < 0.5 * level
         if conv.rule.tie and conv.source is not None:
             threshold = conv.rule.threshold.view(1, -1, 1, 1).to(value.device)
-            zero = zero | (_as_map(self._truth.values[conv.source]) == threshold)
+            zero = zero | (_as_map(self._truth.values[conv.source], conv) == threshold)
         high = value >= middle if level > 0 else value <= middle
         unit = torch.where(zero | high, 1.0, -1.0)
         geometry = conv.geometry
@@ -255,13 +280,15 @@ class Segments(fx.Interpreter):
 def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
     """Return how much rounding may change the value before a sign; see `verify`."""
     per_channel = epilogue.multiplier.abs() * conv.geometry.reduction + epilogue.bias.abs()
+    factor = epilogue.largest_factor()
+    per_channel = per_channel * factor
     for term in (epilogue.threshold, epilogue.shift):
         if term is not None:
             per_channel = per_channel + term.abs()
     bound = per_channel.view(1, -1, 1, 1)
     if residual is None:
         return _STEPS * ROUNDING[torch.float32] * bound
-    magnitude = residual.float().abs()
+    magnitude = residual.float().abs() * factor.view(1, -1, 1, 1)
     exact = _STEPS * ROUNDING[torch.float32] * (bound + magnitude)
     return exact + _half_rounding(residual) * magnitude
 
@@ -311,12 +338,15 @@ class EndToEnd(fx.Interpreter):
         self._segments = segments
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node; count bits if it is a binary convolution."""
-        if "conv" in n.meta:
-            (bits, *_), _ = self.fetch_args_kwargs_from_env(n)
+        """Run a node; count bits if it is a binary convolution, or a product's left factor."""
+        if "conv" in n.meta or "product" in n.meta:
+            (bits, *_), options = self.fetch_args_kwargs_from_env(n)
             wanted = self._layer_inputs[n.name]
             segment = _row(self._segments, n)
             pixels = wanted.numel() // wanted.shape[-1] if wanted.numel() else 0
-            segment.input_bits += pixels * n.meta["conv"].geometry.in_channels
+            conv = n.meta.get("conv")
+            segment.input_bits += pixels * (
+                options["channels"] if conv is None else conv.geometry.in_channels
+            )
             segment.input_bits_differ += contract.count_different(bits, wanted)
         return super().run_node(n)

@@ -25,12 +25,7 @@ def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
         conv: a convolution without residual, with its fused epilogue.
         rule: the step that follows it.
     """
-    value = rule.threshold.double()
-    if conv.shift is not None:
-        value = value - conv.shift
-    if conv.slope is not None:
-        value = torch.where((value < 0) & (conv.slope > 0), value / conv.slope, value)
-    dot = (value - conv.bias) / conv.multiplier
+    dot = conv.epilogue.accumulator_at(rule.threshold.double())
     nearest = dot.round()
     geometry = conv.geometry
     # A sum of K values of +-1 has the parity of K; padding drops taps, which may change the parity.
@@ -39,7 +34,7 @@ def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
     reached = (dot - nearest).abs() <= _NEAR * nearest.abs().clamp(min=1)
     reached &= nearest.abs() <= geometry.reduction
     reached &= parity | any_parity
-    return int((reached & ~_power_of_two(conv.multiplier)).sum())
+    return int((reached & ~_power_of_two(conv.epilogue.multiplier)).sum())
 
 
 def _power_of_two(values: Tensor) -> Tensor:

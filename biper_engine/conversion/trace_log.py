@@ -7,14 +7,17 @@ observed is also recorded, and refused after the trace.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch.utils import _pytree as pytree
 
+from biper_engine.conversion.assertions import answer_of_a_check, described
 from biper_engine.errors import ConversionError
 
 __all__ = ["TraceLog", "failing_line", "is_of_torch", "is_own", "random_reason"]
@@ -35,12 +38,14 @@ class TraceLog:
         paths: the module path of each operator that may be a layer, in order.
         out_spec: pytree structure of the result.
         refused: reasons why the model cannot be captured, in the order of the trace.
+        dropped: checks of values that only raise; the captured graph has none of them.
     """
 
     stack: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     out_spec: pytree.TreeSpec | None = None
     refused: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
     def enter(self, path: str) -> None:
         """Enter a module's forward pass."""
@@ -77,18 +82,40 @@ class TraceLog:
         if self.refused:
             raise ConversionError(self.refused[0]) from cause
 
+    def passed_check(self, *, always: bool = False) -> bool | None:
+        """Return the truth of a tensor with which the model does not raise, and note the check.
+
+        Args:
+            always: whether the model calls a function that raises if a tensor is not true.
+
+        Returns:
+            None if the line of the model that asks decides more than whether to raise.
+        """
+        frames = list(_frames_of_the_model())
+        asking: FrameType | None = sys._getframe(1)
+        while asking is not None and is_own(asking.f_code.co_filename):
+            asking = asking.f_back
+        if not frames or not (always or asking is frames[0]):
+            return None
+        answer = answer_of_a_check(frames[0], frames[1:], always=always)
+        if answer is not None:
+            self.dropped.append(described(frames[0]))
+        return answer
+
+
+def _frames_of_the_model() -> Iterator[FrameType]:
+    """Yield the Python frames of the model's own code, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _CAPTURE:
+        if _is_of_the_model(frame.f_code.co_filename):
+            yield frame
+        frame = frame.f_back
+
 
 def _line_of_the_model() -> str:
     """Return file and line of the innermost Python frame of the model's own code."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name == _CAPTURE:
-            return ""
-        if _is_of_the_model(name):
-            return f"{name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    frame = next(_frames_of_the_model(), None)
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def failing_line(cause: BaseException) -> str:

@@ -97,6 +97,12 @@ _LEAVING = {
 """Functions that show Python the values of a tensor, with their names in messages."""
 
 
+_TRUTHS = (
+    *(Tensor.__bool__, Tensor.is_nonzero, torch.is_nonzero),
+    *(Tensor.equal, torch.equal, Tensor.allclose, torch.allclose),
+)
+"""Those that return whether something is so."""
+
 _COPYING = (torch.tensor, torch.as_tensor, torch.asarray)
 """Functions that read tensors in lists."""
 
@@ -229,7 +235,14 @@ class WatchPython(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _SET_DATA:
             return self._assign(*args)
+        if func is torch._assert and isinstance(args[0], FakeTensor):
+            if self._log.passed_check(always=True):
+                return None
+            self._log.refuse(leaving("torch._assert()", self._log.place))
         if func in _LEAVING and any(isinstance(value, FakeTensor) for value in args):
+            answer = self._log.passed_check() if func in _TRUTHS else None
+            if answer is not None:
+                return answer
             self._log.refuse(leaving(_LEAVING[func], self._log.place))
         if func in _COPYING and any(isinstance(x, FakeTensor) for x in _inside(args)):
             self._log.refuse(leaving(f"torch.{func.__name__}()", self._log.place))
@@ -337,7 +350,8 @@ def leaving(how: str, place: str) -> str:
         f"A value computed from the input leaves the graph: `{how}` in {place}. The Python code of "
         "a model runs once, at conversion, so its branches, loops and numbers cannot depend on the "
         "input: use tensor operators (`torch.where`, `clamp`, a mask), or keep that part outside "
-        "the converted model."
+        "the converted model. Only a check that just raises may ask, and only a tensor, as "
+        "`if (x > 1).any(): raise ...` does."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from biper_engine.graph import rows
-from biper_engine.graph.arguments import DIM, FALSE, FLOAT, NUMBER, TENSOR, Kind, choice
+from biper_engine.graph.arguments import DIM, FALSE, FLOAT, NONE, NUMBER, TENSOR, Kind, choice
 from biper_engine.graph.operator import Numbers, Operator, passing
 from biper_engine.graph.sizes import divided
 from biper_engine.graph.values import (
@@ -62,6 +62,10 @@ def _softmax(self: Value, dim: int, half_to_float: bool) -> Value:
     return self.like(*self.shape)
 
 
+def _safe_softmax(self: Value, dim: int, dtype: Any) -> Value:
+    return _softmax(self, dim, False)
+
+
 def _log_sigmoid(self: Value) -> tuple[Value, ...]:
     require_dtype("self", self, FLOATS)
     return (self.like(*self.shape),)  # the second result is only for gradients
@@ -108,6 +112,13 @@ OPERATORS: list[Operator] = [
         target=_aten._softmax.default,
         arguments=_SOFTMAX,
         result=_softmax,
+        rows=rows.over_dims,
+    ),
+    Operator(
+        name="safe_softmax",
+        target=_aten._safe_softmax.default,
+        arguments={"self": TENSOR, "dim": DIM, "dtype": NONE},
+        result=_safe_softmax,
         rows=rows.over_dims,
     ),
     Operator(

@@ -26,7 +26,10 @@ __all__ = [
     "FLOAT",
     "INDEX",
     "LAYOUT",
+    "NONE",
     "NUMBER",
+    "PART",
+    "PARTS",
     "SHAPE",
     "SIZE",
     "TENSOR",
@@ -161,12 +164,18 @@ INDEX = Kind(
 )
 BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 FALSE = Kind("false", lambda value: value is False)
+NONE = Kind("None", lambda value: value is None)
 FLOAT = number()
 NUMBER = Kind("a number", lambda value: _is_number(value) or isinstance(value, ImagesSize), True)
 COUNT = integer(1)
 DIM = integer(-MAX_RANK, MAX_RANK - 1)
 DIMS = integers(range(MAX_RANK + 1), -MAX_RANK, MAX_RANK - 1)
 SIZE = Kind(f"a size from 0 to {_MOST}", _is_size)
+PART = Kind(f"a size from 1 to {_MOST}", lambda value: _is_size(value) and value != 0)
+PARTS = Kind(
+    f"1 to {_MOST_TENSORS - 1} sizes from 0 to {_MOST}",
+    lambda value: _is_list(value) and 1 <= len(value) < _MOST_TENSORS and all(map(_is_size, value)),
+)
 SHAPE = Kind(
     f"sizes from 0 to {_MOST}, or -1 to infer one",
     lambda value: (

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from biper_engine.graph import rows
-from biper_engine.graph.arguments import (
-    DTYPE,
-    FLOAT,
-    LAYOUT,
-    NUMBER,
-    TENSOR,
-    Kind,
-    choice,
-    optional,
+from biper_engine.graph.arguments import DTYPE, FLOAT, LAYOUT, NUMBER, TENSOR, choice, optional
+from biper_engine.graph.elementwise import (
+    OPERANDS,
+    WITH_EITHER,
+    WITH_NUMBER,
+    arithmetic,
+    bitwise,
+    compared,
+    elementwise,
+    functions,
+    joint_shape,
+    of_floats,
+    of_numbers,
+    remainder,
+    require_operands,
+    require_range,
+    same,
+    to_bool,
+    two_forms,
 )
-from biper_engine.graph.operator import Numbers, Operator, Rule, passing
+from biper_engine.graph.operator import Numbers, Operator, passing
 from biper_engine.graph.values import (
     ANY,
     BOOLS,
@@ -38,100 +46,28 @@ __all__ = ["OPERATORS"]
 
 _aten = torch.ops.aten
 
-_OPERANDS = {"self": TENSOR, "other": TENSOR}
-_WITH_NUMBER = {"self": TENSOR, "other": NUMBER}
-_WITH_EITHER = {
-    "self": TENSOR,
-    "other": Kind("a tensor or a number", lambda v: TENSOR.accepts(v) or NUMBER.accepts(v), True),
-}
-
-
-def _operator(name: str, target: Any, arguments: Mapping[str, Kind], result: Rule) -> Operator:
-    return Operator(
-        name=name, target=target, arguments=arguments, result=result, rows=rows.elementwise
-    )
-
-
-# -- functions of one operand ----------------------------------------------------------------------
-
-
-def _same(dtypes: Sequence[torch.dtype]) -> Rule:
-    """Return the rule of a result like its operand, whose dtype must be one of some."""
-
-    def rule(self: Value, **options: Any) -> Value:
-        require_dtype("self", self, dtypes)
-        return self.like(*self.shape)
-
-    return rule
-
-
-def _to_bool(dtypes: Sequence[torch.dtype]) -> Rule:
-    def rule(self: Value) -> Value:
-        require_dtype("self", self, dtypes)
-        return self.like(*self.shape, dtype=torch.bool)
-
-    return rule
-
-
 _FLOAT_FUNCTIONS = "reciprocal sqrt exp sin cos tanh erf sigmoid"
-_OTHER_FUNCTIONS = (
-    "rsqrt exp2 expm1 log log1p log2 log10 tan asin acos atan sinh cosh asinh acosh atanh erfc "
-    "sinc frac lgamma digamma"
-)
 _NUMBER_FUNCTIONS = "abs neg sign sgn round floor ceil trunc"
-
-
-def _functions(names: str, dtypes: Sequence[torch.dtype]) -> list[Operator]:
-    return [
-        _operator(name, getattr(_aten, name).default, {"self": TENSOR}, _same(dtypes))
-        for name in names.split()
-    ]
 
 
 # -- two operands ----------------------------------------------------------------------------------
 
 
-def _operand_dtypes(dtypes: Sequence[torch.dtype], *operands: Any) -> None:
-    for name, operand in zip(("self", "other", "third"), operands, strict=False):
-        if isinstance(operand, Value):
-            require_dtype(name, operand, dtypes)
-
-
-def _shape(*operands: Any) -> tuple[Any, ...]:
-    return broadcast(*[x.shape for x in operands if isinstance(x, Value)])
-
-
-def _arithmetic(
-    dtypes: Sequence[torch.dtype], dtype_of: Callable[..., torch.dtype] = promoted
-) -> Rule:
-    def rule(self: Value, other: Any, alpha: Any = 1, **options: Any) -> Value:
-        _operand_dtypes(dtypes, self, other)
-        dtype = dtype_of(self, other)
-        fits = isinstance(alpha, int) or dtype.is_floating_point
-        require(fits and not isinstance(alpha, bool), f"`alpha` (={alpha}) for {dtype}")
-        return Value(dtype, _shape(self, other))
-
-    return rule
-
-
-def _compared(self: Value, other: Any) -> Value:
-    _operand_dtypes(ANY, self, other)
-    return Value(torch.bool, _shape(self, other), limits=(0, 1))
-
-
 def _logical(self: Value, other: Value) -> Value:
-    return _compared(self, other)
+    return compared(self, other)
 
 
-def _bitwise(self: Value, other: Any) -> Value:
-    _operand_dtypes((*BOOLS, *INTEGERS), self, other)
-    require(not isinstance(other, float), f"`other` (={other}) must be an integer")
-    return Value(promoted(self, other), _shape(self, other))
+def _rounded_quotient(self: Value, other: Any, rounding_mode: str | None) -> Value:
+    rule = of_floats if rounding_mode is None else of_numbers
+    found = rule(self, other)
+    assert isinstance(found, Value)
+    return found
 
 
 def _power(self: Value, exponent: Any) -> Value:
-    _operand_dtypes(FLOATS, self, exponent)
-    return Value(promoted(self, exponent), _shape(self, exponent))
+    integers = type(exponent) is int and 0 <= exponent < 64
+    require_operands(NUMBERS if integers else FLOATS, self, exponent)
+    return Value(promoted(self, exponent), joint_shape(self, exponent))
 
 
 def _number_power(self: Any, exponent: Value) -> Value:
@@ -139,32 +75,15 @@ def _number_power(self: Any, exponent: Value) -> Value:
     return Value(promoted(self, exponent), exponent.shape)
 
 
-def _of_floats(self: Value, other: Any, **options: Any) -> Value:
-    _operand_dtypes(FLOATS, self, other)
-    return Value(promoted(self, other), _shape(self, other))
-
-
 def _heaviside(self: Value, values: Value) -> Value:
-    return Value(same_dtype(NUMBERS, self=self, values=values), _shape(self, values))
+    return Value(same_dtype(NUMBERS, self=self, values=values), joint_shape(self, values))
 
 
-def _remainder(self: Value, other: Any) -> Value:
-    require_dtype("self", self, NUMBERS)
-    integers = not promoted(self, other).is_floating_point
-    require(not integers or (type(other) is int and other != 0), f"division by {other}")
-    return Value(promoted(self, other), self.shape)
-
-
-def _two_forms(
-    name: str, packet: Any, tensors: Rule, numbers: Rule | None = None, **more: Kind
-) -> list[Operator]:
-    """Return an operator on two tensors, and `name_number` on a tensor and a number."""
-    # Only these four take a number in place of a tensor in PyTorch.
-    operands = _WITH_EITHER if name in ("add", "sub", "mul", "div") else _OPERANDS
-    return [
-        _operator(name, packet.Tensor, {**operands, **more}, tensors),
-        _operator(f"{name}_number", packet.Scalar, {**_WITH_NUMBER, **more}, numbers or tensors),
-    ]
+def _shifted(self: Value, other: Any) -> Value:
+    require_dtype("self", self, INTEGERS)
+    bits = torch.iinfo(self.dtype).bits
+    require(type(other) is int and 0 <= other < bits, f"`other` (={other}) for {self}")
+    return self.like(*self.shape)
 
 
 _COMPARISONS = {"greater_equal": "ge", "greater": "gt", "less_equal": "le", "less": "lt"} | {
@@ -177,8 +96,8 @@ def _comparisons() -> list[Operator]:
     found = []
     for name, aten_name in _COMPARISONS.items():
         packet = getattr(_aten, aten_name)
-        found.append(_operator(name, packet.Scalar, _WITH_NUMBER, _compared))
-        found.append(_operator(f"{name}_tensor", packet.Tensor, _OPERANDS, _compared))
+        found.append(elementwise(name, packet.Scalar, WITH_NUMBER, compared))
+        found.append(elementwise(f"{name}_tensor", packet.Tensor, OPERANDS, compared))
     return found
 
 
@@ -187,8 +106,8 @@ def _comparisons() -> list[Operator]:
 
 def _where(condition: Value, self: Value, other: Value) -> Value:
     require_dtype("condition", condition, BOOLS)
-    _operand_dtypes(ANY, self, other)
-    return Value(promoted(self, other), _shape(condition, self, other))
+    require_operands(ANY, self, other)
+    return Value(promoted(self, other), joint_shape(condition, self, other))
 
 
 def _masked_fill(self: Value, mask: Value, value: Any) -> Value:
@@ -200,30 +119,20 @@ def _masked_fill(self: Value, mask: Value, value: Any) -> Value:
     dtype = promoted(self, value)
     fits = self.rank > 0 and dtype == self.dtype and broadcast(self.shape, mask.shape)
     require(fits == self.shape, f"`self` is {self}, `mask` is {mask}, `value` is {value}")
-    _require_range(self.dtype, value)
+    require_range(self.dtype, value)
     return self.like(*self.shape)
 
 
-def _require_range(dtype: torch.dtype, *numbers: Any) -> None:
-    """Require numbers that an integer dtype can hold."""
-    if dtype.is_floating_point or dtype == torch.bool:
-        return
-    limits = torch.iinfo(dtype)
-    for value in numbers:
-        fits = not isinstance(value, int | float) or limits.min <= value <= limits.max
-        require(fits, f"{value} does not fit {dtype}")
-
-
 def _scaled_sum(self: Value, tensor1: Value, tensor2: Value, value: Any) -> Value:
-    _operand_dtypes(FLOATS, self, tensor1, tensor2)
-    return Value(promoted(self, tensor1, tensor2), _shape(self, tensor1, tensor2))
+    require_operands(FLOATS, self, tensor1, tensor2)
+    return Value(promoted(self, tensor1, tensor2), joint_shape(self, tensor1, tensor2))
 
 
 def _lerp(self: Value, end: Value, weight: Any) -> Value:
     same_dtype(FLOATS, self=self, end=end)
     if isinstance(weight, Value):
         same_dtype(FLOATS, self=self, weight=weight)
-    return Value(self.dtype, _shape(self, end, weight))
+    return Value(self.dtype, joint_shape(self, end, weight))
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -232,15 +141,15 @@ def _lerp(self: Value, end: Value, weight: Any) -> Value:
 def _clamp(self: Value, min: Any, max: Any) -> Value:
     require(min is not None or max is not None, "`min` or `max` must be given")
     require_dtype("self", self, NUMBERS)
-    _require_range(self.dtype, min, max)
+    require_range(self.dtype, min, max)
     return Value(promoted(self, *(x for x in (min, max) if x is not None)), self.shape)
 
 
 def _clamp_tensors(self: Value, min: Value | None, max: Value | None) -> Value:
     given = [x for x in (min, max) if x is not None]
     require(bool(given), "`min` or `max` must be given")
-    _operand_dtypes(FLOATS, self, *given)
-    return Value(promoted(self, *given), _shape(self, *given))
+    require_operands(FLOATS, self, *given)
+    return Value(promoted(self, *given), joint_shape(self, *given))
 
 
 def _clamp_one(self: Value, **limit: Any) -> Value:
@@ -248,7 +157,7 @@ def _clamp_one(self: Value, **limit: Any) -> Value:
     require_dtype("self", self, FLOATS)
     if isinstance(value, Value):
         require_dtype("limit", value, FLOATS)
-    return Value(promoted(self, value), _shape(self, value))
+    return Value(promoted(self, value), joint_shape(self, value))
 
 
 def _hardtanh(self: Value, min_val: Any, max_val: Any) -> Value:
@@ -279,88 +188,99 @@ def _clone(self: Value, memory_format: Any) -> Value:
 _ROUNDING = choice("floor", "trunc")
 
 _ELEMENTWISE = [
-    *_functions(_FLOAT_FUNCTIONS, FLOATS),
-    *_functions(_NUMBER_FUNCTIONS, NUMBERS),
-    _operator("logical_not", _aten.logical_not.default, {"self": TENSOR}, _to_bool(ANY)),
-    _operator(
-        "bitwise_not", _aten.bitwise_not.default, {"self": TENSOR}, _same((*BOOLS, *INTEGERS))
+    *functions(_FLOAT_FUNCTIONS, FLOATS),
+    *functions(_NUMBER_FUNCTIONS, NUMBERS),
+    elementwise("logical_not", _aten.logical_not.default, {"self": TENSOR}, to_bool(ANY)),
+    elementwise(
+        "bitwise_not", _aten.bitwise_not.default, {"self": TENSOR}, same((*BOOLS, *INTEGERS))
     ),
-    _operator("is_nan", _aten.isnan.default, {"self": TENSOR}, _to_bool(FLOATS)),
-    *_two_forms("add", _aten.add, _arithmetic(ANY), alpha=NUMBER),
-    *_two_forms("sub", _aten.sub, _arithmetic(NUMBERS), alpha=NUMBER),
-    *_two_forms("mul", _aten.mul, _arithmetic(ANY)),
-    *_two_forms("div", _aten.div, _arithmetic(ANY, computing_dtype)),
-    *_two_forms("remainder", _aten.remainder, _of_floats, _remainder),
-    _operator(
+    elementwise("is_nan", _aten.isnan.default, {"self": TENSOR}, to_bool(FLOATS)),
+    *two_forms("add", _aten.add, arithmetic(ANY), alpha=NUMBER),
+    *two_forms("sub", _aten.sub, arithmetic(NUMBERS), alpha=NUMBER),
+    *two_forms("mul", _aten.mul, arithmetic(ANY)),
+    *two_forms("div", _aten.div, arithmetic(ANY, computing_dtype)),
+    *two_forms("remainder", _aten.remainder, of_floats, remainder),
+    elementwise(
         "div_rounded",
         _aten.div.Tensor_mode,
-        {**_WITH_EITHER, "rounding_mode": optional(_ROUNDING)},
-        _of_floats,
+        {**WITH_EITHER, "rounding_mode": optional(_ROUNDING)},
+        _rounded_quotient,
     ),
-    _operator("reversed_sub", _aten.rsub.Scalar, {**_WITH_NUMBER, "alpha": NUMBER}, _of_floats),
-    _operator("maximum", _aten.maximum.default, _OPERANDS, _arithmetic(ANY)),
-    _operator("minimum", _aten.minimum.default, _OPERANDS, _arithmetic(ANY)),
-    _operator("copysign", _aten.copysign.Tensor, _OPERANDS, _of_floats),
-    _operator("heaviside", _aten.heaviside.default, {"self": TENSOR, "values": TENSOR}, _heaviside),
-    _operator("power", _aten.pow.Tensor_Scalar, {"self": TENSOR, "exponent": NUMBER}, _power),
-    _operator(
+    elementwise("reversed_sub", _aten.rsub.Scalar, {**WITH_NUMBER, "alpha": NUMBER}, of_floats),
+    elementwise("maximum", _aten.maximum.default, OPERANDS, arithmetic(ANY)),
+    elementwise("minimum", _aten.minimum.default, OPERANDS, arithmetic(ANY)),
+    elementwise("copysign", _aten.copysign.Tensor, OPERANDS, of_floats),
+    elementwise(
+        "heaviside", _aten.heaviside.default, {"self": TENSOR, "values": TENSOR}, _heaviside
+    ),
+    elementwise("power", _aten.pow.Tensor_Scalar, {"self": TENSOR, "exponent": NUMBER}, _power),
+    elementwise(
         "power_tensor", _aten.pow.Tensor_Tensor, {"self": TENSOR, "exponent": TENSOR}, _power
     ),
-    _operator(
+    elementwise(
         "number_power", _aten.pow.Scalar, {"self": NUMBER, "exponent": TENSOR}, _number_power
     ),
     *_comparisons(),
     *[
-        _operator(f"logical_{name}", getattr(_aten, f"logical_{name}").default, _OPERANDS, _logical)
+        elementwise(
+            f"logical_{name}", getattr(_aten, f"logical_{name}").default, OPERANDS, _logical
+        )
         for name in ("and", "or", "xor")
     ],
     *[
         operator
         for name in ("and", "or", "xor")
-        for operator in _two_forms(f"bitwise_{name}", getattr(_aten, f"bitwise_{name}"), _bitwise)
+        for operator in two_forms(f"bitwise_{name}", getattr(_aten, f"bitwise_{name}"), bitwise)
     ],
-    _operator(
+    *[
+        elementwise(f"shift_{to}_number", target, WITH_NUMBER, _shifted, other)
+        for to, target, other in (
+            ("left", _aten.bitwise_left_shift.Tensor_Scalar, _aten.__lshift__.Scalar),
+            ("right", _aten.bitwise_right_shift.Tensor_Scalar, _aten.__rshift__.Scalar),
+        )
+    ],
+    elementwise(
         "where", _aten.where.self, {"condition": TENSOR, "self": TENSOR, "other": TENSOR}, _where
     ),
-    _operator(
+    elementwise(
         "masked_fill",
         _aten.masked_fill.Scalar,
         {"self": TENSOR, "mask": TENSOR, "value": NUMBER},
         _masked_fill,
     ),
-    _operator(
+    elementwise(
         "masked_fill_tensor",
         _aten.masked_fill.Tensor,
         {"self": TENSOR, "mask": TENSOR, "value": TENSOR},
         _masked_fill,
     ),
-    _operator(
+    elementwise(
         "clamp",
         _aten.clamp.default,
         {"self": TENSOR, "min": optional(NUMBER), "max": optional(NUMBER)},
         _clamp,
     ),
-    _operator(
+    elementwise(
         "clamp_tensor",
         _aten.clamp.Tensor,
         {"self": TENSOR, "min": optional(TENSOR), "max": optional(TENSOR)},
         _clamp_tensors,
     ),
-    _operator("clamp_min", _aten.clamp_min.default, {"self": TENSOR, "min": NUMBER}, _clamp_one),
-    _operator("clamp_max", _aten.clamp_max.default, {"self": TENSOR, "max": NUMBER}, _clamp_one),
-    _operator(
+    elementwise("clamp_min", _aten.clamp_min.default, {"self": TENSOR, "min": NUMBER}, _clamp_one),
+    elementwise("clamp_max", _aten.clamp_max.default, {"self": TENSOR, "max": NUMBER}, _clamp_one),
+    elementwise(
         "clamp_min_tensor", _aten.clamp_min.Tensor, {"self": TENSOR, "min": TENSOR}, _clamp_one
     ),
-    _operator(
+    elementwise(
         "clamp_max_tensor", _aten.clamp_max.Tensor, {"self": TENSOR, "max": TENSOR}, _clamp_one
     ),
-    _operator(
+    elementwise(
         "hardtanh",
         _aten.hardtanh.default,
         {"self": TENSOR, "min_val": NUMBER, "max_val": NUMBER},
         _hardtanh,
     ),
-    _operator(
+    elementwise(
         "to_dtype",
         _aten._to_copy.default,
         {"self": TENSOR, "dtype": optional(DTYPE), "memory_format": LAYOUT},
@@ -370,23 +290,17 @@ _ELEMENTWISE = [
 
 OPERATORS: list[Operator] = [
     *passing(Numbers.ELEMENTWISE, _ELEMENTWISE),
-    *_functions(_OTHER_FUNCTIONS, FLOATS),
-    _operator("is_inf", _aten.isinf.default, {"self": TENSOR}, _to_bool(FLOATS)),
-    _operator(
+    elementwise("is_inf", _aten.isinf.default, {"self": TENSOR}, to_bool(FLOATS)),
+    elementwise(
         "nan_to_num",
         _aten.nan_to_num.default,
         {"self": TENSOR, **dict.fromkeys(("nan", "posinf", "neginf"), optional(FLOAT))},
-        _same(FLOATS),
+        same(FLOATS),
     ),
-    _operator(
-        "logit", _aten.logit.default, {"self": TENSOR, "eps": optional(FLOAT)}, _same(FLOATS)
-    ),
-    *_two_forms("fmod", _aten.fmod, _of_floats, _remainder),
-    _operator("floor_divide", _aten.floor_divide.default, _WITH_EITHER, _of_floats),
-    _operator("atan2", _aten.atan2.default, _OPERANDS, _of_floats),
-    _operator("hypot", _aten.hypot.default, _OPERANDS, _of_floats),
+    *two_forms("fmod", _aten.fmod, of_floats, remainder),
+    elementwise("floor_divide", _aten.floor_divide.default, WITH_EITHER, of_numbers),
     *[
-        _operator(
+        elementwise(
             name,
             getattr(_aten, name).default,
             {"self": TENSOR, "tensor1": TENSOR, "tensor2": TENSOR, "value": FLOAT},
@@ -394,9 +308,11 @@ OPERATORS: list[Operator] = [
         )
         for name in ("addcmul", "addcdiv")
     ],
-    _operator("lerp", _aten.lerp.Tensor, {"self": TENSOR, "end": TENSOR, "weight": TENSOR}, _lerp),
-    _operator(
+    elementwise(
+        "lerp", _aten.lerp.Tensor, {"self": TENSOR, "end": TENSOR, "weight": TENSOR}, _lerp
+    ),
+    elementwise(
         "lerp_number", _aten.lerp.Scalar, {"self": TENSOR, "end": TENSOR, "weight": FLOAT}, _lerp
     ),
-    _operator("clone", _aten.clone.default, {"self": TENSOR, "memory_format": LAYOUT}, _clone),
+    elementwise("clone", _aten.clone.default, {"self": TENSOR, "memory_format": LAYOUT}, _clone),
 ]

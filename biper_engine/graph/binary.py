@@ -20,14 +20,21 @@ from biper_engine.graph.operator import Operator, Result, Rule
 from biper_engine.graph.patterns import pair
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import Value, require, require_dtype
+from biper_engine.ops.epilogue import NUMBERS, STEPS, VECTORS
 
-__all__ = ["OPERATORS"]
+__all__ = [
+    "OPERATORS",
+    "STREAM",
+    "STREAMS",
+    "require_clear_bits",
+    "require_packed",
+    "require_vectors",
+]
 
 _biper = torch.ops.biper
 
-_STREAMS = (torch.float32, torch.float16, torch.bfloat16)
+STREAMS = (torch.float32, torch.float16, torch.bfloat16)
 _FLOWING = ("x", "bits", "residual")
-_FLAGS = ("sense", "pool_min", "take_and")
 
 
 def _map_sizes(name: str, x: Value) -> tuple[Size, int, int, int]:
@@ -39,7 +46,7 @@ def _map_sizes(name: str, x: Value) -> tuple[Size, int, int, int]:
     raise MisfitError(f"`{name}` must be a map of 4 dimensions, but it is {x}")
 
 
-def _require_packed(name: str, bits: Value, channels: int) -> tuple[Size, int, int]:
+def require_packed(name: str, bits: Value, channels: int) -> tuple[Size, int, int]:
     """Require a packed map of `channels` channels; return batch, height and width."""
     fits = bits.channels == channels and bits.dtype == torch.int32
     if not fits:
@@ -52,11 +59,12 @@ def _packed(batch: Size, channels: int, height: int, width: int) -> Value:
     return Value(torch.int32, (batch, height, width, words(channels)), channels)
 
 
-def _require_vectors(channels: int, **vectors: Value | None) -> None:
+def require_vectors(channels: int, **vectors: Value | None) -> None:
+    """Require vectors with a finite number, or a flag, for each channel."""
     for name, vector in vectors.items():
         if vector is None:
             continue
-        wanted = torch.bool if name in _FLAGS else torch.float32
+        wanted = torch.bool if name == "take_and" else VECTORS[name]
         fits = vector.dtype == wanted and vector.shape == (channels,) and vector.channels is None
         if not fits:
             raise MisfitError(f"`{name}` must be {wanted} [{channels}], but it is {vector}")
@@ -71,14 +79,14 @@ def _require_vectors(channels: int, **vectors: Value | None) -> None:
 
 
 def _binarize(x: Value, threshold: Value | None, sense: Value | None) -> Value:
-    require_dtype("x", x, _STREAMS)
+    require_dtype("x", x, STREAMS)
     batch, channels, height, width = _map_sizes("x", x)
-    _require_vectors(channels, threshold=threshold, sense=sense)
+    require_vectors(channels, threshold=threshold, sense=sense)
     return _packed(batch, channels, height, width)
 
 
 def _unbinarize(bits: Value, channels: int, dtype: torch.dtype) -> Value:
-    batch, height, width = _require_packed("bits", bits, channels)
+    batch, height, width = require_packed("bits", bits, channels)
     return Value(dtype, (batch, channels, height, width))
 
 
@@ -90,8 +98,8 @@ def _max_pool(
     padding: Sequence[int],
     take_and: Value | None,
 ) -> Value:
-    batch, height, width = _require_packed("bits", bits, channels)
-    _require_vectors(channels, take_and=take_and)
+    batch, height, width = require_packed("bits", bits, channels)
+    require_vectors(channels, take_and=take_and)
     pool = Pool2dGeometry(kernel_size=pair(kernel_size), stride=pair(stride), padding=pair(padding))
     return _packed(batch, channels, *pool.output_size(height, width))
 
@@ -104,7 +112,7 @@ def _conv_sizes(
 ) -> tuple[Size, int, int, int]:
     """Return batch, channels, height and width of the accumulators."""
     in_channels = geometry["in_channels"]
-    batch, height, width = _require_packed("bits", bits, in_channels)
+    batch, height, width = require_packed("bits", bits, in_channels)
     fits = weight.dtype == torch.int32 and weight.channels is None and not weight.flows
     if not fits:
         raise MisfitError(f"`weight` must be a constant of int32 words, but it is {weight}")
@@ -125,11 +133,11 @@ def _conv_sizes(
             f"`weight` must be {list(conv.weight_shape)}, [O, KH, KW, words of "
             f"{conv.group_channels} channels], but it is {weight}"
         )
-    _require_clear_bits(weight, conv.group_channels)
+    require_clear_bits(weight, conv.group_channels)
     return batch, out_channels, *conv.output_size(height, width)
 
 
-def _require_clear_bits(weight: Value, channels: int) -> None:
+def require_clear_bits(weight: Value, channels: int) -> None:
     """Require that the bits after the last channel are 0."""
     used = channels % WORD_BITS
     if used and weight.constant is not None:
@@ -143,9 +151,8 @@ def _epilogue_sizes(
 ) -> tuple[Size, int, int, int]:
     """Check the steps after the accumulators; return the sizes of the result."""
     batch, channels, height, width = _conv_sizes(bits, weight, named)
-    names = ("threshold", "sense", "pool_min", "slope", "shift")
-    vectors = {name: named.get(name) for name in names}
-    _require_vectors(channels, multiplier=multiplier, bias=bias, **vectors)
+    vectors = {name: named.get(name) for name in VECTORS}
+    require_vectors(channels, **{**vectors, "multiplier": multiplier, "bias": bias})
     clamped = named["clamp_min"] is not None or named["clamp_max"] is not None
     require(not clamped or named["slope"] is None, "`slope` excludes `clamp_min`/`clamp_max`")
     pool = Pool2dGeometry(
@@ -158,7 +165,7 @@ def _epilogue_sizes(
     shape = (batch, channels, height, width)
     residual = named["residual"]
     if residual is not None:
-        require_dtype("residual", residual, _STREAMS)
+        require_dtype("residual", residual, STREAMS)
         require(residual.shape == shape, f"`residual` (={residual}) must have the result's shape")
     return shape
 
@@ -213,7 +220,7 @@ def _constant_parameters(named: Mapping[str, Any], result: Any) -> bool:
 _INF = float("inf")
 _MOST = torch.finfo(torch.float32).max
 _ONE_FLOAT = number(-_MOST, _MOST)
-_STREAM = Kind("float32, float16 or bfloat16", lambda v: DTYPE.accepts(v) and v in _STREAMS)
+STREAM = Kind("float32, float16 or bfloat16", lambda v: DTYPE.accepts(v) and v in STREAMS)
 _LIMIT = optional(
     Kind("a number that float32 can hold", lambda v: _ONE_FLOAT.accepts(v) or v in (_INF, -_INF))
 )
@@ -232,12 +239,13 @@ _GEOMETRY = {
 _EPILOGUE = {
     "residual": _OPTIONAL,
     **{"pool_kernel_size": _STEPS, "pool_stride": _STEPS},
-    **{"pool_padding": _PADS, "pool_min": _OPTIONAL},
-    **{"clamp_min": _LIMIT, "clamp_max": _LIMIT, "slope": _OPTIONAL, "shift": _OPTIONAL},
+    "pool_padding": _PADS,
+    **dict.fromkeys(STEPS, _OPTIONAL),
+    **dict.fromkeys(NUMBERS, _LIMIT),
 }
 _OPERANDS = dict.fromkeys(("bits", "weight", "multiplier", "bias"), TENSOR)
 _OUTGOING = {"threshold": TENSOR, "sense": TENSOR}
-_DTYPE = {"dtype": _STREAM}
+_DTYPE = {"dtype": STREAM}
 
 
 def _operator(name: str, arguments: dict[str, Kind], result: Rule) -> Operator:

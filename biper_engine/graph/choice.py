@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.reading import arguments, biper_op, constant, is_bconv2d
 from biper_engine.ops.backends import Backend, select
+from biper_engine.ops.epilogue import steps_of
 from biper_engine.ops.functional import geometry_options
 from biper_engine.ops.registration import conv_geometry
 
@@ -37,7 +38,9 @@ def node_backend(module: fx.GraphModule, node: fx.Node, device: torch.device | N
     op = biper_op(node)
     if op is None:
         return None
-    return select(op, node_geometry(module, node), device or torch.device("cpu")).name
+    geometry = node_geometry(module, node)
+    steps = steps_of(arguments(node))
+    return select(op, geometry, device or torch.device("cpu"), steps).name
 
 
 def backends_of(module: fx.GraphModule, device: torch.device | None) -> tuple[str, ...]:
@@ -56,10 +59,11 @@ def prepack_node(node: fx.Node, weight: Tensor) -> Tensor:
     Raises:
         BackendUnavailableError: a forced backend cannot run the node.
     """
-    geometry = conv_geometry(weight, arguments(node))
+    named = arguments(node)
+    geometry = conv_geometry(weight, named)
     op = biper_op(node)
     assert op is not None
-    return prepack(select(op, geometry, weight.device), weight, geometry)
+    return prepack(select(op, geometry, weight.device, steps_of(named)), weight, geometry)
 
 
 def prepack(backend: Backend, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:

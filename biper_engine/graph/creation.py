@@ -21,7 +21,7 @@ from biper_engine.graph.arguments import (
     optional,
 )
 from biper_engine.graph.operator import Numbers, Operator, Rule, passing
-from biper_engine.graph.sizes import ImagesSize, Size, divided
+from biper_engine.graph.sizes import ImagesSize, Size, divided, floored, remainder
 from biper_engine.graph.values import ANY, Value, axis, require, require_dtype
 
 __all__ = ["OPERATORS"]
@@ -125,6 +125,10 @@ def _arange(end: Any, start: Any = 0, step: Any = 1, dtype: torch.dtype | None =
     return Value(wanted, (count,), limits=limits, dense=True)
 
 
+def _eye(n: Size, m: Size | None = None, dtype: torch.dtype | None = None) -> Value:
+    return Value(dtype or torch.float32, (n, n if m is None else m), dense=True)
+
+
 def _size_of(self: Value, dim: int) -> Size:
     return self.shape[axis(dim, self.rank)]
 
@@ -209,6 +213,8 @@ OPERATORS: list[Operator] = [
         {"self": TENSOR, "size": SHAPE, "fill_value": NUMBER, **_DTYPE},
         _new_full,
     ),
+    _operator("eye", _aten.eye.default, {"n": SIZE, **_DTYPE}, _eye),
+    _operator("eye_of", _aten.eye.m, {"n": SIZE, "m": SIZE, **_DTYPE}, _eye),
     _operator("arange", _aten.arange.default, _RANGE_END, _arange),
     _operator("arange_from", _aten.arange.start, {"start": SIZE, **_RANGE_END}, _arange),
     _operator(
@@ -221,5 +227,6 @@ OPERATORS: list[Operator] = [
     _operator("size_sum", operator.add, _SIZES, _on_sizes(operator.add)),
     _operator("size_difference", operator.sub, _SIZES, _on_sizes(operator.sub)),
     _operator("size_product", operator.mul, _SIZES, _on_sizes(operator.mul)),
-    _operator("size_quotient", operator.floordiv, _SIZES, _on_sizes(divided)),
+    _operator("size_quotient", operator.floordiv, _SIZES, _on_sizes(floored)),
+    _operator("size_remainder", operator.mod, _SIZES, _on_sizes(remainder)),
 ]

@@ -18,24 +18,23 @@ from biper_engine.graph.arguments import (
     DIM,
     FALSE,
     INDEX,
-    NUMBER,
     SIZE,
     TENSOR,
     Kind,
     integer,
 )
 from biper_engine.graph.operator import Numbers, Operator, Rule, passing
-from biper_engine.graph.sizes import ImagesSize, Size
+from biper_engine.graph.sizes import Size, product
 from biper_engine.graph.values import ANY, FLOATS, Value, axis, broadcast, require, require_dtype
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "indexed_shape", "require_elements_of", "require_positions"]
 
 _aten = torch.ops.aten
 
 _POSITIONS = (torch.int64, torch.int32)
 
 
-def _limits(x: Value) -> tuple[int, int] | None:
+def _known_limits(x: Value) -> tuple[int, int] | None:
     """Return the smallest and the largest integer of a value, if they are known."""
     if x.constant is None or x.constant.numel() == 0:
         return x.limits
@@ -43,12 +42,12 @@ def _limits(x: Value) -> tuple[int, int] | None:
     return int(low), int(high)
 
 
-def _require_positions(
+def require_positions(
     name: str, index: Value, size: Size, *, negative: bool = False, dtypes: Any = _POSITIONS
 ) -> None:
     """Require that positions, as far as they are known, are inside a dimension."""
     require_dtype(name, index, dtypes)
-    limits = _limits(index)
+    limits = _known_limits(index)
     if limits is None:
         return
     low, high = limits
@@ -59,7 +58,7 @@ def _require_positions(
 def _embedding(weight: Value, indices: Value, **options: Any) -> Value:
     require_dtype("weight", weight, FLOATS)
     require(weight.rank == 2, f"`weight` is {weight}")
-    _require_positions("indices", indices, weight.shape[0])
+    require_positions("indices", indices, weight.shape[0])
     return weight.like(*indices.shape, weight.shape[1])
 
 
@@ -67,33 +66,28 @@ def _index_select(self: Value, dim: int, index: Value) -> Value:
     require_dtype("self", self, ANY)
     require(index.rank == 1 and self.rank >= 1, f"`index` is {index}, `self` {self}")
     at = axis(dim, self.rank)
-    _require_positions("index", index, self.shape[at])
+    require_positions("index", index, self.shape[at])
     return self.like(*self.shape[:at], index.shape[0], *self.shape[at + 1 :])
 
 
-def _gather(self: Value, dim: int, index: Value, sparse_grad: bool) -> Value:
+def require_elements_of(self: Value, dim: int, index: Value) -> None:
+    """Require that `index` names an element of `self` along `dim` at each of its own places."""
     require_dtype("self", self, ANY)
     require(index.rank == self.rank >= 1, f"`index` is {index}, `self` {self}")
     at = axis(dim, self.rank)
-    _require_positions("index", index, self.shape[at], dtypes=_POSITIONS[:1])
+    require_positions("index", index, self.shape[at], dtypes=_POSITIONS[:1])
     for other, (whole, wanted) in enumerate(zip(self.shape, index.shape, strict=True)):
         fits = other == at or whole == wanted or (isinstance(wanted, int) and whole >= wanted)
         require(fits, f"`index` (={index}) is larger than `self` (={self})")
+
+
+def _gather(self: Value, dim: int, index: Value, sparse_grad: bool) -> Value:
+    require_elements_of(self, dim, index)
     return self.like(*index.shape)
 
 
-def _scatter(self: Value, dim: int, index: Value, **source: Any) -> Value:
-    _gather(self, dim, index, False)
-    for size in index.shape:
-        require(isinstance(size, ImagesSize) or size >= 1, f"`index` is {index}")
-    src = source.get("src")
-    if src is not None:
-        fits = src.dtype == self.dtype and src.shape == index.shape
-        require(fits, f"`src` must be {self.dtype} like `index` (={index}), but it is {src}")
-    return self.like(*self.shape)
-
-
-def _index(self: Value, indices: Sequence[Value | None]) -> Value:
+def indexed_shape(self: Value, indices: Sequence[Value | None]) -> tuple[Size, ...]:
+    """Return the shape of `self[indices]`, whose positions must be inside `self`."""
     require_dtype("self", self, ANY)
     require(len(indices) <= self.rank, f"{len(indices)} indices for `self` (={self})")
     taken = [at for at, index in enumerate(indices) if index is not None]
@@ -101,42 +95,48 @@ def _index(self: Value, indices: Sequence[Value | None]) -> Value:
     for at in taken:
         index = indices[at]
         assert index is not None
-        _require_positions("indices", index, self.shape[at], negative=True)
+        require_positions("indices", index, self.shape[at], negative=True)
     shape = broadcast(*(index.shape for index in indices if index is not None))
     rest = [size for at, size in enumerate(self.shape) if at not in taken]
     together = taken == list(range(taken[0], taken[-1] + 1))
     front = taken[0] if together else 0
-    return self.like(*rest[:front], *shape, *rest[front:])
+    return (*rest[:front], *shape, *rest[front:])
 
 
-def _index_add(self: Value, dim: int, index: Value, source: Value, alpha: Any) -> Value:
-    require_dtype("self", self, FLOATS)
-    require(index.rank == 1 and self.rank >= 1, f"`index` is {index}, `self` {self}")
-    at = axis(dim, self.rank)
-    _require_positions("index", index, self.shape[at])
-    wanted = (*self.shape[:at], index.shape[0], *self.shape[at + 1 :])
-    fits = source.dtype == self.dtype and source.shape == wanted
-    require(fits, f"`source` must be {self.like(*wanted)}, but it is {source}")
-    return self.like(*self.shape)
+def _index(self: Value, indices: Sequence[Value | None]) -> Value:
+    return self.like(*indexed_shape(self, indices))
 
 
-def _grid_sample(input: Value, grid: Value, **options: Any) -> Value:
-    require_dtype("input", input, FLOATS[:1])
-    require(grid.dtype == input.dtype, f"`grid` must be {input.dtype}, but it is {grid}")
-    fits = input.rank == grid.rank == 4 and grid.shape[0] == input.shape[0] and grid.shape[3] == 2
-    require(fits, f"`grid` (={grid}) does not fit `input` (={input})")
-    for size in input.shape:
-        require(size >= 1, f"`input` (={input}) is empty")
-    return input.like(*input.shape[:2], *grid.shape[1:3])
+def _grid_sample(count: int) -> Rule:
+    """Return the rule of a sample at the positions in `grid`, along so many axes."""
+
+    def rule(input: Value, grid: Value, **options: Any) -> Value:
+        require_dtype("input", input, FLOATS[:1])
+        require(grid.dtype == input.dtype, f"`grid` must be {input.dtype}, but it is {grid}")
+        fits = input.rank == grid.rank == count + 2 and grid.shape[0] == input.shape[0]
+        fits = fits and grid.shape[-1] == count
+        require(fits, f"`grid` (={grid}) does not fit `input` (={input})")
+        for size in input.shape:
+            require(size >= 1, f"`input` (={input}) is empty")
+        return input.like(*input.shape[:2], *grid.shape[1:-1])
+
+    return rule
 
 
 def _affine_grid(theta: Value, size: Sequence[Size], align_corners: bool) -> Value:
     require_dtype("theta", theta, FLOATS[:1])
-    require(len(size) == 4 and -1 not in size, f"`size` (={list(size)}) must be the size of a map")
-    require(theta.shape == (size[0], 2, 3), f"`theta` is {theta}")
+    count = len(size) - 2
+    require(-1 not in size, f"`size` (={list(size)}) must be the size of a map")
+    require(theta.shape == (size[0], count, count + 1), f"`theta` is {theta}")
     for item in size:
         require(item >= 1, f"`size` (={list(size)}) is empty")
-    return theta.like(size[0], size[2], size[3], 2)
+    return theta.like(size[0], *size[2:], count)
+
+
+def _take(self: Value, index: Value) -> Value:
+    require_dtype("self", self, ANY)
+    require_positions("index", index, product(self.shape), dtypes=_POSITIONS[:1], negative=True)
+    return self.like(*index.shape)
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -197,14 +197,6 @@ OPERATORS: list[Operator] = [
         _of_constants,
     ),
     _operator("gather", _aten.gather.default, {**_AT, "sparse_grad": FALSE}, _gather, _gather_rows),
-    _operator("scatter", _aten.scatter.src, {**_AT, "src": TENSOR}, _scatter),
-    _operator("scatter_value", _aten.scatter.value, {**_AT, "value": NUMBER}, _scatter),
-    _operator(
-        "index_add",
-        _aten.index_add.default,
-        {**_AT, "source": TENSOR, "alpha": NUMBER},
-        _index_add,
-    ),
     _operator(
         "grid_sample",
         _aten.grid_sampler_2d.default,
@@ -212,16 +204,28 @@ OPERATORS: list[Operator] = [
             **{"input": TENSOR, "grid": TENSOR},
             **{"interpolation_mode": _FROM_0, "padding_mode": _FROM_0, "align_corners": BOOL},
         },
-        _grid_sample,
+        _grid_sample(2),
     ),
+    _operator(
+        "grid_sample_3d",
+        _aten.grid_sampler_3d.default,
+        {
+            **{"input": TENSOR, "grid": TENSOR, "interpolation_mode": integer(0, 1)},
+            **{"padding_mode": _FROM_0, "align_corners": BOOL},
+        },
+        _grid_sample(3),
+    ),
+    _operator("take", _aten.take.default, {"self": TENSOR, "index": TENSOR}, _take),
     _operator(
         "affine_grid",
         _aten.affine_grid_generator.default,
         {
             **{"theta": TENSOR, "align_corners": BOOL},
             "size": Kind(
-                "four sizes",
-                lambda v: isinstance(v, list | tuple) and len(v) == 4 and all(map(SIZE.accepts, v)),
+                "four or five sizes",
+                lambda v: (
+                    isinstance(v, list | tuple) and len(v) in (4, 5) and all(map(SIZE.accepts, v))
+                ),
             ),
         },
         _affine_grid,

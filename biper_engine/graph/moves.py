@@ -12,6 +12,8 @@ from biper_engine.graph.arguments import (
     COUNT,
     DIM,
     DIMS,
+    PART,
+    PARTS,
     SHAPE,
     TENSOR,
     TENSORS,
@@ -147,6 +149,10 @@ def _length(size: Size, start: Any, end: Any, step: int) -> Size:
 def _position(at: Any, size: Size) -> Size:
     if at == size or (type(at) is int and at >= 1 << 31):
         return size
+    if isinstance(at, ImagesSize):
+        inside = isinstance(size, ImagesSize) and size >= at
+        require(inside, f"position {at} of {size}")
+        return at
     if isinstance(size, int) and isinstance(at, int):
         return min(max(at + size * (at < 0), 0), size)
     if type(at) is int and at <= 0:
@@ -174,9 +180,14 @@ def _require_index(x: Value, at: int, index: int) -> None:
     require(fits, f"`index` (={index}) is outside dimension {at} of `self` (={x})")
 
 
-def _split(self: Value, split_size: int, dim: int) -> tuple[Value, ...]:
+def _split(self: Value, split_size: Size, dim: int) -> tuple[Value, ...]:
     at = axis(dim, self.rank)
     size = self.shape[at]
+    if isinstance(split_size, ImagesSize):
+        parts = divided(size, split_size)
+        if not isinstance(parts, int) or parts > _MOST_PARTS:
+            raise MisfitError(f"{parts} parts of {split_size} in `self` (={self})")
+        return (_moved(self, *_replaced(self, at, split_size)),) * parts
     if not isinstance(size, int):
         raise MisfitError(f"`self` (={self}) has no fixed number of parts")
     starts = range(0, max(size, 1), split_size)
@@ -186,9 +197,12 @@ def _split(self: Value, split_size: int, dim: int) -> tuple[Value, ...]:
     )
 
 
-def _split_sizes(self: Value, split_sizes: Sequence[int], dim: int) -> tuple[Value, ...]:
+def _split_sizes(self: Value, split_sizes: Sequence[Size], dim: int) -> tuple[Value, ...]:
     at = axis(dim, self.rank)
-    fits = sum(split_sizes) == self.shape[at]
+    total: Size = 0
+    for size in split_sizes:
+        total = size + total
+    fits = total == self.shape[at]
     require(fits, f"`split_sizes` (={list(split_sizes)}) do not add up to `self` (={self})")
     return tuple(_moved(self, *_replaced(self, at, size)) for size in split_sizes)
 
@@ -201,26 +215,6 @@ def _unbind(self: Value, dim: int) -> tuple[Value, ...]:
     part = _moved(self, *_replaced(self, at))
     part = Value(part.dtype, part.shape, limits=part.limits, dense=self.dense and at == 0)
     return (part,) * size
-
-
-def _diagonal(self: Value, offset: int, dim1: int, dim2: int) -> Value:
-    first, second = axes((dim1, dim2), self.rank)
-    rows_, columns = self.shape[first], self.shape[second]
-    if not isinstance(rows_, int) or not isinstance(columns, int):
-        raise MisfitError(f"`self` (={self}) has no fixed number of rows and columns")
-    length = max(0, min(rows_, columns - offset) if offset >= 0 else min(rows_ + offset, columns))
-    rest = (size for at, size in enumerate(self.shape) if at not in (first, second))
-    return _moved(self, *rest, length)
-
-
-def _triangle(self: Value, diagonal: int) -> Value:
-    require(self.rank >= 2, f"`self` (={self}) is not a matrix")
-    return _with_zero(_moved(self, *self.shape))
-
-
-def _with_zero(x: Value) -> Value:
-    limits = None if x.limits is None else (min(x.limits[0], 0), max(x.limits[1], 0))
-    return Value(x.dtype, x.shape, limits=limits)
 
 
 def _unfold(self: Value, dimension: int, size: int, step: int) -> Value:
@@ -278,6 +272,14 @@ def _roll(self: Value, shifts: Sequence[int], dims: Sequence[int]) -> Value:
     fits = len(shifts) == len(dims) or (not dims and len(shifts) == 1)
     require(fits, f"`shifts` (={list(shifts)}) and `dims` (={list(dims)}) differ in length")
     return _moved(self, *self.shape)
+
+
+def _rot90(self: Value, k: int, dims: Sequence[int]) -> Value:
+    first, second = axes(dims, self.rank)
+    sizes = list(self.shape)
+    if k % 2:
+        sizes[first], sizes[second] = sizes[second], sizes[first]
+    return _moved(self, *sizes)
 
 
 def _repeat(self: Value, repeats: Sequence[Size]) -> Value:
@@ -384,13 +386,14 @@ _MOVED = [
         _dims_rows,
     ),
     _operator(
-        "repeat", _aten.repeat.default, {"self": TENSOR, "repeats": SHAPE}, _repeat, _repeat_rows
+        "rot90",
+        _aten.rot90.default,
+        {"self": TENSOR, "k": _OFFSET, "dims": integers((2,), -MAX_RANK, MAX_RANK - 1)},
+        _rot90,
+        _dims_rows,
     ),
     _operator(
-        "diagonal",
-        _aten.diagonal.default,
-        {"self": TENSOR, "offset": _OFFSET, "dim1": DIM, "dim2": DIM},
-        _diagonal,
+        "repeat", _aten.repeat.default, {"self": TENSOR, "repeats": SHAPE}, _repeat, _repeat_rows
     ),
     _operator(
         "unfold",
@@ -404,14 +407,14 @@ _SPLIT = [
     _operator(
         "split",
         _aten.split.Tensor,
-        {"self": TENSOR, "split_size": COUNT, "dim": DIM},
+        {"self": TENSOR, "split_size": PART, "dim": DIM},
         _split,
         rows.over_dims,
     ),
     _operator(
         "split_sizes",
         _aten.split_with_sizes.default,
-        {"self": TENSOR, "split_sizes": integers(range(1, _MOST_PARTS), 0), "dim": DIM},
+        {"self": TENSOR, "split_sizes": PARTS, "dim": DIM},
         _split_sizes,
         rows.over_dims,
     ),
@@ -434,20 +437,10 @@ OPERATORS: list[Operator] = [
     _operator(
         "unsafe_split",
         _aten.unsafe_split.Tensor,
-        {"self": TENSOR, "split_size": COUNT, "dim": DIM},
+        {"self": TENSOR, "split_size": PART, "dim": DIM},
         _split,
         rows.over_dims,
     ),
-    *[
-        _operator(
-            name,
-            getattr(_aten, name).default,
-            {"self": TENSOR, "diagonal": _OFFSET},
-            _triangle,
-            _matrix_rows,
-        )
-        for name in ("tril", "triu")
-    ],
     _operator(
         "slice_scatter",
         _aten.slice_scatter.default,

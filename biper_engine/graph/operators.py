@@ -11,14 +11,21 @@ from biper_engine.graph import (
     activations,
     arithmetic,
     binary,
+    binary_matrices,
     convolutions,
     creation,
     indexing,
+    matrices,
     moves,
+    norms,
     pads,
     pools,
     products,
+    recurrent,
     reductions,
+    scans,
+    special,
+    writes,
 )
 from biper_engine.graph.operator import Numbers, Operator, table
 
@@ -26,15 +33,22 @@ __all__ = ["OPERATORS", "numbers_of", "operator_for", "operator_of"]
 
 OPERATORS: dict[str, Operator] = table(
     binary.OPERATORS,
+    binary_matrices.OPERATORS,
     convolutions.OPERATORS,
     products.OPERATORS,
     pools.OPERATORS,
+    recurrent.OPERATORS,
     reductions.OPERATORS,
+    scans.OPERATORS,
+    norms.OPERATORS,
     arithmetic.OPERATORS,
+    special.OPERATORS,
     activations.OPERATORS,
     moves.OPERATORS,
+    matrices.OPERATORS,
     pads.OPERATORS,
     indexing.OPERATORS,
+    writes.OPERATORS,
     creation.OPERATORS,
 )
 """All operators, by their names in files."""
@@ -58,7 +72,7 @@ def operator_of(node: fx.Node) -> Operator | None:
 
 # Operators of captured graphs, which files do not hold.
 _CAPTURED = {
-    Numbers.ELEMENTWISE: "square signbit bitwise_left_shift softshrink hardshrink relu6",
+    Numbers.ELEMENTWISE: "square bitwise_left_shift softshrink hardshrink relu6",
     Numbers.MOVED: "native_channel_shuffle",
     Numbers.LARGEST: "max_pool1d max_pool3d",
 }

@@ -149,6 +149,22 @@ def _upsamples(kinds: str, **corners: Kind) -> list[Operator]:
     ]
 
 
+def _smooth(
+    self: Value,
+    output_size: _Sizes,
+    align_corners: bool,
+    scales_h: float | None,
+    scales_w: float | None,
+) -> Value:
+    require_dtype("self", self, FLOATS[:1])
+    sizes = _require_map(self, 2)
+    for size, wanted, scale in zip(sizes, output_size, (scales_h, scales_w), strict=True):
+        # PyTorch looks up places by the scale, without a check against the sizes.
+        fits = scale is None or int(size * scale) == wanted
+        require(fits, f"`output_size` (={list(output_size)}) of {self}, scaled by {scale}")
+    return self.like(*self.shape[:2], *output_size)
+
+
 # -- windows as columns ----------------------------------------------------------------------------
 
 
@@ -264,6 +280,20 @@ OPERATORS: list[Operator] = [
         for count in (2, 3)
     ],
     *_upsamples("linear1d bilinear2d bicubic2d trilinear3d", align_corners=BOOL),
+    *[
+        _operator(
+            f"upsample_{kind}_smooth",
+            getattr(_aten, f"_upsample_{kind}_aa").default,
+            {
+                "self": TENSOR,
+                "output_size": integers((2,), 1),
+                "align_corners": BOOL,
+                **dict.fromkeys(("scales_h", "scales_w"), optional(number(0, 4096))),
+            },
+            _smooth,
+        )
+        for kind in ("bilinear2d", "bicubic2d")
+    ],
     _operator("unfold_columns", _aten.im2col.default, {"self": TENSOR, **_UNFOLD}, _columns),
     _operator(
         "fold_columns",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from biper_engine.graph import rows
-from biper_engine.graph.arguments import BOOL, FLOAT, TENSOR, number, optional
+from biper_engine.graph.arguments import BOOL, FLOAT, TENSOR, Kind, number, optional
 from biper_engine.graph.operator import Operator
-from biper_engine.graph.sizes import ImagesSize
+from biper_engine.graph.sizes import ImagesSize, divided
 from biper_engine.graph.values import FLOATS, Value, broadcast, require, same_dtype
 
 __all__ = ["OPERATORS"]
@@ -67,14 +67,40 @@ def _baddbmm(self: Value, batch1: Value, batch2: Value, beta: Any, alpha: Any) -
     return _plus_product(batch1, batch2, self, 3)
 
 
+def _addbmm(self: Value, batch1: Value, batch2: Value, beta: Any, alpha: Any) -> Value:
+    product = _product(batch1, batch2, 3)
+    same_dtype(FLOATS, batch1=batch1, self=self)
+    found = batch1.like(*product.shape[1:])
+    fits = broadcast(self.shape, found.shape) == found.shape
+    require(fits, f"`self` (={self}) cannot be added to {found}")
+    return found
+
+
+def _bilinear(i1: Value, i2: Value, i3: Value, **options: Any) -> Value:
+    """Check the product of rows, matrices and rows of an `nn.Bilinear`."""
+    same_dtype(FLOATS, i1=i1, i2=i2, i3=i3)
+    fits = i1.rank == i3.rank == 2 and i2.rank == 3 and i1.shape[0] == i3.shape[0]
+    fits = fits and (i1.shape[1], i3.shape[1]) == i2.shape[1:]
+    require(fits, f"`i1` is {i1}, `i2` {i2}, `i3` {i3}")
+    return i1.like(i1.shape[0], i2.shape[0])
+
+
+def _distances(x1: Value, x2: Value, **options: Any) -> Value:
+    same_dtype((torch.float32, torch.float64), x1=x1, x2=x2)
+    fits = x1.rank == x2.rank >= 2 and x1.shape[:-2] == x2.shape[:-2]
+    require(fits and x1.shape[-1] == x2.shape[-1], f"`x1` is {x1}, `x2` {x2}")
+    return x1.like(*x1.shape[:-1], x2.shape[-2])
+
+
 def _attention(
     query: Value, key: Value, value: Value, attn_mask: Value | None, **options: Any
 ) -> tuple[Value, ...]:
     """Check what PyTorch does not check: its CPU kernel reads memory without looking at shapes."""
     same_dtype(FLOATS, query=query, key=key, value=value)
     same = query.rank == key.rank == 4 and key.shape == value.shape
-    fits = same and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]
+    fits = same and query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3]
     require(fits, f"`query` is {query}, `key` {key}, `value` {value}")
+    divided(query.shape[1], key.shape[1])  # several heads of `query` may share one of `key`
     for size in query.shape[1:] + key.shape[1:]:
         require(not isinstance(size, ImagesSize) and size >= 1, f"`query` is {query}, `key` {key}")
     scores = (*query.shape[:3], key.shape[2])
@@ -96,6 +122,18 @@ def _attention_rows(named: Mapping[str, Any], result: Any) -> bool:
     flowing = all(x.flows and rows.is_batch(x) for x in operands)
     return flowing and (mask is None or mask.rank == 2 or mask.shape[0] == 1)
 
+
+def _dims(*wanted: int) -> Kind:
+    return Kind(f"{list(wanted)}", lambda v: isinstance(v, list | tuple) and tuple(v) == wanted)
+
+
+_BILINEAR = {
+    **dict.fromkeys(("i1", "i2", "i3"), TENSOR),
+    **{"expand1": _dims(1, 3), "expand2": _dims(0), "expand3": _dims(1, 2)},
+    **{"sumdim": _dims(2, 3), "unroll_dim": Kind("1", lambda v: type(v) is int and v == 1)},
+}
+_PAIR = dict.fromkeys(("x1", "x2"), TENSOR)
+_MODE = Kind("0, 1, 2 or None", lambda v: v is None or (type(v) is int and 0 <= v <= 2))
 
 OPERATORS: list[Operator] = [
     Operator(
@@ -140,6 +178,32 @@ OPERATORS: list[Operator] = [
         | dict.fromkeys(("beta", "alpha"), FLOAT),
         result=_baddbmm,
         rows=rows.all_flow,
+    ),
+    Operator(
+        name="add_sum_of_matmuls",
+        target=_aten.addbmm.default,
+        arguments=dict.fromkeys(("self", "batch1", "batch2"), TENSOR)
+        | dict.fromkeys(("beta", "alpha"), FLOAT),
+        result=_addbmm,
+    ),
+    Operator(
+        name="bilinear", target=_aten._trilinear.default, arguments=_BILINEAR, result=_bilinear
+    ),
+    Operator(
+        name="distances",
+        target=_aten._cdist_forward.default,
+        arguments={
+            **_PAIR,
+            "p": Kind("a number from 0, or inf", lambda v: type(v) is float and v >= 0),
+            "compute_mode": _MODE,
+        },
+        result=_distances,
+    ),
+    Operator(
+        name="euclidean_distances",
+        target=_aten._euclidean_dist.default,
+        arguments=_PAIR,
+        result=_distances,
     ),
     Operator(
         name="attention",

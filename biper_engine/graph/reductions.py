@@ -1,8 +1,8 @@
-"""Reductions, scans and sorts along dimensions, and normalisation by statistics of the input."""
+"""Reductions over several dimensions, or all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,8 @@ import torch
 from biper_engine.graph import rows
 from biper_engine.graph.arguments import (
     BOOL,
-    COUNT,
-    DIM,
     DIMS,
-    FALSE,
-    FLOAT,
-    SIZE,
+    DTYPE,
     TENSOR,
     Kind,
     integers,
@@ -23,7 +19,7 @@ from biper_engine.graph.arguments import (
     optional,
 )
 from biper_engine.graph.operator import Numbers, Operator, Result, Rule, passing
-from biper_engine.graph.sizes import Size, divided
+from biper_engine.graph.sizes import Size
 from biper_engine.graph.values import (
     ANY,
     FLOATS,
@@ -31,13 +27,21 @@ from biper_engine.graph.values import (
     NUMBERS,
     Value,
     axes,
-    axis,
+    broadcast,
     require,
     require_dtype,
     same_dtype,
 )
 
-__all__ = ["OPERATORS"]
+__all__ = [
+    "OPERATORS",
+    "TRUTH",
+    "WIDE",
+    "reduced",
+    "require_accumulating",
+    "require_elements",
+    "sum_dtype",
+]
 
 _aten = torch.ops.aten
 
@@ -48,7 +52,7 @@ def _operator(
     return Operator(name=name, target=target, arguments=arguments, result=result, rows=batching)
 
 
-def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> tuple[Size, ...]:
+def reduced(x: Value, dims: Sequence[int], keepdim: bool) -> tuple[Size, ...]:
     """Return the shape without some dimensions, or with 1 in their place."""
     gone = set(axes(dims, x.rank))
     return tuple(
@@ -56,7 +60,8 @@ def _reduced(x: Value, dims: Sequence[int], keepdim: bool) -> tuple[Size, ...]:
     )
 
 
-def _require_elements(x: Value, dims: Sequence[int]) -> None:
+def require_elements(x: Value, dims: Sequence[int]) -> None:
+    """Require at least one element along every one of some dimensions."""
     for at in axes(dims, x.rank):
         require(x.shape[at] >= 1, f"`self` (={x}) has nothing along dimension {at}")
 
@@ -72,17 +77,32 @@ def _over(
 ) -> Rule:
     """Return the rule of a reduction over `dim`, or over everything if it is empty or None."""
 
-    def rule(self: Value, dim: Any, keepdim: bool, **options: Any) -> Value:
+    def rule(
+        self: Value,
+        dim: Any,
+        keepdim: bool = False,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Value:
         require_dtype("self", self, dtypes)
         dims = list(dim or range(self.rank))
         if needs_elements:
-            _require_elements(self, dims)
-        return Value(dtype_of(self.dtype), _reduced(self, dims, keepdim))
+            require_elements(self, dims)
+        require_accumulating(self, dtype)
+        return Value(dtype or dtype_of(self.dtype), reduced(self, dims, keepdim))
 
     return rule
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def require_accumulating(x: Value, dtype: torch.dtype | None) -> None:
+    """Require that a sum may be computed in a dtype, or that none is given."""
+    require(dtype is None or dtype in _ACCUMULATING, f"`dtype` is {dtype}")
+    wide = dtype is None or dtype.is_floating_point or not x.dtype.is_floating_point
+    require(wide, f"`dtype` (={dtype}) of `self` (={x})")
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and products if none is given."""
     return dtype if dtype.is_floating_point else torch.int64
 
 
@@ -101,181 +121,56 @@ def _pair_over(self: Value, dim: Any, keepdim: bool, **options: Any) -> tuple[Va
     return found, found
 
 
+WIDE = (torch.float32, torch.float64)
+_ACCUMULATING = (torch.float32, torch.float64, torch.int64, torch.int32)
+
 _mean = _over(FLOATS)
-_sum = _over(ANY, _sum_dtype)
+_sum = _over(ANY, sum_dtype)
 _extreme = _over(NUMBERS, needs_elements=True)
-_TRUTH = tuple(dtype for dtype in ANY if dtype != torch.uint8)  # uint8 results stay uint8
-_truth = _over(_TRUTH, lambda dtype: torch.bool)
+TRUTH = tuple(dtype for dtype in ANY if dtype != torch.uint8)  # uint8 results stay uint8
+_truth = _over(TRUTH, lambda dtype: torch.bool)
+
+
+def _truth_over(self: Value, dim: Any, keepdim: bool) -> Value:
+    require(dim is None or len(dim) > 0, "`dim` is empty")  # which is no dimension for these
+    found = _truth(self=self, dim=dim, keepdim=keepdim)
+    assert isinstance(found, Value)
+    return found
+
+
 _DIMS = {"self": TENSOR, "dim": optional(DIMS), "keepdim": BOOL}
 _SOME_DIMS = integers(range(1, MAX_RANK + 1), -MAX_RANK, MAX_RANK - 1)
+_COUNTED = {"self": TENSOR, "dim": DIMS}
+_SUM = {"dtype": optional(DTYPE)}
 _SPREAD = {**_DIMS, "correction": optional(number(0, 1 << 20))}
 
 
-# -- over one dimension ----------------------------------------------------------------------------
+def _counted(self: Value, dim: Any) -> Value:
+    require_dtype("self", self, ANY)
+    return Value(torch.int64, reduced(self, list(dim or range(self.rank)), False))
 
 
-def _index_of(self: Value, dim: int | None, keepdim: bool) -> Value:
-    require_dtype("self", self, NUMBERS)
-    dims = list(range(self.rank)) if dim is None else [dim]
-    _require_elements(self, dims)
-    shape = (1,) * self.rank if dim is None and keepdim else _reduced(self, dims, keepdim)
-    return Value(torch.int64, shape, limits=_index_limits(self, dim))
-
-
-def _index_limits(x: Value, dim: int | None) -> tuple[int, int] | None:
-    size = None if dim is None else x.shape[axis(dim, x.rank)]
-    return (0, size - 1) if isinstance(size, int) and size > 0 else None
-
-
-def _extreme_at(self: Value, dim: int, keepdim: bool) -> tuple[Value, ...]:
-    require_dtype("self", self, NUMBERS)
-    require(self.rank > 0, "`self` has no dimensions")
-    _require_elements(self, [dim])
-    shape = _reduced(self, [dim], keepdim)
-    indices = Value(torch.int64, shape, limits=_index_limits(self, dim))
-    return Value(self.dtype, shape), indices
-
-
-def _truth_at(self: Value, dim: int, keepdim: bool) -> Value:
-    require_dtype("self", self, _TRUTH)
-    return Value(torch.bool, _reduced(self, [dim], keepdim), limits=(0, 1))
-
-
-def _product(self: Value, dim: int, keepdim: bool) -> Value:
-    require_dtype("self", self, FLOATS)
-    return Value(self.dtype, _reduced(self, [dim], keepdim))
-
-
-def _scan(self: Value, dim: int) -> Value:
-    require_dtype("self", self, NUMBERS)
-    axis(dim, self.rank)
-    return Value(_sum_dtype(self.dtype), self.shape)
-
-
-def _topk(self: Value, k: int, dim: int, largest: bool, sorted: bool) -> tuple[Value, ...]:
-    require_dtype("self", self, NUMBERS)
-    require(self.rank > 0, "`self` has no dimensions")
-    at = axis(dim, self.rank)
-    require(self.shape[at] >= k, f"`k` (={k}) is more than `self` (={self}) has")
-    shape = (*self.shape[:at], k, *self.shape[at + 1 :])
-    return Value(self.dtype, shape), Value(torch.int64, shape, limits=_index_limits(self, at))
-
-
-def _sort(self: Value, dim: int, descending: bool) -> tuple[Value, ...]:
-    require_dtype("self", self, NUMBERS)
-    require(self.rank > 0, "`self` has no dimensions")
-    indices = Value(torch.int64, self.shape, limits=_index_limits(self, dim))
-    return Value(self.dtype, self.shape), indices
+def _distance(self: Value, other: Value, p: Any) -> Value:
+    same_dtype(WIDE, self=self, other=other)
+    broadcast(self.shape, other.shape)
+    return self.like()
 
 
 def _norm(self: Value, ord: Any, dim: Any, keepdim: bool) -> Value:
     require_dtype("self", self, FLOATS)
     dims = list(dim or range(self.rank))
     if isinstance(ord, float) and ord == float("inf"):
-        _require_elements(self, dims)
-    return Value(self.dtype, _reduced(self, dims, keepdim))
+        require_elements(self, dims)
+    return Value(self.dtype, reduced(self, dims, keepdim))
 
 
-_DIM = {"self": TENSOR, "dim": DIM, "keepdim": BOOL}
+def _norm_of_order(self: Value, p: Any, dim: Any, keepdim: bool) -> Value:
+    return _norm(self, p, dim, keepdim)
+
+
 _NORM_ORDER = Kind(
     "1, 2, inf or another number from 0", lambda v: type(v) in (int, float) and v >= 0
 )
-
-# -- normalisation ---------------------------------------------------------------------------------
-
-
-def _require_vectors(x: Value, size: Size, **vectors: Value | None) -> None:
-    """Require vectors of one element for each channel, of the dtype of `x`."""
-    for name, vector in vectors.items():
-        if vector is not None:
-            fits = vector.dtype == x.dtype and vector.shape == (size,)
-            require(fits, f"`{name}` must be {x.dtype} [{size}], but it is {vector}")
-
-
-def _batch_norm(
-    input: Value,
-    weight: Value | None,
-    bias: Value | None,
-    running_mean: Value,
-    running_var: Value,
-    **options: Any,
-) -> Value:
-    require_dtype("input", input, FLOATS)
-    require(input.rank >= 2, f"`input` (={input}) has no channels")
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean}
-    _require_vectors(input, input.shape[1], **vectors, running_var=running_var)
-    return input.like(*input.shape)
-
-
-def _batch_statistics(
-    input: Value, weight: Value | None, bias: Value | None, **options: Any
-) -> tuple[Value, ...]:
-    require_dtype("input", input, FLOATS[:1])
-    require(input.rank >= 2, f"`input` (={input}) has no channels")
-    for size in input.shape:
-        require(size >= 1, f"`input` (={input}) is empty")
-    _require_vectors(input, input.shape[1], weight=weight, bias=bias)
-    vector = input.like(input.shape[1])
-    return input.like(*input.shape), vector, vector
-
-
-def _layer_norm(
-    input: Value, normalized_shape: Any, weight: Value | None, bias: Value | None, **options: Any
-) -> Value:
-    same_dtype(FLOATS, input=input, weight=weight, bias=bias)
-    normalized = tuple(normalized_shape)
-    require(
-        input.shape[input.rank - len(normalized) :] == normalized and len(normalized) <= input.rank,
-        f"`normalized_shape` (={list(normalized)}) is not how `input` (={input}) ends",
-    )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        fits = parameter is None or parameter.shape == normalized
-        require(fits, f"`{name}` must be {list(normalized)}, but it is {parameter}")
-    return input.like(*input.shape)
-
-
-def _group_norm(
-    input: Value,
-    weight: Value | None,
-    bias: Value | None,
-    N: Size,
-    C: int,
-    HxW: int,
-    group: int,
-    eps: float,
-) -> tuple[Value, ...]:
-    require_dtype("input", input, FLOATS)
-    require(input.rank >= 2, f"`input` (={input}) has no channels")
-    pixels: Size = 1
-    for size in input.shape[2:]:
-        require(isinstance(size, int), f"`input` is {input}")
-        pixels = pixels * size
-    fits = (input.shape[0], input.shape[1], pixels) == (N, C, HxW)
-    require(fits, f"`N`, `C`, `HxW` (={N}, {C}, {HxW}) are not the sizes of `input` (={input})")
-    divided(C, group)
-    _require_vectors(input, C, weight=weight, bias=bias)
-    statistics = input.like(N, group)
-    return input.like(*input.shape), statistics, statistics
-
-
-def _normalises_rows(named: Mapping[str, Any], result: Any) -> bool:
-    return rows.first_flows(named, result)
-
-
-def _below_the_batch(named: Mapping[str, Any], result: Any) -> bool:
-    return rows.first_flows(named, result) and len(named["normalized_shape"]) < result.rank
-
-
-_BATCH_NORM = {
-    "input": TENSOR,
-    **dict.fromkeys(("weight", "bias"), optional(TENSOR)),
-    **dict.fromkeys(("running_mean", "running_var"), TENSOR),
-    "training": FALSE,
-    "momentum": number(0, 1),
-    "eps": number(0, 1e3),
-    "cudnn_enabled": BOOL,
-}
-_AFFINE = {"input": TENSOR, "weight": optional(TENSOR), "bias": optional(TENSOR)}
 
 _LARGEST = [
     _operator("amax", _aten.amax.default, {**_DIMS, "dim": DIMS}, _extreme),
@@ -284,19 +179,16 @@ _LARGEST = [
 
 OPERATORS: list[Operator] = [
     *passing(Numbers.LARGEST, _LARGEST),
-    *passing(
-        Numbers.ELEMENTWISE,
-        [
-            _operator(
-                "batch_norm", _aten.batch_norm.default, _BATCH_NORM, _batch_norm, _normalises_rows
-            )
-        ],
-    ),
-    _operator("mean", _aten.mean.dim, _DIMS, _mean),
-    _operator("sum", _aten.sum.dim_IntList, _DIMS, _sum),
+    _operator("mean", _aten.mean.dim, {**_DIMS, **_SUM}, _mean),
+    _operator("sum", _aten.sum.dim_IntList, {**_DIMS, **_SUM}, _sum),
+    _operator("nan_sum", _aten.nansum.default, {**_DIMS, **_SUM}, _over(FLOATS)),
+    _operator("count_nonzero", _aten.count_nonzero.dim_IntList, _COUNTED, _counted),
+    _operator("any_over", _aten.any.dims, _DIMS, _truth_over),
+    _operator("all_over", _aten.all.dims, _DIMS, _truth_over),
     _operator("variance", _aten.var.correction, _SPREAD, _mean),
     _operator("deviation", _aten.std.correction, _SPREAD, _mean),
     _operator("variance_mean", _aten.var_mean.correction, _SPREAD, _pair_over),
+    _operator("deviation_mean", _aten.std_mean.correction, _SPREAD, _pair_over),
     _operator("logsumexp", _aten.logsumexp.default, {**_DIMS, "dim": _SOME_DIMS}, _mean),
     _operator(
         "norm",
@@ -304,59 +196,23 @@ OPERATORS: list[Operator] = [
         {"self": TENSOR, "ord": _NORM_ORDER, **_DIMS},
         _norm,
     ),
+    _operator(
+        "norm_of_order",
+        _aten.norm.ScalarOpt_dim,
+        {"self": TENSOR, "p": _NORM_ORDER, **_DIMS, "dim": DIMS},
+        _norm_of_order,
+    ),
+    _operator(
+        "distance",
+        _aten.dist.default,
+        {"self": TENSOR, "other": TENSOR, "p": number(0)},
+        _distance,
+        rows.mixes,
+    ),
     _operator("mean_all", _aten.mean.default, {"self": TENSOR}, _whole(_mean), rows.mixes),
     _operator("sum_all", _aten.sum.default, {"self": TENSOR}, _whole(_sum), rows.mixes),
     _operator("max_all", _aten.max.default, {"self": TENSOR}, _whole(_extreme), rows.mixes),
     _operator("min_all", _aten.min.default, {"self": TENSOR}, _whole(_extreme), rows.mixes),
     _operator("any_all", _aten.any.default, {"self": TENSOR}, _whole(_truth), rows.mixes),
     _operator("all_all", _aten.all.default, {"self": TENSOR}, _whole(_truth), rows.mixes),
-    _operator("argmax", _aten.argmax.default, {**_DIM, "dim": optional(DIM)}, _index_of),
-    _operator("argmin", _aten.argmin.default, {**_DIM, "dim": optional(DIM)}, _index_of),
-    _operator("max", _aten.max.dim, _DIM, _extreme_at),
-    _operator("min", _aten.min.dim, _DIM, _extreme_at),
-    _operator("median", _aten.median.dim, _DIM, _extreme_at),
-    _operator("any", _aten.any.dim, _DIM, _truth_at),
-    _operator("all", _aten.all.dim, _DIM, _truth_at),
-    _operator("prod", _aten.prod.dim_int, _DIM, _product),
-    _operator("cumsum", _aten.cumsum.default, {"self": TENSOR, "dim": DIM}, _scan),
-    _operator("cumprod", _aten.cumprod.default, {"self": TENSOR, "dim": DIM}, _scan),
-    _operator(
-        "topk",
-        _aten.topk.default,
-        {"self": TENSOR, "k": COUNT, "dim": DIM, "largest": BOOL, "sorted": BOOL},
-        _topk,
-    ),
-    _operator("sort", _aten.sort.default, {"self": TENSOR, "dim": DIM, "descending": BOOL}, _sort),
-    _operator(
-        "batch_statistics_norm",
-        _aten._native_batch_norm_legit.no_stats,
-        {**_AFFINE, "training": Kind("true", lambda v: v is True), "momentum": FLOAT, "eps": FLOAT},
-        _batch_statistics,
-        rows.mixes,
-    ),
-    _operator(
-        "layer_norm",
-        _aten.layer_norm.default,
-        {
-            "input": TENSOR,
-            "normalized_shape": integers(range(1, MAX_RANK), 1),
-            "weight": optional(TENSOR),
-            "bias": optional(TENSOR),
-            "eps": number(0, 1e3),
-            "cudnn_enable": BOOL,
-        },
-        _layer_norm,
-        _below_the_batch,
-    ),
-    _operator(
-        "group_norm",
-        _aten.native_group_norm.default,
-        {
-            **_AFFINE,
-            **{"N": SIZE, "C": COUNT, "HxW": COUNT, "group": COUNT},
-            "eps": number(0, 1e3),
-        },
-        _group_norm,
-        _normalises_rows,
-    ),
 ]

@@ -11,7 +11,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["BATCH", "ImagesSize", "MisfitError", "Size", "divided", "product", "require_small"]
+__all__ = [
+    "BATCH",
+    "ImagesSize",
+    "MisfitError",
+    "Size",
+    "divided",
+    "floored",
+    "product",
+    "remainder",
+    "require_small",
+]
 
 MAX_VALUES = 1 << 31
 """Most elements of one image of a value; also the first size that is too large."""
@@ -53,18 +63,25 @@ class ImagesSize:
     def __floordiv__(self, other: Size) -> Size:
         return divided(self, other)
 
-    def __lt__(self, other: int) -> bool:
+    def __lt__(self, other: Size) -> bool:
         return not self >= other
 
-    def __ge__(self, other: int) -> bool:
-        if self.images + self.more >= other:  # for the smallest batch, hence for every batch
+    def __ge__(self, other: Size) -> bool:
+        images, more = self.images, self.more
+        if isinstance(other, ImagesSize):
+            images, more = images - other.images, more - other.more
+        else:
+            more = more - other
+        if images >= 0 and images + more >= 0:  # for the smallest batch, hence for every batch
             return True
+        if images <= 0 and images + more < 0:
+            return False
         raise MisfitError(f"whether {self} is at least {other} depends on the batch")
 
-    def __gt__(self, other: int) -> bool:
+    def __gt__(self, other: Size) -> bool:
         return self >= other + 1
 
-    def __le__(self, other: int) -> bool:
+    def __le__(self, other: Size) -> bool:
         return not self > other
 
     def __str__(self) -> str:
@@ -106,6 +123,28 @@ def divided(size: Size, divisor: Size) -> Size:
     if size.images % divisor or size.more % divisor:
         raise MisfitError(f"{size} cannot be divided by {divisor} for every batch")
     return _size(size.images // divisor, size.more // divisor)
+
+
+def floored(size: Size, divisor: Size) -> Size:
+    """Return `size // divisor`, which must be a size of the same form for every batch."""
+    if isinstance(divisor, ImagesSize) or divisor < 1:
+        return divided(size, divisor)
+    if isinstance(size, int):
+        return size // divisor
+    if size.images % divisor:
+        raise MisfitError(f"{size} // {divisor} has no such form for every batch")
+    return _size(size.images // divisor, size.more // divisor)
+
+
+def remainder(size: Size, divisor: Size) -> Size:
+    """Return `size % divisor`, which must be the same for every batch."""
+    if (
+        isinstance(divisor, ImagesSize)
+        or divisor < 1
+        or (isinstance(size, ImagesSize) and size.images % divisor)
+    ):
+        raise MisfitError(f"{size} % {divisor} is not the same for every batch")
+    return (size.more if isinstance(size, ImagesSize) else size) % divisor
 
 
 def product(sizes: Iterable[Size]) -> Size:

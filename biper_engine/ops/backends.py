@@ -21,9 +21,20 @@ from biper_engine.errors import BackendUnavailableError
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.environment import Variable
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.matrix import MatrixScale, MatrixShape
+from biper_engine.ops.matrix_reference import unpack_weight
 from biper_engine.ops.stem import Stem
 
-__all__ = ["PREFERENCE", "Backend", "BackendInfo", "backends", "by_name", "select", "use_backend"]
+__all__ = [
+    "PREFERENCE",
+    "Backend",
+    "BackendInfo",
+    "backends",
+    "by_name",
+    "refusal",
+    "select",
+    "use_backend",
+]
 
 _VARIABLE = Variable("BIPER_BACKEND")
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
@@ -35,6 +46,8 @@ class Backend(ABC):
     name: str
     device_types: tuple[str, ...] | None = None
     """Device types for which it is considered and loaded, unless it is forced; None: all."""
+    steps = frozenset({"pool_min", "clamp_min", "clamp_max", "slope", "shift"})
+    """The optional steps of the epilogue (see `epilogue.STEPS`) that its kernels have."""
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -131,6 +144,36 @@ class Backend(ABC):
         """Apply a linear layer to the mean of a float map over its pixels."""
         raise NotImplementedError(f"The {self.name} backend has no fused classifier.")
 
+    def bmatmul(self, a: Tensor, b: Tensor, shape: MatrixShape) -> Tensor:
+        """Integer sums of a product of two packed maps, [N, V, H * groups, W] channels_last.
+
+        A backend that does not override this and the next two does not support the operators.
+        """
+        raise NotImplementedError(f"The {self.name} backend has no products of matrices.")
+
+    def bmatmul_float(
+        self, a: Tensor, b: Tensor, shape: MatrixShape, scale: MatrixScale, dtype: torch.dtype
+    ) -> Tensor:
+        """Multiply two packed maps and scale the sums."""
+        raise NotImplementedError(f"The {self.name} backend has no products of matrices.")
+
+    def weight_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        multiplier: Tensor,
+        bias: Tensor | None,
+        offset: Tensor | None,
+    ) -> Tensor:
+        """Multiply real rows with binary weights."""
+        raise NotImplementedError(f"The {self.name} backend has no products of matrices.")
+
+    def unpack_weight(
+        self, weight: Tensor, low: Tensor, high: Tensor, channels: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Unpack weights into two values for each output channel."""
+        return unpack_weight(weight, low, high, channels, dtype)
+
     def bind_pooled_linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return `pooled_linear` with fixed parameters, a function of the map."""
 
@@ -216,8 +259,33 @@ def forced_name() -> str | None:
     return _forced.get() or _VARIABLE.get()
 
 
-def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Backend:
+def refusal(
+    backend: Backend,
+    op: str,
+    geometry: Conv2dGeometry | None,
+    device: torch.device,
+    steps: frozenset[str],
+) -> str | None:
+    """Return why a backend cannot run a call, or None; the arguments are those of `select`."""
+    missing = sorted(steps - backend.steps)
+    if missing:
+        return f"its epilogue has no {' and no '.join(missing)} yet"
+    return backend.unsupported_reason(op, geometry, device)
+
+
+def select(
+    op: str,
+    geometry: Conv2dGeometry | None,
+    device: torch.device,
+    steps: frozenset[str] = frozenset(),
+) -> Backend:
     """Return the backend that runs this call.
+
+    Args:
+        op: name of the operator.
+        geometry: of a convolution, or None.
+        device: where the tensors are.
+        steps: names of the optional steps of the epilogue that the call has.
 
     Raises:
         BackendUnavailableError: the forced backend cannot run it, or no backend can.
@@ -225,7 +293,7 @@ def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Ba
     forced = forced_name()
     if forced is not None:
         backend = by_name(forced)
-        reason = backend.unsupported_reason(op, geometry, device)
+        reason = refusal(backend, op, geometry, device, steps)
         if reason is not None:
             raise BackendUnavailableError(f"Backend {forced!r} cannot run {op}: {reason}.")
         return backend
@@ -238,7 +306,7 @@ def select(op: str, geometry: Conv2dGeometry | None, device: torch.device) -> Ba
         reason = _unavailable_reason(name)
         if reason is None:
             backend = _REGISTERED[name]
-            reason = backend.unsupported_reason(op, geometry, device)
+            reason = refusal(backend, op, geometry, device, steps)
             if reason is None:
                 return backend
         refusals.append(f"{name}: {reason}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from biper_engine.bits import WORD_BITS, words
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import VECTORS, Epilogue
 from biper_engine.ops.stem import MAX_STEM_CHANNELS, Stem
 
 __all__ = [
@@ -67,7 +67,7 @@ def check_per_channel(
     for name, value in tensors.items():
         if value is None:
             continue
-        wanted = torch.bool if name in ("sense", "pool_min", "take_and") else torch.float32
+        wanted = torch.bool if name == "take_and" else VECTORS.get(name, torch.float32)
         if value.dtype != wanted:
             raise TypeError(f"`{name}` must be {wanted}, but its dtype is {value.dtype}.")
         if value.dim() != 1 or value.shape[0] != channels:
@@ -118,8 +118,7 @@ def check_epilogue(
     check_per_channel(epilogue.tensors(), out_channels, device)
     if wants_bits and (epilogue.threshold is None or epilogue.sense is None):
         raise ValueError("`threshold` and `sense` must be given to return bits, but one is None.")
-    clamped = epilogue.clamp_min is not None or epilogue.clamp_max is not None
-    if clamped and epilogue.slope is not None:
+    if epilogue.clamped and epilogue.slope is not None:
         raise ValueError("`slope` and `clamp_min`/`clamp_max` exclude each other.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend
 from biper_engine.ops.cpu_module import missing_reason, native
 from biper_engine.ops.cpu_threads import thread_count
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import STEPS, Epilogue
+from biper_engine.ops.matrix import MatrixScale, MatrixShape
 from biper_engine.ops.native_arguments import (
     channels_last,
     contiguous,
@@ -99,6 +101,7 @@ class CpuBackend(Backend):
     """Kernels of csrc/cpu, for the best instruction set that the processor has."""
 
     name = "cpu"
+    steps = frozenset(STEPS)
 
     def unavailable_reason(self) -> str | None:
         return missing_reason()
@@ -198,6 +201,64 @@ class CpuBackend(Backend):
         want_bits: bool,
     ) -> Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
         return _Fused(geometry, epilogue, prepacked.contiguous(), float_dtype, want_bits)
+
+    def bmatmul(self, a: Tensor, b: Tensor, shape: MatrixShape) -> Tensor:
+        n, rows, width, _ = a.shape
+        sums = _empty_map(n, b.shape[2], rows * shape.groups, width, torch.int32)
+        self._matmul(a, b, shape, MatrixScale(1.0), None, sums)
+        return sums
+
+    def bmatmul_float(
+        self, a: Tensor, b: Tensor, shape: MatrixShape, scale: MatrixScale, dtype: torch.dtype
+    ) -> Tensor:
+        n, rows, width, _ = a.shape
+        out = _empty_map(n, b.shape[2], rows * shape.groups, width, dtype)
+        self._matmul(a, b, shape, scale, out, None)
+        return out
+
+    def _matmul(
+        self,
+        a: Tensor,
+        b: Tensor,
+        shape: MatrixShape,
+        scale: MatrixScale,
+        out: Tensor | None,
+        sums: Tensor | None,
+    ) -> None:
+        a, b = a.contiguous(), b.contiguous()
+        sizes = (a.shape[1], a.shape[2], b.shape[2], *astuple(shape))
+        native().matmul(
+            a.shape[0],
+            sizes,
+            astuple(scale),
+            native_memory(a),
+            native_memory(b),
+            typed_memory(out),
+            native_memory(sums),
+            thread_count(),
+        )
+
+    def weight_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        multiplier: Tensor,
+        bias: Tensor | None,
+        offset: Tensor | None,
+    ) -> Tensor:
+        rows = x.float().contiguous()
+        out = rows.new_empty((*rows.shape[:-1], weight.shape[0]))
+        held = [contiguous(value) for value in (weight, multiplier, bias, offset)]
+        native().weight_linear(
+            rows.numel() // rows.shape[-1],
+            rows.shape[-1],
+            weight.shape[0],
+            native_memory(rows),
+            *map(native_memory, held),
+            native_memory(out),
+            thread_count(),
+        )
+        return out.to(x.dtype)
 
     def _prepacked(
         self, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None

@@ -26,6 +26,7 @@ from biper_engine.ops.cuda_layout import (
     prepacked_words,
 )
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.matrix import MATRIX_OPERATORS
 from biper_engine.ops.native_arguments import (
     STREAM_TYPES,
     channels_last,
@@ -326,6 +327,8 @@ class CudaBackend(Backend):
     def unsupported_reason(
         self, op: str, geometry: Conv2dGeometry | None, device: torch.device
     ) -> str | None:
+        if op in MATRIX_OPERATORS:
+            return "it has no kernel for products of matrices"
         native = self._native
         if device.type != native.device_type:
             return f"it runs on {native.device_type} devices, but the tensors are on {device}"

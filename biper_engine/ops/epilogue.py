@@ -7,22 +7,28 @@ gives the same bytes (o is the output channel):
     v = fma(multiplier[o], float(dot), bias[o])
     v = v + residual                                  if there is a residual
     v = clamp(v, clamp_min, clamp_max)                (v < lo ? lo : v, then v > hi ? hi : v)
-      or v < 0 ? v * slope[o] : v                     if there is a slope
+    v = v < 0 ? v * slope[o] : v * gain[o]            if there are such factors
     v = v + shift[o]                                  if there is a shift
     store v, rounded to the stream's dtype            if a float map is returned
     bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    if bits are returned
+
+A step is a field of `Epilogue` and an entry of `VECTORS` or `NUMBERS`. Schemas, checks, files and
+native arguments are made from these, so a new step needs both here, its formula in `reference.py`,
+and kernels. A backend whose `steps` leave it out is not chosen for calls that have it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from biper_engine.geometry import Pool2dGeometry
 
-__all__ = ["Epilogue"]
+__all__ = ["NUMBERS", "SCHEMA", "STEPS", "VECTORS", "Epilogue", "steps_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,8 @@ class Epilogue:
         pool_min: bool [O]; the pool takes the minimum if True. None means never.
         clamp_min: lower limit, or None.
         clamp_max: upper limit, or None.
-        slope: float32 [O], factor of negative values, or None. Excludes the clamp.
+        slope: float32 [O], factor of negative values, or None for 1. Excludes the clamp.
+        gain: float32 [O], factor of the other values, or None for 1.
         shift: float32 [O], added last, or None.
         threshold: float32 [O], required if bits are returned.
         sense: bool [O], True if the bit is `v <= threshold`; required if bits are returned.
@@ -49,9 +56,43 @@ class Epilogue:
     clamp_min: float | None = None
     clamp_max: float | None = None
     slope: Tensor | None = None
+    gain: Tensor | None = None
     shift: Tensor | None = None
     threshold: Tensor | None = None
     sense: Tensor | None = None
+
+    @property
+    def clamped(self) -> bool:
+        """Whether there is a limit."""
+        return self.clamp_min is not None or self.clamp_max is not None
+
+    @property
+    def monotone(self) -> bool:
+        """Whether the value, without a residual, is monotone in the accumulator of each channel."""
+        return all(bool((factor >= 0).all()) for factor in self._factors() if factor is not None)
+
+    def largest_factor(self) -> Tensor:
+        """Return how many times larger than before the steps after the sum make a value, [O]."""
+        largest = torch.ones_like(self.multiplier)
+        for factor in self._factors():
+            largest = largest if factor is None else torch.maximum(largest, factor.abs())
+        return largest
+
+    def accumulator_at(self, value: Tensor) -> Tensor:
+        """Return the accumulator, as a real number [O], that gives a value if there is no residual.
+
+        It is wrong where the clamp or a factor of 0 leaves no or several such accumulators.
+        """
+        if self.shift is not None:
+            value = value - self.shift
+        for factor, side in zip(self._factors(), (value < 0, value >= 0), strict=True):
+            if factor is not None:
+                value = torch.where(side & (factor > 0), value / factor, value)
+        return (value - self.bias) / self.multiplier
+
+    def _factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the factors of negative values and of the others."""
+        return self.slope, self.gain
 
     def values(self) -> dict[str, Any]:
         """Return all parameters by name."""
@@ -60,3 +101,48 @@ class Epilogue:
     def tensors(self) -> dict[str, Tensor]:
         """Return the per-channel tensors that are present, by name."""
         return {name: value for name, value in self.values().items() if isinstance(value, Tensor)}
+
+    def steps(self) -> frozenset[str]:
+        """Return the names of the optional parameters that are present."""
+        return steps_of(self.values())
+
+    def rounded(self) -> Epilogue:
+        """Return the epilogue with its floats in float32; conversion folds them in float64."""
+        floats: dict[str, Any] = {
+            n: v.float() for n, v in self.tensors().items() if v.is_floating_point()
+        }
+        return replace(self, **floats)
+
+
+VECTORS = {
+    "multiplier": torch.float32,
+    "bias": torch.float32,
+    "pool_min": torch.bool,
+    "slope": torch.float32,
+    "gain": torch.float32,
+    "shift": torch.float32,
+    "threshold": torch.float32,
+    "sense": torch.bool,
+}
+"""The parameters that have one value per channel, and their dtypes."""
+
+NUMBERS = ("clamp_min", "clamp_max")
+"""The parameters that are one number."""
+
+_POSITIONAL = ("multiplier", "bias", "threshold", "sense")
+
+STEPS = (*(name for name in VECTORS if name not in _POSITIONAL), *NUMBERS)
+"""The optional parameters, keyword arguments of the operators."""
+
+SCHEMA = ", ".join(
+    [
+        "int[2] pool_kernel_size=1, int[2] pool_stride=1, int[2] pool_padding=0",
+        *(f"{'float' if name in NUMBERS else 'Tensor'}? {name}=None" for name in STEPS),
+    ]
+)
+"""The keyword arguments of the operators, apart from the residual."""
+
+
+def steps_of(named: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the optional steps among the arguments of a call."""
+    return frozenset(name for name in STEPS if named.get(name) is not None)

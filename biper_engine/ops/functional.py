@@ -13,7 +13,7 @@ from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import use_backend
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import STEPS, Epilogue
 from biper_engine.ops.stem import Stem
 
 __all__ = [
@@ -48,19 +48,14 @@ def geometry_options(geometry: Conv2dGeometry) -> dict[str, Any]:
 
 def epilogue_options(epilogue: Epilogue) -> dict[str, Any]:
     """Return the operator's keyword arguments for an epilogue, apart from its operands."""
-    pool: dict[str, Any] = {}
-    if not epilogue.pool.is_identity:
-        pool = {
-            "pool_kernel_size": list(epilogue.pool.kernel_size),
-            "pool_stride": list(epilogue.pool.stride),
-            "pool_padding": list(epilogue.pool.padding),
-            "pool_min": epilogue.pool_min,
-        }
-    return pool | {
-        "clamp_min": epilogue.clamp_min,
-        "clamp_max": epilogue.clamp_max,
-        "slope": epilogue.slope,
-        "shift": epilogue.shift,
+    options = {name: getattr(epilogue, name) for name in STEPS}
+    if epilogue.pool.is_identity:
+        options.pop("pool_min")
+        return options
+    return options | {
+        "pool_kernel_size": list(epilogue.pool.kernel_size),
+        "pool_stride": list(epilogue.pool.stride),
+        "pool_padding": list(epilogue.pool.padding),
     }
 
 

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
+from biper_engine.ops import matrix_reference
 from biper_engine.ops.backends import Backend
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import STEPS, Epilogue
+from biper_engine.ops.matrix import MatrixScale, MatrixShape
 from biper_engine.ops.precision import without_tf32
+from biper_engine.ops.rounding import fma
 from biper_engine.ops.stem import Stem
 
-__all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "fma", "to_channels_last"]
+__all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "to_channels_last"]
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -41,32 +44,6 @@ def _per_channel(values: Tensor) -> Tensor:
 
 def _signs(positive: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return positive.to(dtype) * 2 - 1  # not `where` of two numbers: its dtype is torch's default
-
-
-def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return a * b + c of float32 tensors, rounded once to float32.
-
-    The product of two float32 is exact in float64, so the float64 sum is rounded once. Rounding it
-    again to float32 is harmless unless it lies exactly halfway between two float32: otherwise, the
-    exact sum and the float64 sum are on the same side of every halfway point. A sum at a halfway
-    point is first rounded to odd (its last bit is set if the exact sum, known from the error term,
-    is not a float64), which puts it on the side of the exact sum.
-    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008.
-    """
-    product = a.double() * b.double()
-    addend = c.double()
-    total = product + addend
-    # 29 bits of a float64 are dropped; subnormal results drop more and take the long path.
-    halfway = (total.view(torch.int64) & 0x1FFFFFFF) == 0x10000000
-    halfway |= (total.abs() < 2.0**-125) & (total != 0)
-    if total.device.type == "cpu" and not bool(halfway.any()):
-        return total.float()
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
-    even = (total.view(torch.int64) & 1) == 0
-    toward = torch.where(error > 0, torch.inf, -torch.inf).to(total.dtype)
-    inexact = (error != 0) & error.isfinite() & total.isfinite()
-    return torch.where(inexact & even, torch.nextafter(total, toward), total).float()
 
 
 def _pool(dot: Tensor, epilogue: Epilogue) -> Tensor:
@@ -115,8 +92,11 @@ def apply_epilogue(dot: Tensor, epilogue: Epilogue, residual: Tensor | None) -> 
     if residual is not None:
         v = v + residual.float()
     v = _clamp(v, epilogue.clamp_min, epilogue.clamp_max)
-    if epilogue.slope is not None:
-        v = torch.where(v < 0, v * _per_channel(epilogue.slope), v)
+    negative, positive = (
+        v if factor is None else v * _per_channel(factor)
+        for factor in (epilogue.slope, epilogue.gain)
+    )
+    v = torch.where(v < 0, negative, positive)
     if epilogue.shift is not None:
         v = v + _per_channel(epilogue.shift)
     return v
@@ -126,6 +106,7 @@ class ReferenceBackend(Backend):
     """Plain PyTorch, on any device."""
 
     name = "reference"
+    steps = frozenset(STEPS)
 
     def unavailable_reason(self) -> str | None:
         return None
@@ -217,3 +198,24 @@ class ReferenceBackend(Backend):
         if bias is not None:
             total = total + bias.double()
         return total.float().to(x.dtype)
+
+    def bmatmul(self, a: Tensor, b: Tensor, shape: MatrixShape) -> Tensor:
+        sums = matrix_reference.multiply_matrices(a, b, shape)
+        return to_channels_last(sums.permute(0, 3, 1, 2))
+
+    def bmatmul_float(
+        self, a: Tensor, b: Tensor, shape: MatrixShape, scale: MatrixScale, dtype: torch.dtype
+    ) -> Tensor:
+        sums = matrix_reference.multiply_matrices(a, b, shape)
+        v = matrix_reference.scale_sums(sums, a, b, shape, scale)
+        return to_channels_last(v.to(dtype).permute(0, 3, 1, 2))
+
+    def weight_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        multiplier: Tensor,
+        bias: Tensor | None,
+        offset: Tensor | None,
+    ) -> Tensor:
+        return matrix_reference.weight_linear(x, weight, multiplier, bias, offset)

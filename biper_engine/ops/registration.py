@@ -19,7 +19,7 @@ from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import backends, checks
 from biper_engine.ops.cpu import CpuBackend
 from biper_engine.ops.cuda import CudaBackend
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import NUMBERS, SCHEMA, VECTORS, Epilogue, steps_of
 from biper_engine.ops.readable import in_memory, refuse_tangents
 from biper_engine.ops.reference import ReferenceBackend
 from biper_engine.ops.triton import TritonBackend
@@ -30,11 +30,7 @@ _GEOMETRY = (
     "int in_channels, int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1, "
     "Tensor? prepacked=None"
 )
-_EPILOGUE = (
-    "Tensor? residual=None, int[2] pool_kernel_size=1, int[2] pool_stride=1, "
-    "int[2] pool_padding=0, Tensor? pool_min=None, float? clamp_min=None, float? clamp_max=None, "
-    "Tensor? slope=None, Tensor? shift=None"
-)
+_EPILOGUE = f"Tensor? residual=None, {SCHEMA}"
 _OPERANDS = "Tensor bits, Tensor weight, Tensor multiplier, Tensor bias"
 _DTYPE = "ScalarType dtype=float"
 
@@ -99,10 +95,8 @@ def split_options(
         stride=tuple(options.get("pool_stride", (1, 1))),
         padding=tuple(options.get("pool_padding", (0, 0))),
     )
-    names = ("pool_min", "clamp_min", "clamp_max", "slope", "shift", "threshold", "sense")
-    epilogue = Epilogue(
-        multiplier=multiplier, bias=bias, pool=pool, **{n: options.get(n) for n in names}
-    )
+    named: dict[str, Any] = {name: options.get(name) for name in (*VECTORS, *NUMBERS)}
+    epilogue = Epilogue(pool=pool, **{**named, "multiplier": multiplier, "bias": bias})
     return geometry, epilogue, options.get("residual"), options.get("prepacked")
 
 
@@ -222,9 +216,13 @@ def _bmaxpool2d_fake(
 
 
 def _select(
-    op: str, geometry: Conv2dGeometry, prepacked: Tensor | None, device: torch.device
+    op: str,
+    geometry: Conv2dGeometry,
+    prepacked: Tensor | None,
+    device: torch.device,
+    steps: frozenset[str] = frozenset(),
 ) -> backends.Backend:
-    backend = backends.select(op, geometry, device)
+    backend = backends.select(op, geometry, device, steps)
     if prepacked is not None:
         checks.check_prepacked(prepacked, *backend.prepack_layout(geometry), backend.name)
     return backend
@@ -276,7 +274,7 @@ def _fused(
     _check_fused(bits, weight, geometry, epilogue, residual, prepacked, want_bits)
     if float_dtype is not None:
         checks.check_dtype("dtype", float_dtype)
-    backend = _select(op, geometry, prepacked, bits.device)
+    backend = _select(op, geometry, prepacked, bits.device, steps_of(options))
     return backend.bconv2d_fused(
         bits, weight, geometry, epilogue, residual, prepacked, float_dtype, want_bits
     )

@@ -20,6 +20,7 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import Backend, forced_name
 from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.matrix import MATRIX_OPERATORS
 from biper_engine.ops.stem import Stem
 
 __all__ = ["TritonBackend"]
@@ -99,6 +100,8 @@ class TritonBackend(Backend):
     ) -> str | None:
         if device.type not in ("cpu", "cuda"):
             return f"it runs on GPUs, but the tensors are on {device}"
+        if op in MATRIX_OPERATORS:
+            return "it has no kernel for products of matrices"
         if _interpreted():
             if forced_name() == self.name:
                 return None

@@ -15,6 +15,7 @@ from biper_engine.graph.choice import prepack
 from biper_engine.graph.reading import arguments, biper_op, get_constant
 from biper_engine.ops.backends import select
 from biper_engine.ops.checks import check_epilogue, check_stem_parameters
+from biper_engine.ops.epilogue import steps_of
 from biper_engine.ops.plan_operators import split_stem
 from biper_engine.ops.registration import split_options
 
@@ -74,7 +75,7 @@ def _bind_fused(node: fx.Node, arguments: dict[str, Any], device: torch.device) 
     )
     want_bits = op != "bconv2d_float"
     check_epilogue(epilogue, geometry.out_channels, device, wants_bits=want_bits)
-    backend = select(op, geometry, device)
+    backend = select(op, geometry, device, steps_of(arguments))
     dtype = None if op == "bconv2d_bits" else arguments.get("dtype", torch.float32)
     run = backend.bind_fused(
         geometry, epilogue, prepack(backend, weight, geometry), dtype, want_bits

@@ -156,6 +156,7 @@ def _count(value: Any) -> int:
 _LAYER_TYPES = {
     **{"name": str, "kind": str, "reason": str},
     **{"packed": bool, "binary": bool, "binary_weight": bool, "by_choice": bool},
+    "weights_packed": bool,
 }
 
 

@@ -4,7 +4,8 @@
 // one word takes), kPartWords (words of weights in a step), kWordsPerSum (words that a sum can
 // take, 0: all of them), kFloats (lanes of a float vector, a divisor of kLanes), kSumsFitFloats
 // (whether a sum is one vector of as many floats, which float_dots makes), kPeakSums (independent
-// sums that fill the pipeline), and the functions used below.
+// sums that fill the pipeline), kSignVectors, kSignRows and kTableFloats (a tile of a product with
+// signs, and the size of its tables), and the functions used below.
 //
 // Everything here has internal linkage: the templates through their argument, a class of an
 // anonymous namespace, the rest through `static`.
@@ -14,6 +15,8 @@
 #include "convolution.h"
 #include "float_kernels.h"
 #include "maps_kernels.h"
+#include "matmul_kernels.h"
+#include "sign_linear.h"
 
 namespace biper {
 
@@ -56,6 +59,11 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       &maximum_row<I>,
       &sum<I>,
       &sigmoid<I>,
+      &matmul_unit<I>,
+      int64_t{I::kSignVectors} * I::kFloats,
+      I::kSignRows,
+      I::kTableFloats,
+      &sign_linear_unit<I>,
       &peak<I>,
       int64_t{I::kPeakSums} * I::kLanes * kWordBits / I::kParts,
   };

@@ -17,6 +17,7 @@
 #include "conv.h"
 #include "dispatch.h"
 #include "maps.h"
+#include "matmul.h"
 #include "peak.h"
 #include "steps.h"
 #include "thread_pool.h"
@@ -159,6 +160,29 @@ PYBIND11_MODULE(_cpu, m) {
          const Memory& bits, const OptionalMemory& take_and, const Memory& out, int64_t threads) {
         maxpool(batch, height, width, channels, window(pool), span<const uint32_t>("bits", bits),
                 span<const uint8_t>("take_and", take_and), span<uint32_t>("out", out), threads);
+      },
+      nogil);
+
+  m.def(
+      "matmul",
+      [](int64_t batch, const std::array<int64_t, 7>& s, const std::array<float, 4>& scale,
+         const Memory& a, const Memory& b, const std::optional<FloatMemory>& out,
+         const OptionalMemory& sums, int64_t threads) {
+        matmul(batch, {s[0], s[1], s[2], s[3], s[4], s[5], s[6]},
+               {scale[0], scale[1], scale[2], scale[3]}, span<const uint32_t>("a", a),
+               span<const uint32_t>("b", b), float_span(out), span<int32_t>("sums", sums), threads);
+      },
+      nogil);
+  m.def(
+      "weight_linear",
+      [](int64_t rows, int64_t inputs, int64_t outputs, const Memory& x, const Memory& weight,
+         const Memory& multiplier, const OptionalMemory& bias, const OptionalMemory& offset,
+         const Memory& out, int64_t threads) {
+        const SignLinear linear(inputs, outputs, span<const uint32_t>("weight", weight),
+                                span<const float>("multiplier", multiplier),
+                                span<const float>("bias", bias),
+                                span<const float>("offset", offset));
+        linear.run(rows, span<const float>("x", x), span<float>("out", out), threads);
       },
       nogil);
 

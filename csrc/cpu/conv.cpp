@@ -245,16 +245,14 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   pool_ = pool;
   pooled_ = pool.kernel_h != 1 || pool.kernel_w != 1 || pool.stride_h != 1 || pool.stride_w != 1;
   const int64_t outputs = geometry.out_channels;
-  require_memory("multiplier", e.multiplier.data, e.multiplier.size, outputs, 4);
-  require_memory("bias", e.bias.data, e.bias.size, outputs, 4);
-  const auto optional = [outputs](const char* name, const void* data, int64_t size, int64_t bytes) {
+  const auto check = [outputs](const char* name, const void* data, int64_t size, int64_t bytes) {
     if (data != nullptr || size != 0) require_memory(name, data, size, outputs, bytes);
   };
-  optional("slope", e.slope.data, e.slope.size, 4);
-  optional("shift", e.shift.data, e.shift.size, 4);
-  optional("threshold", e.threshold.data, e.threshold.size, 4);
-  optional("sense", e.sense.data, e.sense.size, 1);
-  optional("pool_min", e.pool_min.data, e.pool_min.size, 1);
+  for (size_t i = 0; i < std::size(kEpilogueVectors); ++i) {
+    check(kEpilogueVectors[i].name, e.vectors[i].data, e.vectors[i].size, 4);
+  }
+  check("sense", e.sense.data, e.sense.size, 1);
+  check("pool_min", e.pool_min.data, e.pool_min.size, 1);
   if (e.sense.data != nullptr) {
     sense_ = pack_flags(e.sense);
     const bool any = std::any_of(sense_.begin(), sense_.end(), [](uint32_t w) { return w != 0; });
@@ -263,18 +261,15 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   if (e.pool_min.data != nullptr) {
     for (int64_t o = 0; o < outputs; ++o) pool_sign_.push_back(e.pool_min.data[o] ? -1 : 1);
   }
-  const std::pair<const float**, Span<const float>> vectors[] = {
-      {&epilogue_.multiplier, e.multiplier},
-      {&epilogue_.bias, e.bias},
-      {&epilogue_.slope, e.slope},
-      {&epilogue_.shift, e.shift},
-      {&epilogue_.threshold, e.threshold}};
-  vectors_.reserve(std::size(vectors) * static_cast<size_t>(outputs));  // addresses stay
-  for (const auto& [address, vector] : vectors) {
+  vectors_.reserve(std::size(e.vectors) * static_cast<size_t>(outputs));  // addresses stay
+  for (size_t i = 0; i < std::size(kEpilogueVectors); ++i) {
+    const Span<const float> vector = e.vectors[i];
     if (vector.data == nullptr) continue;
-    *address = vectors_.data() + vectors_.size();
+    epilogue_.*kEpilogueVectors[i].values = vectors_.data() + vectors_.size();
     vectors_.insert(vectors_.end(), vector.data, vector.data + outputs);
   }
+  if (epilogue_.multiplier == nullptr) fail("`multiplier` is missing.");
+  if (epilogue_.bias == nullptr) fail("`bias` is missing.");
   epilogue_.clamp_min = e.clamp_min;
   epilogue_.clamp_max = e.clamp_max;
   has_epilogue_ = true;

@@ -1,6 +1,7 @@
 // Binary convolutions: validation, prepacked weights, and the plan of a call.
 #pragma once
 
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -31,11 +32,18 @@ int64_t prepacked_words(const ConvGeometry& geometry);
 // Re-lays canonical weights [O, KH, KW, words] for the kernels in use.
 void prepack(const ConvGeometry& geometry, Span<const uint32_t> weight, Span<uint32_t> prepacked);
 
+// The parameters of an epilogue. Multiplier and bias are [O]; the others may be empty.
 struct EpilogueSpans {
-  Span<const float> multiplier, bias;         // [O]
-  Span<const float> slope, shift, threshold;  // [O], or empty
-  Span<const uint8_t> sense, pool_min;        // bool [O], or empty
-  float clamp_min, clamp_max;                 // infinite where there is none
+  Span<const float> vectors[std::size(kEpilogueVectors)];  // as in kEpilogueVectors
+  Span<const uint8_t> sense, pool_min;                     // bool [O]
+  float clamp_min, clamp_max;                              // infinite where there is none
+
+  // The vector that becomes a member of Epilogue, such as &Epilogue::slope.
+  Span<const float>& operator[](const float* Epilogue::* member) {
+    size_t i = 0;
+    while (kEpilogueVectors[i].values != member) ++i;
+    return vectors[i];
+  }
 };
 
 // The images of one call. Outputs that are not wanted are empty.

@@ -60,6 +60,7 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
   const Float bias = load_channels<I, kFull>(e.bias, channel, count);
   const Float low = I::broadcast(e.clamp_min), high = I::broadcast(e.clamp_max);
   const Float slope = e.slope ? load_channels<I, kFull>(e.slope, channel, count) : zero;
+  const Float gain = e.gain ? load_channels<I, kFull>(e.gain, channel, count) : zero;
   const Float shift = e.shift ? load_channels<I, kFull>(e.shift, channel, count) : zero;
   const Float threshold = e.threshold ? load_channels<I, kFull>(e.threshold, channel, count) : zero;
   const uint32_t inverted = e.sense ? get_bits(e.sense, channel, count) : 0;
@@ -70,15 +71,18 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
       v = I::add(v, load_stream<I, kFull>(plan.residual, plan.residual_type, index, count));
     }
     v = I::at_most_or(I::at_least_or(v, low), high);
-    if (e.slope) v = I::where_negative(v, I::multiply(v, slope));
+    if (e.slope || e.gain) {
+      v = I::where_negative(v, e.slope ? I::multiply(v, slope) : v,
+                            e.gain ? I::multiply(v, gain) : v);
+    }
     if (e.shift) v = I::add(v, shift);
     if (plan.out_float) store_stream<I, kFull>(plan.out_float, plan.out_type, index, count, v);
     masks[p] |= uint64_t{compare<I>(v, threshold, inverted) & low_bits(count)} << offset;
   }
 }
 
-// Most layers have a plain epilogue: float32 maps, no slope, no shift, bits for v >= threshold.
-// Where every channel of a tile counts, its constants for one vector are these.
+// Most layers have a plain epilogue: float32 maps, no slope, gain or shift, bits for v >=
+// threshold. Where every channel of a tile counts, its constants for one vector are these.
 template <class I>
 struct PlainChannels {
   typename I::Float multiplier, bias, low, high, threshold;
@@ -104,7 +108,7 @@ BIPER_INLINE uint32_t finish_plain(const PlainChannels<I>& c, typename I::Float 
 
 BIPER_INLINE bool is_plain(const ConvPlan& plan) {
   const Epilogue& e = plan.epilogue;
-  return !plan.out_dots && !e.slope && !e.shift && !e.sense &&
+  return !plan.out_dots && !e.slope && !e.gain && !e.shift && !e.sense &&
          (!plan.residual || plan.residual_type == FloatType::kFloat32) &&
          (!plan.out_float || plan.out_type == FloatType::kFloat32);
 }

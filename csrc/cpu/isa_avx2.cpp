@@ -36,6 +36,10 @@ struct Avx2 {
   using Word = __m256i;
   using Weights = __m256i;
   using Float = __m256;
+  using Signs = __m256i;
+  struct Table {
+    __m256 low, high;
+  };
 
   static constexpr int kLanes = 32;
   static constexpr int kVectors = 2;
@@ -49,6 +53,10 @@ struct Avx2 {
   static constexpr int kFloatPixels = 6;
   static constexpr int kFloatTiles = 2;  // 7 sums each
   static constexpr bool kSumsFitFloats = false;
+  // 8 sums, 4 weights, a table and two values in 16 registers.
+  static constexpr int kSignVectors = 4;
+  static constexpr int kSignRows = 2;
+  static constexpr int kTableFloats = 8;  // the signed sums of two inputs, and of two
   static constexpr int kPeakSums = 8;
 
   BIPER_INLINE Sum zero() { return _mm256_setzero_si256(); }
@@ -94,6 +102,27 @@ struct Avx2 {
   }
   BIPER_INLINE void opaque(__m256i& value) { asm volatile("" : "+x"(value)); }
 
+  BIPER_INLINE Signs load_signs(const uint32_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  BIPER_INLINE Signs next_signs(Signs signs) { return _mm256_srli_epi32(signs, 4); }
+  BIPER_INLINE Table load_table(const float* from) {
+    return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)),
+            _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from + 4))};
+  }
+  // VPERMILPS reads the lowest two bits of a lane.
+  BIPER_INLINE Float look_up(const Table& table, Signs signs) {
+    return _mm256_add_ps(_mm256_permutevar_ps(table.low, signs),
+                         _mm256_permutevar_ps(table.high, _mm256_srli_epi32(signs, 2)));
+  }
+  BIPER_INLINE void make_table(const float* x, float* table) {
+    const __m256 first = _mm256_setr_ps(x[0], x[0], x[0], x[0], x[2], x[2], x[2], x[2]);
+    const __m256 second = _mm256_setr_ps(x[1], x[1], x[1], x[1], x[3], x[3], x[3], x[3]);
+    const __m256 odd = _mm256_setr_ps(-0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f);
+    const __m256 upper = _mm256_setr_ps(-0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f);
+    _mm256_storeu_ps(table, _mm256_add_ps(_mm256_xor_ps(first, odd), _mm256_xor_ps(second, upper)));
+  }
+
   BIPER_INLINE Float broadcast(float x) { return _mm256_set1_ps(x); }
   BIPER_INLINE Float load(const float* from) { return _mm256_loadu_ps(from); }
   BIPER_INLINE void store(float* to, Float v) { _mm256_storeu_ps(to, v); }
@@ -135,8 +164,8 @@ struct Avx2 {
   // and v > high ? high : v, also for zeros of either sign.
   BIPER_INLINE Float at_least_or(Float v, Float low) { return _mm256_max_ps(low, v); }
   BIPER_INLINE Float at_most_or(Float v, Float high) { return _mm256_min_ps(high, v); }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return _mm256_blendv_ps(v, other, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return _mm256_blendv_ps(other, negative, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_LT_OQ));
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));

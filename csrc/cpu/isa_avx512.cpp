@@ -18,6 +18,8 @@ struct Avx512 {
   using Word = __m512i;
   using Weights = __m512i;
   using Float = __m512;
+  using Signs = __m512i;
+  using Table = __m512;
 
   static constexpr int kLanes = 16;
   // 4 x 4 sums, 4 weights and a broadcast word leave room in 32 registers; with 4 vectors of
@@ -33,6 +35,10 @@ struct Avx512 {
   static constexpr int kFloatPixels = 6;
   static constexpr int kFloatTiles = 4;  // 7 sums each
   static constexpr bool kSumsFitFloats = true;
+  // 16 sums, 4 weights and a table in 32 registers.
+  static constexpr int kSignVectors = 4;
+  static constexpr int kSignRows = 4;
+  static constexpr int kTableFloats = 16;
   static constexpr int kPeakSums = 16;
 
   BIPER_INLINE Sum zero() { return _mm512_setzero_si512(); }
@@ -64,6 +70,26 @@ struct Avx512 {
     for (int64_t l = 0; l < kLanes; ++l) packed[l] = l < rows ? canonical[l * stride] : 0;
   }
   BIPER_INLINE void opaque(__m512i& value) { asm volatile("" : "+v"(value)); }
+
+  BIPER_INLINE Signs load_signs(const uint32_t* from) { return _mm512_loadu_si512(from); }
+  BIPER_INLINE Signs next_signs(Signs signs) { return _mm512_srli_epi32(signs, 4); }
+  BIPER_INLINE Table load_table(const float* from) { return _mm512_load_ps(from); }
+  // VPERMPS reads the lowest four bits of a lane.
+  BIPER_INLINE Float look_up(Table table, Signs signs) {
+    return _mm512_permutexvar_ps(signs, table);
+  }
+  BIPER_INLINE Float signed_value(Float x, uint16_t positive) {
+    const __m512i flipped = _mm512_maskz_set1_epi32(static_cast<__mmask16>(~positive), INT32_MIN);
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), flipped));
+  }
+  BIPER_INLINE void make_table(const float* x, float* table) {
+    const __m512 quad = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
+    const __m512 low = _mm512_add_ps(signed_value(_mm512_permute_ps(quad, 0x00), 0xaaaa),
+                                     signed_value(_mm512_permute_ps(quad, 0x55), 0xcccc));
+    const __m512 high = _mm512_add_ps(signed_value(_mm512_permute_ps(quad, 0xaa), 0xf0f0),
+                                      signed_value(_mm512_permute_ps(quad, 0xff), 0xff00));
+    _mm512_store_ps(table, _mm512_add_ps(low, high));
+  }
 
   BIPER_INLINE Float broadcast(float x) { return _mm512_set1_ps(x); }
   BIPER_INLINE Float load(const float* from) { return _mm512_loadu_ps(from); }
@@ -109,8 +135,9 @@ struct Avx512 {
   // and v > high ? high : v, also for zeros of either sign.
   BIPER_INLINE Float at_least_or(Float v, Float low) { return _mm512_max_ps(low, v); }
   BIPER_INLINE Float at_most_or(Float v, Float high) { return _mm512_min_ps(high, v); }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ), other);
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return _mm512_mask_mov_ps(other, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LT_OQ),
+                              negative);
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 };

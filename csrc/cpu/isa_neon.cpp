@@ -24,6 +24,10 @@ struct Neon {
   using Word = uint32x4_t;
   using Weights = Lanes;
   using Float = float32x4_t;
+  using Signs = uint32x4_t;
+  struct Table {
+    uint8x16_t low, high;
+  };
 
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
@@ -37,6 +41,9 @@ struct Neon {
   static constexpr int kFloatPixels = 6;
   static constexpr int kFloatTiles = 4;  // 7 sums each
   static constexpr bool kSumsFitFloats = false;
+  static constexpr int kSignVectors = 4;
+  static constexpr int kSignRows = 2;
+  static constexpr int kTableFloats = 8;  // the signed sums of two inputs, and of two
   static constexpr int kPeakSums = 4;
 
   BIPER_INLINE Sum zero() {
@@ -74,6 +81,27 @@ struct Neon {
                    "+w"(value.quarter[3]));
   }
 
+  BIPER_INLINE Signs load_signs(const uint32_t* from) { return vld1q_u32(from); }
+  BIPER_INLINE Signs next_signs(Signs signs) { return vshrq_n_u32(signs, 4); }
+  BIPER_INLINE Table load_table(const float* from) {
+    return {vreinterpretq_u8_f32(vld1q_f32(from)), vreinterpretq_u8_f32(vld1q_f32(from + 4))};
+  }
+  // The bytes of the float that the lowest two bits of a lane name.
+  BIPER_INLINE Float look_up_pair(uint8x16_t pair, Signs signs) {
+    const uint32x4_t number = vandq_u32(signs, vdupq_n_u32(3));
+    const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100u), number, vdupq_n_u32(0x04040404u));
+    return vreinterpretq_f32_u8(vqtbl1q_u8(pair, vreinterpretq_u8_u32(bytes)));
+  }
+  BIPER_INLINE Float look_up(const Table& table, Signs signs) {
+    return vaddq_f32(look_up_pair(table.low, signs),
+                     look_up_pair(table.high, vshrq_n_u32(signs, 2)));
+  }
+  BIPER_INLINE void make_table(const float* x, float* table) {
+    for (int pair = 0; pair < 2; ++pair, x += 2, table += 4) {
+      for (int i = 0; i < 4; ++i) table[i] = (i & 1 ? x[0] : -x[0]) + (i & 2 ? x[1] : -x[1]);
+    }
+  }
+
   BIPER_INLINE Float broadcast(float x) { return vdupq_n_f32(x); }
   BIPER_INLINE Float load(const float* from) { return vld1q_f32(from); }
   BIPER_INLINE void store(float* to, Float v) { vst1q_f32(to, v); }
@@ -108,8 +136,8 @@ struct Neon {
   BIPER_INLINE Float at_most_or(Float v, Float high) {
     return vbslq_f32(vcgtq_f32(v, high), high, v);
   }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return vbslq_f32(vcltzq_f32(v), other, v);
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return vbslq_f32(vcltzq_f32(v), negative, other);
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) {
     const uint32x4_t place = {1, 2, 4, 8};

@@ -15,6 +15,10 @@ struct Portable {
   using Word = uint32_t;
   using Weights = Lanes;
   using Float = Floats;
+  struct Signs {
+    uint32_t lane[4];
+  };
+  using Table = const float*;
 
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
@@ -27,6 +31,9 @@ struct Portable {
   static constexpr int kFloatPixels = 2;
   static constexpr int kFloatTiles = 1;  // 7 sums each
   static constexpr bool kSumsFitFloats = false;
+  static constexpr int kSignVectors = 4;
+  static constexpr int kSignRows = 2;
+  static constexpr int kTableFloats = 16;
   static constexpr int kPeakSums = 1;
 
   BIPER_INLINE Sum zero() { return Sum{}; }
@@ -59,6 +66,27 @@ struct Portable {
   template <class T>
   BIPER_INLINE void opaque(T& value) {
     asm volatile("" : "+m"(value));
+  }
+
+  BIPER_INLINE Signs load_signs(const uint32_t* from) {
+    Signs signs;
+    __builtin_memcpy(&signs, from, sizeof signs);
+    return signs;
+  }
+  BIPER_INLINE Signs next_signs(Signs signs) {
+    for (int l = 0; l < kFloats; ++l) signs.lane[l] >>= 4;
+    return signs;
+  }
+  BIPER_INLINE Table load_table(const float* from) { return from; }
+  BIPER_INLINE Float look_up(Table table, Signs signs) {
+    return each([&](int l) { return table[signs.lane[l] & 15u]; });
+  }
+  BIPER_INLINE void make_table(const float* x, float* table) {
+    for (int i = 0; i < 16; ++i) {
+      const float low = (i & 1 ? x[0] : -x[0]) + (i & 2 ? x[1] : -x[1]);
+      const float high = (i & 4 ? x[2] : -x[2]) + (i & 8 ? x[3] : -x[3]);
+      table[i] = low + high;
+    }
   }
 
   template <class Of>
@@ -149,8 +177,8 @@ struct Portable {
   BIPER_INLINE Float at_most_or(Float v, Float high) {
     return each([&](int l) { return v.lane[l] > high.lane[l] ? high.lane[l] : v.lane[l]; });
   }
-  BIPER_INLINE Float where_negative(Float v, Float other) {
-    return each([&](int l) { return v.lane[l] < 0.0f ? other.lane[l] : v.lane[l]; });
+  BIPER_INLINE Float where_negative(Float v, Float negative, Float other) {
+    return each([&](int l) { return v.lane[l] < 0.0f ? negative.lane[l] : other.lane[l]; });
   }
   BIPER_INLINE uint32_t at_least(Float a, Float b) {
     uint32_t bits = 0;

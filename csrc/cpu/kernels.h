@@ -36,6 +36,7 @@ struct Epilogue {
   const float* multiplier;
   const float* bias;
   const float* slope;
+  const float* gain;
   const float* shift;
   const float* threshold;
   const uint32_t* sense;     // a bit per channel: the bit is v <= threshold; null: v >= threshold
@@ -43,6 +44,16 @@ struct Epilogue {
   float clamp_min;           // -inf where there is none
   float clamp_max;           // +inf where there is none
 };
+
+// The parameters of the epilogue that are a float per channel, by their names in Python.
+struct EpilogueVector {
+  const char* name;
+  const float* Epilogue::* values;
+};
+constexpr EpilogueVector kEpilogueVectors[] = {
+    {"multiplier", &Epilogue::multiplier}, {"bias", &Epilogue::bias},
+    {"slope", &Epilogue::slope},           {"gain", &Epilogue::gain},
+    {"shift", &Epilogue::shift},           {"threshold", &Epilogue::threshold}};
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
 struct Border {
@@ -180,6 +191,61 @@ struct FloatConvPlan {
   uint32_t* out_bits;  // [N, out_h, out_w, out_words] or null
 };
 
+// Words of the inputs that a chain of additions of a product with signs takes: CHAIN_INPUTS of
+// biper_engine/ops/matrix.py.
+constexpr int64_t kChainWords = 8;
+
+// Products of two packed maps, filled by matmul.cpp: for each of `matrices` rows of pixels and each
+// group of channels, out[w][v] = sum over the group of a[w] * b[v]. An element is 1 where its bit
+// is 1, `low` where it is 0. The steps after the sum are those of biper_engine/ops/matrix.py.
+struct MatmulPlan {
+  int64_t matrices, a_pixels, b_pixels;
+  int64_t channels, groups, low_a, low_b;
+  float multiplier, row_multiplier, column_multiplier, bias;
+
+  int64_t pixel_words;           // of a pixel, all groups
+  int64_t depth, words;          // elements of a group, and its words when they are aligned
+  int64_t vectors;               // of pixels of b
+  int64_t strip, strips, units;  // pixels of a in a unit; strips of a matrix
+  struct Scratch {
+    int64_t a, b;     // uint32 [pixels][words] of a group, aligned, unused bits cleared
+    int64_t weights;  // b in the ISA's own layout
+    int64_t borders;  // int32 [vectors][lanes]
+    int64_t columns;  // float [vectors][lanes]
+    int64_t rows;     // int32 [pixels of a] set bits
+    int64_t offsets;  // int32 [words]
+    int64_t dots;     // int32 [tile pixels][lanes of a block]
+    int64_t bytes;
+  } scratch;
+
+  const uint32_t *a, *b;  // [matrices, pixels, pixel_words]
+  void* out;              // [matrices, groups, a_pixels, b_pixels], or null
+  FloatType out_type;
+  int32_t* out_sums;  // the same shape, or null
+};
+
+// Rows of floats times a matrix of signs, filled by matmul.cpp; the order of sums is that of
+// biper_engine/ops/matrix.py.
+struct SignLinearPlan {
+  int64_t rows, inputs, outputs;
+  int64_t words, chains;       // of the inputs: 32 bits each, and 8 words each
+  int64_t blocks, lanes;       // of outputs, and outputs of a block
+  int64_t group_rows, groups;  // rows that are multiplied together
+  int64_t chunk_blocks, chunks, units;
+  struct Scratch {
+    int64_t tables;  // float [rows of a group][a chain's tables]
+    int64_t totals;  // float [rows of a group][outputs of a chunk]
+    int64_t bytes;
+  } scratch;
+
+  const uint32_t* weights;  // [chain][block][word of the chain][lanes], unused bits 0
+  const float* multiplier;  // [blocks * lanes], padded with zeros, and so are:
+  const float* bias;
+  const float* offset;  // or null: 0
+  const float* x;       // [rows, inputs]
+  float* out;           // [rows, outputs]
+};
+
 // An average or a maximum over windows, NHWC; averages may land between channels of zeros.
 struct FloatPoolCall {
   const float* x;
@@ -227,6 +293,13 @@ struct Kernels {
   void (*maximum_row)(const FloatPoolCall& call, int64_t row);
   void (*sum)(const SumCall& call, int64_t first, int64_t last);
   void (*sigmoid)(const FunctionCall& call, int64_t first, int64_t last);
+
+  void (*matmul_unit)(const MatmulPlan& plan, int64_t unit, void* scratch);
+
+  int64_t sign_lanes;    // outputs of a block of a product with signs
+  int64_t sign_rows;     // most rows that it multiplies together
+  int64_t table_floats;  // of four inputs
+  void (*sign_linear_unit)(const SignLinearPlan& plan, int64_t unit, void* scratch);
 
   // The inner loop on registers alone, `rounds` times; each round does `macs_per_round`.
   void (*peak)(int64_t rounds);

@@ -11,11 +11,9 @@ namespace biper {
 std::shared_ptr<Conv> fused_conv(const Arguments& a) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   EpilogueSpans epilogue;
-  epilogue.multiplier = a.span<float>("multiplier");
-  epilogue.bias = a.span<float>("bias");
-  epilogue.slope = a.optional_span<float>("slope");
-  epilogue.shift = a.optional_span<float>("shift");
-  epilogue.threshold = a.optional_span<float>("threshold");
+  for (size_t i = 0; i < std::size(kEpilogueVectors); ++i) {
+    epilogue.vectors[i] = a.optional_span<float>(kEpilogueVectors[i].name);
+  }
   epilogue.sense = a.optional_span<uint8_t>("sense");
   epilogue.pool_min = a.optional_span<uint8_t>("pool_min");
   epilogue.clamp_min = a.number("clamp_min", -kInfinity);

@@ -5,12 +5,13 @@
 namespace biper {
 
 extern const StepKind kConvStep, kFloatConvStep, kBinarizeStep, kBitPoolStep, kAverageStep,
-    kMaximumStep, kSumStep, kSigmoidStep;
+    kMaximumStep, kSumStep, kSigmoidStep, kMatmulStep, kWeightLinearStep;
 
 namespace {
 
-const StepKind* const kKinds[] = {&kConvStep,    &kFloatConvStep, &kBinarizeStep, &kBitPoolStep,
-                                  &kAverageStep, &kMaximumStep,   &kSumStep,      &kSigmoidStep};
+const StepKind* const kKinds[] = {&kConvStep,    &kFloatConvStep,   &kBinarizeStep, &kBitPoolStep,
+                                  &kAverageStep, &kMaximumStep,     &kSumStep,      &kSigmoidStep,
+                                  &kMatmulStep,  &kWeightLinearStep};
 
 // Values of work, some 10 us, below which a unit of its own costs more than it brings.
 constexpr int64_t kValuesPerUnit = int64_t{1} << 15;

@@ -69,6 +69,22 @@ def test_a_checkpoint_that_is_silent_says_what_to_pass(biper: Biper, tmp_path: P
     assert not list(tmp_path.glob("*.biper"))
 
 
+def test_a_file_of_code_may_be_anywhere(biper: Biper, user_directory: Path) -> None:
+    folder = Path("code here")
+    folder.mkdir()
+    Path("tinynet.py").rename(folder / "inner.py")
+    (folder / "mynet.py").write_text("from inner import build\n")
+    torch.save(tiny_network().state_dict(), "weights.pt")
+    source = f"{folder / 'mynet.py'}:build"
+    done = biper("convert", source, "--weights", "weights.pt", *TINY[1:], "--no-check")
+    assert done.code == 0, done.err
+    (folder / "__init__.py").touch()
+    (folder / "relative.py").write_text("from .inner import build\n")
+    done = biper("convert", f"{folder / 'relative.py'}:build", *TINY[1:])
+    assert done.code == 1
+    assert "imports from its own package" in done.err
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_weights_are_loaded(biper: Biper, user_directory: Path, suffix: str) -> None:
     state = tiny_network().state_dict()
@@ -106,7 +122,10 @@ def test_weights_are_never_unpickled(biper: Biper, user_directory: Path) -> None
         (["tinynet:no_module"], 1, "returned a int"),
         (["tinynet:needs_argument"], 1, "cannot be called without arguments"),
         (["nowhere_to_be_found:build"], 1, "No module 'nowhere_to_be_found'"),
-        (["tinynet.py"], 1, "is not a PyTorch checkpoint"),
+        (["tinynet.py"], 1, "as in tinynet.py:build"),
+        (["tinynet.py:missing"], 1, "file tinynet.py has no 'missing'"),
+        (["tinynet.py:needs_argument"], 1, "pass a checkpoint of it by --weights"),
+        (["no/where.py:build"], 1, "There is no file 'no/where.py'"),
         (["missing.pt"], 1, "Cannot read checkpoint 'missing.pt'"),
         (["already.biper"], 1, "biper verify already.biper"),
         (["tinynet:half_binary"], 1, "No binary layer"),

@@ -8,7 +8,7 @@ import torch
 
 from biper_engine.graph import BATCH as N
 from biper_engine.graph import ImagesSize, MisfitError, Value
-from biper_engine.graph.sizes import divided, product, require_small
+from biper_engine.graph.sizes import divided, floored, product, remainder, require_small
 from biper_engine.graph.values import broadcast
 
 
@@ -21,6 +21,11 @@ def test_sizes_are_computed() -> None:
     assert product([2, N, 3]) == 6 * N
     assert N >= 1
     assert 3 * N > 2
+    assert 2 * N >= N
+    assert not N + 1 >= N + 2
+    assert floored(2 * N + 3, 2) == N + 1
+    assert floored(2 * N, N) == 2
+    assert remainder(4 * N + 3, 2) == 1
     assert str(2 * N + 1) == "2 * N + 1"
 
 
@@ -31,6 +36,8 @@ def test_sizes_are_computed() -> None:
         *(lambda: divided(N, 2), lambda: divided(N + 1, N), lambda: divided(3, N)),
         *(lambda: divided(4, 0), lambda: N * (1 << 31), lambda: product([N, N])),
         *(lambda: broadcast((N, 3), (61, 3)), lambda: broadcast((N,), (2 * N,))),
+        *(lambda: floored(3 * N, 2), lambda: remainder(3 * N, 2), lambda: remainder(N, N)),
+        *(lambda: N >= 2 * N - 1, lambda: 2 * N >= N + 2),
         lambda: require_small([N, 1 << 16, 1 << 16]),
     ],
 )

@@ -26,6 +26,7 @@ from biper_engine import ops
 from biper_engine.bits import pack_channels, words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, use_backend
+from biper_engine.ops.epilogue import VECTORS
 from tests.ops import matrix
 
 STREAM_TYPES = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -140,8 +141,8 @@ def fused(
 ) -> bytes:
     """Operator 1: geometry, pool, batch, height, width, types of residual and float map;
 
-    weight, bits, multiplier, bias, slope, shift, threshold, sense, pool_min, clamp limits [2],
-    residual -> float map, bits.
+    weight, bits, vectors of the epilogue, sense, pool_min, clamp limits [2], residual -> float map,
+    bits.
     """
     operands = (data.bits, data.weight, conv, epilogue)
     floats = packed = None
@@ -156,8 +157,8 @@ def fused(
         STREAM_TYPES[None if residual is None else residual.dtype],
         STREAM_TYPES[dtype],
     )
-    names = ("multiplier", "bias", "slope", "shift", "threshold", "sense", "pool_min")
-    tensors = [getattr(epilogue, entry) for entry in names]
+    vectors = (entry for entry, dtype in VECTORS.items() if dtype == torch.float32)
+    tensors = [getattr(epilogue, entry) for entry in (*vectors, "sense", "pool_min")]
     inputs = [*_conv_inputs(data, conv), *tensors, limits, residual]
     return _case(1, name, values, inputs, [floats, packed])
 

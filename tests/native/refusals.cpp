@@ -81,7 +81,7 @@ struct Operands {
 
   EpilogueSpans epilogue() {
     EpilogueSpans e;
-    e.multiplier = e.bias = e.slope = e.shift = e.threshold = read_only(channel.span());
+    for (Span<const float>& vector : e.vectors) vector = read_only(channel.span());
     e.sense = e.pool_min = read_only(flags.span());
     e.clamp_min = -1.0f;
     e.clamp_max = 1.0f;
@@ -254,13 +254,10 @@ void reaches(Collector& c) {
 
 void epilogues(Collector& c) {
   const EpilogueSpans good = c.operands.epilogue();
-  using FloatMember = Span<const float> EpilogueSpans::*;
-  for (const FloatMember member :
-       {&EpilogueSpans::multiplier, &EpilogueSpans::bias, &EpilogueSpans::slope,
-        &EpilogueSpans::shift, &EpilogueSpans::threshold}) {
-    for (const auto& span : misfits(good.*member)) {
+  for (size_t i = 0; i < std::size(good.vectors); ++i) {
+    for (const auto& span : misfits(good.vectors[i])) {
       EpilogueSpans bad = good;
-      bad.*member = span;
+      bad.vectors[i] = span;
       c.refuse("a float of each channel", [&] { c.pooled(kNoPool, bad); });
     }
   }
@@ -271,9 +268,9 @@ void epilogues(Collector& c) {
       c.refuse("a flag of each channel", [&] { c.pooled(kNoPool, bad); });
     }
   }
-  for (const auto member : {&EpilogueSpans::multiplier, &EpilogueSpans::bias}) {
+  for (const auto member : {&Epilogue::multiplier, &Epilogue::bias}) {
     EpilogueSpans bad = good;
-    bad.*member = {};
+    bad[member] = {};
     c.refuse("no multiplier or no bias", [&] { c.pooled(kNoPool, bad); });
   }
 }
@@ -315,7 +312,7 @@ void fused(Collector& c) {
     call("residual", bad);
   }
   EpilogueSpans without = c.operands.epilogue();
-  without.threshold = {};
+  without[&Epilogue::threshold] = {};
   c.refuse("bits without a threshold", [&] { c.pooled(kNoPool, without).run(good, 1); });
   c.refuse("an epilogue that is not there", [&] { c.plain().run(good, 1); });
   c.refuse("outputs of another pool",

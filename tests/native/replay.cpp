@@ -190,14 +190,11 @@ void run_fused(const int64_t* v, Operands& operands, const Variant& variant) {
   const ConvGeometry geometry = geometry_of(v);
   Memory prepacked = prepacked_of(geometry, operands.span<const uint32_t>(0), variant);
   EpilogueSpans epilogue;
-  epilogue.multiplier = operands.span<const float>(2);
-  epilogue.bias = operands.span<const float>(3);
-  epilogue.slope = operands.span<const float>(4);
-  epilogue.shift = operands.span<const float>(5);
-  epilogue.threshold = operands.span<const float>(6);
-  epilogue.sense = operands.span<const uint8_t>(7);
-  epilogue.pool_min = operands.span<const uint8_t>(8);
-  const float* limits = operands.span<const float>(9).data;
+  size_t next = 2;
+  for (Span<const float>& vector : epilogue.vectors) vector = operands.span<const float>(next++);
+  epilogue.sense = operands.span<const uint8_t>(next++);
+  epilogue.pool_min = operands.span<const uint8_t>(next++);
+  const float* limits = operands.span<const float>(next++).data;
   epilogue.clamp_min = limits[0];
   epilogue.clamp_max = limits[1];
   const Conv conv(geometry, words_of(prepacked), window_of(v + 13), epilogue);
@@ -206,9 +203,9 @@ void run_fused(const int64_t* v, Operands& operands, const Variant& variant) {
   images.height = v[20];
   images.width = v[21];
   images.bits = operands.span<const uint32_t>(1);
-  images.residual = operands.floats(10, v[22]);
-  images.out_float = operands.floats(11, v[23]);
-  images.out_bits = operands.span<uint32_t>(12);
+  images.residual = operands.floats(next, v[22]);
+  images.out_float = operands.floats(next + 1, v[23]);
+  images.out_bits = operands.span<uint32_t>(next + 2);
   conv.run(images, variant.threads);
 }
 

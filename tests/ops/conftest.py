@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.backends import by_name
+from biper_engine.ops.backends import by_name, refusal
 from tests.ops.matrix import Operands
 
 
@@ -16,8 +16,10 @@ from tests.ops.matrix import Operands
 def need(run: tuple[str, torch.device]) -> Callable[..., None]:
     """Return a function that skips, with the backend's reason, where it cannot run a call."""
 
-    def skip_unless_supported(op: str, geometry: Conv2dGeometry | None = None) -> None:
-        reason = by_name(run[0]).unsupported_reason(op, geometry, run[1])
+    def skip_unless_supported(
+        op: str, geometry: Conv2dGeometry | None = None, steps: frozenset[str] = frozenset()
+    ) -> None:
+        reason = refusal(by_name(run[0]), op, geometry, run[1], steps)
         if reason is not None:
             pytest.skip(f"{run[0]} cannot run {op}: {reason}")
 

@@ -118,6 +118,7 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
     "relu": {"clamp_min": 0.0},
     "clamped above": {"clamp_max": 0.1},
     "prelu": {"slope": True},
+    "two slopes": {"slope": True, "gain": True},
 }
 # Pool, activation and residual follow each other: every two of them meet here, and in the weekly
 # tests every three.
@@ -142,6 +143,8 @@ def epilogue_of(channels: int, pool: str, activation: str) -> Epilogue:
     options = dict(ACTIVATIONS[activation])
     if "slope" in options:
         options["slope"] = vector(channels, 0.0, -0.0, -0.25, 1.0, 0.25, seed=3)
+    if "gain" in options:
+        options["gain"] = vector(channels, -0.0, 0.0, 1.5, -1.0, seed=6)
     if activation != "hardtanh":
         options["shift"] = vector(channels, 0.0, -0.0, seed=4)
     if pool != "no pool":

@@ -83,6 +83,26 @@ def call_every_op(backend: str | None = None) -> None:
     ops.bconv2d_float_bits(bits, weight, CONV, epilogue, backend=backend)
 
 
+def call_with_slope(backend: str | None = None) -> None:
+    bits = torch.zeros(1, 2, 2, 2, dtype=torch.int32)
+    weight = torch.zeros(CONV.weight_shape, dtype=torch.int32)
+    ones = torch.ones(4)
+    epilogue = ops.Epilogue(multiplier=ones, bias=ones, slope=ones)
+    ops.bconv2d_float(bits, weight, CONV, epilogue, backend=backend)
+
+
+def test_a_backend_without_a_step_of_the_epilogue_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, any_step = install(monkeypatch, "cuda"), install(monkeypatch, "triton")
+    plain.steps = frozenset({"shift"})
+    call_with_slope()
+    assert plain.calls == []
+    assert any_step.calls == ["fused torch.float32 False"]
+    with pytest.raises(BackendUnavailableError, match="its epilogue has no slope yet"):
+        call_with_slope("cuda")
+
+
 EVERY_CALL = [
     "binarize",
     "unbinarize",

@@ -72,8 +72,9 @@ def expected_values(
             v = np.float32(epilogue.clamp_min)
         if epilogue.clamp_max is not None and v > np.float32(epilogue.clamp_max):
             v = np.float32(epilogue.clamp_max)
-        if epilogue.slope is not None and v < 0:
-            v = v * np.float32(epilogue.slope[o].item())
+        factor = epilogue.slope if v < 0 else epilogue.gain
+        if factor is not None:
+            v = v * np.float32(factor[o].item())
         if epilogue.shift is not None:
             v = v + np.float32(epilogue.shift[o].item())
         result[index] = v
@@ -131,9 +132,11 @@ def check_all_outputs(
         assert both[1].is_contiguous()
 
 
-def need_all(need: Callable[..., None], conv: Conv2dGeometry) -> None:
+def need_all(
+    need: Callable[..., None], conv: Conv2dGeometry, epilogue: Epilogue | None = None
+) -> None:
     for op in ("bconv2d_float", "bconv2d_bits", "bconv2d_float_bits"):
-        need(op, conv)
+        need(op, conv, frozenset() if epilogue is None else epilogue.steps())
 
 
 @functools.cache
@@ -165,8 +168,8 @@ def test_every_step_is_rounded_once_and_in_order(
     activation: str,
     residual_stream: str | None,
 ) -> None:
-    need_all(need, CONV)
     data, epilogue, residual, values = step_case(pool, activation, residual_stream, exact_fma)
+    need_all(need, CONV, epilogue)
     check_all_outputs(data, CONV, epilogue, residual, values, device, same_bytes)
 
 

@@ -6,7 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from biper_engine.ops.reference import fma, to_channels_last
+from biper_engine.ops.reference import to_channels_last
+from biper_engine.ops.rounding import fma
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SMALLEST_DENORMAL = 2.0**-149

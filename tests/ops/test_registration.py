@@ -25,11 +25,12 @@ from biper_engine.ops import (
     unbinarize,
 )
 from biper_engine.ops.functional import epilogue_options, geometry_options
+from biper_engine.ops.matrix_operators import MATRIX_SCHEMAS
 from biper_engine.ops.plan_operators import PLAN_SCHEMAS
 from biper_engine.ops.registration import SCHEMAS
 from tests.images import noise
 
-ALL_SCHEMAS = {**SCHEMAS, **PLAN_SCHEMAS}
+ALL_SCHEMAS = {**SCHEMAS, **MATRIX_SCHEMAS, **PLAN_SCHEMAS}
 
 CONV = Conv2dGeometry(
     in_channels=66,
@@ -67,6 +68,13 @@ class Residual(Call):
 
     def forward(self, bits: Tensor, residual: Tensor) -> Any:  # type: ignore[override]
         return self.op(**self.arguments(bits, residual))
+
+
+class Pair(Call):
+    """A call with two packed maps."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:  # type: ignore[override]
+        return self.op(**self.arguments(a, b))
 
 
 class Single(Call):
@@ -137,6 +145,25 @@ MODULES: dict[str, Callable[[], Call]] = {
         **BITS_OUT,
         **FUSED,
     ),
+    "bmatmul": lambda: Pair("bmatmul", ("a", "b"), channels=66, groups=2, low_b=0),
+    "bmatmul_float": lambda: Pair(
+        "bmatmul_float",
+        ("a", "b"),
+        **{"channels": 66, "groups": 3, "low_a": 0, "dtype": torch.float16},
+        **{"multiplier": 0.3, "row_multiplier": 0.2, "column_multiplier": -0.1, "bias": 2.0},
+    ),
+    "weight_linear": lambda: Single(
+        "weight_linear",
+        ("x",),
+        **{"weight": WEIGHT[:, 0, 0], "multiplier": noise(34, seed=1)},
+        **{"bias": noise(34, seed=2), "offset": noise(34, seed=3)},
+    ),
+    "unpack_weight": lambda: Single(
+        "unpack_weight",
+        ("weight",),
+        **{"low": noise(34, seed=1), "high": noise(34, seed=2), "channels": 33},
+        dtype=torch.bfloat16,
+    ),
     "stem": lambda: Single("stem", ("x",), dtype=torch.float16, **STEM),
     "stem_bits": lambda: Single("stem_bits", ("x",), **STEM),
     "pooled_linear": lambda: Single(
@@ -150,12 +177,16 @@ def inputs_of(module: Call, batch: int) -> tuple[Tensor, ...]:
         return (WEIGHT,)
     if "weight" in module.tensors and module.inputs == ("x",) and module.weight.dim() == 4:
         return (noise(batch, module.weight.shape[1], *SIZE, seed=batch),)  # a stem's images
+    if module.inputs == ("x",) and module.op == torch.ops.biper.weight_linear.default:
+        return (noise(batch, 4, 3, 33, seed=batch),)
     x = noise(batch, 66, *SIZE, seed=batch)
     if module.inputs == ("x",):
         return (x,)
     packed = contract.pack_channels((x > 0).permute(0, 2, 3, 1))
     if module.inputs == ("bits",):
         return (packed,)
+    if module.inputs == ("a", "b"):
+        return packed, packed[:, :, 1:4].bitwise_not()
     rows, columns = POOL.output_size(*CONV.output_size(*SIZE))
     return (packed, noise(batch, 34, rows, columns, seed=9))
 
