@@ -113,6 +113,11 @@ def pack_activation_product(
 ) -> str | None:
     """Replace a batched product of two binary activations by one on bits, in place.
 
+    Args:
+        graph_module: the graph.
+        product: the product.
+        operands: finds its factors.
+
     Returns:
         None, or the reason why the product stays in floating point, as a clause.
     """
@@ -121,21 +126,21 @@ def pack_activation_product(
         return f"{product.plural} do not run on bits"
     if node.meta["val"].dtype != torch.float32:
         return "it does not compute in float32"
-    factors = []
-    for x, summed, name in zip(node.args[:2], (-1, -2), ("left", "right"), strict=True):
-        assert isinstance(x, fx.Node)
-        factor = _factor(operands, x, summed)
-        if isinstance(factor, str):
-            return f"its {name} factor {factor}"
-        factors.append(factor)
-    left, right = factors
+    found = [_factor(operands, parent(node, at), -1 - at, merged=False) for at in (0, 1)]
+    if len({factor.rank for factor in found if isinstance(factor, _Factor)}) > 1:
+        found = [_factor(operands, parent(node, at), -1 - at, merged=True) for at in (0, 1)]
+    left, right = found
+    if isinstance(left, str):
+        return f"its left factor {left}"
+    if isinstance(right, str):
+        return f"its right factor {right}"
     sizes = [_sizes(node, position) for position in (0, 1)]
     rows, depth, columns = sizes[0][-2], sizes[0][-1], sizes[1][-1]
     if not all(isinstance(size, int) for size in (rows, depth, columns)):
         return "its sizes depend on the batch size"
     if depth >= MAX_REDUCTION:
         return f"it sums {depth} products, more than float32 can count"
-    heads = [_heads(factor) for factor in factors]
+    heads = [_heads(left), _heads(right)]
     if left.rank == 3 or right.rank == 3 or heads[0] != heads[1]:
         heads = [1, 1]
     _emit(graph_module, product, left, right, int(heads[0]), (rows, depth, columns))
@@ -149,9 +154,9 @@ def _sizes(node: fx.Node, position: int) -> tuple[Any, ...]:
 # -- factors --------------------------------------------------------------------------------------
 
 
-def _factor(operands: Operands, x: fx.Node, summed: int) -> _Factor | str:
-    """Find the float map of which a factor is a step."""
-    x = _before_merging(x)
+def _factor(operands: Operands, x: fx.Node, summed: int, *, merged: bool) -> _Factor | str:
+    """Find the float map of which a factor is a step, before its batches were merged or after."""
+    x = x if merged else _before_merging(x)
     axis = len(shape(x)) + summed
     moves, root = [], x
     while is_move(root):
