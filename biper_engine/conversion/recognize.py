@@ -42,6 +42,7 @@ aten = torch.ops.aten
 
 
 KEPT = "kept by `keep_float`"
+_REAL_WEIGHTS = "its input is a sign, but its weights are real"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -173,6 +174,10 @@ def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> s
             return "its weight depends on the input"
         if len(found) == 2:
             names = ["its left factor", "its right factor"]
+    weight, held = found[-1]
+    reads_signs = product.packable and isinstance(found[0][0], Operand) and held is not None
+    if reads_signs and isinstance(weight, str) and weight.startswith("has "):
+        return f"{_REAL_WEIGHTS} ({weight.removeprefix('has ')}): binarise them first"
     binary, clauses = [], []
     for name, (item, _) in zip(names, found, strict=True):
         if isinstance(item, str):
