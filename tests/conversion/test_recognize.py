@@ -287,7 +287,7 @@ def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Mod
         (lambda s, x: s.ok(x) + F.conv2d(x, torch.sign(s.c.weight)), "the network's input"),
         (
             lambda s, x: s.ok(x) + F.conv2d(torch.sign(x), s.c.weight),
-            "but its weights are real .144 distinct values.: binarise them first",
+            "its input is a sign, but its weights are real",
         ),
         (
             lambda s, x: (
