@@ -86,6 +86,7 @@ class BinaryConv:
         geometry: the convolution on bits.
         positive: weight bits, bool [O, C / groups, KH, KW].
         epilogue: its parameters; floats are float64 until `lower` rounds them.
+        rows: whether `value` has its channels in the last dimension, and no height and width.
     """
 
     layer: str
@@ -96,6 +97,7 @@ class BinaryConv:
     geometry: Conv2dGeometry
     positive: Tensor
     epilogue: Epilogue
+    rows: bool = False
 
     def fused(self, **parameters: Any) -> BinaryConv:
         """Return the convolution with some parameters of its epilogue replaced."""

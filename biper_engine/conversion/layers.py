@@ -35,8 +35,8 @@ def as_layers(graph_module: fx.GraphModule) -> None:
             rewrite(graph_module, node)
     shorten_chains(graph_module)
     for node in list(graph_module.graph.nodes):
-        if is_call(node, aten.linear.default):
-            _patches(graph_module, node)
+        if is_call(node, aten.linear.default) and not _patches(graph_module, node):
+            _rows(graph_module, node)
 
 
 def insert(
@@ -107,23 +107,18 @@ def _one_dimensional(graph_module: fx.GraphModule, node: fx.Node, named: dict[st
     _replace(graph_module, node, conv)
 
 
-def _patches(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """A linear layer on the columns of `F.unfold` is a convolution."""
+def _patches(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Turn a linear layer on the columns of `F.unfold` into a convolution, if it is one."""
     named = arguments(node)
-    turned = parent(node)
-    rows = shape(turned)
-    if is_call(turned, aten.reshape.default):
-        turned = parent(turned)
-        if shape(turned)[-1] != rows[-1] or len(shape(turned)) != 3:
-            return
+    turned = _before_rows(parent(node)) or parent(node)
     weight = constant(graph_module, named["weight"])
-    if not is_call(turned, aten.permute.default) or list(turned.args[1]) != [0, 2, 1]:  # type: ignore[arg-type]
-        return
+    if weight is None or not is_call(turned, aten.permute.default):
+        return False
     columns = parent(turned)
-    if not is_call(columns, aten.im2col.default) or weight is None:
-        return
+    if list(turned.args[1]) != [0, 2, 1] or not is_call(columns, aten.im2col.default):  # type: ignore[arg-type]
+        return False
     if len(shape(parent(columns))) != 4:
-        return
+        return False
     window = arguments(columns)
     kernel = window["kernel_size"]
     held = constant_node(graph_module, node, weight.reshape(weight.shape[0], -1, *kernel))
@@ -132,6 +127,27 @@ def _patches(graph_module: fx.GraphModule, node: fx.Node) -> None:
     conv = _named_after(node, insert(graph_module, node, aten.conv2d.default, *args))
     flat = _reshaped(graph_module, node, conv, *shape(conv)[:2], shape(columns)[2])
     _replace(graph_module, node, insert(graph_module, node, aten.permute.default, flat, [0, 2, 1]))
+    return True
+
+
+def _before_rows(x: fx.Node) -> fx.Node | None:
+    """Return the value that a reshape makes rows of, or None if it is no such reshape."""
+    if not is_call(x, aten.reshape.default):
+        return None
+    whole = parent(x)
+    return whole if len(shape(whole)) > 2 and shape(whole)[-1] == shape(x)[-1] else None
+
+
+def _rows(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Let a linear layer read a value itself, whose rows are reshaped for it."""
+    named = arguments(node)
+    whole = _before_rows(parent(node))
+    sizes = () if whole is None else shape(whole)
+    if whole is None or isinstance(sizes[-1], torch.SymInt):
+        return
+    args = (whole, named["weight"], named["bias"])
+    layer = insert(graph_module, node, aten.linear.default, *args)
+    _replace(graph_module, node, _named_after(node, layer))
 
 
 # -- matrix products ------------------------------------------------------------------------------

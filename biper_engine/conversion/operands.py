@@ -110,14 +110,15 @@ class Operands:
         moved = self._moved(x, axis)
         if moved is not None:
             return moved
-        steps = self._steps_of(x, axis)
+        steps = self.steps_of(x, axis)
         if isinstance(steps, str):
             return self._few_numbers(x, axis, steps)
         source = steps.source
         name = source.meta.get("source", source.name)
         return Operand(x, axis, steps.rules, steps.offset, lambda _: source, name)
 
-    def _steps_of(self, x: fx.Node, axis: int) -> Steps | str:
+    def steps_of(self, x: fx.Node, axis: int) -> Steps | str:
+        """Return the steps of a value itself, or the reason why it has no few; see `find_steps`."""
         if (x, axis) not in self._steps:
             self._steps[x, axis] = find_steps(self._graph_module, x, axis)
         return self._steps[x, axis]
@@ -152,7 +153,7 @@ class Operands:
     def _steps_by_any_axis(self, x: fx.Node) -> Steps | None:
         """Return the steps of a value whose channel dimension is unknown."""
         for axis in _channel_axes(x):
-            steps = self._steps_of(x, axis)
+            steps = self.steps_of(x, axis)
             if isinstance(steps, Steps):
                 return steps
         return None

@@ -101,6 +101,7 @@ class Layer:
             geometry=geometry,
             positive=term.positive,
             epilogue=Epilogue(**factors),  # type: ignore[arg-type]
+            rows=not self._is_map,
         )
 
     def _emit(self, bits: fx.Node, conv: BinaryConv) -> fx.Node:
@@ -114,9 +115,11 @@ class Layer:
     def _map(self) -> Tensor:
         """Return the fake value of the input as a map [N, C, H, W]."""
         value: Tensor = self.operand.value.meta["val"]
-        if value.dim() == 4 and self.operand.axis == 1:
-            return value
-        return value.reshape(-1, value.shape[-1], 1, 1)
+        return value if self._is_map else value.reshape(-1, value.shape[-1], 1, 1)
+
+    @property
+    def _is_map(self) -> bool:
+        return self.operand.value.meta["val"].dim() == 4 and self.operand.axis == 1
 
     def _sum(self, a: fx.Node, b: fx.Node) -> fx.Node:
         with self.graph_module.graph.inserting_before(self.node):

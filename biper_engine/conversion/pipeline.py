@@ -128,13 +128,14 @@ def nothing_packed(built: Built, provenance: Provenance) -> str:
             "nothing to pack."
         )
     counts = _counted(rows)
-    forgotten = [row for row in rows if row.binary and row.kind in ("conv2d", "linear")]
+    forgotten = [row for row in rows if "weights are real" in row.reason]
     if forgotten and not _holds_sines(built.float_graph):
         names = ", ".join(row.name for row in forgotten[:3])
         names += f" and {len(forgotten) - 3} more" * (len(forgotten) > 3)
+        how_many = forgotten[0].reason.partition("real ")[2].partition(":")[0]
         return (
             f"No binary layer found in {counts}: of {names}, the input is a sign, but weights are "
-            f"real ({forgotten[0].reason.partition('has ')[2]}). Binarise them before `convert`, "
+            f"real {how_many}. Binarise them before `convert`, "
             "as the training code does before each step."
         )
     inner = [row for row in rows if row.binary] or rows[1:] or rows

@@ -23,13 +23,15 @@ from torch import Tensor, fx
 from biper_engine.conversion import ir
 from biper_engine.conversion.activation_products import pack_activation_product
 from biper_engine.conversion.costs import slower_on_bits
+from biper_engine.conversion.layers import insert
 from biper_engine.conversion.operands import Operand, Operands, peel_padding
 from biper_engine.conversion.packing import Layer
 from biper_engine.conversion.products import Factor, Product, find_product
+from biper_engine.conversion.scales import Scale, scaled_operand
 from biper_engine.conversion.transposed import TransposedAxis, interleaved
 from biper_engine.conversion.weights import BinaryWeight, analyse_weight
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.graph.editing import call, substitute
+from biper_engine.graph.editing import constant_node, substitute
 from biper_engine.graph.patterns import conv2d_geometry, pair
 from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
 from biper_engine.report import LayerReport
@@ -40,6 +42,7 @@ aten = torch.ops.aten
 
 
 KEPT = "kept by `keep_float`"
+_REAL_WEIGHTS = "its input is a sign, but its weights are real"
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -61,6 +64,7 @@ def _layer(
 ) -> LayerReport:
     node = product.node
     found = [_factor(graph_module, product, factor, operands) for factor in product.factors]
+    scales = _pull_scales(graph_module, product, found, operands)
     weights = [item for item, held in found if held is not None]
     binary_weight = any(isinstance(item, BinaryWeight) for item in weights)
     # One weight per channel is always +-s; that alone does not make a layer binary.
@@ -96,13 +100,15 @@ def _layer(
         return replace(row, reason=_reason(product, found, binary_weight))
     if product.kind == "linear" and _linear_shape(node).count(-1) > 1:
         return replace(row, reason="its result depends on the batch size in several dimensions")
-    operand, split, geometry = _on_maps(product, operand, split, operands)
+    if not scales:
+        operand, split = _on_whole_map(product, operand, split, operands)
+    split, geometry = _on_maps(product, split)
     terms = split.terms * len(operand.rules)
     slower = slower_on_bits(geometry, terms)
     if slower is not None:
         _read_signs_from_bits(graph_module, node, operand)
         return replace(row, reason=slower, by_choice=True)
-    _pack(graph_module, node, geometry, operand, split)
+    _pack(graph_module, node, geometry, operand, split, scales)
     after = 32 * math.prod(geometry.weight_shape) * split.terms
     return replace(row, packed=True, weight_bits_after=after)
 
@@ -142,6 +148,24 @@ def _factor(
     return operands.find(x, factor.axis), None
 
 
+def _pull_scales(
+    graph_module: fx.GraphModule, product: Product, found: list[_Found], operands: Operands
+) -> list[Scale]:
+    """Return the scales that a layer's input has, and write what is under them into `found`."""
+    if not product.packable or not isinstance(found[0][0], str) or found[0][1] is not None:
+        return []
+    if not isinstance(found[1][0], BinaryWeight):
+        return []
+    scaled = scaled_operand(graph_module, product, operands)
+    if isinstance(scaled, str):
+        found[0] = scaled, None
+    if scaled is None or isinstance(scaled, str):
+        return []
+    operand, scales = scaled
+    found[0] = operand, None
+    return scales
+
+
 def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> str:
     """Return why a product stays in floating point."""
     names = ["its input", *["its weight"] * (len(found) - 1)]
@@ -150,6 +174,10 @@ def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> s
             return "its weight depends on the input"
         if len(found) == 2:
             names = ["its left factor", "its right factor"]
+    weight, held = found[-1]
+    reads_signs = product.packable and isinstance(found[0][0], Operand) and held is not None
+    if reads_signs and isinstance(weight, str) and weight.startswith("has "):
+        return f"{_REAL_WEIGHTS} ({weight.removeprefix('has ')}): binarise them first"
     binary, clauses = [], []
     for name, (item, _) in zip(names, found, strict=True):
         if isinstance(item, str):
@@ -169,17 +197,19 @@ def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> s
 # -- layers ---------------------------------------------------------------------------------------
 
 
-def _on_maps(
+def _on_whole_map(
     product: Product, operand: Operand, split: BinaryWeight, operands: Operands
-) -> tuple[Operand, BinaryWeight, Conv2dGeometry]:
-    """Return a layer as a convolution of maps; its weight as [O, C / groups, KH, KW]."""
-    if product.kind == "linear":
-        whole = _whole_map(product.node, split, operands)
-        if whole is not None:
-            operand, split = whole
+) -> tuple[Operand, BinaryWeight]:
+    """Let a linear layer on a flattened map read the map."""
+    whole = _whole_map(product.node, split, operands) if product.kind == "linear" else None
+    return whole or (operand, split)
+
+
+def _on_maps(product: Product, split: BinaryWeight) -> tuple[BinaryWeight, Conv2dGeometry]:
+    """Return a weight as [O, C / groups, KH, KW], and the geometry as a convolution."""
     geometry = _geometry(product.node, product.kind, split.positive)
     shape_of_maps = (geometry.out_channels, geometry.group_channels, *geometry.kernel_size)
-    return operand, split.reshaped(shape_of_maps), geometry
+    return split.reshaped(shape_of_maps), geometry
 
 
 def _pack(
@@ -188,22 +218,26 @@ def _pack(
     geometry: Conv2dGeometry,
     operand: Operand,
     split: BinaryWeight,
+    scales: Sequence[Scale],
 ) -> None:
-    """Replace a layer by binary convolutions."""
+    """Replace a layer by binary convolutions, and by what scales of its input do to their sum."""
     layer = Layer(graph_module, node, operand, operand.bits(graph_module, node))
     named = arguments(node)
     bias = constant(graph_module, named["bias"])
+    own = None if scales else bias
     if named.get("transposed"):
-        result = interleaved(layer, _transposed_axes(node), split, geometry.groups, bias)
+        result = interleaved(layer, _transposed_axes(node), split, geometry.groups, own)
     else:
-        result = layer.convolved(geometry, split, bias)
+        result = layer.convolved(geometry, split, own)
     if is_call(node, aten.linear.default):
-        result = call(
-            graph_module.graph, node, aten.reshape.default, result, _linear_shape(node), like=node
-        )
-    else:
-        result.meta["source"] = node.meta.get("source", node.name)
-    result.meta["val"] = node.meta["val"]
+        result = insert(graph_module, node, aten.reshape.default, result, _linear_shape(node))
+    for scale in scales:
+        result = scale.apply(graph_module, node, result)
+    if scales and bias is not None:
+        flat = bias if is_call(node, aten.linear.default) else bias.reshape(1, -1, 1, 1)
+        held = constant_node(graph_module, node, flat)
+        result = insert(graph_module, node, aten.add.Tensor, result, held)
+    result.meta |= {"source": node.meta.get("source", node.name), "val": node.meta["val"]}
     substitute(node, result)
 
 

@@ -48,9 +48,9 @@ class NanInputError(ConversionError):
         )
 
 
-def _as_map(value: Tensor) -> Tensor:
+def _as_map(value: Tensor, conv: BinaryConv) -> Tensor:
     """Return [N, C, H, W]; features in the last dimension become channels of 1x1 maps."""
-    return value if value.dim() == 4 else value.reshape(-1, value.shape[-1], 1, 1)
+    return value.reshape(-1, value.shape[-1], 1, 1) if conv.rows else value
 
 
 def _row(segments: dict[str, SegmentReport], n: fx.Node) -> SegmentReport:
@@ -255,7 +255,7 @@ class Segments(fx.Interpreter):
 
     def _accumulators(self, conv: BinaryConv, dot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the model's accumulators, zeros counted as +1, and what zeros reach."""
-        value = _as_map(self._truth.values[conv.value].float())
+        value = _as_map(self._truth.values[conv.value].float(), conv)
         middle = (conv.rule.high + conv.rule.low) / 2
         level = (conv.rule.high - conv.rule.low) / 2
         zero = torch.zeros_like(value, dtype=torch.bool)
@@ -263,7 +263,7 @@ class Segments(fx.Interpreter):
             zero = (value - middle).abs() < 0.5 * level
         if conv.rule.tie and conv.source is not None:
             threshold = conv.rule.threshold.view(1, -1, 1, 1).to(value.device)
-            zero = zero | (_as_map(self._truth.values[conv.source]) == threshold)
+            zero = zero | (_as_map(self._truth.values[conv.source], conv) == threshold)
         high = value >= middle if level > 0 else value <= middle
         unit = torch.where(zero | high, 1.0, -1.0)
         geometry = conv.geometry
