@@ -10,10 +10,12 @@
 // anonymous namespace, the rest through `static`.
 #pragma once
 
-#include "activations.h"
 #include "convolution.h"
+#include "elementwise.h"
 #include "float_kernels.h"
 #include "maps_kernels.h"
+#include "products.h"
+#include "rows.h"
 
 namespace biper {
 
@@ -55,7 +57,10 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       &average_row<I>,
       &maximum_row<I>,
       &sum<I>,
-      &sigmoid<I>,
+      &elementwise<I>,
+      &rows<I>,
+      &matmul_rows<I>,
+      &depthwise_row<I>,
       &peak<I>,
       int64_t{I::kPeakSums} * I::kLanes * kWordBits / I::kParts,
   };

@@ -9,6 +9,12 @@
 #else
 #define BIPER_UNROLL _Pragma("GCC unroll 32")
 #endif
+// Before a loop whose turns don't read what others write, though it may write what it has read.
+#if defined(__clang__)
+#define BIPER_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define BIPER_INDEPENDENT _Pragma("GCC ivdep")
+#endif
 
 namespace biper {
 
