@@ -126,7 +126,8 @@ def fills(placed: Placed) -> bool:
 
 def constant_of(tensor: Tensor) -> Placed:
     """Return the value of a constant."""
-    numbers = tensor.detach().to(torch.float32).contiguous()
+    # In memory of its own, where strides count from the first number.
+    numbers = tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
     image = dense_image(tuple(tensor.shape))
     return Placed(numbers.flatten(), image, None, truth=tensor.dtype == torch.bool)
 

@@ -63,11 +63,13 @@ def _emit(
     strides: list[int] = []
     for x in operands:
         wide = x.image.expand(tuple(sizes))
-        held = sum(map(len, constants))
-        offsets.append(int(wide.storage_offset()) + held * isinstance(x.source, Tensor))
-        strides += [wide.stride(dim) if sizes[dim] > 1 else 0 for dim in order]
+        offset = int(wide.storage_offset())
         if isinstance(x.source, Tensor):
-            constants.append(x.source)
+            held, wide = _in_order(x.source, wide, order)
+            offset = sum(map(len, constants))
+            constants.append(held)
+        offsets.append(offset)
+        strides += [wide.stride(dim) if sizes[dim] > 1 else 0 for dim in order]
     (made,) = run.emit(
         "elementwise",
         function=function,
@@ -78,6 +80,15 @@ def _emit(
         offsets=offsets,
     )
     return made
+
+
+def _in_order(numbers: Tensor, image: Tensor, order: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return a constant's numbers, each once, in an order of its dimensions, and where they lie."""
+    strides = [image.stride(dim) for dim in range(image.dim())]
+    sizes = [size if stride else 1 for size, stride in zip(image.shape, strides, strict=True)]
+    once = numbers.as_strided(sizes, strides, image.storage_offset())
+    held = once.permute(tuple(order)).contiguous().flatten()
+    return held, dense_image(sizes, order).expand(image.shape)
 
 
 def _operand(run: RunMaps, value: Any) -> Placed:

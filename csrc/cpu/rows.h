@@ -69,11 +69,13 @@ BIPER_INLINE double row_sum_exp(const float* x, int64_t count, double most) {
 template <class I>
 static void softmax_row(const float* x, float* out, int64_t count) {
   const double most = row_extreme<true>(x, count);
+  BIPER_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     out[i] = static_cast<float>(bounded_exponential(static_cast<double>(x[i]) - most));
   }
   const double sum = row_sum(count, [out](int64_t i) { return static_cast<double>(out[i]); });
   const double scale = 1.0 / sum;
+  BIPER_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     out[i] = static_cast<float>(static_cast<double>(out[i]) * scale);
   }
@@ -83,6 +85,7 @@ template <class I>
 static void log_softmax_row(const float* x, float* out, int64_t count) {
   const double most = row_extreme<true>(x, count);
   const double less = most + logarithm(row_sum_exp(x, count, most));
+  BIPER_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     out[i] = static_cast<float>(static_cast<double>(x[i]) - less);
   }
@@ -99,9 +102,11 @@ static void normalize_row(const RowsCall& call, const float* x, float* out) {
     out[i] = static_cast<float>((static_cast<double>(x[i]) - mean) * scale);
   }
   if (call.weight != nullptr) {
+    BIPER_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) out[i] *= call.weight[i];
   }
   if (call.bias != nullptr) {
+    BIPER_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) out[i] += call.bias[i];
   }
 }

@@ -286,6 +286,15 @@ def test_constants_and_sizes_of_the_batch_are_part_of_the_program() -> None:
     assert_runs(engine, (4, 6))
 
 
+def test_a_constant_that_is_part_of_a_larger_tensor_has_its_own_numbers() -> None:
+    g = Network()
+    constant = g.constant("part", g.normal(5, 1, 4, 6)[3])
+    joined = g.add(_aten.cat.default, [g.add(_aten.mul.Tensor, g.input("x"), constant)], 1)
+    wide = g.add(_aten.expand.default, constant, [g.add(_aten.sym_size.int, joined, 0), -1, -1])
+    engine = g.run(g.add(_aten.cat.default, [joined, wide], 2), x=(4, 6))
+    assert_runs(engine, (4, 6))
+
+
 def test_images_that_are_folded_into_the_batch_come_out_again() -> None:
     g = Network()
     x = g.input("x")
