@@ -145,16 +145,16 @@ class RunMaps:
         self._program.finish(
             [self._coming(x) for x in self.inputs.values()],
             forms,
-            planar=[_map_of(x) for x in self.inputs.values() if self._takes_planar(_map_of(x))],
+            planar=[_map_of(x) for x in self.inputs.values() if self._takes_planar(x)],
         )
         return NativeRun(self._program, tuple(self.steps), tuple(self.inputs), positions)
 
     def _coming(self, x: Placed) -> Form:
         return Form(_map_of(x), x.sizes, channels_last=not x.packed and len(x.sizes) == 4)
 
-    def _takes_planar(self, x: Map) -> bool:
+    def _takes_planar(self, x: Placed) -> bool:
         """Whether every step that reads an input can also read it as [N, C, H, W]."""
-        return self._read.get(x.index) == {"float_conv"}
+        return x.sizes[0] == 1 and self._read.get(_map_of(x).index) == {"float_conv"}
 
     def _leaving(self, x: Placed, taken: Sequence[Form]) -> Form:
         """Return the form in which a value leaves: its own memory, or a copy of it."""

@@ -9,8 +9,13 @@
 
 namespace biper {
 
-// Arguments of `exponential` are kept within these limits: exp of others is no float, and 0.
-constexpr double kMostExponent = 700.0;
+// Arguments of `exponential` are kept within this limit: exp of others is no float, or 0. A
+// compiler that knew the number would compute exp of it and branch, and could not vectorise loops,
+// so they read it before they begin.
+BIPER_INLINE double exponent_limit() {
+  static const volatile double kMost = 700.0;
+  return kMost;
+}
 
 // exp(x) for |x| <= 700, to a relative error below 2^-41. NaN gives NaN.
 //
@@ -41,9 +46,9 @@ BIPER_INLINE double exponential(double x) {
   return sum * power;
 }
 
-BIPER_INLINE double bounded_exponential(double x) {
-  x = x < -kMostExponent ? -kMostExponent : x;
-  return exponential(x > kMostExponent ? kMostExponent : x);
+BIPER_INLINE double bounded_exponential(double x, double most) {
+  x = x < -most ? -most : x;
+  return exponential(x > most ? most : x);
 }
 
 // ln(x) for normal x > 0, to a relative error below 2^-45.
@@ -68,7 +73,9 @@ BIPER_INLINE double logarithm(double x) {
 }
 
 // 1 / (1 + exp(-x)): 0.5 at both zeros, 0 at -inf, 1 at inf, NaN at NaN.
-BIPER_INLINE double logistic(double x) { return 1.0 / (1.0 + bounded_exponential(-x)); }
+BIPER_INLINE double logistic(double x, double most) {
+  return 1.0 / (1.0 + bounded_exponential(-x, most));
+}
 
 // erfc(z) for z >= 0, to 2^-38 of it below 10.3; beyond it is less than 2^-153.
 //
@@ -112,19 +119,19 @@ BIPER_INLINE double gaussian_gate(double x) {
 }
 
 // tanh(x), by its own Taylor series to x^9 below 1/8, where the quotient would cancel.
-BIPER_INLINE double hyperbolic_tangent(double x) {
+BIPER_INLINE double hyperbolic_tangent(double x, double most) {
   const double square = x * x;
   double sum = 62.0 / 2835;
   sum = sum * square - 17.0 / 315;
   sum = sum * square + 2.0 / 15;
   sum = sum * square - 1.0 / 3;
   sum = sum * square + 1.0;
-  const double large = 1.0 - 2.0 / (bounded_exponential(2.0 * x) + 1.0);
+  const double large = 1.0 - 2.0 / (bounded_exponential(2.0 * x, most) + 1.0);
   return square < 0.015625 ? sum * x : large;
 }
 
 // exp(x) - 1 for x <= 0, by Taylor's series to x^6 above -1/16.
-BIPER_INLINE double exponential_less_one(double x) {
+BIPER_INLINE double exponential_less_one(double x, double most) {
   double sum = 1.0 / 5040;
   sum = sum * x + 1.0 / 720;
   sum = sum * x + 1.0 / 120;
@@ -132,21 +139,25 @@ BIPER_INLINE double exponential_less_one(double x) {
   sum = sum * x + 1.0 / 6;
   sum = sum * x + 0.5;
   sum = sum * x + 1.0;
-  const double large = bounded_exponential(x) - 1.0;
+  const double large = bounded_exponential(x, most) - 1.0;
   return x > -0.0625 ? sum * x : large;
 }
 
 // 1 / (1 + exp(-x)); 0 where x times it is less than any float.
-BIPER_INLINE double logistic_gate(double x) { return x < -700.0 ? 0.0 : logistic(x); }
+BIPER_INLINE double logistic_gate(double x, double most) {
+  return x < -most ? 0.0 : logistic(x, most);
+}
 
 BIPER_INLINE float gelu_of(double x) { return static_cast<float>(x * gaussian_gate(x)); }
 
-BIPER_INLINE float silu_of(double x) { return static_cast<float>(x * logistic_gate(x)); }
+BIPER_INLINE float silu_of(double x, double most) {
+  return static_cast<float>(x * logistic_gate(x, most));
+}
 
 // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
-BIPER_INLINE float tanh_gelu_of(double x) {
+BIPER_INLINE float tanh_gelu_of(double x, double most) {
   const double twice = 1.5957691216057308 * (x + 0.044715 * x * x * x);
-  return static_cast<float>(x * logistic_gate(twice));
+  return static_cast<float>(x * logistic_gate(twice, most));
 }
 
 // The nearest integer, an even one at ties. From 2^23 on, floats are integers; a zero has the sign

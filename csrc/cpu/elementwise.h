@@ -31,6 +31,7 @@ BIPER_INLINE float six_steps(float x) {
 // out[i] = function(x[0][i]) of `count` numbers that lie side by side.
 template <class I>
 static void apply_to_one(Function function, const float* a, float* out, int64_t n) {
+  const double most = exponent_limit();
   switch (function) {
     case Function::kAbs:
       return each(a, out, n, [](float x) { return __builtin_fabsf(x); });
@@ -39,13 +40,14 @@ static void apply_to_one(Function function, const float* a, float* out, int64_t 
     case Function::kErf:
       return each(a, out, n, [](float x) { return static_cast<float>(error_function(x)); });
     case Function::kExp:
-      return each(a, out, n, [](float x) { return static_cast<float>(bounded_exponential(x)); });
+      return each(a, out, n,
+                  [most](float x) { return static_cast<float>(bounded_exponential(x, most)); });
     case Function::kFloor:
       return each(a, out, n, [](float x) { return floor_of(x); });
     case Function::kGelu:
       return each(a, out, n, [](float x) { return gelu_of(x); });
     case Function::kGeluTanh:
-      return each(a, out, n, [](float x) { return tanh_gelu_of(x); });
+      return each(a, out, n, [most](float x) { return tanh_gelu_of(x, most); });
     case Function::kHardSigmoid:
       return each(a, out, n, [](float x) { return six_steps(x) / 6.0f; });
     case Function::kHardSwish:
@@ -59,18 +61,19 @@ static void apply_to_one(Function function, const float* a, float* out, int64_t 
     case Function::kRsqrt:
       return each(a, out, n, [](float x) { return 1.0f / __builtin_sqrtf(x); });
     case Function::kSigmoid:
-      return each(a, out, n, [](float x) { return static_cast<float>(logistic(x)); });
+      return each(a, out, n, [most](float x) { return static_cast<float>(logistic(x, most)); });
     case Function::kSign:
       return each(a, out, n,
                   [](float x) { return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f); });
     case Function::kSilu:
-      return each(a, out, n, [](float x) { return silu_of(x); });
+      return each(a, out, n, [most](float x) { return silu_of(x, most); });
     case Function::kSqrt:
       return each(a, out, n, [](float x) { return __builtin_sqrtf(x); });
     case Function::kSquare:
       return each(a, out, n, [](float x) { return x * x; });
     case Function::kTanh:
-      return each(a, out, n, [](float x) { return static_cast<float>(hyperbolic_tangent(x)); });
+      return each(a, out, n,
+                  [most](float x) { return static_cast<float>(hyperbolic_tangent(x, most)); });
     case Function::kTrunc:
       return each(a, out, n, [](float x) { return trunc_of(x); });
     default:
@@ -87,14 +90,15 @@ BIPER_INLINE float extreme_of(float a, float b) {
 
 template <class I>
 static void apply_to_more(Function function, const float* const* x, float* out, int64_t n) {
+  const double most = exponent_limit();
   switch (function) {
     case Function::kAdd:
       return each(x, out, n, [](float a, float b, float) { return a + b; });
     case Function::kDivide:
       return each(x, out, n, [](float a, float b, float) { return a / b; });
     case Function::kElu:
-      return each(x, out, n, [](float a, float b, float) {
-        return a > 0.0f ? a : static_cast<float>(b * exponential_less_one(a));
+      return each(x, out, n, [most](float a, float b, float) {
+        return a > 0.0f ? a : static_cast<float>(b * exponential_less_one(a, most));
       });
     case Function::kEqual:
       return each(x, out, n, [](float a, float b, float) { return a == b ? 1.0f : 0.0f; });

@@ -37,7 +37,6 @@ BIPER_INLINE float row_extreme(const float* x, int64_t count) {
   };
   const int64_t whole = count / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    BIPER_UNROLL
     for (int64_t l = 0; l < kLanes; ++l) lanes[l] = take(lanes[l], x[i + l]);
   }
   for (int64_t i = whole; i < count; ++i) lanes[i - whole] = take(lanes[i - whole], x[i]);
@@ -59,19 +58,20 @@ BIPER_INLINE double row_spread(const float* x, int64_t count, double mean) {
   });
 }
 
-// The sum of exp(x - most).
-BIPER_INLINE double row_sum_exp(const float* x, int64_t count, double most) {
-  return row_sum(count, [x, most](int64_t i) {
-    return bounded_exponential(static_cast<double>(x[i]) - most);
+// The sum of exp(x - largest).
+BIPER_INLINE double row_sum_exp(const float* x, int64_t count, double largest) {
+  const double most = exponent_limit();
+  return row_sum(count, [x, largest, most](int64_t i) {
+    return bounded_exponential(static_cast<double>(x[i]) - largest, most);
   });
 }
 
 template <class I>
 static void softmax_row(const float* x, float* out, int64_t count) {
-  const double most = row_extreme<true>(x, count);
+  const double largest = row_extreme<true>(x, count), most = exponent_limit();
   BIPER_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = static_cast<float>(bounded_exponential(static_cast<double>(x[i]) - most));
+    out[i] = static_cast<float>(bounded_exponential(static_cast<double>(x[i]) - largest, most));
   }
   const double sum = row_sum(count, [out](int64_t i) { return static_cast<double>(out[i]); });
   const double scale = 1.0 / sum;

@@ -304,6 +304,16 @@ def test_images_that_are_folded_into_the_batch_come_out_again() -> None:
     assert_runs(engine, (4, 6))
 
 
+def test_several_maps_for_each_image_come_from_outside_in_any_memory_layout() -> None:
+    g = Network()
+    maps = g.add(_aten.reshape.default, g.input("x"), [-1, 3, 4, 5])
+    foreign = g.add(_aten.sin.default, maps)
+    conv = g.add(_aten.conv2d.default, foreign, g.constant("w", g.normal(6, 3, 1, 1)))
+    engine = g.run(g.add(_aten.reshape.default, conv, [-1, 2, 6, 4, 5]), x=(6, 4, 5))
+    assert_runs(engine, (6, 4, 5), whole=False)
+    assert len(engine._get_plan().native.runs) == 1  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 63, 65, 127, 300])
 def test_rows_and_matrices_of_any_size(isas: Callable[[str], None], size: int) -> None:
     g = Network()
