@@ -161,8 +161,8 @@ def test_an_activation_is_the_float_nearest_to_the_exact_one_on_every_instructio
 @pytest.mark.parametrize("function", [*FUNCTIONS, "round", "floor", "ceil", "trunc", "sign", "abs"])
 def test_edges_of_an_activation_are_pytorchs(function: str) -> None:
     x = torch.tensor(EDGES)
-    if function == "gelu":  # PyTorch's is NaN at inf
-        x = x[~x.isinf()]
+    if function == "gelu":  # PyTorch's is NaN at inf, and inf at 3.4e38
+        x = x[~(x.abs() > 1e30)]
     x = x.view(1, 1, 1, -1)
     names = {"gelu_tanh": "gelu"}
     options = {"approximate": "tanh"} if function == "gelu_tanh" else {}
