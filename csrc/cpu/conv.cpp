@@ -315,8 +315,8 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
 }
 
 void Conv::count_set_bits() {
-  const Layout l = layout_of(geometry_, kernels_->blocking);
-  const int64_t lanes = kernels_->blocking.lanes;
+  const Layout l = layout_of(geometry_, own_->blocking);
+  const int64_t lanes = own_->blocking.lanes;
   const int32_t* counts = reinterpret_cast<const int32_t*>(prepacked_ + kHeaderWords);
   for (int64_t o = 0; o < geometry_.out_channels; ++o) {
     int32_t bits = 0;
