@@ -126,9 +126,8 @@ def _examples(flat: list[Any]) -> tuple[Tensor, ...]:
         if not isinstance(leaf, Tensor):
             raise ConversionError(
                 f"`example_inputs` has a {type(leaf).__name__}; pass tensors, and None, bool, int, "
-                "float or str for what is fixed at conversion. Bind other arguments first, e.g. "
-                "with a small wrapper module, or register their class with `torch.export."
-                "register_dataclass`."
+                "float or str for what is fixed at conversion, also in tuples, lists, dicts and "
+                "dataclasses. Bind other arguments first, e.g. with a small wrapper module."
             )
         if leaf.dim() < 1 or leaf.shape[0] < 1:
             raise ConversionError(
@@ -160,8 +159,8 @@ def _output_leaf(leaf: Any) -> Tensor:
     if not isinstance(leaf, Tensor):
         raise ConversionError(
             f"The model returns a {type(leaf).__name__} beside its tensors; only tensors and None, "
-            "bool, int, float or str in tuples, lists and dicts can leave a converted network. "
-            "Return those, or register the class with `torch.export.register_dataclass`."
+            "bool, int, float or str in tuples, lists, dicts and dataclasses can leave a converted "
+            "network. Return those."
         )
     return leaf
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import SUMS, Epilogue
 
 __all__ = ["BinaryConv", "StepRule", "binarize", "binary_conv", "binary_max_pool", "unbinarize"]
 
@@ -106,7 +106,7 @@ class BinaryConv:
     @property
     def activated(self) -> bool:
         """Whether an activation is fused; no scale or residual can be fused after it."""
-        return bool(self.epilogue.steps() - {"pool_min"})
+        return bool(self.epilogue.steps().difference({"pool_min"}, SUMS))
 
 
 def float64(values: Tensor | float, channels: int) -> Tensor:

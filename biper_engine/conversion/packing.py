@@ -4,6 +4,9 @@ Every binary value of which the activation is the sum is convolved with every te
 With activations `sum of sx * (+-1) + mx` and a weight of terms `sw * (+-1)`,
 
     conv(x, w) = sum over both of sx * sw * dot  +  mx * (sum of weights over the valid taps).
+
+A term with one sign everywhere needs no convolution of its own: the sum of a window's input is one
+of the sums of the epilogue, and so is that of the weights at its valid taps.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
@@ -20,7 +22,6 @@ from biper_engine.conversion.ir import BinaryConv, StepRule
 from biper_engine.conversion.operands import Operand
 from biper_engine.conversion.weights import BinaryWeight, WeightTerm
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.graph.editing import constant_node
 from biper_engine.ops.epilogue import Epilogue
 
 __all__ = ["Layer"]
@@ -48,33 +49,45 @@ class Layer:
         self, geometry: Conv2dGeometry, weight: BinaryWeight, bias: Tensor | None
     ) -> fx.Node:
         """Insert the convolution with a weight [O, C / groups, KH, KW]; return its map."""
-        channels = geometry.out_channels
-        offset = ir.float64(0.0 if bias is None else bias, channels)
-        sums = self._sums(geometry, weight)
-        uniform = sums is not None and bool((sums == sums[..., :1, :1]).all())
-        if sums is not None and uniform:
-            offset = offset + sums[0, :, 0, 0]
+        terms = [term for term in weight.all_terms() if term.same is None]
+        ones = [term.same for term in weight.all_terms() if term.same is not None]
+        if not terms:
+            terms, ones = weight.all_terms()[:1], ones[1:]
         result = None
-        pairs = itertools.product(
-            zip(self.operand.rules, self.bits, strict=True), weight.all_terms()
-        )
+        offset = ir.float64(0.0 if bias is None else bias, geometry.out_channels)
+        pairs = itertools.product(zip(self.operand.rules, self.bits, strict=True), terms)
         for number, ((rule, bits), term) in enumerate(pairs):
-            conv = self._conv(geometry, rule, term, offset, number)
-            part = self._emit(bits, conv)
+            half = (rule.high - rule.low) / 2
+            factors: dict[str, Tensor] = {"multiplier": term.scale * half, "bias": offset}
+            if ones and term is terms[0]:
+                factors["window"] = ones[0] * half
+            if number < len(terms):
+                factors |= self._middle(geometry, offset, term, [] if number else ones)
+            part = self._emit(bits, self._conv(geometry, rule, term, factors, number))
             result = part if result is None else self._sum(result, part)
             offset = torch.zeros_like(offset)
         assert result is not None
-        if sums is not None and not uniform:
-            held = constant_node(self.graph_module, self.node, sums.float())
-            result = self._sum(result, held)
         return result
+
+    def _middle(
+        self, geometry: Conv2dGeometry, bias: Tensor, term: WeightTerm, ones: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what the offset of the input adds, to the bias if every window sees it whole."""
+        middle = self.operand.offset
+        if not middle:
+            return {}
+        if any(geometry.padding):
+            valid = {"valid": ones[0] * middle} if ones else {}
+            return {"taps": term.scale * middle, **valid}
+        total = term.weight().sum((1, 2, 3)) + sum(scale * geometry.reduction for scale in ones)
+        return {"bias": bias + total * middle}
 
     def _conv(
         self,
         geometry: Conv2dGeometry,
         rule: StepRule,
         term: WeightTerm,
-        offset: Tensor,
+        factors: dict[str, Tensor],
         number: int,
     ) -> BinaryConv:
         value = self.operand.value
@@ -87,7 +100,7 @@ class Layer:
             rule=rule,
             geometry=geometry,
             positive=term.positive,
-            epilogue=Epilogue(multiplier=term.scale * (rule.high - rule.low) / 2, bias=offset),
+            epilogue=Epilogue(**factors),  # type: ignore[arg-type]
             rows=not self._is_map,
         )
 
@@ -113,17 +126,6 @@ class Layer:
             node = self.graph_module.graph.call_function(aten.add.Tensor, (a, b))
         node.meta = {"val": a.meta["val"]}
         return node
-
-    def _sums(self, geometry: Conv2dGeometry, weight: BinaryWeight) -> Tensor | None:
-        """Return the offset times the weights of the valid taps, float64 [1, O, OH, OW]."""
-        if not self.operand.offset:
-            return None
-        top, bottom, left, right = geometry.padding
-        height, width = (int(size) for size in self._map().shape[2:])
-        ones = torch.ones(1, geometry.in_channels, height, width, dtype=torch.float64)
-        padded = F.pad(ones, (left, right, top, bottom))
-        shared = (None, geometry.stride, 0, geometry.dilation, geometry.groups)
-        return F.conv2d(padded, weight.weight(), *shared) * self.operand.offset
 
 
 _ORDINALS = ("first", "second", "third", "other")

@@ -74,6 +74,7 @@ def build(
         if str(node.meta.get("layer", "x")).partition("#")[0] == "":
             node.meta["layer"] = node.name  # a functional call in the model's own forward
     before = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    _reshape_views(before)
     simplify(graph_module)
     _name_sources(graph_module)
     require_finite(graph_module, model)
@@ -95,6 +96,15 @@ def build(
         captured.out_spec,
         captured.dropped_checks,
     )
+
+
+def _reshape_views(graph_module: fx.GraphModule) -> None:
+    """Replace views by reshapes: strides may differ from those of the trace, values do not."""
+    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node.target in views:
+            node.target = torch.ops.aten.reshape.default
+    graph_module.recompile()
 
 
 def _name_sources(graph_module: fx.GraphModule) -> None:

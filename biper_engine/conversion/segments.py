@@ -22,10 +22,11 @@ from biper_engine.conversion.product_check import expected_sums
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ROUNDING, SegmentReport
 from biper_engine.errors import ConversionError
+from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.reading import is_call, parent
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.matrix_operators import matrix_shape
-from biper_engine.ops.reference import apply_epilogue
+from biper_engine.ops.reference import ReferenceBackend, apply_epilogue, sums_of
 from biper_engine.ops.registration import split_options
 
 __all__ = ["EndToEnd", "NanInputError", "Segments"]
@@ -220,7 +221,7 @@ class Segments(fx.Interpreter):
         if not torch.equal(bits, wanted_bits):
             unequal = _unpacked(bits ^ wanted_bits, truth.shape[1])
             unequal = unequal if affected is None else unequal & ~affected
-            v = apply_epilogue(dot, epilogue, residual)
+            v = apply_epilogue(dot, epilogue, residual, _sums(args[0], args[1], geometry))
             close = (v - at).abs() <= bound
             segment.flips += int((unequal & close).sum())
             segment.bits_wrong += int((unequal & ~close).sum())
@@ -279,7 +280,7 @@ class Segments(fx.Interpreter):
 
 def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
     """Return how much rounding may change the value before a sign; see `verify`."""
-    per_channel = epilogue.multiplier.abs() * conv.geometry.reduction + epilogue.bias.abs()
+    per_channel = epilogue.magnitude(conv.geometry.reduction)
     factor = epilogue.largest_factor()
     per_channel = per_channel * factor
     for term in (epilogue.threshold, epilogue.shift):
@@ -291,6 +292,12 @@ def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Ten
     magnitude = residual.float().abs() * factor.view(1, -1, 1, 1)
     exact = _STEPS * ROUNDING[torch.float32] * (bound + magnitude)
     return exact + _half_rounding(residual) * magnitude
+
+
+def _sums(bits: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> dict[str, Tensor]:
+    reference = ReferenceBackend()
+    signs = reference.unbinarize(bits, geometry.in_channels, torch.float32)
+    return sums_of(signs, reference.prepack(weight, geometry), geometry)
 
 
 def _half_rounding(x: Tensor) -> float:

@@ -23,6 +23,13 @@ class WeightTerm:
     positive: Tensor
     scale: Tensor
 
+    @property
+    def same(self) -> Tensor | None:
+        """The value of a channel's weights, [O], if all weights have one sign, else None."""
+        if bool(self.positive.all()):
+            return self.scale
+        return None if bool(self.positive.any()) else -self.scale
+
     def weight(self) -> Tensor:
         """Return the part in float64."""
         signs = torch.where(self.positive, 1.0, -1.0).double()
@@ -51,8 +58,8 @@ class BinaryWeight:
 
     @property
     def terms(self) -> int:
-        """Number of terms, each a binary convolution."""
-        return 1 if self.second is None else 2
+        """Number of binary convolutions; a term with one sign needs none beside another."""
+        return max(1, sum(term.same is None for term in self.all_terms()))
 
     def all_terms(self) -> list[WeightTerm]:
         """Return the terms, the first one first."""

@@ -11,7 +11,7 @@ from biper_engine.graph import (
     activations,
     arithmetic,
     binary,
-    binary_matrices,
+    bit_products,
     convolutions,
     creation,
     indexing,
@@ -33,7 +33,7 @@ __all__ = ["OPERATORS", "numbers_of", "operator_for", "operator_of"]
 
 OPERATORS: dict[str, Operator] = table(
     binary.OPERATORS,
-    binary_matrices.OPERATORS,
+    bit_products.OPERATORS,
     convolutions.OPERATORS,
     products.OPERATORS,
     pools.OPERATORS,

@@ -11,11 +11,13 @@
 // anonymous namespace, the rest through `static`.
 #pragma once
 
-#include "activations.h"
 #include "convolution.h"
+#include "elementwise.h"
 #include "float_kernels.h"
 #include "maps_kernels.h"
 #include "matmul_kernels.h"
+#include "products.h"
+#include "rows.h"
 #include "sign_linear.h"
 
 namespace biper {
@@ -42,13 +44,19 @@ static void peak(int64_t rounds) {
 }
 
 template <class I>
+constexpr ConvKernels conv_kernels_of() {
+  return {Blocking{I::kLanes, I::kVectors, I::kParts, I::kPartWords, tile_pixels<I, 1>()},
+          &I::pack_word, &conv_unit<I>};
+}
+
+// Heavy is I, or a class with another layout for weights that caches don't hold.
+template <class I, class Heavy = I>
 constexpr Kernels kernels_of(const char* name, int32_t id) {
   return Kernels{
       name,
       id,
-      Blocking{I::kLanes, I::kVectors, I::kParts, I::kPartWords, tile_pixels<I, 1>()},
-      &I::pack_word,
-      &conv_unit<I>,
+      conv_kernels_of<I>(),
+      conv_kernels_of<Heavy>(),
       &binarize<I>,
       &unbinarize<I>,
       &maxpool_row<I>,
@@ -58,7 +66,10 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       &average_row<I>,
       &maximum_row<I>,
       &sum<I>,
-      &sigmoid<I>,
+      &elementwise<I>,
+      &rows<I>,
+      &matmul_rows<I>,
+      &depthwise_row<I>,
       &matmul_unit<I>,
       int64_t{I::kSignVectors} * I::kFloats,
       I::kSignRows,

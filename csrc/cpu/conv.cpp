@@ -35,6 +35,15 @@ constexpr int64_t kFewestRows = 4;      // a thinner strip copies too many rows 
 // costs more than it brings.
 constexpr int64_t kStepsPerThread = 20000;
 
+// Weights of so many bytes, as bits, are more than a core's own caches share with anything else.
+constexpr int64_t kHeavyWeights = 512 << 10;
+
+const ConvKernels& conv_kernels(const Kernels& kernels, const ConvGeometry& g) {
+  const int64_t words = ceil_div(g.in_channels / g.groups, kWordBits);
+  const double bytes = 4.0 * double(g.out_channels) * double(g.kernel_h * g.kernel_w * words);
+  return bytes < double(kHeavyWeights) ? kernels.conv : kernels.heavy;
+}
+
 // Sizes of a convolution's weights for one instruction set.
 struct Layout {
   int64_t group_channels, group_words, group_outputs, group_vectors, group_blocks;
@@ -67,11 +76,16 @@ std::array<uint32_t, kHeaderWords> header_of(const ConvGeometry& g, const Kernel
           static_cast<uint32_t>(g.kernel_w)};
 }
 
+// Where an output channel is among the lanes of all vectors.
+int64_t lane_of(const Layout& l, int64_t lanes, int64_t channel) {
+  return channel / l.group_outputs * l.group_vectors * lanes + channel % l.group_outputs;
+}
+
 void fill_tap_counts(const Layout& l, const ConvGeometry& g, const uint32_t* weight, int64_t lanes,
                      int32_t* counts) {
   std::fill(counts, counts + l.taps * l.tap_lanes, 0);
   for (int64_t o = 0; o < g.out_channels; ++o) {
-    const int64_t lane = o / l.group_outputs * l.group_vectors * lanes + o % l.group_outputs;
+    const int64_t lane = lane_of(l, lanes, o);
     for (int64_t tap = 0; tap < l.taps; ++tap) {
       for (int64_t w = 0; w < l.group_words; ++w) {
         counts[tap * l.tap_lanes + lane] +=
@@ -81,7 +95,7 @@ void fill_tap_counts(const Layout& l, const ConvGeometry& g, const uint32_t* wei
   }
 }
 
-void fill_weights(const Layout& l, const ConvGeometry& g, const Kernels& kernels,
+void fill_weights(const Layout& l, const ConvGeometry& g, const ConvKernels& kernels,
                   const uint32_t* weight, uint32_t* to) {
   const Blocking& b = kernels.blocking;
   for (int64_t group = 0; group < g.groups; ++group) {
@@ -136,7 +150,10 @@ int64_t cut(ConvPlan& plan, const Blocking& blocking, int64_t threads) {
   if (threads > 1) {
     const Cut wanted{plan.out_h, kFewestRows, divisible(plan) ? blocks : 1};
     const int64_t pieces = ceil_div(threads * kUnitsPerThread, plan.batch);
-    strips = std::max(strips, wanted.strips(pieces, ceil_div(threads, plan.batch)));
+    // Heavy weights are read once rather than by each strip again: threads share out blocks.
+    const int64_t weights = plan.geometry.out_channels * plan.depth * 4;
+    const bool heavy = weights >= kHeavyWeights && divisible(plan) && blocks >= 2 * threads;
+    if (!heavy) strips = std::max(strips, wanted.strips(pieces, ceil_div(threads, plan.batch)));
     const int64_t chunks = ceil_div(pieces, strips);
     if (divisible(plan)) plan.chunk_blocks = ceil_div(blocks, std::min(chunks, blocks));
   }
@@ -145,6 +162,23 @@ int64_t cut(ConvPlan& plan, const Blocking& blocking, int64_t threads) {
   plan.chunks = ceil_div(blocks, plan.chunk_blocks);
   plan.units = checked_product("The batch", {plan.batch, plan.strips, plan.chunks});
   return threads;
+}
+
+// Turns the pixels of all images into rows of one, where no window has more than one pixel: a tile
+// then takes pixels of several images, and every weight that it loads counts for all of them.
+void join_images(ConvPlan& plan) {
+  const ConvGeometry& g = plan.geometry;
+  const bool alone = g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 &&
+                     !g.pad_top && !g.pad_bottom && !g.pad_left && !g.pad_right && !plan.pooled;
+  if (!alone || plan.batch == 0) return;
+  plan.height *= plan.batch;
+  plan.batch = 1;
+  if (plan.direct) {
+    plan.height = checked_product("The map", {plan.height, plan.width});
+    plan.width = 1;
+  }
+  plan.conv_h = plan.out_h = plan.height;
+  plan.conv_w = plan.out_w = plan.strip_w = plan.width;
 }
 
 void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
@@ -202,13 +236,14 @@ void require_geometry(const ConvGeometry& g) {
 
 int64_t prepacked_words(const ConvGeometry& geometry) {
   require_geometry(geometry);
-  return layout_of(geometry, kernels().blocking).words;
+  return layout_of(geometry, conv_kernels(kernels(), geometry).blocking).words;
 }
 
 void prepack(const ConvGeometry& g, Span<const uint32_t> weight, Span<uint32_t> prepacked) {
   require_geometry(g);
   const Kernels& isa = kernels();
-  const Layout l = layout_of(g, isa.blocking);
+  const ConvKernels& own = conv_kernels(isa, g);
+  const Layout l = layout_of(g, own.blocking);
   require_memory("weight", weight.data, weight.size, g.out_channels * l.depth, 4);
   require_memory("prepacked", prepacked.data, prepacked.size, l.words, 4);
   std::vector<uint32_t> used(weight.data, weight.data + weight.size);
@@ -220,14 +255,15 @@ void prepack(const ConvGeometry& g, Span<const uint32_t> weight, Span<uint32_t> 
   const auto header = header_of(g, isa);
   std::copy(header.begin(), header.end(), prepacked.data);
   uint32_t* counts = prepacked.data + kHeaderWords;
-  fill_tap_counts(l, g, used.data(), isa.blocking.lanes, reinterpret_cast<int32_t*>(counts));
-  fill_weights(l, g, isa, used.data(), counts + l.taps * l.tap_lanes);
+  fill_tap_counts(l, g, used.data(), own.blocking.lanes, reinterpret_cast<int32_t*>(counts));
+  fill_weights(l, g, own, used.data(), counts + l.taps * l.tap_lanes);
 }
 
 Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked)
     : kernels_(&biper::kernels()), geometry_(geometry), prepacked_(prepacked.data) {
   require_geometry(geometry);
-  const Layout l = layout_of(geometry, kernels_->blocking);
+  own_ = &conv_kernels(*kernels_, geometry);
+  const Layout l = layout_of(geometry, own_->blocking);
   require_memory("prepacked", prepacked.data, prepacked.size, l.words, 4);
   const auto header = header_of(geometry, *kernels_);
   if (!std::equal(header.begin(), header.end(), prepacked.data)) {
@@ -268,6 +304,9 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
     epilogue_.*kEpilogueVectors[i].values = vectors_.data() + vectors_.size();
     vectors_.insert(vectors_.end(), vector.data, vector.data + outputs);
   }
+  if (epilogue_.taps != nullptr) count_set_bits();
+  const bool sums = epilogue_.window || epilogue_.taps || epilogue_.valid;
+  if (pooled_ && sums) fail("`window`, `taps` and `valid` exclude a pool.");
   if (epilogue_.multiplier == nullptr) fail("`multiplier` is missing.");
   if (epilogue_.bias == nullptr) fail("`bias` is missing.");
   epilogue_.clamp_min = e.clamp_min;
@@ -275,17 +314,31 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
   has_epilogue_ = true;
 }
 
+void Conv::count_set_bits() {
+  const Layout l = layout_of(geometry_, kernels_->blocking);
+  const int64_t lanes = kernels_->blocking.lanes;
+  const int32_t* counts = reinterpret_cast<const int32_t*>(prepacked_ + kHeaderWords);
+  for (int64_t o = 0; o < geometry_.out_channels; ++o) {
+    int32_t bits = 0;
+    for (int64_t tap = 0; tap < l.taps; ++tap) {
+      bits += counts[tap * l.tap_lanes + lane_of(l, lanes, o)];
+    }
+    set_bits_.push_back(bits);
+  }
+}
+
 ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) const {
   require_range("batch", batch, 0, kMost);
   require_range("height", height, 1, kMost);
   require_range("width", width, 1, kMost);
   const ConvGeometry& g = geometry_;
-  const Blocking& blocking = kernels_->blocking;
-  const Layout l = layout_of(g, blocking);
+  const Layout l = layout_of(g, own_->blocking);
   ConvPlan plan{};
+  plan.kernels = own_;
   plan.geometry = g;
   plan.pool = pool_;
   plan.epilogue = epilogue_;
+  plan.epilogue.set_bits = set_bits_.empty() ? nullptr : set_bits_.data();
   plan.epilogue.sense = sense_.empty() ? nullptr : sense_.data();
   plan.epilogue.pool_sign = pool_sign_.empty() ? nullptr : pool_sign_.data();
   plan.batch = batch;
@@ -312,7 +365,8 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) 
 
 int64_t Conv::prepare(ConvPlan& plan, int64_t threads) const {
   require_range("threads", threads, 1, kMost);
-  threads = cut(plan, kernels_->blocking, threads);
+  join_images(plan);
+  threads = cut(plan, own_->blocking, threads);
   const int64_t reach = checked_product(
       "The receptive field", {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
                               plan.direct ? plan.width : plan.strip_w, plan.group_words});
@@ -320,7 +374,7 @@ int64_t Conv::prepare(ConvPlan& plan, int64_t threads) const {
     fail("The receptive field spans " + std::to_string(reach) +
          " words of a strip, but fewer than 2^31 are wanted.");
   }
-  lay_out_scratch(plan, kernels_->blocking);
+  lay_out_scratch(plan, own_->blocking);
   return threads;
 }
 
@@ -328,15 +382,11 @@ void Conv::start(ConvPlan& plan, int64_t threads) const {
   require_range("threads", threads, 1, kMost);
   if (plan.batch == 0) return;
   threads = prepare(plan, threads);
-  struct Context {
-    const Kernels* kernels;
-    const ConvPlan* plan;
-  } const context{kernels_, &plan};
   const auto run_unit = [](const void* memory, int64_t unit, void* scratch) {
-    const Context* c = static_cast<const Context*>(memory);
-    c->kernels->conv_unit(*c->plan, unit, scratch);
+    const ConvPlan* p = static_cast<const ConvPlan*>(memory);
+    p->kernels->conv_unit(*p, unit, scratch);
   };
-  run_job({run_unit, &context, plan.units, static_cast<size_t>(plan.scratch.bytes)}, threads);
+  run_job({run_unit, &plan, plan.units, static_cast<size_t>(plan.scratch.bytes)}, threads);
 }
 
 void Conv::take_bits(ConvPlan& plan, Span<const uint32_t> bits) const {

@@ -86,10 +86,12 @@ class Conv {
   bool has_epilogue() const { return has_epilogue_; }
 
  private:
+  void count_set_bits();
   void take_bits(ConvPlan& plan, Span<const uint32_t> bits) const;
   void start(ConvPlan& plan, int64_t threads) const;
 
   const Kernels* kernels_;
+  const ConvKernels* own_;  // of them, those for these weights
   ConvGeometry geometry_;
   Window pool_{1, 1, 1, 1, 0, 0};
   bool pooled_ = false;
@@ -99,6 +101,7 @@ class Conv {
   std::vector<float> vectors_;      // of the epilogue
   std::vector<uint32_t> sense_;     // a bit per channel, one spare word
   std::vector<int32_t> pool_sign_;  // [O]
+  std::vector<int32_t> set_bits_;   // of the weights, [O]
 };
 
 // -- shared with maps.cpp -------------------------------------------------------------------------

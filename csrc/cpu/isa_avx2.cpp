@@ -172,9 +172,43 @@ struct Avx2 {
   }
 };
 
+// The same for weights that the caches don't hold, whose bytes are what a single row of input waits
+// for: a byte has two nibbles, which two masks and a shift take apart.
+struct Avx2Heavy : Avx2 {
+  struct Word {  // rows of the table for a byte of input
+    __m256i low, high;
+  };
+  struct Weights {  // nibbles
+    __m256i low, high;
+  };
+
+  static constexpr int kParts = 4;  // bytes of a word
+
+  BIPER_INLINE Weights load_weights(const uint32_t* from) {
+    const __m256i bytes = Avx2::load_weights(from), nibble = _mm256_set1_epi8(0x0f);
+    return {_mm256_and_si256(bytes, nibble), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble)};
+  }
+  BIPER_INLINE Word spread(const uint32_t* word, int part) {
+    return {Avx2::spread(word, 2 * part), Avx2::spread(word, 2 * part + 1)};
+  }
+  BIPER_INLINE Sum count(Sum sum, const Word& word, const Weights& w) {
+    return Avx2::count(Avx2::count(sum, word.low, w.low), word.high, w.high);
+  }
+  static void pack_word(const uint32_t* canonical, int64_t stride, int64_t rows, uint32_t* packed,
+                        int64_t part_stride) {
+    for (int part = 0; part < kParts; ++part) {
+      uint8_t bytes[kLanes];
+      for (int64_t l = 0; l < kLanes; ++l) {
+        bytes[l] = l < rows ? static_cast<uint8_t>(canonical[l * stride] >> (8 * part)) : 0;
+      }
+      __builtin_memcpy(packed + part * part_stride, bytes, sizeof bytes);
+    }
+  }
+};
+
 }  // namespace
 
-extern const Kernels kAvx2Kernels = kernels_of<Avx2>("avx2", 2);
+extern const Kernels kAvx2Kernels = kernels_of<Avx2, Avx2Heavy>("avx2", 2);
 
 }  // namespace biper
 #endif

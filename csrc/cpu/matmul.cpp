@@ -76,7 +76,7 @@ MatmulPlan matmul_plan(const Kernels& kernels, const MatmulShape& shape, const M
                        int64_t batch, int64_t threads) {
   require_range("batch", batch, 0, kMost);
   require_shape(shape);
-  const Blocking& blocking = kernels.blocking;
+  const Blocking& blocking = kernels.conv.blocking;
   MatmulPlan plan{};
   plan.matrices = checked_product("The batch", {batch, shape.rows});
   plan.a_pixels = shape.a_pixels;

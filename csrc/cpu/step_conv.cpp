@@ -63,7 +63,7 @@ class ConvStep : public Step {
     };
     return prepared_call(conv_->kernels(), plan, {plan.units, 1}, plan.scratch.bytes, bind,
                          [](const auto& step, int64_t unit, void* scratch) {
-                           step.kernels.conv_unit(step.call, unit, scratch);
+                           step.call.kernels->conv_unit(step.call, unit, scratch);
                          });
   }
 

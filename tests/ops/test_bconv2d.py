@@ -198,3 +198,41 @@ def test_a_linear_layer_is_a_1x1_convolution(
     expected = F.linear(data.signs.flatten(1), data.weight_signs.flatten(1))
     result = bconv2d(data.bits.to(device), data.weight.to(device), conv)
     assert torch.equal(result.cpu().flatten(1), expected.to(torch.int32))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("channels", [33, 64])
+def test_pixels_of_many_images_are_multiplied_alike(
+    device: torch.device,
+    need: Callable[..., None],
+    operands: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    threads: int,
+) -> None:
+    conv = Conv2dGeometry(in_channels=channels, out_channels=70, kernel_size=(1, 1))
+    need("bconv2d", conv)
+    monkeypatch.setenv("BIPER_NUM_THREADS", str(threads))
+    for batch, size in ((70, (1, 1)), (7, (1, 5)), (5, (3, 2)), (0, (2, 2))):
+        case = operands(conv, size, batch)
+        dot = bconv2d(case.bits.to(device), case.weight.to(device), conv)
+        assert torch.equal(dot.cpu(), case.dot)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weights_that_caches_do_not_hold_give_the_same_accumulators(
+    device: torch.device,
+    backend: str,
+    need: Callable[..., None],
+    operands: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+) -> None:
+    conv = Conv2dGeometry(in_channels=2065, out_channels=2050, kernel_size=(1, 1))  # 66 words each
+    need("bconv2d", conv)
+    monkeypatch.setenv("BIPER_NUM_THREADS", str(threads))
+    for batch in (1, 6):
+        case = operands(conv, (1, 1), batch)
+        prepacked = prepack(case.weight.to(device), conv, backend)
+        dot = bconv2d(case.bits.to(device), case.weight.to(device), conv, prepacked=prepacked)
+        assert torch.equal(dot.cpu(), case.dot)
