@@ -87,6 +87,21 @@ SCALED: dict[str, tuple[tuple[int, ...], nn.Module | Any, Any]] = {
         lambda: linear(33, 5),
         lambda x: where_ge(x) * x.abs().mean((1, 2), keepdim=True),
     ),
+    "a choice of a scale and its negative": (
+        (6, 7, 8),
+        lambda: conv(6, 5, 3),
+        lambda x: torch.where(x < 0.25, -per_sample(x), per_sample(x)),
+    ),
+    "flattened": (
+        (6, 4, 3),
+        lambda: linear(72, 5),
+        lambda x: (per_sample(x) * where_ge(x)).flatten(1),
+    ),
+    "turned and padded": (
+        (6, 4, 3),
+        lambda: linear(6, 5),
+        lambda x: F.pad(where_ge(x) / per_sample(x), (1, 1)).flatten(2).transpose(1, 2),
+    ),
     "thresholds of channels": (
         (6, 7, 8),
         lambda: conv(6, 5, 3),
@@ -104,6 +119,20 @@ def test_scale(name: str) -> None:
     assert verify(engine, model, images_of(shape, 5, seed=9)).ok
     for count in (1, 3, 5):
         assert_close(engine, model, images_of(shape, count))
+
+
+def test_scale_of_a_one_dimensional_layer() -> None:
+    model = seeded(
+        lambda: Functional(
+            lambda s, x: F.conv1d(
+                where_ge(x) * x.abs().mean((1, 2), keepdim=True), where_ge(s.c.weight), padding=1
+            ),
+            c=nn.Conv1d(6, 5, 3),
+        )
+    )
+    engine = convert(model, images_of((6, 9)))
+    assert engine.report.packed == 1
+    assert verify(engine, model, images_of((6, 9), 5, seed=9)).ok
 
 
 FLOAT = {
