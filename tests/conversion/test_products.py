@@ -184,12 +184,6 @@ BINARY: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], tuple[in
         (4, 5, 5),
         "transposed convolutions do not run on bits, though its input and its weight are binary",
     ),
-    "products of two signs": (
-        lambda s, x: where_ge(x) @ where_ge(x).transpose(1, 2),
-        nn.Identity,
-        (4, 5),
-        "though its left factor and its right factor are binary",
-    ),
     "weight on the left": (
         lambda s, x: where_ge(s.c.weight) @ where_ge(x),
         lambda: nn.Linear(4, 6),
