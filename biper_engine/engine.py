@@ -18,7 +18,7 @@ from biper_engine import ops as _ops  # noqa: F401  (registers the operators tha
 from biper_engine import serialization
 from biper_engine.converted import ConvertedNetwork
 from biper_engine.graph.choice import backends_of
-from biper_engine.graph.memory import align_weights, isolate_outputs
+from biper_engine.graph.memory import align_weights, create_on, isolate_outputs
 from biper_engine.graph.portable import from_portable, release_source, to_portable
 from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
@@ -278,6 +278,7 @@ class Engine(nn.Module):
         """Recompute values that depend on the tensors, and drop the plan made from them."""
         tensors = [*self.graph_module.buffers(), *self.graph_module.parameters()]
         self._device = tensors[0].device if tensors else None
+        create_on(self.graph_module, self._device)
         self._dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
         self._plan.drop()
 

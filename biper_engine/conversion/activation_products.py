@@ -21,10 +21,10 @@ from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import StepRule
-from biper_engine.conversion.operands import binary_value
+from biper_engine.conversion.operands import Operands
 from biper_engine.conversion.products import Product
 from biper_engine.conversion.ranges import is_move
-from biper_engine.conversion.values import Step, find_step, is_float
+from biper_engine.conversion.values import Steps, is_float
 from biper_engine.geometry import MAX_REDUCTION
 from biper_engine.graph.editing import call, repeat_call, substitute
 from biper_engine.graph.reading import is_call, parent, shape
@@ -108,8 +108,15 @@ class _Factor:
     moves: tuple[fx.Node, ...]  # what is done to the source, the last move first
 
 
-def pack_activation_product(graph_module: fx.GraphModule, product: Product) -> str | None:
+def pack_activation_product(
+    graph_module: fx.GraphModule, product: Product, operands: Operands
+) -> str | None:
     """Replace a batched product of two binary activations by one on bits, in place.
+
+    Args:
+        graph_module: the graph.
+        product: the product.
+        operands: finds its factors.
 
     Returns:
         None, or the reason why the product stays in floating point, as a clause.
@@ -119,21 +126,21 @@ def pack_activation_product(graph_module: fx.GraphModule, product: Product) -> s
         return f"{product.plural} do not run on bits"
     if node.meta["val"].dtype != torch.float32:
         return "it does not compute in float32"
-    factors = []
-    for x, summed, name in zip(node.args[:2], (-1, -2), ("left", "right"), strict=True):
-        assert isinstance(x, fx.Node)
-        factor = _factor(graph_module, x, summed)
-        if isinstance(factor, str):
-            return f"its {name} factor {factor}"
-        factors.append(factor)
-    left, right = factors
+    found = [_factor(operands, parent(node, at), -1 - at, merged=False) for at in (0, 1)]
+    if len({factor.rank for factor in found if isinstance(factor, _Factor)}) > 1:
+        found = [_factor(operands, parent(node, at), -1 - at, merged=True) for at in (0, 1)]
+    left, right = found
+    if isinstance(left, str):
+        return f"its left factor {left}"
+    if isinstance(right, str):
+        return f"its right factor {right}"
     sizes = [_sizes(node, position) for position in (0, 1)]
     rows, depth, columns = sizes[0][-2], sizes[0][-1], sizes[1][-1]
     if not all(isinstance(size, int) for size in (rows, depth, columns)):
         return "its sizes depend on the batch size"
     if depth >= MAX_REDUCTION:
         return f"it sums {depth} products, more than float32 can count"
-    heads = [_heads(factor) for factor in factors]
+    heads = [_heads(left), _heads(right)]
     if left.rank == 3 or right.rank == 3 or heads[0] != heads[1]:
         heads = [1, 1]
     _emit(graph_module, product, left, right, int(heads[0]), (rows, depth, columns))
@@ -147,25 +154,28 @@ def _sizes(node: fx.Node, position: int) -> tuple[Any, ...]:
 # -- factors --------------------------------------------------------------------------------------
 
 
-def _factor(graph_module: fx.GraphModule, x: fx.Node, summed: int) -> _Factor | str:
-    """Find the float map of which a factor is a step."""
-    x = _before_merging(x)
+def _factor(operands: Operands, x: fx.Node, summed: int, *, merged: bool) -> _Factor | str:
+    """Find the float map of which a factor is a step, before its batches were merged or after."""
+    x = x if merged else _before_merging(x)
     axis = len(shape(x)) + summed
     moves, root = [], x
     while is_move(root):
         moves.append(root)
         root = parent(root)
-    step = _uniform_step(graph_module, root) if moves else find_step(graph_module, x, axis)
-    if isinstance(step, Step) and is_float(step.source):
-        rule = step.rule.resized(int(shape(x)[axis])) if moves else step.rule
+    step = _uniform_step(operands, root) if moves else operands.steps_of(x, axis)
+    if isinstance(step, Steps) and len(step.rules) == 1 and is_float(step.source):
+        (rule,) = step.rules
+        rule = rule.resized(int(shape(x)[axis])) if moves else rule
         source = None if moves else step.source.meta.get("source", step.source.name)
         return _made(x, source, rule, summed, step.source, moves)
-    operand = binary_value(graph_module, x, axis)  # two numbers; its bits are those of the value
+    operand = operands.find(x, axis)  # two numbers; its bits are those of the value
     if isinstance(operand, str):
         return operand
-    middle = (operand.rule.low + operand.rule.high) / 2
-    threshold = torch.full_like(operand.rule.threshold, middle)
-    rule = replace(operand.rule, threshold=threshold, sense=torch.zeros_like(operand.rule.sense))
+    if len(operand.rules) > 1:
+        return f"takes {len(operand.rules) + 1} values"
+    (rule,) = operand.rules
+    middle = torch.full_like(rule.threshold, operand.offset)
+    rule = replace(rule, threshold=middle, sense=torch.zeros_like(rule.sense))
     return _made(x, None, rule, summed, x, [])
 
 
@@ -192,13 +202,13 @@ def _before_merging(x: fx.Node) -> fx.Node:
     return inner if len(shape(inner)) in (3, 4) else x
 
 
-def _uniform_step(graph_module: fx.GraphModule, x: fx.Node) -> Step | None:
+def _uniform_step(operands: Operands, x: fx.Node) -> Steps | None:
     """Return the step of a value if all its elements share one."""
     last = len(shape(x)) - 1
     for axis in dict.fromkeys((last, min(1, last))):
-        step = find_step(graph_module, x, axis)
-        if isinstance(step, Step) and step.rule.uniform:
-            return step
+        steps = operands.steps_of(x, axis)
+        if isinstance(steps, Steps) and len(steps.rules) == 1 and steps.rules[0].uniform:
+            return steps
     return None
 
 

@@ -1,10 +1,10 @@
 """Capture: any PyTorch model as one functional ATen graph with a dynamic batch.
 
-`make_fx` traces twice, on tensors without data whose batch is a symbol. The first trace runs the
-model under modes (`tracing`) that execute, and do not record, whatever depends only on parameters:
-weight binarisation, scales, `.item()` of a statistic, a branch on a buffer. The rest depends on the
-input. The second trace makes mutations functional, with the mode that `torch.export` uses for it;
-export itself would trace three more times, at ten times the cost.
+`make_fx` traces once or twice, on tensors without data whose batch is a symbol. The first trace
+runs the model under modes (`tracing`) that execute, and do not record, whatever depends only on
+parameters: weight binarisation, scales, `.item()` of a statistic, a branch on a buffer. The rest
+depends on the input. The second trace makes mutations functional, if there are any, with the mode
+that `torch.export` uses for it; export itself would trace three more times, at ten times the cost.
 
 The model is copied first, so buffer updates and `.data` assignments never reach the caller's model.
 """
@@ -12,6 +12,7 @@ The model is copied first, so buffer updates and `.data` assignments never reach
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import ConstantSource
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -44,6 +46,14 @@ from biper_engine.errors import ConversionError
 from biper_engine.graph.structure import flatten_structure
 
 __all__ = ["Capture", "capture"]
+
+aten = torch.ops.aten
+
+_ON_SIZES = (
+    *(operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv),
+    *(operator.mod, operator.neg, operator.eq, operator.ge, operator.le, operator.gt, operator.lt),
+)
+"""Python functions of a graph, which compute sizes or take a result of several."""
 
 
 @dataclass
@@ -106,6 +116,7 @@ def capture(
         graph_module = _trace(call, examples, private, log)
     assert log.out_spec is not None
     _flatten_calling_convention(graph_module)
+    _reshape_for_view(graph_module)
     _name_layers(graph_module, log.paths)
     return Capture(graph_module, examples, in_spec, log.out_spec, tuple(dict.fromkeys(log.dropped)))
 
@@ -115,9 +126,8 @@ def _examples(flat: list[Any]) -> tuple[Tensor, ...]:
         if not isinstance(leaf, Tensor):
             raise ConversionError(
                 f"`example_inputs` has a {type(leaf).__name__}; pass tensors, and None, bool, int, "
-                "float or str for what is fixed at conversion. Bind other arguments first, e.g. "
-                "with a small wrapper module, or register their class with `torch.export."
-                "register_dataclass`."
+                "float or str for what is fixed at conversion, also in tuples, lists, dicts and "
+                "dataclasses. Bind other arguments first, e.g. with a small wrapper module."
             )
         if leaf.dim() < 1 or leaf.shape[0] < 1:
             raise ConversionError(
@@ -149,8 +159,8 @@ def _output_leaf(leaf: Any) -> Tensor:
     if not isinstance(leaf, Tensor):
         raise ConversionError(
             f"The model returns a {type(leaf).__name__} beside its tensors; only tensors and None, "
-            "bool, int, float or str in tuples, lists and dicts can leave a converted network. "
-            "Return those, or register the class with `torch.export.register_dataclass`."
+            "bool, int, float or str in tuples, lists, dicts and dataclasses can leave a converted "
+            "network. Return those."
         )
     return leaf
 
@@ -176,8 +186,10 @@ def _trace(
                 recorded = make_fx(call)(*inputs)
             log.require_nothing_refused()
             shapes.require_free([x.shape[0] for x in inputs])
-            functional = dispatch_functionalize(recorded, FunctionalTensorMode())
-            graph_module: fx.GraphModule = make_fx(functional)(*inputs)
+            graph_module: fx.GraphModule = recorded
+            if _mutates(recorded):
+                functional = dispatch_functionalize(recorded, FunctionalTensorMode())
+                graph_module = make_fx(functional)(*inputs)
     except Exception as cause:  # a traced model may raise anything; it is re-raised with advice
         log.require_nothing_refused(cause)
         if isinstance(cause, ConversionError):
@@ -186,6 +198,15 @@ def _trace(
         raise ConversionError(_failure(cause)) from cause
     shapes.require_free([x.shape[0] for x in inputs])
     return graph_module
+
+
+def _mutates(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph writes to a tensor; a graph that does not is functional, as it was traced."""
+    return any(
+        not isinstance(node.target, OpOverload) or node.target._schema.is_mutable
+        for node in graph_module.graph.nodes
+        if node.op == "call_function" and node.target not in _ON_SIZES
+    )
 
 
 @contextmanager
@@ -251,6 +272,17 @@ def _flatten_calling_convention(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
     graph_module.recompile()
+
+
+def _reshape_for_view(graph_module: fx.GraphModule) -> None:
+    """Let views copy if they must: a kernel may return strides other than those of the trace.
+
+    On the CPU, for example, batch norm returns a dense result also for a transposed input. Values
+    are the same, since nothing is written in a functional graph.
+    """
+    for node in graph_module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def _name_layers(graph_module: fx.GraphModule, paths: list[str]) -> None:

@@ -135,4 +135,5 @@ def _compare_outputs(report: VerifyReport, wanted: tuple[Any, ...], got: list[An
     if len(pairs) != 1 or pairs[0][0].dim() != 2 or pairs[0][0].shape[1] < 2:
         return 0
     report.top1_agreement = 0.0
-    return int((pairs[0][0].argmax(1) == pairs[0][1].argmax(1)).sum())
+    wanted_class, class_of_engine = (x.double().argmax(1) for x in pairs[0])
+    return int((wanted_class == class_of_engine).sum())

@@ -15,6 +15,7 @@ after them, and a clamp moves after a max pool, which leaves it at most a quarte
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from biper_engine.graph.patterns import (
     per_channel,
 )
 from biper_engine.graph.reading import arguments, constant, is_call, parent, same_shape, shape
+from biper_engine.ops.epilogue import SUMS
 
 __all__ = ["fuse"]
 
@@ -189,8 +191,7 @@ def _affine(
 
 
 def _scaled(conv: BinaryConv, scale: Tensor, offset: Tensor) -> BinaryConv:
-    epilogue = conv.epilogue
-    return conv.fused(multiplier=epilogue.multiplier * scale, bias=epilogue.bias * scale + offset)
+    return replace(conv, epilogue=conv.epilogue.scaled(scale, offset))
 
 
 def _scale_and_offset(
@@ -296,6 +297,8 @@ def _two_slopes(
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
     pool = max_pool_geometry(user)
     if pool is None or not conv.epilogue.monotone or not conv.epilogue.pool.is_identity:
+        return None
+    if conv.epilogue.steps().intersection(SUMS):
         return None
     return conv.fused(pool=pool, pool_min=conv.epilogue.multiplier < 0)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import SUMS, Epilogue
 
 __all__ = ["BinaryConv", "StepRule", "binarize", "binary_conv", "binary_max_pool", "unbinarize"]
 
@@ -44,11 +44,13 @@ def binary_conv(bits: Tensor, residual: Tensor | None = None) -> Tensor:
 class StepRule:
     """A value with two levels and one step, as a function of a float source.
 
+    A step of a value with more levels is one of the values of which that is the sum.
+
     Attributes:
         threshold: float32 [C]; the bit is `v >= threshold`, or `v <= threshold` if `sense`.
         sense: bool [C].
         low: value if the bit is 0.
-        high: value if the bit is 1; always above `low`.
+        high: value if the bit is 1; above `low`, except for a step of several.
         tie: whether the function has a third value exactly at the step, like `sign` at 0, or
             distinguishes -0.0 from 0.0. The engine gives `high` there; verification counts it.
     """
@@ -84,6 +86,7 @@ class BinaryConv:
         geometry: the convolution on bits.
         positive: weight bits, bool [O, C / groups, KH, KW].
         epilogue: its parameters; floats are float64 until `lower` rounds them.
+        rows: whether `value` has its channels in the last dimension, and no height and width.
     """
 
     layer: str
@@ -94,6 +97,7 @@ class BinaryConv:
     geometry: Conv2dGeometry
     positive: Tensor
     epilogue: Epilogue
+    rows: bool = False
 
     def fused(self, **parameters: Any) -> BinaryConv:
         """Return the convolution with some parameters of its epilogue replaced."""
@@ -102,7 +106,7 @@ class BinaryConv:
     @property
     def activated(self) -> bool:
         """Whether an activation is fused; no scale or residual can be fused after it."""
-        return bool(self.epilogue.steps() - {"pool_min"})
+        return bool(self.epilogue.steps().difference({"pool_min"}, SUMS))
 
 
 def float64(values: Tensor | float, channels: int) -> Tensor:

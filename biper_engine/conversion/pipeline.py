@@ -74,6 +74,7 @@ def build(
         if str(node.meta.get("layer", "x")).partition("#")[0] == "":
             node.meta["layer"] = node.name  # a functional call in the model's own forward
     before = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    _reshape_views(before)
     simplify(graph_module)
     _name_sources(graph_module)
     require_finite(graph_module, model)
@@ -95,6 +96,15 @@ def build(
         captured.out_spec,
         captured.dropped_checks,
     )
+
+
+def _reshape_views(graph_module: fx.GraphModule) -> None:
+    """Replace views by reshapes: strides may differ from those of the trace, values do not."""
+    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node.target in views:
+            node.target = torch.ops.aten.reshape.default
+    graph_module.recompile()
 
 
 def _name_sources(graph_module: fx.GraphModule) -> None:
@@ -128,13 +138,14 @@ def nothing_packed(built: Built, provenance: Provenance) -> str:
             "nothing to pack."
         )
     counts = _counted(rows)
-    forgotten = [row for row in rows if row.binary and row.kind in ("conv2d", "linear")]
+    forgotten = [row for row in rows if "weights are real" in row.reason]
     if forgotten and not _holds_sines(built.float_graph):
         names = ", ".join(row.name for row in forgotten[:3])
         names += f" and {len(forgotten) - 3} more" * (len(forgotten) > 3)
+        how_many = forgotten[0].reason.partition("real ")[2].partition(":")[0]
         return (
             f"No binary layer found in {counts}: of {names}, the input is a sign, but weights are "
-            f"real ({forgotten[0].reason.partition('has ')[2]}). Binarise them before `convert`, "
+            f"real {how_many}. Binarise them before `convert`, "
             "as the training code does before each step."
         )
     inner = [row for row in rows if row.binary] or rows[1:] or rows

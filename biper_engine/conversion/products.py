@@ -59,7 +59,7 @@ class Product:
     @property
     def packable(self) -> bool:
         """Whether such operators can run on bits."""
-        return self.kind in ("conv2d", "linear")
+        return self.kind in ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "linear")
 
 
 def find_product(graph_module: fx.GraphModule, node: fx.Node) -> Product | None:
@@ -123,6 +123,7 @@ def _convolution(_: fx.GraphModule, node: fx.Node) -> Product:
     sizes = _sizes(weight)
     dimensions = len(sizes) - 2
     kind = f"conv{'_transpose' * transposed}{dimensions}d"
+    written = node.meta.get("written_as", kind)  # of height 1, or of another operator
     # Every input position of a transposed convolution is multiplied by the whole kernel.
     positions = _sizes(x if transposed else node)
 
@@ -134,14 +135,14 @@ def _convolution(_: fx.GraphModule, node: fx.Node) -> Product:
 
     return Product(
         node=node,
-        kind=kind,
+        kind=written,
         factors=(
             Factor(x, len(shape(x)) - dimensions - 1, _as_it_is),
             Factor(weight, 1, by_output),
         ),
-        shape=sizes,
+        shape=sizes[:2] + sizes[3:] if written.endswith("1d") and dimensions == 2 else sizes,
         macs=math.prod(positions) * math.prod(sizes[1:]),
-        plural=f"{'transposed' if transposed else f'{dimensions}-D'} convolutions",
+        plural=f"{'transposed ' * transposed}{dimensions}-D convolutions",
     )
 
 

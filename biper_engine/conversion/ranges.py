@@ -1,6 +1,6 @@
 """Value sets: the numbers that an operator's result can hold, if they are few or have a sign.
 
-`find_step` follows a value up to one float source. A value that is computed from several binary
+`find_steps` follows a value up to one float source. A value that is computed from several binary
 values, or moved in ways that bits cannot express, is still binary if it can hold only two numbers.
 The numbers are found operator by operator. Elementwise operators are evaluated on every combination
 of their operands' numbers.

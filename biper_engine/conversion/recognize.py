@@ -18,21 +18,22 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.activation_products import pack_activation_product
 from biper_engine.conversion.costs import slower_on_bits
-from biper_engine.conversion.ir import BinaryConv, StepRule
-from biper_engine.conversion.operands import Operand, binary_value, peel_padding
+from biper_engine.conversion.layers import insert
+from biper_engine.conversion.operands import Operand, Operands, peel_padding
+from biper_engine.conversion.packing import Layer
 from biper_engine.conversion.products import Factor, Product, find_product
+from biper_engine.conversion.scales import Scale, scaled_operand
+from biper_engine.conversion.transposed import TransposedAxis, interleaved
 from biper_engine.conversion.weights import BinaryWeight, analyse_weight
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.graph.editing import call, constant_node, substitute
-from biper_engine.graph.patterns import conv2d_geometry
+from biper_engine.graph.editing import constant_node, substitute
+from biper_engine.graph.patterns import conv2d_geometry, pair
 from biper_engine.graph.reading import arguments, constant, is_call, parent, shape
-from biper_engine.ops.epilogue import Epilogue
 from biper_engine.report import LayerReport
 
 __all__ = ["KEPT", "recognize"]
@@ -41,26 +42,29 @@ aten = torch.ops.aten
 
 
 KEPT = "kept by `keep_float`"
+_REAL_WEIGHTS = "its input is a sign, but its weights are real"
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def recognize(graph_module: fx.GraphModule, *, keep_float: Sequence[str] = ()) -> list[LayerReport]:
     """Replace binary layers by `ir.binary_conv`, in place; return a row for every product."""
     rows = []
+    operands = Operands(graph_module)
     for node in list(graph_module.graph.nodes):
         product = find_product(graph_module, node)
         if product is not None:
-            rows.append(_layer(graph_module, product, keep_float))
+            rows.append(_layer(graph_module, product, operands, keep_float))
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return rows
 
 
 def _layer(
-    graph_module: fx.GraphModule, product: Product, keep_float: Sequence[str]
+    graph_module: fx.GraphModule, product: Product, operands: Operands, keep_float: Sequence[str]
 ) -> LayerReport:
     node = product.node
-    found = [_factor(graph_module, product, factor) for factor in product.factors]
+    found = [_factor(graph_module, product, factor, operands) for factor in product.factors]
+    scales = _pull_scales(graph_module, product, found, operands)
     weights = [item for item, held in found if held is not None]
     binary_weight = any(isinstance(item, BinaryWeight) for item in weights)
     # One weight per channel is always +-s; that alone does not make a layer binary.
@@ -87,7 +91,7 @@ def _layer(
         name = str(half[0]).removeprefix("torch.")
         return replace(row, reason=f"it computes in {name}, under the model's own autocast")
     if not weights and product.kind == "matmul" and all(_is_operand(item) for item, _ in found):
-        reason = pack_activation_product(graph_module, product)
+        reason = pack_activation_product(graph_module, product, operands)
         return replace(row, packed=reason is None, reason=reason or "")
     operand, split = found[0][0], found[1][0]
     if not product.packable or not isinstance(operand, Operand) or len(weights) != 1:
@@ -96,12 +100,15 @@ def _layer(
         return replace(row, reason=_reason(product, found, binary_weight))
     if product.kind == "linear" and _linear_shape(node).count(-1) > 1:
         return replace(row, reason="its result depends on the batch size in several dimensions")
-    operand, split, geometry = _on_maps(graph_module, product, operand, split)
-    slower = slower_on_bits(geometry, split.terms)
+    if not scales:
+        operand, split = _on_whole_map(product, operand, split, operands)
+    split, geometry = _on_maps(product, split)
+    terms = split.terms * len(operand.rules)
+    slower = slower_on_bits(geometry, terms)
     if slower is not None:
         _read_signs_from_bits(graph_module, node, operand)
         return replace(row, reason=slower, by_choice=True)
-    _pack(graph_module, node, geometry, operand, split)
+    _pack(graph_module, node, geometry, operand, split, scales)
     after = 32 * math.prod(geometry.weight_shape) * split.terms
     return replace(row, packed=True, weight_bits_after=after)
 
@@ -112,10 +119,10 @@ def _is_operand(item: object) -> bool:
 
 def _read_signs_from_bits(graph_module: fx.GraphModule, node: fx.Node, operand: Operand) -> None:
     """Let a float layer take its signs from bits, which costs less than a sign in floats."""
-    rule, value = operand.rule, operand.value
-    if (rule.low, rule.high) != (-1, 1) or rule.tie or value not in node.all_input_nodes:
+    (rule, *more), value = operand.rules, operand.value
+    if more or (rule.low, rule.high) != (-1, 1) or rule.tie or value not in node.all_input_nodes:
         return
-    bits = operand.build(node)
+    (bits,) = operand.bits(graph_module, node)
     with graph_module.graph.inserting_before(node):
         signs = graph_module.graph.call_function(ir.unbinarize, (bits,))
     layer = str(node.meta.get("layer") or node.name)
@@ -127,16 +134,36 @@ _Found = tuple[Operand | BinaryWeight | str, Tensor | None]
 """Return what a factor is, or why it is not binary as a clause; and its value, if constant."""
 
 
-def _factor(graph_module: fx.GraphModule, product: Product, factor: Factor) -> _Found:
+def _factor(
+    graph_module: fx.GraphModule, product: Product, factor: Factor, operands: Operands
+) -> _Found:
     x = factor.node
     while is_call(x, aten.clone.default):  # in another memory layout, as in recurrent layers
         x = parent(x)
     held = constant(graph_module, x)
     if held is not None:
         return analyse_weight(factor.by_output(held)), held
-    if product.kind == "conv2d" and factor is product.factors[0]:
+    if product.kind in ("conv1d", "conv2d") and factor is product.factors[0]:
         _, x = peel_padding(x)
-    return binary_value(graph_module, x, factor.axis), None
+    return operands.find(x, factor.axis), None
+
+
+def _pull_scales(
+    graph_module: fx.GraphModule, product: Product, found: list[_Found], operands: Operands
+) -> list[Scale]:
+    """Return the scales that a layer's input has, and write what is under them into `found`."""
+    if not product.packable or not isinstance(found[0][0], str) or found[0][1] is not None:
+        return []
+    if not isinstance(found[1][0], BinaryWeight):
+        return []
+    scaled = scaled_operand(graph_module, product, operands)
+    if isinstance(scaled, str):
+        found[0] = scaled, None
+    if scaled is None or isinstance(scaled, str):
+        return []
+    operand, scales = scaled
+    found[0] = operand, None
+    return scales
 
 
 def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> str:
@@ -147,6 +174,10 @@ def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> s
             return "its weight depends on the input"
         if len(found) == 2:
             names = ["its left factor", "its right factor"]
+    weight, held = found[-1]
+    reads_signs = product.packable and isinstance(found[0][0], Operand) and held is not None
+    if reads_signs and isinstance(weight, str) and weight.startswith("has "):
+        return f"{_REAL_WEIGHTS} ({weight.removeprefix('has ')}): binarise them first"
     binary, clauses = [], []
     for name, (item, _) in zip(names, found, strict=True):
         if isinstance(item, str):
@@ -166,17 +197,19 @@ def _reason(product: Product, found: Sequence[_Found], binary_weight: bool) -> s
 # -- layers ---------------------------------------------------------------------------------------
 
 
-def _on_maps(
-    graph_module: fx.GraphModule, product: Product, operand: Operand, split: BinaryWeight
-) -> tuple[Operand, BinaryWeight, Conv2dGeometry]:
-    """Return a layer as a convolution of maps; its weight as [O, C / groups, KH, KW]."""
-    if product.kind == "linear":
-        whole = _whole_map(graph_module, product.node, operand, split)
-        if whole is not None:
-            operand, split = whole
+def _on_whole_map(
+    product: Product, operand: Operand, split: BinaryWeight, operands: Operands
+) -> tuple[Operand, BinaryWeight]:
+    """Let a linear layer on a flattened map read the map."""
+    whole = _whole_map(product.node, split, operands) if product.kind == "linear" else None
+    return whole or (operand, split)
+
+
+def _on_maps(product: Product, split: BinaryWeight) -> tuple[BinaryWeight, Conv2dGeometry]:
+    """Return a weight as [O, C / groups, KH, KW], and the geometry as a convolution."""
     geometry = _geometry(product.node, product.kind, split.positive)
     shape_of_maps = (geometry.out_channels, geometry.group_channels, *geometry.kernel_size)
-    return operand, split.reshaped(shape_of_maps), geometry
+    return split.reshaped(shape_of_maps), geometry
 
 
 def _pack(
@@ -185,54 +218,45 @@ def _pack(
     geometry: Conv2dGeometry,
     operand: Operand,
     split: BinaryWeight,
+    scales: Sequence[Scale],
 ) -> None:
-    scale = (operand.rule.high - operand.rule.low) / 2
-    bias = constant(graph_module, arguments(node)["bias"])
-    channels = geometry.out_channels
-    conv = BinaryConv(
-        layer=str(node.meta.get("layer") or node.name),
-        value=operand.value.meta.get("source", operand.value.name),
-        source=operand.source,
-        float_conv=node.meta.get("source", node.name),
-        rule=operand.rule,
-        geometry=geometry,
-        positive=split.positive,
-        epilogue=Epilogue(
-            multiplier=split.scale * scale,
-            bias=ir.float64(0.0 if bias is None else bias, channels),
-        ),
-    )
-    bits = operand.build(node)
-    result = _emit(graph_module, node, bits, conv)
-    result = _other_terms(graph_module, node, bits, conv, operand.rule, split, result)
-    if is_call(node, aten.linear.default):
-        result = call(
-            graph_module.graph, node, aten.reshape.default, result, _linear_shape(node), like=node
-        )
+    """Replace a layer by binary convolutions, and by what scales of its input do to their sum."""
+    layer = Layer(graph_module, node, operand, operand.bits(graph_module, node))
+    named = arguments(node)
+    bias = constant(graph_module, named["bias"])
+    own = None if scales else bias
+    if named.get("transposed"):
+        result = interleaved(layer, _transposed_axes(node), split, geometry.groups, own)
     else:
-        result.meta["source"] = conv.float_conv
-    result.meta["val"] = node.meta["val"]
+        result = layer.convolved(geometry, split, own)
+    if is_call(node, aten.linear.default):
+        result = insert(graph_module, node, aten.reshape.default, result, _linear_shape(node))
+    for scale in scales:
+        result = scale.apply(graph_module, node, result)
+    if scales and bias is not None:
+        flat = bias if is_call(node, aten.linear.default) else bias.reshape(1, -1, 1, 1)
+        held = constant_node(graph_module, node, flat)
+        result = insert(graph_module, node, aten.add.Tensor, result, held)
+    result.meta |= {"source": node.meta.get("source", node.name), "val": node.meta["val"]}
     substitute(node, result)
+
+
+def _transposed_axes(node: fx.Node) -> tuple[TransposedAxis, TransposedAxis]:
+    named = arguments(node)
+    names = ("stride", "padding", "dilation")
+    sizes = shape(parent(node))[2:], shape(node)[2:], shape(named["weight"])[2:]
+    vertical, horizontal = (
+        TransposedAxis(
+            *(int(size[axis]) for size in sizes), *(pair(named[name])[axis] for name in names)
+        )
+        for axis in (0, 1)
+    )
+    return vertical, horizontal
 
 
 def _linear_shape(node: fx.Node) -> list[int]:
     """Return the shape of a result, with -1 for sizes that depend on the batch."""
     return [size if isinstance(size, int) else -1 for size in shape(node)]
-
-
-def _emit(
-    graph_module: fx.GraphModule, before: fx.Node, bits: fx.Node, conv: BinaryConv
-) -> fx.Node:
-    with graph_module.graph.inserting_before(before):
-        result = graph_module.graph.call_function(ir.binary_conv, (bits,))
-    result.meta = {"conv": conv, "layer": conv.layer, "val": _map_of(before, conv)}
-    return result
-
-
-def _map_of(node: fx.Node, conv: BinaryConv) -> Tensor:
-    """Return the fake value of a layer's result as a map."""
-    value: Tensor = node.meta["val"]
-    return value if value.dim() == 4 else value.reshape(-1, conv.geometry.out_channels, 1, 1)
 
 
 def _geometry(node: fx.Node, kind: str, positive: Tensor) -> Conv2dGeometry:
@@ -241,6 +265,15 @@ def _geometry(node: fx.Node, kind: str, positive: Tensor) -> Conv2dGeometry:
         return Conv2dGeometry(
             in_channels=positive.shape[1], out_channels=positive.shape[0], kernel_size=kernel
         )
+    if kind.startswith("conv_transpose"):  # for its channels and taps only
+        outputs, group_channels, *taps = positive.shape
+        groups = arguments(node)["groups"]
+        return Conv2dGeometry(
+            in_channels=group_channels * groups,
+            out_channels=outputs,
+            kernel_size=(taps[0], taps[1]),
+            groups=groups,
+        )
     geometry = conv2d_geometry(node, positive)
     (top, bottom, left, right), _ = peel_padding(parent(node))
     own = geometry.padding
@@ -248,7 +281,7 @@ def _geometry(node: fx.Node, kind: str, positive: Tensor) -> Conv2dGeometry:
 
 
 def _whole_map(
-    graph_module: fx.GraphModule, node: fx.Node, operand: Operand, split: BinaryWeight
+    node: fx.Node, split: BinaryWeight, operands: Operands
 ) -> tuple[Operand, BinaryWeight] | None:
     """Turn a linear layer on a flattened [N, C, H, W] map into a convolution over the whole map."""
     flat = parent(node)
@@ -258,66 +291,7 @@ def _whole_map(
     sizes = shape(inner)
     if len(sizes) != 4 or len(shape(flat)) != 2 or math.prod(sizes[1:]) != split.positive.shape[1]:
         return None
-    value = binary_value(graph_module, inner, 1)
+    value = operands.find(inner, 1)
     if isinstance(value, str):
         return None
     return value, split.reshaped((-1, *(int(size) for size in sizes[1:])))
-
-
-def _other_terms(
-    graph_module: fx.GraphModule,
-    node: fx.Node,
-    bits: fx.Node,
-    conv: BinaryConv,
-    rule: StepRule,
-    split: BinaryWeight,
-    result: fx.Node,
-) -> fx.Node:
-    """Add the contribution of two-term weights and activations other than +-s; see the module."""
-    graph, geometry = graph_module.graph, conv.geometry
-    middle = (rule.high + rule.low) / 2
-    if split.second is not None:
-        second = replace(
-            conv,
-            layer=f"{conv.layer}.second",
-            positive=split.second.positive,
-            epilogue=Epilogue(
-                multiplier=split.second.scale * (rule.high - rule.low) / 2,
-                bias=torch.zeros_like(conv.epilogue.bias),
-            ),
-        )
-        extra = _emit(graph_module, node, bits, second)
-        result = _sum(graph, node, result, extra)
-    if middle:
-        sums = _weight_sums(graph_module, node, geometry, split) * middle
-        if bool((sums == sums[..., :1, :1]).all()):
-            bias = conv.epilogue.bias + sums[0, :, 0, 0]
-            conv.epilogue = replace(conv.epilogue, bias=bias)
-        else:
-            held = constant_node(graph_module, node, sums.float())
-            result = _sum(graph, node, result, held)
-    return result
-
-
-def _sum(graph: fx.Graph, before: fx.Node, a: fx.Node, b: fx.Node) -> fx.Node:
-    with graph.inserting_before(before):
-        node = graph.call_function(aten.add.Tensor, (a, b))
-    node.meta = {"val": a.meta["val"]}
-    return node
-
-
-def _weight_sums(
-    graph_module: fx.GraphModule, node: fx.Node, geometry: Conv2dGeometry, split: BinaryWeight
-) -> Tensor:
-    """Return the sum of weights over the valid taps of each position, float64 [1, O, OH, OW]."""
-    x = parent(node)
-    if is_call(node, aten.conv2d.default):
-        height, width = (int(size) for size in shape(peel_padding(x)[1])[2:])
-    else:
-        height, width = geometry.kernel_size
-    weight = split.weight()
-    top, bottom, left, right = geometry.padding
-    ones = F.pad(
-        torch.ones(1, geometry.in_channels, height, width).double(), (left, right, top, bottom)
-    )
-    return F.conv2d(ones, weight, None, geometry.stride, 0, geometry.dilation, geometry.groups)

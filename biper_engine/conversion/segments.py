@@ -22,10 +22,11 @@ from biper_engine.conversion.product_check import expected_sums
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import FLOAT_TOLERANCE, ROUNDING, SegmentReport
 from biper_engine.errors import ConversionError
+from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.reading import is_call, parent
 from biper_engine.ops.epilogue import Epilogue
 from biper_engine.ops.matrix_operators import matrix_shape
-from biper_engine.ops.reference import apply_epilogue
+from biper_engine.ops.reference import ReferenceBackend, apply_epilogue, sums_of
 from biper_engine.ops.registration import split_options
 
 __all__ = ["EndToEnd", "NanInputError", "Segments"]
@@ -47,9 +48,9 @@ class NanInputError(ConversionError):
         )
 
 
-def _as_map(value: Tensor) -> Tensor:
+def _as_map(value: Tensor, conv: BinaryConv) -> Tensor:
     """Return [N, C, H, W]; features in the last dimension become channels of 1x1 maps."""
-    return value if value.dim() == 4 else value.reshape(-1, value.shape[-1], 1, 1)
+    return value.reshape(-1, value.shape[-1], 1, 1) if conv.rows else value
 
 
 def _row(segments: dict[str, SegmentReport], n: fx.Node) -> SegmentReport:
@@ -220,7 +221,7 @@ class Segments(fx.Interpreter):
         if not torch.equal(bits, wanted_bits):
             unequal = _unpacked(bits ^ wanted_bits, truth.shape[1])
             unequal = unequal if affected is None else unequal & ~affected
-            v = apply_epilogue(dot, epilogue, residual)
+            v = apply_epilogue(dot, epilogue, residual, _sums(args[0], args[1], geometry))
             close = (v - at).abs() <= bound
             segment.flips += int((unequal & close).sum())
             segment.bits_wrong += int((unequal & ~close).sum())
@@ -254,7 +255,7 @@ class Segments(fx.Interpreter):
 
     def _accumulators(self, conv: BinaryConv, dot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the model's accumulators, zeros counted as +1, and what zeros reach."""
-        value = _as_map(self._truth.values[conv.value].float())
+        value = _as_map(self._truth.values[conv.value].float(), conv)
         middle = (conv.rule.high + conv.rule.low) / 2
         level = (conv.rule.high - conv.rule.low) / 2
         zero = torch.zeros_like(value, dtype=torch.bool)
@@ -262,8 +263,9 @@ class Segments(fx.Interpreter):
             zero = (value - middle).abs() < 0.5 * level
         if conv.rule.tie and conv.source is not None:
             threshold = conv.rule.threshold.view(1, -1, 1, 1).to(value.device)
-            zero = zero | (_as_map(self._truth.values[conv.source]) == threshold)
-        unit = torch.where(zero | (value >= middle), 1.0, -1.0)
+            zero = zero | (_as_map(self._truth.values[conv.source], conv) == threshold)
+        high = value >= middle if level > 0 else value <= middle
+        unit = torch.where(zero | high, 1.0, -1.0)
         geometry = conv.geometry
         top, bottom, left, right = geometry.padding
         shared = (None, geometry.stride, 0, geometry.dilation, geometry.groups)
@@ -278,7 +280,7 @@ class Segments(fx.Interpreter):
 
 def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
     """Return how much rounding may change the value before a sign; see `verify`."""
-    per_channel = epilogue.multiplier.abs() * conv.geometry.reduction + epilogue.bias.abs()
+    per_channel = epilogue.magnitude(conv.geometry.reduction)
     factor = epilogue.largest_factor()
     per_channel = per_channel * factor
     for term in (epilogue.threshold, epilogue.shift):
@@ -290,6 +292,12 @@ def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Ten
     magnitude = residual.float().abs() * factor.view(1, -1, 1, 1)
     exact = _STEPS * ROUNDING[torch.float32] * (bound + magnitude)
     return exact + _half_rounding(residual) * magnitude
+
+
+def _sums(bits: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> dict[str, Tensor]:
+    reference = ReferenceBackend()
+    signs = reference.unbinarize(bits, geometry.in_channels, torch.float32)
+    return sums_of(signs, reference.prepack(weight, geometry), geometry)
 
 
 def _half_rounding(x: Tensor) -> float:

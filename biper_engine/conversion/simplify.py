@@ -7,7 +7,6 @@ trick, becomes `a`.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from biper_engine.conversion.chains import shorten_chains
 from biper_engine.conversion.gathers import index_written_maps
+from biper_engine.conversion.layers import as_layers
 from biper_engine.conversion.memory import fill_empty_memory, fix_layouts, is_read_as_memory
 from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
-from biper_engine.graph.patterns import clamp_limits, pair
+from biper_engine.graph.patterns import clamp_limits
 from biper_engine.graph.reading import arguments, constant, is_call, parent, same_shape, shape
 
 __all__ = ["simplify"]
@@ -56,8 +57,10 @@ def simplify(graph_module: fx.GraphModule) -> None:
         _single_results,
         _masked_writes,
         index_written_maps,
-        _layers,
         _reshapes,
+        shorten_chains,
+        as_layers,
+        shorten_chains,
         _share_equal_calls,
         _undo_straight_through,
         _pads_behind,
@@ -139,38 +142,6 @@ def _masked_writes(graph_module: fx.GraphModule) -> None:
             substitute(node, new)
 
 
-def _layers(graph_module: fx.GraphModule) -> None:
-    """Convolutions become conv2d, products with a constant matrix become linear."""
-    for node in _calls(graph_module):
-        if is_call(node, aten.convolution.default):
-            named = arguments(node)
-            if named["transposed"] or len(shape(named["weight"])) != 4:
-                continue
-            sizes = [list(pair(named[name])) for name in ("stride", "padding", "dilation")]
-            args = (named["input"], named["weight"], named["bias"], *sizes, named["groups"])
-            new = call(graph_module.graph, node, aten.conv2d.default, *args, like=node)
-            substitute(node, new)
-        elif is_call(node, aten.addmm.default, aten.mm.default):
-            _linear(graph_module, node)
-        elif is_call(node, aten.bmm.default):
-            _batched_linear(graph_module, node)
-
-
-def _linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    named = arguments(node)
-    x = named.get("mat1", named.get("self"))
-    bias = named["self"] if "mat1" in named else None
-    weight = constant(graph_module, named["mat2"])
-    if weight is None or any(named.get(name, 1) != 1 for name in ("alpha", "beta")):
-        return
-    if bias is not None and (constant(graph_module, bias) is None or len(shape(bias)) != 1):
-        return
-    transposed = constant_node(graph_module, node, weight.t().contiguous())
-    substitute(
-        node, call(graph_module.graph, node, aten.linear.default, x, transposed, bias, like=node)
-    )
-
-
 def _reshapes(graph_module: fx.GraphModule) -> None:
     """Every view becomes a reshape with -1 in the one dimension that depends on the batch."""
     spellings = (
@@ -201,22 +172,6 @@ def _reshapes(graph_module: fx.GraphModule) -> None:
         elif _keeps_batch(source, node):
             args = (source, sizes)
             substitute(node, call(graph_module.graph, node, aten.expand.default, *args, like=node))
-
-
-def _batched_linear(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """`x @ w` of a non-contiguous 3-d x is captured as a product with w repeated per sample."""
-    matrix = parent(node, 1)
-    wanted = shape(matrix)[1:]
-    while is_call(matrix, aten.expand.default, aten.view.default, aten._unsafe_view.default):
-        matrix = parent(matrix)
-    weight = constant(graph_module, matrix)
-    if weight is None or tuple(weight.shape[-2:]) != wanted or weight.numel() != math.prod(wanted):
-        return
-    transposed = constant_node(graph_module, node, weight.reshape(wanted).t().contiguous())
-    layer = call(
-        graph_module.graph, node, aten.linear.default, parent(node), transposed, None, like=node
-    )
-    substitute(node, layer)
 
 
 def _transposes(graph_module: fx.GraphModule) -> None:

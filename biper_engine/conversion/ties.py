@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from biper_engine.conversion.ir import BinaryConv, StepRule
+from biper_engine.ops.epilogue import SUMS
 
 __all__ = ["tied_channels"]
 
@@ -20,11 +21,14 @@ def tied_channels(conv: BinaryConv, rule: StepRule) -> int:
     """Return the number of output channels with an accumulator exactly on the next threshold.
 
     Channels whose scale is a power of two do not count, since their float32 sums are exact, too.
+    Neither do convolutions with other sums than the accumulator's.
 
     Args:
         conv: a convolution without residual, with its fused epilogue.
         rule: the step that follows it.
     """
+    if conv.epilogue.steps().intersection(SUMS):
+        return 0
     dot = conv.epilogue.accumulator_at(rule.threshold.double())
     nearest = dot.round()
     geometry = conv.geometry

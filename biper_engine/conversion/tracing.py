@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from biper_engine.conversion import written_out
 from biper_engine.conversion.trace_log import TraceLog, random_reason
 
 __all__ = ["WEIGHTED_OPS", "FoldConstants", "WatchPython", "watch_generators"]
@@ -145,6 +146,8 @@ class FoldConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is aten.index.Tensor:
                 args = (args[0], _as_positions(args[1]))
             args, kwargs = pytree.tree_map_only(Tensor, self._snapshot, (args, kwargs))
+        if func in written_out.OPERATORS:
+            return written_out.OPERATORS[func](*args, **kwargs)
         if func is aten.rrelu_with_noise.default:
             func, args, kwargs = aten.leaky_relu.default, _of_rrelu(*args, **kwargs), {}
         if func.overloadpacket in WEIGHTED_OPS:
@@ -246,6 +249,8 @@ class WatchPython(TorchFunctionMode):
             self._log.refuse(leaving(_LEAVING[func], self._log.place))
         if func in _COPYING and any(isinstance(x, FakeTensor) for x in _inside(args)):
             self._log.refuse(leaving(f"torch.{func.__name__}()", self._log.place))
+        if func in written_out.FUNCTIONS and any(isinstance(x, FakeTensor) for x in args):
+            return written_out.FUNCTIONS[func](*args, **kwargs)
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             return args[0].clone()
         return func(*args, **kwargs)

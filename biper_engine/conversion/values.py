@@ -9,37 +9,39 @@ an integer or a bool, the cone is evaluated on values of that type, since intege
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from biper_engine.conversion.cones import (
+    EXTREME,
+    Cone,
+    NotElementwiseError,
+    from_key,
+    probes_of,
+    to_key,
+)
 from biper_engine.conversion.ir import StepRule
-from biper_engine.conversion.ranges import created_number, nonnegative
-from biper_engine.graph.operator import Numbers
-from biper_engine.graph.operators import numbers_of
+from biper_engine.conversion.ranges import nonnegative
 from biper_engine.graph.patterns import clamp_limits
 from biper_engine.graph.reading import (
     arguments,
-    constant,
-    evaluate,
     is_call,
     parent,
     same_shape,
     shape,
 )
 
-__all__ = ["Step", "describe", "find_step", "is_float"]
+__all__ = ["Steps", "describe", "find_steps", "is_float"]
 
 aten = torch.ops.aten
 
-MAX_CONE = 64
-EXTREME = 1e30
+MOST_STEPS = 3
 NEGLIGIBLE = 2.0**-60
-_RESTS = "is a sign whose argument is often exactly 0, so it takes three values, -1, 0 and +1"
 
-_CREATED = (aten.full.default, aten.scalar_tensor.default, aten.ones.default, aten.zeros.default)
 _PASS_THROUGH = (
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
@@ -57,19 +59,24 @@ _MOVES = (
 
 
 @dataclass(frozen=True)
-class Step:
-    """A binary value: its float source and the rule from source to bit."""
+class Steps:
+    """A value of few levels: its float source, and a rule for each step.
+
+    The value is `offset` plus, for every rule, half of `high - low` times +-1.
+    """
 
     source: fx.Node
-    rule: StepRule
+    rules: tuple[StepRule, ...]
+    offset: float
+
+    @classmethod
+    def of_one(cls, source: fx.Node, rule: StepRule) -> Steps:
+        """Return a binary value, of two levels."""
+        return cls(source, (rule,), (rule.low + rule.high) / 2)
 
 
-class _NotElementwise(Exception):
-    pass
-
-
-def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | str:
-    """Find the step of a value.
+def find_steps(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Steps | str:
+    """Find the steps of a value: one if it can be had, else at most `MOST_STEPS`.
 
     Args:
         graph_module: the graph, simplified.
@@ -78,31 +85,32 @@ def find_step(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Step | 
             function of one number per channel.
 
     Returns:
-        The step, or the reason why the value is not binary, as a clause after "its input".
+        The steps, or the reason why the value has no few levels, as a clause after "its input".
     """
     reason, fallback = f"is {describe(node)}", None
+    several: Steps | None = None
     if axis % len(shape(node)) == 0:
         return reason  # the dimension along which a cone is evaluated, and of the batch
     if not isinstance(shape(node)[axis], int):
         return reason  # reading its size would fix it
-    cone = _Cone(graph_module, node, axis)
+    cone = Cone(graph_module, node, axis)
     while cone.grow():
         if cone.source is None:
             continue
         if cone.source.meta["val"].dtype == torch.float64:
             continue  # float32 can hold neither its step nor its values
         found = _rule(cone)
-        if isinstance(found, str) and reason != _RESTS:
+        if isinstance(found, str):
             reason = found
-        if not isinstance(found, StepRule) or not same_shape(cone.source, node):
+        if not same_shape(cone.source, node):
             continue  # a threshold may widen its input
-        if not is_float(cone.source):
-            fallback = Step(cone.source, found)
-        elif found.tie and _takes_third_value(cone, found):
-            reason = _RESTS
-        else:
-            return Step(cone.source, found)
-    return fallback or reason
+        if isinstance(found, StepRule) and not is_float(cone.source):
+            fallback = Steps.of_one(cone.source, found)
+        elif isinstance(found, StepRule) and not (found.tie and _takes_third_value(cone, found)):
+            return Steps.of_one(cone.source, found)
+        elif several is None:
+            several = _several(cone)
+    return fallback or several or reason
 
 
 def is_float(node: fx.Node) -> bool:
@@ -110,7 +118,7 @@ def is_float(node: fx.Node) -> bool:
     return bool(node.meta["val"].dtype.is_floating_point)
 
 
-def _rule(cone: _Cone) -> StepRule | str | None:
+def _rule(cone: Cone) -> StepRule | str | None:
     """Return the rule of a cone with a single source; see `_analyse`."""
     assert cone.source is not None
     if not is_float(cone.source):
@@ -123,9 +131,9 @@ def _rule(cone: _Cone) -> StepRule | str | None:
     return found
 
 
-def _takes_third_value(cone: _Cone, rule: StepRule) -> bool:
+def _takes_third_value(cone: Cone, rule: StepRule) -> bool:
     """Whether the value at the step is frequent: the argument rests there, or is an integer."""
-    larger: _Cone | None = cone
+    larger: Cone | None = cone
     while larger is not None:
         assert larger.source is not None
         if not is_float(larger.source):
@@ -149,104 +157,9 @@ def describe(node: fx.Node) -> str:
     return names.get(name, f"a float map made by {name}")
 
 
-class _Cone:
-    """The elementwise operators between a value and its sources."""
-
-    def __init__(self, graph_module: fx.GraphModule, top: fx.Node, axis: int) -> None:
-        self._graph_module = graph_module
-        self._order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-        self.top = top
-        self.axis = axis
-        self.rank = len(shape(top))
-        self.channels = int(shape(top)[axis])
-        self.floor: float | None = None  # the least value of the source, if it is known
-        self.members: list[fx.Node] = []
-        self._frontier: list[fx.Node] = [top]
-
-    @property
-    def source(self) -> fx.Node | None:
-        """The single input of the cone, or None if it has several."""
-        return self._frontier[0] if len(self._frontier) == 1 else None
-
-    def grow(self) -> bool:
-        """Add the last operator of the frontier to the cone, if possible."""
-        latest = max(self._frontier, key=self._order.__getitem__, default=None)
-        if latest is None or len(self.members) >= MAX_CONE:
-            return False
-        if numbers_of(latest) is not Numbers.ELEMENTWISE:
-            return False
-        self._frontier.remove(latest)
-        self.members.append(latest)
-        for operand in latest.all_input_nodes:
-            if self._is_constant(operand) or operand in self._frontier or operand in self.members:
-                continue
-            self._frontier.append(operand)
-        return bool(self._frontier)
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        return (
-            constant(self._graph_module, node) is not None
-            or is_call(node, *_CREATED)
-            or _is_size(node)
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate on probes [P, C]; return [P, C] float64."""
-        assert self.source is not None
-        layout = [x.shape[0]] + [1] * (self.rank - 1)
-        layout[self.axis] = self.channels
-        if self.floor is not None:
-            x = x.clamp(min=self.floor)
-        values = {self.source: x.to(self.source.meta["val"].dtype).reshape(layout)}
-        for node in sorted(self.members, key=self._order.__getitem__):
-            for operand in node.all_input_nodes:
-                if operand not in values:
-                    values[operand] = self._constant(operand)
-            try:
-                values[node] = evaluate(node, values)
-            except (RuntimeError, TypeError, ValueError) as cause:
-                raise _NotElementwise from cause
-        result = values[self.top]
-        if list(result.shape) != layout:
-            raise _NotElementwise
-        return result.reshape(x.shape).double()
-
-    def _constant(self, node: fx.Node) -> Tensor:
-        held = constant(self._graph_module, node)
-        if held is not None:
-            return held
-        if is_call(node, aten.scalar_tensor.default):
-            return evaluate(node, {})
-        number = created_number(node)
-        if number is None:
-            raise _NotElementwise
-        return torch.tensor(number, dtype=node.meta["val"].dtype)
-
-    def extended(self) -> _Cone | None:
-        """Return a larger cone that again has a single source, or None."""
-        larger = _Cone(self._graph_module, self.top, self.axis)
-        larger.members, larger._frontier = list(self.members), list(self._frontier)
-        while larger.grow():
-            if larger.source is not None:
-                return larger
-        return None
-
-
-def _is_size(node: fx.Node) -> bool:
-    return is_call(node, aten.sym_size.int)
-
-
-def _probes(channels: int) -> Tensor:
-    powers = torch.exp2(torch.arange(-148, 99, 3, dtype=torch.float64)).float()
-    grid = torch.linspace(-8, 8, 257)
-    positive = torch.cat([powers, torch.tensor([EXTREME])])
-    column = torch.cat([-positive, torch.tensor([-0.0, 0.0]), positive, grid]).sort().values
-    return column[:, None].expand(-1, channels)
-
-
-def _analyse(cone: _Cone) -> StepRule | str | None:
+def _analyse(cone: Cone | _Above) -> StepRule | str | None:
     """Return the rule, a reason against it, or None if the cone cannot be evaluated."""
-    probes = _probes(cone.channels)
+    probes = probes_of(cone.channels)
     try:
         values = cone(probes)
         levels = torch.unique(values)  # type: ignore[no-untyped-call, unused-ignore]
@@ -256,7 +169,7 @@ def _analyse(cone: _Cone) -> StepRule | str | None:
             return "is constant"
         low, high = float(levels[0]), float(levels[-1])
         last_start, first_end = _bracket(cone)
-    except _NotElementwise:
+    except NotElementwiseError:
         return None
     ends = cone(torch.full((1, cone.channels), EXTREME))[0]
     starts = cone(torch.full((1, cone.channels), -EXTREME))[0]
@@ -277,7 +190,68 @@ def _analyse(cone: _Cone) -> StepRule | str | None:
     return near if len(levels) == 2 and steps == 1 else _reason_against(levels)
 
 
-def _analyse_integers(cone: _Cone) -> StepRule | str | None:
+class _Above:
+    """Whether a cone's value is above a cut, as a cone of two levels."""
+
+    def __init__(self, cone: Cone, low: float, high: float) -> None:
+        self._cone = cone
+        self._levels = low, high
+        self.channels = cone.channels
+        self.source = cone.source
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low, high = self._levels
+        return torch.where(self._cone(x) > (low + high) / 2, high, low).double()
+
+
+def _several(cone: Cone) -> Steps | None:
+    """Return the steps of a cone with few levels that never turns; None if it has others.
+
+    A sign whose argument is often exactly 0 is one: it takes -1, 0 and 1.
+    """
+    assert cone.source is not None
+    dtype = cone.source.meta["val"].dtype
+    if dtype.is_complex:
+        return None
+    floats = dtype.is_floating_point
+    probes = probes_of(cone.channels) if floats else _integer_probes(dtype)[:, None]
+    try:
+        levels = torch.unique(cone(probes.expand(-1, cone.channels)))  # type: ignore[no-untyped-call, unused-ignore]
+        if levels.isnan().any() or not 2 < len(levels) <= MOST_STEPS + 1:
+            return None
+        rules = []
+        for low, high in itertools.pairwise(levels.tolist()):
+            above = _Above(cone, low, high)
+            rule = _analyse(above) if floats else _analyse_integers(above)
+            if not isinstance(rule, StepRule) or rule.tie:
+                return None
+            near = _near(rule) if floats else _near_integers(rule, dtype)
+            exact = _without_subnormals(above, rule) if floats else rule
+            if exact is None or not bool(torch.isin(cone(near), levels).all()):
+                return None
+            rules.append(exact)
+    except NotElementwiseError:
+        return None
+    return Steps(cone.source, tuple(rules), float(levels[0] + levels[-1]) / 2)
+
+
+def _without_subnormals(cone: _Above, rule: StepRule) -> StepRule | None:
+    """Write `x >= 1e-45` as not `x <= 0`: a processor may be set to read subnormal numbers as 0."""
+    if not bool(_subnormal(rule.threshold).any()):
+        return rule
+    threshold = from_key(to_key(rule.threshold) + torch.where(rule.sense, 1, -1)) + 0.0
+    threshold = torch.where(rule.threshold.isinf(), rule.threshold, threshold)
+    other = StepRule(threshold, ~rule.sense, rule.high, rule.low, rule.tie)
+    probes = torch.cat([probes_of(cone.channels), _near(other)])
+    exact = _holds(cone, other, probes, cone(probes)) and not bool(_subnormal(threshold).any())
+    return other if exact else None
+
+
+def _subnormal(values: Tensor) -> Tensor:
+    return (values.abs() < torch.finfo(torch.float32).tiny) & (values != 0)
+
+
+def _analyse_integers(cone: Cone | _Above) -> StepRule | str | None:
     """Return the rule of a cone whose source holds integers or bools; see `_analyse`."""
     assert cone.source is not None
     dtype = cone.source.meta["val"].dtype
@@ -297,7 +271,7 @@ def _analyse_integers(cone: _Cone) -> StepRule | str | None:
         if int(changes.sum(0).max()) > 1:
             return _reason_against(levels)
         last, first = _integer_bracket(cone, probes, changes)
-    except _NotElementwise:
+    except NotElementwiseError:
         return None
     if int(torch.maximum(last.abs(), first.abs()).max()) > 1 << 24:
         return "steps at an integer that float32 cannot hold"
@@ -313,7 +287,7 @@ def _integer_probes(dtype: torch.dtype) -> Tensor:
     """Return int64 values in order: all of a small type (16 bits or less), else likely steps."""
     if dtype == torch.bool:
         return torch.tensor([0, 1])
-    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    least, most = _limits(dtype)
     if most < 1 << 16:
         return torch.arange(least, most + 1)
     powers = [1 << exponent for exponent in range(10, most.bit_length())]
@@ -321,7 +295,7 @@ def _integer_probes(dtype: torch.dtype) -> Tensor:
     return torch.tensor(sorted({least, most, *far, *range(-1030, 1031)}))
 
 
-def _integer_bracket(cone: _Cone, probes: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
+def _integer_bracket(cone: Cone | _Above, probes: Tensor, changes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the last integer of the first level and the first of the other, per channel."""
     index = changes.int().argmax(0)
     where = torch.where(changes.any(0), index, 0)
@@ -335,7 +309,7 @@ def _integer_bracket(cone: _Cone, probes: Tensor, changes: Tensor) -> tuple[Tens
     return last, first
 
 
-def _tells_zeros_apart(cone: _Cone) -> bool:
+def _tells_zeros_apart(cone: Cone | _Above) -> bool:
     """Whether -0.0 and 0.0 give different values, as in `copysign`."""
     zeros = torch.tensor([-0.0, 0.0])[:, None].expand(-1, cone.channels)
     below, above = cone(zeros)
@@ -347,10 +321,9 @@ def _reason_against(levels: Tensor) -> str:
     return f"takes the values {listed} with more than one step"
 
 
-def _holds(cone: _Cone, rule: StepRule, probes: Tensor, values: Tensor) -> bool:
+def _holds(cone: Cone | _Above, rule: StepRule, probes: Tensor, values: Tensor) -> bool:
     """Check the rule on all probes and close to the step; a third value only at the step itself."""
-    keys = _to_key(rule.threshold.nan_to_num(posinf=EXTREME, neginf=-EXTREME))
-    near = torch.stack([_from_key(keys + offset) for offset in (-1000, -2, -1, 0, 1, 2, 1000)])
+    near = _near(rule)
     for x, y in ((probes, values), (near, cone(near))):
         bit = torch.where(rule.sense, x <= rule.threshold, x >= rule.threshold)
         expected = torch.where(bit, rule.high, rule.low).double()
@@ -365,47 +338,52 @@ def _holds(cone: _Cone, rule: StepRule, probes: Tensor, values: Tensor) -> bool:
     return True
 
 
-def _bracket(cone: _Cone) -> tuple[Tensor, Tensor]:
+def _near(rule: StepRule) -> Tensor:
+    """Return floats around the step, [P, C]."""
+    keys = to_key(rule.threshold.nan_to_num(posinf=EXTREME, neginf=-EXTREME))
+    return torch.stack([from_key(keys + offset) for offset in (-1000, -2, -1, 0, 1, 2, 1000)])
+
+
+def _near_integers(rule: StepRule, dtype: torch.dtype) -> Tensor:
+    steps = torch.where(rule.threshold.isinf(), 0, rule.threshold).long()
+    near = torch.stack([steps + offset for offset in (-2, -1, 0, 1, 2)])
+    return near.clamp(0, 1) if dtype == torch.bool else near.clamp(*_limits(dtype))
+
+
+def _limits(dtype: torch.dtype) -> tuple[int, int]:
+    return torch.iinfo(dtype).min, torch.iinfo(dtype).max
+
+
+def _bracket(cone: Cone | _Above) -> tuple[Tensor, Tensor]:
     """Return the last float of the first level and the first float of the last, per channel."""
     start = cone(torch.full((1, cone.channels), -EXTREME))
     end = cone(torch.full((1, cone.channels), EXTREME))
     last = _bisect(cone.channels, lambda x: cone(x) != start)
     first = _bisect(cone.channels, lambda x: cone(x) == end)
-    return _from_key(last - 1), _from_key(first)
+    return from_key(last - 1), from_key(first)
 
 
 def _bisect(channels: int, after: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the key of the first float for which `after` is true, per channel."""
-    low = _to_key(torch.full((channels,), -EXTREME))
-    high = _to_key(torch.full((channels,), EXTREME))
+    low = to_key(torch.full((channels,), -EXTREME))
+    high = to_key(torch.full((channels,), EXTREME))
     for _ in range(33):
         middle = (low + high) // 2
-        holds = after(_from_key(middle)[None])[0]
+        holds = after(from_key(middle)[None])[0]
         high = torch.where(holds, middle, high)
         low = torch.where(holds, low, middle)
     return high
 
 
-def _to_key(values: Tensor) -> Tensor:
-    """Map float32 to int64 in numeric order; -0.0 is -1 and 0.0 is 0."""
-    raw = values.float().contiguous().view(torch.int32).long()
-    return torch.where(raw < 0, -(raw & 0x7FFFFFFF) - 1, raw)
-
-
-def _from_key(keys: Tensor) -> Tensor:
-    raw = torch.where(keys < 0, (-(keys + 1)) - (1 << 31), keys)
-    return raw.to(torch.int32).view(torch.float32)
-
-
 def _next(values: Tensor) -> Tensor:
-    return _from_key(_to_key(values) + 1)
+    return from_key(to_key(values) + 1)
 
 
-def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
+def _rests_on_step(cone: Cone, rule: StepRule) -> bool:
     """Whether the source is exactly at the step on a whole interval, as after a ReLU."""
-    larger: _Cone | None = cone
+    larger: Cone | None = cone
     while larger is not None:
-        probes = _probes(larger.channels)
+        probes = probes_of(larger.channels)
         third = _third_values(larger, rule, probes)
         if third is None:
             return False
@@ -420,11 +398,11 @@ def _rests_on_step(cone: _Cone, rule: StepRule) -> bool:
     return bool(at_zero.any()) and _rests_at_zero(largest.source)
 
 
-def _third_values(cone: _Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
+def _third_values(cone: Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
     """Return where a cone takes neither level; None if it cannot be evaluated."""
     try:
         values = cone(probes)
-    except _NotElementwise:
+    except NotElementwiseError:
         return None
     return (values != rule.low) & (values != rule.high)
 

@@ -161,7 +161,7 @@ def _operators(graph_module: fx.GraphModule) -> list[tuple[str, Any]]:
         positions[node] = f"%{index}"
         values: dict[str, Any] = {str(place): value for place, value in enumerate(node.args)}
         if node.op == "call_function" and isinstance(node.target, OpOverload):
-            values = arguments(node)
+            values = {name: value for name, value in arguments(node).items() if name != "device"}
         values = {name: _plain(value, positions) for name, value in values.items()}
         listed.append(
             (node.op if node.op in ("placeholder", "output") else str(node.target), values)

@@ -23,6 +23,13 @@ class WeightTerm:
     positive: Tensor
     scale: Tensor
 
+    @property
+    def same(self) -> Tensor | None:
+        """The value of a channel's weights, [O], if all weights have one sign, else None."""
+        if bool(self.positive.all()):
+            return self.scale
+        return None if bool(self.positive.any()) else -self.scale
+
     def weight(self) -> Tensor:
         """Return the part in float64."""
         signs = torch.where(self.positive, 1.0, -1.0).double()
@@ -51,13 +58,25 @@ class BinaryWeight:
 
     @property
     def terms(self) -> int:
-        """Number of terms, each a binary convolution."""
-        return 1 if self.second is None else 2
+        """Number of binary convolutions; a term with one sign needs none beside another."""
+        return max(1, sum(term.same is None for term in self.all_terms()))
+
+    def all_terms(self) -> list[WeightTerm]:
+        """Return the terms, the first one first."""
+        first = WeightTerm(self.positive, self.scale)
+        return [first] if self.second is None else [first, self.second]
 
     def weight(self) -> Tensor:
         """Return the weight in float64."""
-        first = WeightTerm(self.positive, self.scale).weight()
-        return first if self.second is None else first + self.second.weight()
+        return sum((term.weight() for term in self.all_terms()[1:]), self.all_terms()[0].weight())
+
+    def part(self, rows: Sequence[int], columns: Sequence[int]) -> BinaryWeight:
+        """Return the weight of some taps of [O, C, KH, KW], in their order."""
+        taps = (slice(None), slice(None), torch.tensor(rows)[:, None], torch.tensor(columns))
+        second = self.second
+        if second is not None:
+            second = replace(second, positive=second.positive[taps])
+        return replace(self, positive=self.positive[taps], second=second)
 
     def reshaped(self, shape: Sequence[int]) -> BinaryWeight:
         """Return the same weight in another shape, output channels first."""

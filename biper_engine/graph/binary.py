@@ -20,7 +20,7 @@ from biper_engine.graph.operator import Operator, Result, Rule
 from biper_engine.graph.patterns import pair
 from biper_engine.graph.sizes import MisfitError, Size
 from biper_engine.graph.values import Value, require, require_dtype
-from biper_engine.ops.epilogue import NUMBERS, STEPS, VECTORS
+from biper_engine.ops.epilogue import NUMBERS, STEPS, SUMS, VECTORS
 
 __all__ = [
     "OPERATORS",
@@ -161,6 +161,7 @@ def _epilogue_sizes(
         padding=pair(named["pool_padding"]),
     )
     if not pool.is_identity:
+        require(all(named[name] is None for name in SUMS), "sums of windows exclude a pool")
         height, width = pool.output_size(height, width)
     shape = (batch, channels, height, width)
     residual = named["residual"]

@@ -12,8 +12,9 @@ __all__ = ["call", "constant_node", "repeat_call", "substitute"]
 
 def constant_node(graph_module: fx.GraphModule, before: fx.Node, tensor: Tensor) -> fx.Node:
     """Insert a get_attr node that holds `tensor` before a node."""
-    index = sum(name.startswith("_folded") for name, _ in graph_module.named_buffers())
-    name = f"_folded{index}"
+    # Also a tensor that has two names takes up both of them.
+    held = graph_module.named_buffers(remove_duplicate=False)
+    name = f"_folded{sum(name.startswith('_folded') for name, _ in held)}"
     graph_module.register_buffer(name, tensor)
     with graph_module.graph.inserting_before(before):
         node = graph_module.graph.get_attr(name)

@@ -1,4 +1,4 @@
-"""The memory of a converted network's tensors: shared results, and the layout of weights."""
+"""The memory of a converted network's tensors: shared results, layouts, and the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch._ops import OpOverload
 
 from biper_engine.graph.reading import arguments, constant, output_values
 
-__all__ = ["align_weights", "isolate_outputs"]
+__all__ = ["align_weights", "create_on", "isolate_outputs"]
 
 
 def _aliased(node: fx.Node) -> fx.Node | None:
@@ -59,3 +59,23 @@ def align_weights(module: fx.GraphModule) -> None:
         tensor = constant(module, weight)
         if tensor is not None and tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+def create_on(module: fx.GraphModule, device: torch.device | None) -> None:
+    """Let operators that make tensors from sizes make them on a device, in place; None: the CPU."""
+    wanted = device or torch.device("cpu")
+    changed = False
+    for node in module.graph.nodes:
+        if _creates(node) and (node.kwargs.get("device") or torch.device("cpu")) != wanted:
+            node.kwargs = {**node.kwargs, "device": wanted}
+            changed = True
+    if changed:
+        module.recompile()
+
+
+def _creates(node: fx.Node) -> bool:
+    """Whether a node calls an operator that takes a device, and no tensor whose device it uses."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    types = {argument.name: str(argument.type) for argument in node.target._schema.arguments}
+    return "device" in types and not any("Tensor" in kind for kind in types.values())

@@ -395,6 +395,12 @@ _MOVED = [
     _operator(
         "repeat", _aten.repeat.default, {"self": TENSOR, "repeats": SHAPE}, _repeat, _repeat_rows
     ),
+    _operator(
+        "unfold",
+        _aten.unfold.default,
+        {"self": TENSOR, "dimension": DIM, "size": COUNT, "step": COUNT},
+        _unfold,
+    ),
 ]
 
 _SPLIT = [
@@ -434,12 +440,6 @@ OPERATORS: list[Operator] = [
         {"self": TENSOR, "split_size": PART, "dim": DIM},
         _split,
         rows.over_dims,
-    ),
-    _operator(
-        "unfold",
-        _aten.unfold.default,
-        {"self": TENSOR, "dimension": DIM, "size": COUNT, "step": COUNT},
-        _unfold,
     ),
     _operator(
         "slice_scatter",

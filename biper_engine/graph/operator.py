@@ -29,7 +29,7 @@ Rule = Callable[..., Result]
 
 # Arguments that say where a result is made and don't change its values. Files leave them out.
 _ELSEWHERE: dict[str, tuple[Any, ...]] = {
-    "device": (None, torch.device("cpu")),
+    "device": (None,),
     "layout": (None, torch.strided),
     "pin_memory": (None, False),
     "non_blocking": (None, False),
@@ -89,8 +89,9 @@ class Operator:
         return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
     def is_elsewhere(self, argument: str, value: Any) -> bool:
-        """Whether an argument only says where the result is (the CPU); files leave it out."""
-        return value in _ELSEWHERE.get(argument, ())
+        """Whether an argument only says where the result is; files leave it out."""
+        anywhere = argument == "device" and isinstance(value, torch.device)
+        return anywhere or value in _ELSEWHERE.get(argument, ())
 
     def infer(self, given: Mapping[str, Any]) -> Result:
         """Check every argument of a call and return its result.

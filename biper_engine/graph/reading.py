@@ -92,6 +92,8 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether two values have the same shape; symbolic sizes are compared as expressions."""
+    if not all(isinstance(node.meta.get("val"), Tensor) for node in (a, b)):
+        return False  # a size
     return [str(size) for size in shape(a)] == [str(size) for size in shape(b)]
 
 

@@ -14,9 +14,11 @@ from biper_engine.graph.structure import (
     CONSTANT_TYPES,
     Fixed,
     Leaf,
+    count_leaves,
     fixed,
     flatten_structure,
     marked_structure,
+    same_form,
     structure_of,
 )
 
@@ -101,6 +103,8 @@ class Signature:
         args, kwargs = self._as_converted(args, kwargs)
         inputs, spec = flatten_structure((args, kwargs))
         if spec != self.in_spec:
+            if same_form(marked_structure(spec), marked_structure(self.in_spec)):
+                return inputs
             try:  # dicts with the same keys in another order have the same structure
                 leaves = self.in_spec.flatten_up_to(fixed((args, kwargs)))
                 inputs = [leaf.value if isinstance(leaf, Fixed) else leaf for leaf in leaves]
@@ -128,7 +132,7 @@ class Signature:
         return args, kwargs
 
     def _refuse_structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        wanted, got = len(self.inputs), len(pytree.tree_leaves((args, kwargs)))
+        wanted, got = len(self.inputs), count_leaves((args, kwargs))
         form = marked_structure(self.in_spec, lambda index: self.inputs[index].name)
         came = pytree.tree_map(_described, (args, kwargs))
         constants = " Other values are fixed at conversion." if _has_constants(form, self) else ""
@@ -196,7 +200,7 @@ def _described(leaf: Any) -> Any:
 
 
 def _has_constants(form: Any, signature: Signature) -> bool:
-    return len(pytree.tree_leaves(form)) > len(signature.inputs) or bool(signature.defaults)
+    return count_leaves(form) > len(signature.inputs) or bool(signature.defaults)
 
 
 def _may_be_copied(value: Tensor, device: torch.device) -> bool:

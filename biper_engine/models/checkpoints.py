@@ -304,9 +304,9 @@ def _no_match(contents: _Contents, held: Mapping[str, list[Candidate]]) -> Check
     place = f", by {nearest.where}" if nearest.where else ""
     if len(held) > 1:
         return CheckpointError(
-            f"'{contents.path}' fits no known network{said}: {', '.join(held)}. Against "
-            f"{name}{place}: {differences} For a network of your own, pass its code and this file: "
-            f"biper convert module:callable --weights {contents.path}"
+            f"'{contents.path}' fits no known network{said}. For a network of your own, pass its "
+            f"code and this file: biper convert mynet.py:build --weights {contents.path}. The "
+            f"nearest known one is {name}{place}: {differences}"
         )
     return CheckpointError(
         f"'{contents.path}' is not a checkpoint of {name}{said}{place}: {differences}"

@@ -32,11 +32,13 @@ class Candidate:
 
     Attributes:
         where: their name in messages; empty for the file as a whole.
+        keys: entries of the file that lead to them.
         found: how many of the network's names are among them.
         state: the tensors by the network's names; unknown ones by their names in the file.
     """
 
     where: str
+    keys: tuple[str, ...] = ()
     found: int
     state: dict[str, Tensor]
 
@@ -78,10 +80,17 @@ def the_one(path: str, fitting: list[Candidate], names: Collection[str]) -> Cand
         ):
             raise CheckpointError(
                 f"'{path}' holds two networks that fit: {first.where or 'its own entries'}, and "
-                f"{other.where or 'its own entries'}. Save the one that you want separately, with "
-                "torch.save."
+                f"{other.where or 'its own entries'}. Save the one that you want separately: "
+                f"{_saving(path, first if first.keys else other)}."
             )
     return first
+
+
+def _saving(path: str, one: Candidate) -> str:
+    if not one.keys:
+        return "put its entries into a dict of their own, and write that with `torch.save`"
+    entry = "".join(f"[{key!r}]" for key in one.keys)
+    return f"`torch.save(torch.load({path!r}){entry}, 'weights.pt')`"
 
 
 def check_dense(path: str, state: Mapping[str, Tensor]) -> None:
@@ -188,6 +197,7 @@ def _with_prefixes(
         }
         yield Candidate(
             where=_where(place, prefix),
+            keys=place,
             found=counts[prefix],
             state={wanted.get(name, name): value for name, value in inside.items()},
         )

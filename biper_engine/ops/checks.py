@@ -13,7 +13,7 @@ from torch import Tensor
 from biper_engine.bits import WORD_BITS, words
 from biper_engine.errors import GeometryError
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.ops.epilogue import VECTORS, Epilogue
+from biper_engine.ops.epilogue import SUMS, VECTORS, Epilogue
 from biper_engine.ops.stem import MAX_STEM_CHANNELS, Stem
 
 __all__ = [
@@ -118,6 +118,8 @@ def check_epilogue(
     check_per_channel(epilogue.tensors(), out_channels, device)
     if wants_bits and (epilogue.threshold is None or epilogue.sense is None):
         raise ValueError("`threshold` and `sense` must be given to return bits, but one is None.")
+    if not epilogue.pool.is_identity and epilogue.steps().intersection(SUMS):
+        raise ValueError("`window`, `taps` and `valid` exclude a pool; pool the result instead.")
     if epilogue.clamped and epilogue.slope is not None:
         raise ValueError("`slope` and `clamp_min`/`clamp_max` exclude each other.")
 

@@ -2,12 +2,12 @@
 
 A program is built step by step from maps, which stand for the values that flow: float32
 [N, C, H, W] in channels_last memory, or packed [N, H, W, words]. The batch is free, H and W are
-fixed.
+fixed. Steps that do not care about pixels take a map as so many numbers for each image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.native_arguments import dense, native_values
 from biper_engine.ops.readable import readable
 
-__all__ = ["CpuProgram", "Map"]
+__all__ = ["CpuProgram", "Form", "Map"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,61 @@ class Map:
     height: int
     width: int
     packed: bool = False
+
+    @property
+    def values(self) -> int:
+        """Numbers or words of one image."""
+        last = words(self.channels) if self.packed else self.channels
+        return self.height * self.width * last
+
+
+@dataclass(frozen=True)
+class Form:
+    """The tensor that comes in or leaves as a map.
+
+    Attributes:
+        map: the map.
+        sizes: the tensor's sizes for one image; the first one is multiplied by the batch.
+        channels_last: whether its memory is channels_last, not contiguous.
+    """
+
+    map: Map
+    sizes: tuple[int, ...]
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, x: Map | Form) -> Form:
+        """Return the form of a map as [N, C, H, W] or [N, H, W, words]."""
+        if isinstance(x, Form):
+            return x
+        if x.packed:
+            return cls(x, (1, x.height, x.width, words(x.channels)))
+        return cls(x, (1, x.channels, x.height, x.width), channels_last=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's dtype."""
+        return torch.int32 if self.map.packed else torch.float32
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The tensor's memory layout."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def takes(self, *, contiguous: bool) -> tuple[int, tuple[int, ...], bool, bool, bool]:
+        """Return the form as csrc/cpu has it; `contiguous` memory may do beside its own."""
+        # The memory of 1x1 maps is the same in either layout.
+        pixels = self.channels_last and self.sizes[2:] != (1, 1)
+        return self.sizes[0], self.sizes[1:], self.map.packed, contiguous or not pixels, pixels
+
+    def empty(self, batch: int) -> Tensor:
+        """Return a tensor of this form without values."""
+        sizes = (batch * self.sizes[0], *self.sizes[1:])
+        return torch.empty(sizes, dtype=self.dtype, memory_format=self.layout, device="cpu")
+
+    def __str__(self) -> str:
+        batch = "N" if self.sizes[0] == 1 else f"{self.sizes[0]} * N"
+        return f"[{', '.join([batch, *map(str, self.sizes[1:])])}] {self.dtype}"
 
 
 class CpuProgram:
@@ -63,18 +118,16 @@ class CpuProgram:
         Args:
             step: its kind, one of those of csrc/cpu/steps.cpp.
             arguments: as the file of the step describes them: maps, tensors, geometries, pools,
-                numbers; None stands for what is missing. The program copies what tensors hold, but
-                for `prepacked`, which it keeps: nobody else may write to that.
+                numbers, names, lists of maps or integers; None stands for what is missing. The
+                program copies what tensors hold, but for `prepacked`, which it keeps: nobody else
+                may write to that.
 
         Raises:
             ValueError: an argument is missing, unknown, of another type or does not fit; nothing
                 was added.
         """
         held = dense(arguments)
-        values = {
-            name: value.index if isinstance(value, Map) else value
-            for name, value in native_values(held).items()
-        }
+        values = {name: _numbered(value) for name, value in native_values(held).items()}
         written = self._program.add(step, values)
         if "prepacked" in held:
             self._kept.append(held["prepacked"])
@@ -88,35 +141,25 @@ class CpuProgram:
 
     def finish(
         self,
-        inputs: Sequence[Map],
-        outputs: Sequence[Map],
+        inputs: Sequence[Map | Form],
+        outputs: Sequence[Map | Form],
         *,
         planar: Sequence[Map] = (),
-        flat: Sequence[Map] = (),
     ) -> None:
         """End the program.
 
         Args:
-            inputs: maps that calls pass.
-            outputs: maps that calls return.
+            inputs: what calls pass; a map stands for [N, C, H, W], or for [N, H, W, words].
+            outputs: what calls return.
             planar: inputs that also come in [N, C, H, W] memory, not only in channels_last.
-            flat: inputs and outputs that are [N, C], where the map is 1x1.
         """
-        # The memory of a 1x1 map is the same in either layout; only this one suits [N, C], too.
-        self._sources = [
-            (x in planar, _layout(x.packed or x.height == x.width == 1)) for x in inputs
-        ]
-        self._takes = [
-            f"[N, {', '.join(map(str, _image(x, x in flat)))}] {_dtype(x)}" for x in inputs
-        ]
-        self._program.finish([x.index for x in inputs], [x.index for x in outputs])
+        forms, results = ([Form.of(x) for x in maps] for maps in (inputs, outputs))
+        self._sources = [(form, form.map in planar) for form in forms]
+        self._program.finish([x.map.index for x in forms], [x.map.index for x in results])
         self._caller = native().Caller(
             self._program,
-            sources=[
-                _form(x, x in flat, either or layout == torch.contiguous_format, layout)
-                for x, (either, layout) in zip(inputs, self._sources, strict=True)
-            ],
-            results=[_result(x, x in flat) for x in outputs],
+            sources=[form.takes(contiguous=either) for form, either in self._sources],
+            results=[(form.takes(contiguous=False), form.empty) for form in results],
         )
         self._call = self._caller.call
 
@@ -125,7 +168,7 @@ class CpuProgram:
         return int(self._program.arena_bytes(batch))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run the program on tensors on the CPU, each [N, C, H, W], [N, C] or packed.
+        """Run the program on tensors on the CPU, each of the form of its input.
 
         Raises:
             ValueError: an input is no tensor of the map's shape and dtype on the CPU.
@@ -174,52 +217,27 @@ class CpuProgram:
         if len(inputs) != len(self._sources):
             self._refuse(inputs)
         return tuple(
-            _lay_out(readable(f"inputs[{i}]", x), planar, layout)
-            for i, (x, (planar, layout)) in enumerate(zip(inputs, self._sources, strict=True))
+            _lay_out(readable(f"inputs[{i}]", x), form, planar)
+            for i, (x, (form, planar)) in enumerate(zip(inputs, self._sources, strict=True))
         )
 
     def _refuse(self, inputs: tuple[Tensor, ...]) -> NoReturn:
         came = [f"{list(x.shape)} {x.dtype} on {x.device}" for x in inputs]
         raise ValueError(
-            f"This program takes {', '.join(self._takes)}, one N for all, in memory of the CPU; "
-            f"got {', '.join(came)}."
+            f"This program takes {', '.join(str(form) for form, _ in self._sources)}, one N for "
+            f"all, in memory of the CPU; got {', '.join(came)}."
         )
 
 
-def _layout(plain: bool) -> torch.memory_format:
-    return torch.contiguous_format if plain else torch.channels_last
+def _numbered(value: Any) -> Any:
+    """Return maps, also those in a list, by their numbers."""
+    if isinstance(value, Map):
+        return value.index
+    return [_numbered(item) for item in value] if isinstance(value, list) else value
 
 
-def _lay_out(x: Tensor, planar: bool, layout: torch.memory_format) -> Tensor:
+def _lay_out(x: Tensor, form: Form, planar: bool) -> Tensor:
     """Return `x` in a memory layout that a program reads, unless its rank is wrong."""
-    if (planar and x.is_contiguous()) or (layout == torch.channels_last and x.dim() != 4):
+    if (planar and x.is_contiguous()) or (form.channels_last and x.dim() != 4):
         return x
-    return x.contiguous(memory_format=layout)
-
-
-def _dtype(x: Map) -> torch.dtype:
-    return torch.int32 if x.packed else torch.float32
-
-
-def _image(x: Map, flat: bool) -> tuple[int, ...]:
-    """Return the shape of one image of a map."""
-    if x.packed:
-        return (x.height, x.width, words(x.channels))
-    return (x.channels,) if flat else (x.channels, x.height, x.width)
-
-
-def _form(
-    x: Map, flat: bool, contiguous: bool, layout: torch.memory_format
-) -> tuple[tuple[int, ...], bool, bool, bool]:
-    """Return what a tensor of a map is: an image, whether it is packed, and which layouts do."""
-    return _image(x, flat), x.packed, contiguous, layout == torch.channels_last
-
-
-def _result(x: Map, flat: bool) -> tuple[tuple[Any, ...], Callable[[int], Tensor]]:
-    """Return what a tensor of an output is, and what makes it for so many images."""
-    shape, layout = _image(x, flat), _layout(x.packed or flat)
-
-    def empty(batch: int) -> Tensor:
-        return torch.empty((batch, *shape), dtype=_dtype(x), memory_format=layout, device="cpu")
-
-    return _form(x, flat, layout == torch.contiguous_format, layout), empty
+    return x.contiguous(memory_format=form.layout)

@@ -5,12 +5,19 @@ gives the same bytes (o is the output channel):
 
     dot = max or min of the accumulators in the pool window, if there is a pool
     v = fma(multiplier[o], float(dot), bias[o])
+    v = fma(window[o], S, v)                          if there is such a factor, and so on:
+    v = fma(taps[o], T, v)
+    v = fma(valid[o], V, v)
     v = v + residual                                  if there is a residual
     v = clamp(v, clamp_min, clamp_max)                (v < lo ? lo : v, then v > hi ? hi : v)
     v = v < 0 ? v * slope[o] : v * gain[o]            if there are such factors
     v = v + shift[o]                                  if there is a shift
     store v, rounded to the stream's dtype            if a float map is returned
     bit = sense[o] ? v <= threshold[o] : v >= threshold[o]    if bits are returned
+
+S is the sum of the +-1 of the input that a window sees, T the sum of the weights at its valid taps,
+which are those outside of the padding, and V their number times the channels of a group. The three
+are integers. Inputs or weights of two values that are not -s and s need them.
 
 A step is a field of `Epilogue` and an entry of `VECTORS` or `NUMBERS`. Schemas, checks, files and
 native arguments are made from these, so a new step needs both here, its formula in `reference.py`,
@@ -28,7 +35,7 @@ from torch import Tensor
 
 from biper_engine.geometry import Pool2dGeometry
 
-__all__ = ["NUMBERS", "SCHEMA", "STEPS", "VECTORS", "Epilogue", "steps_of"]
+__all__ = ["NUMBERS", "SCHEMA", "STEPS", "SUMS", "VECTORS", "Epilogue", "steps_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,10 @@ class Epilogue:
     Attributes:
         multiplier: float32 [O].
         bias: float32 [O].
-        pool: max pool of the accumulators, before everything else.
+        window: float32 [O], factor of the sum of a window's input, or None for 0.
+        taps: float32 [O], factor of the sum of the weights at a window's valid taps, or None for 0.
+        valid: float32 [O], factor of the number of inputs that a window sees, or None for 0.
+        pool: max pool of the accumulators, before everything else. Excludes `SUMS`.
         pool_min: bool [O]; the pool takes the minimum if True. None means never.
         clamp_min: lower limit, or None.
         clamp_max: upper limit, or None.
@@ -51,6 +61,9 @@ class Epilogue:
 
     multiplier: Tensor
     bias: Tensor
+    window: Tensor | None = None
+    taps: Tensor | None = None
+    valid: Tensor | None = None
     pool: Pool2dGeometry = field(default_factory=Pool2dGeometry)
     pool_min: Tensor | None = None
     clamp_min: float | None = None
@@ -94,6 +107,18 @@ class Epilogue:
         """Return the factors of negative values and of the others."""
         return self.slope, self.gain
 
+    def scaled(self, factor: Tensor, offset: Tensor) -> Epilogue:
+        """Return the epilogue without activation whose value is `factor` times it plus `offset`."""
+        factors = {name: getattr(self, name) for name in ("multiplier", "bias", *SUMS)}
+        changed: dict[str, Any] = {n: v * factor for n, v in factors.items() if v is not None}
+        return replace(self, **{**changed, "bias": changed["bias"] + offset})
+
+    def magnitude(self, reduction: int) -> Tensor:
+        """Return a bound of the value before a residual, [O], for sums of `reduction` products."""
+        factors = [self.multiplier, *(getattr(self, name) for name in SUMS)]
+        largest = sum((f.abs() for f in factors if f is not None), torch.zeros_like(self.bias))
+        return largest * reduction + self.bias.abs()
+
     def values(self) -> dict[str, Any]:
         """Return all parameters by name."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -117,6 +142,9 @@ class Epilogue:
 VECTORS = {
     "multiplier": torch.float32,
     "bias": torch.float32,
+    "window": torch.float32,
+    "taps": torch.float32,
+    "valid": torch.float32,
     "pool_min": torch.bool,
     "slope": torch.float32,
     "gain": torch.float32,
@@ -128,6 +156,9 @@ VECTORS = {
 
 NUMBERS = ("clamp_min", "clamp_max")
 """The parameters that are one number."""
+
+SUMS = ("window", "taps", "valid")
+"""The factors of sums other than the accumulator's."""
 
 _POSITIONAL = ("multiplier", "bias", "threshold", "sense")
 

@@ -7,6 +7,7 @@ sums; they are summed in float64 (which has no TF32) and rounded once to float32
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
@@ -17,13 +18,13 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import matrix_reference
 from biper_engine.ops.backends import Backend
-from biper_engine.ops.epilogue import STEPS, Epilogue
+from biper_engine.ops.epilogue import STEPS, SUMS, Epilogue
 from biper_engine.ops.matrix import MatrixScale, MatrixShape
 from biper_engine.ops.precision import without_tf32
 from biper_engine.ops.rounding import fma
 from biper_engine.ops.stem import Stem
 
-__all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "to_channels_last"]
+__all__ = ["ReferenceBackend", "apply_epilogue", "apply_stem", "sums_of", "to_channels_last"]
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -85,10 +86,48 @@ def apply_stem(x: Tensor, stem: Stem) -> Tensor:
     return _clamp(v, stem.clamp_min, stem.clamp_max)
 
 
-def apply_epilogue(dot: Tensor, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
+def sums_of(signs: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> dict[str, Tensor]:
+    """Return the sums that `epilogue.SUMS` are factors of, broadcastable to the result.
+
+    Args:
+        signs: the input, +-1, float32 [N, C, H, W].
+        weight: the weights, +-1, float32 [O, C / groups, KH, KW].
+        geometry: the convolution.
+    """
+    seen, ones = torch.ones_like(signs[:1]), torch.ones_like(weight)
+    pairs = {"window": (signs, ones), "taps": (seen, weight), "valid": (seen, ones)}
+    return {name: _convolved(x, w, geometry) for name, (x, w) in pairs.items()}
+
+
+def _convolved(x: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> Tensor:
+    """Convolve float32 maps of small integers, with zeros at the padding; return integers."""
+    top, bottom, left, right = geometry.padding
+    padding = (top, left)
+    if top != bottom or left != right:
+        x = F.pad(x, (left, right, top, bottom))
+        padding = (0, 0)
+    exact = without_tf32() if x.device.type == "cuda" else nullcontext()
+    with torch.autocast(x.device.type, enabled=False), exact:
+        sums = F.conv2d(
+            x, weight, None, geometry.stride, padding, geometry.dilation, geometry.groups
+        )
+    return sums.round()
+
+
+def apply_epilogue(
+    dot: Tensor,
+    epilogue: Epilogue,
+    residual: Tensor | None,
+    sums: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Return v, float32 `[N, O, OH, OW]`, of int32 accumulators; see `epilogue` for the steps."""
     dot = _pool(dot, epilogue)
     v = fma(_per_channel(epilogue.multiplier), dot.float(), _per_channel(epilogue.bias))
+    for name in SUMS:
+        factor = getattr(epilogue, name)
+        if factor is not None:
+            assert sums is not None
+            v = fma(_per_channel(factor), sums[name], v)
     if residual is not None:
         v = v + residual.float()
     v = _clamp(v, epilogue.clamp_min, epilogue.clamp_max)
@@ -149,7 +188,8 @@ class ReferenceBackend(Backend):
     def bconv2d(
         self, bits: Tensor, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
     ) -> Tensor:
-        return to_channels_last(self._accumulate(bits, weight, geometry, prepacked))
+        signs, taps = self._operands(bits, weight, geometry, prepacked)
+        return to_channels_last(_convolved(signs, taps, geometry).to(torch.int32))
 
     def bconv2d_fused(
         self,
@@ -162,29 +202,20 @@ class ReferenceBackend(Backend):
         float_dtype: torch.dtype | None,
         want_bits: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        dot = self._accumulate(bits, weight, geometry, prepacked)
-        v = apply_epilogue(dot, epilogue, residual)
+        signs, taps = self._operands(bits, weight, geometry, prepacked)
+        dot = _convolved(signs, taps, geometry).to(torch.int32)
+        sums = sums_of(signs, taps, geometry) if epilogue.steps().intersection(SUMS) else None
+        v = apply_epilogue(dot, epilogue, residual, sums)
         stored = None if float_dtype is None else to_channels_last(v.to(float_dtype))
         packed = self.binarize(v, epilogue.threshold, epilogue.sense) if want_bits else None
         return stored, packed
 
-    def _accumulate(
+    def _operands(
         self, bits: Tensor, weight: Tensor, geometry: Conv2dGeometry, prepacked: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Return input and weights as +-1."""
         signs = self.unbinarize(bits, geometry.in_channels, torch.float32)
-        if prepacked is None:
-            prepacked = self.prepack(weight, geometry)
-        top, bottom, left, right = geometry.padding
-        padding = (top, left)
-        if top != bottom or left != right:
-            signs = F.pad(signs, (left, right, top, bottom))
-            padding = (0, 0)
-        exact = without_tf32() if bits.device.type == "cuda" else nullcontext()
-        with torch.autocast(bits.device.type, enabled=False), exact:
-            sums = F.conv2d(
-                signs, prepacked, None, geometry.stride, padding, geometry.dilation, geometry.groups
-            )
-        return sums.round().to(torch.int32)
+        return signs, self.prepack(weight, geometry) if prepacked is None else prepacked
 
     def stem(self, x: Tensor, stem: Stem) -> tuple[Tensor | None, Tensor | None]:
         v = apply_stem(x, stem)

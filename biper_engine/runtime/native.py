@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from biper_engine.graph.choice import node_backend
-from biper_engine.graph.reading import get_constant, is_bconv2d, is_call, output_values
+from biper_engine.graph.reading import biper_op, get_constant, is_bconv2d, is_call, output_values
 from biper_engine.graph.shapes import input_without_data, result_without_data, without_data
 from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import select
@@ -116,6 +116,7 @@ class _Partition:
     def plan(self) -> NativePlan | str:
         self._place_all()
         self._dissolve_short_runs()
+        self._drop_unused_sizes()
         if not self._runs:
             return next(iter(self._reasons.values()), "it has no operators")
         finished = self._finish_runs()
@@ -168,8 +169,19 @@ class _Partition:
             self._owners[taken] = self._runs[level]
             self._levels[taken] = level
 
+    def _drop_unused_sizes(self) -> None:
+        """Drop the sizes that only programs use, which know them from their batch."""
+        for node in reversed(list(self._outside)):
+            if _is_size(self._outside[node]) and not any(
+                user in self._outside or user.op == "output" for user in node.users
+            ):
+                del self._outside[node]
+                self._reasons.pop(node, None)
+
     def _level_after(self, source: fx.Node) -> int:
         """Return the first run that can take the value of `source`."""
+        if _is_size(self._outside.get(source)):
+            return 0  # programs know it from their batch
         made_outside = source in self._outside and source.op == "call_function"
         return self._levels.get(source, 0) + made_outside
 
@@ -192,7 +204,9 @@ class _Partition:
         self._runs = {level: run for level, run in self._runs.items() if run.nodes}
         whole = len(self._runs) == 1 and not self._reasons
         for level, run in list(self._runs.items()):
-            operators = [node for step in run.steps for node in step.nodes]
+            operators = list(dict.fromkeys(node for step in run.steps for node in step.nodes))
+            if not run.inputs:
+                operators = []  # nothing tells it the batch
             if len(operators) > 1 or (operators and (whole or _is_convolution(operators[0]))):
                 continue
             del self._runs[level]
@@ -215,9 +229,9 @@ class _Partition:
         finished: dict[int, NativeRun] = {}
         for level in sorted(self._runs, reverse=True):
             run = self._runs[level]
-            for view in run.views_to_leave(self._owned(run, wanted)):
-                self._move_out(view, "leaves its program as a view of a map")
-                wanted.extend(view.all_input_nodes)
+            for left in run.left_out(self._owned(run, wanted)):
+                self._move_out(left, "leaves its program, which cannot return such a value")
+                wanted.extend(left.all_input_nodes)
             finished[level] = run.finish(self._owned(run, wanted))
         return finished
 
@@ -225,5 +239,10 @@ class _Partition:
         return [node for node in dict.fromkeys(nodes) if self._owners.get(node) is run]
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int
+
+
 def _is_convolution(node: fx.Node) -> bool:
-    return is_call(node, torch.ops.aten.conv2d.default) or is_bconv2d(node)
+    own = biper_op(node) in ("bmatmul_float", "weight_linear")
+    return own or is_call(node, torch.ops.aten.conv2d.default) or is_bconv2d(node)

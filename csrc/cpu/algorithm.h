@@ -11,11 +11,13 @@
 // anonymous namespace, the rest through `static`.
 #pragma once
 
-#include "activations.h"
 #include "convolution.h"
+#include "elementwise.h"
 #include "float_kernels.h"
 #include "maps_kernels.h"
 #include "matmul_kernels.h"
+#include "products.h"
+#include "rows.h"
 #include "sign_linear.h"
 
 namespace biper {
@@ -64,7 +66,10 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       &average_row<I>,
       &maximum_row<I>,
       &sum<I>,
-      &sigmoid<I>,
+      &elementwise<I>,
+      &rows<I>,
+      &matmul_rows<I>,
+      &depthwise_row<I>,
       &matmul_unit<I>,
       int64_t{I::kSignVectors} * I::kFloats,
       I::kSignRows,

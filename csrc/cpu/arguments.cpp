@@ -34,14 +34,24 @@ bool Arguments::flag(const char* name, bool otherwise) const {
   return has(name) ? flag(name) : otherwise;
 }
 
-float Arguments::number(const char* name, float otherwise) const {
+double Arguments::real(const char* name, double otherwise) const {
   if (!has(name)) return otherwise;
   const int64_t* whole = std::get_if<int64_t>(&values_.at(name));  // as a limit of 6 may be written
-  return static_cast<float>(whole ? static_cast<double>(*whole) : get<double>(name, "a number"));
+  return whole ? static_cast<double>(*whole) : get<double>(name, "a number");
 }
 
+float Arguments::number(const char* name, float otherwise) const {
+  return static_cast<float>(real(name, static_cast<double>(otherwise)));
+}
+
+std::vector<int64_t> Arguments::integers(const char* name) const {
+  return get<std::vector<int64_t>>(name, "a tuple of integers");
+}
+
+std::string Arguments::text(const char* name) const { return get<std::string>(name, "a string"); }
+
 std::vector<int64_t> Arguments::integers(const char* name, size_t count) const {
-  const auto& found = get<std::vector<int64_t>>(name, "a tuple of integers");
+  const std::vector<int64_t> found = integers(name);
   if (found.size() != count) {
     fail("`" + std::string(name) + "` has " + std::to_string(found.size()) + " integers, but " +
          std::to_string(count) + " are wanted.");

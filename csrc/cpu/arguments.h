@@ -31,8 +31,10 @@ void require_type(const char* name, int64_t type, int32_t wanted);
 // stands for an optional value: no such name, or a name without a value.
 class Arguments {
  public:
-  // Lists of integers are windows, geometries, sizes, and memory as (address, elements, type).
-  using Value = std::variant<std::monostate, bool, int64_t, double, std::vector<int64_t>>;
+  // Lists of integers are maps, windows, geometries, sizes, and memory as (address, elements,
+  // type).
+  using Value =
+      std::variant<std::monostate, bool, int64_t, double, std::vector<int64_t>, std::string>;
   using Values = std::map<std::string, Value>;
 
   explicit Arguments(Values values) : values_(std::move(values)) {}
@@ -44,7 +46,10 @@ class Arguments {
   bool flag(const char* name) const;
   bool flag(const char* name, bool otherwise) const;
   float number(const char* name, float otherwise) const;
+  double real(const char* name, double otherwise) const;
+  std::vector<int64_t> integers(const char* name) const;
   std::vector<int64_t> integers(const char* name, size_t count) const;
+  std::string text(const char* name) const;
   Window window(const char* name) const;
   ConvGeometry geometry(const char* name) const;
 
@@ -60,11 +65,12 @@ class Arguments {
     return has(name) ? span<T>(name) : Span<const T>{};
   }
 
+  bool has(const char* name) const;
+
   // Throws where there is a value that nobody has read.
   void require_all_read() const;
 
  private:
-  bool has(const char* name) const;
   template <class T>
   const T& get(const char* name, const char* kind) const;
 

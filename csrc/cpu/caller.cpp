@@ -24,7 +24,14 @@ namespace biper {
 namespace {
 
 bool is_contiguous(const Tensor& x) {
-  return x.dimensions == 2 ? lies_in_order<2>(x, {0, 1}) : lies_in_order<4>(x, {0, 1, 2, 3});
+  int64_t stride = 1;
+  bool in_order = true;
+  for (int32_t d = x.dimensions; d-- > 0;) {
+    if (x.shape[d] == 0) return true;  // whatever the strides are, there is nothing
+    in_order = in_order && (x.shape[d] == 1 || x.strides[d] == stride);
+    stride *= x.shape[d];
+  }
+  return in_order;
 }
 
 bool is_channels_last(const Tensor& x) {
@@ -33,10 +40,13 @@ bool is_channels_last(const Tensor& x) {
 
 // What the tensor of a map is.
 struct Form {
-  std::vector<int64_t> image;  // sizes behind the batch
+  int64_t rows;                // of the first dimension, for each image
+  std::vector<int64_t> image;  // sizes behind the first dimension
   bool packed;                 // int32, else float32
   bool contiguous;             // does
   bool channels_last;          // does
+
+  int64_t batch(const Tensor& x) const { return x.shape[0] / rows; }
 
   // Returns whether `x` is that, with a batch of any size.
   bool fits(const Tensor& x) const {
@@ -47,6 +57,7 @@ struct Form {
     for (size_t d = 0; d < image.size(); ++d) {
       if (x.shape[d + 1] != image[d]) return false;
     }
+    if (x.shape[0] % rows != 0) return false;
     return (contiguous && is_contiguous(x)) || (channels_last && is_channels_last(x));
   }
 };
@@ -104,7 +115,7 @@ class Result {
  private:
   // A mode, a transform or a patch of torch may make another tensor than it was asked for.
   void check(const py::object& made, int64_t batch, Tensor* memory) const {
-    if (read(made.ptr(), memory) && form_.fits(*memory) && memory->shape[0] == batch) return;
+    if (read(made.ptr(), memory) && form_.fits(*memory) && form_.batch(*memory) == batch) return;
     fail(
         "torch.empty made another tensor for an output than it was asked for: call the engine "
         "outside of what changes it, such as a mode of PyTorch or a transform of torch.func.");
@@ -116,12 +127,12 @@ class Result {
   int64_t batch_ = -1;
 };
 
-using FormValues = std::tuple<std::vector<int64_t>, bool, bool, bool>;
+using FormValues = std::tuple<int64_t, std::vector<int64_t>, bool, bool, bool>;
 
 Form form(const FormValues& values) {
-  const auto& [image, packed, contiguous, channels_last] = values;
-  if (image.size() != 1 && image.size() != 3) fail("A map has two or four dimensions.");
-  return {image, packed, contiguous, channels_last};
+  const auto& [rows, image, packed, contiguous, channels_last] = values;
+  if (rows < 1) fail("A tensor has at least one row for each image.");
+  return {rows, image, packed, contiguous, channels_last};
 }
 
 class Caller {
@@ -148,9 +159,9 @@ class Caller {
       Tensor x;
       PyObject* object = PyTuple_GET_ITEM(inputs.ptr(), static_cast<Py_ssize_t>(i));
       if (!read(object, &x) || !sources_[i].fits(x)) return py::none();
-      if (i > 0 && x.shape[0] != batch) return py::none();
+      if (i > 0 && sources_[i].batch(x) != batch) return py::none();
       if (requires_grad(object) || !has_plain_memory(object, x)) return py::none();
-      batch = x.shape[0];
+      batch = sources_[i].batch(x);
       const bool planar = sources_[i].channels_last && sources_[i].contiguous && is_contiguous(x);
       from.push_back(map_memory(x, planar));
     }

@@ -76,11 +76,16 @@ std::array<uint32_t, kHeaderWords> header_of(const ConvGeometry& g, const Kernel
           static_cast<uint32_t>(g.kernel_w)};
 }
 
+// Where an output channel is among the lanes of all vectors.
+int64_t lane_of(const Layout& l, int64_t lanes, int64_t channel) {
+  return channel / l.group_outputs * l.group_vectors * lanes + channel % l.group_outputs;
+}
+
 void fill_tap_counts(const Layout& l, const ConvGeometry& g, const uint32_t* weight, int64_t lanes,
                      int32_t* counts) {
   std::fill(counts, counts + l.taps * l.tap_lanes, 0);
   for (int64_t o = 0; o < g.out_channels; ++o) {
-    const int64_t lane = o / l.group_outputs * l.group_vectors * lanes + o % l.group_outputs;
+    const int64_t lane = lane_of(l, lanes, o);
     for (int64_t tap = 0; tap < l.taps; ++tap) {
       for (int64_t w = 0; w < l.group_words; ++w) {
         counts[tap * l.tap_lanes + lane] +=
@@ -299,11 +304,27 @@ Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked, const W
     epilogue_.*kEpilogueVectors[i].values = vectors_.data() + vectors_.size();
     vectors_.insert(vectors_.end(), vector.data, vector.data + outputs);
   }
+  if (epilogue_.taps != nullptr) count_set_bits();
+  const bool sums = epilogue_.window || epilogue_.taps || epilogue_.valid;
+  if (pooled_ && sums) fail("`window`, `taps` and `valid` exclude a pool.");
   if (epilogue_.multiplier == nullptr) fail("`multiplier` is missing.");
   if (epilogue_.bias == nullptr) fail("`bias` is missing.");
   epilogue_.clamp_min = e.clamp_min;
   epilogue_.clamp_max = e.clamp_max;
   has_epilogue_ = true;
+}
+
+void Conv::count_set_bits() {
+  const Layout l = layout_of(geometry_, own_->blocking);
+  const int64_t lanes = own_->blocking.lanes;
+  const int32_t* counts = reinterpret_cast<const int32_t*>(prepacked_ + kHeaderWords);
+  for (int64_t o = 0; o < geometry_.out_channels; ++o) {
+    int32_t bits = 0;
+    for (int64_t tap = 0; tap < l.taps; ++tap) {
+      bits += counts[tap * l.tap_lanes + lane_of(l, lanes, o)];
+    }
+    set_bits_.push_back(bits);
+  }
 }
 
 ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) const {
@@ -317,6 +338,7 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) 
   plan.geometry = g;
   plan.pool = pool_;
   plan.epilogue = epilogue_;
+  plan.epilogue.set_bits = set_bits_.empty() ? nullptr : set_bits_.data();
   plan.epilogue.sense = sense_.empty() ? nullptr : sense_.data();
   plan.epilogue.pool_sign = pool_sign_.empty() ? nullptr : pool_sign_.data();
   plan.batch = batch;

@@ -86,6 +86,7 @@ class Conv {
   bool has_epilogue() const { return has_epilogue_; }
 
  private:
+  void count_set_bits();
   void take_bits(ConvPlan& plan, Span<const uint32_t> bits) const;
   void start(ConvPlan& plan, int64_t threads) const;
 
@@ -100,6 +101,7 @@ class Conv {
   std::vector<float> vectors_;      // of the epilogue
   std::vector<uint32_t> sense_;     // a bit per channel, one spare word
   std::vector<int32_t> pool_sign_;  // [O]
+  std::vector<int32_t> set_bits_;   // of the weights, [O]
 };
 
 // -- shared with maps.cpp -------------------------------------------------------------------------

@@ -246,6 +246,13 @@ static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
   }
 }
 
+// Counts the set bits that a window sees; padding has none.
+BIPER_INLINE int32_t set_bits(const ConvPlan& plan, const Strip& strip, const uint32_t* window) {
+  int32_t bits = 0;
+  for (int64_t k = 0; k < plan.depth; ++k) bits += __builtin_popcount(window[strip.offsets[k]]);
+  return bits;
+}
+
 // Computes the rows [first, last) of a unit, counted from its conv_first, tile after tile of
 // consecutive pixels: where `keep`, into accumulators [rows][conv_w][lanes] at `dots`; else each
 // tile goes to the outputs, from pixel `first_pixel` on.
@@ -256,6 +263,8 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
   constexpr int kPixels = tile_pixels<I, J>();
   const uint32_t* windows[kPixels];
   const int32_t* borders[kPixels];
+  int32_t sums[kPixels], valid[kPixels];
+  const bool summed = !keep && has_sums(plan.epilogue);
   const bool plain = !keep && is_plain(plan) && block.channels == block.lanes;
   const int64_t step = plan.geometry.stride_w * plan.group_words;
   const int64_t row_step = plan.geometry.stride_h * strip.row_words;
@@ -268,6 +277,13 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
       const int64_t border_class =
           int64_t{strip.row_class[row]} * strip.column_classes + strip.column_class[column];
       borders[p] = block.borders + border_class * block.lanes;
+      if (summed) {
+        const Border r = strip.rows[strip.row_class[row]];
+        const Border c = strip.columns[strip.column_class[column]];
+        const int64_t taps = int64_t{r.last - r.first} * (c.last - c.first);
+        valid[p] = static_cast<int32_t>(taps * plan.group_channels);
+        sums[p] = plan.epilogue.window ? 2 * set_bits(plan, strip, windows[p]) - valid[p] : 0;
+      }
       if (++column == plan.conv_w) column = 0, ++row;
     }
     if constexpr (I::kSumsFitFloats) {
@@ -279,8 +295,8 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
     int32_t* to = keep ? dots + pixel * block.lanes : dots;
     tile_of<I, kPixels, J>(pixels, windows, borders, strip, plan.depth, block.weights, to);
     if (!keep) {
-      finish<I>(plan,
-                {to, block.lanes, first_pixel + pixel, pixels, block.channel, block.channels});
+      finish<I>(plan, {to, block.lanes, first_pixel + pixel, pixels, block.channel, block.channels,
+                       borders, sums, valid});
     }
   }
 }

@@ -44,7 +44,36 @@ struct Tile {
   int64_t stride;
   int64_t first_pixel, pixels;
   int64_t channel, channels;
+  const int32_t* const* borders = nullptr;  // of each pixel, the integers of convolution.h
+  const int32_t* window = nullptr;          // of each pixel, the sum of the +-1 that it sees
+  const int32_t* valid = nullptr;           // and their number
 };
+
+// Whether an epilogue has factors of sums other than the accumulator's.
+BIPER_INLINE bool has_sums(const Epilogue& e) { return e.window || e.taps || e.valid; }
+
+// Adds the products with these sums, of pixel `p`, to v: one vector of a tile.
+template <class I, bool kFull>
+BIPER_INLINE typename I::Float add_sums(const Epilogue& e, const Tile& tile, int64_t p,
+                                        int64_t offset, int64_t count, typename I::Float v) {
+  const int64_t channel = tile.channel + offset;
+  if (e.window) {
+    v = I::fma(load_channels<I, kFull>(e.window, channel, count),
+               I::broadcast(static_cast<float>(tile.window[p])), v);
+  }
+  if (e.taps) {  // sum of weights over the valid taps = 2 * popc(w) - border
+    int32_t sums[I::kFloats];
+    for (int64_t l = 0; l < I::kFloats; ++l) {
+      sums[l] = l < count ? 2 * e.set_bits[channel + l] - tile.borders[p][offset + l] : 0;
+    }
+    v = I::fma(load_channels<I, kFull>(e.taps, channel, count), I::to_float(sums), v);
+  }
+  if (e.valid) {
+    v = I::fma(load_channels<I, kFull>(e.valid, channel, count),
+               I::broadcast(static_cast<float>(tile.valid[p])), v);
+  }
+  return v;
+}
 
 // Takes one vector of a tile, `count` <= kFloats channels from the tile's `offset` on, to the
 // output; leaves its bits in `masks`, one for each pixel. Any epilogue.
@@ -67,6 +96,7 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
   for (int64_t p = 0; p < tile.pixels; ++p) {
     const int64_t index = (tile.first_pixel + p) * outputs + channel;
     Float v = I::fma(multiplier, I::to_float(tile.dots + p * tile.stride + offset), bias);
+    if (has_sums(e)) v = add_sums<I, kFull>(e, tile, p, offset, count, v);
     if (plan.residual) {
       v = I::add(v, load_stream<I, kFull>(plan.residual, plan.residual_type, index, count));
     }
@@ -108,7 +138,7 @@ BIPER_INLINE uint32_t finish_plain(const PlainChannels<I>& c, typename I::Float 
 
 BIPER_INLINE bool is_plain(const ConvPlan& plan) {
   const Epilogue& e = plan.epilogue;
-  return !plan.out_dots && !e.slope && !e.gain && !e.shift && !e.sense &&
+  return !plan.out_dots && !has_sums(e) && !e.slope && !e.gain && !e.shift && !e.sense &&
          (!plan.residual || plan.residual_type == FloatType::kFloat32) &&
          (!plan.out_float || plan.out_type == FloatType::kFloat32);
 }

@@ -379,29 +379,53 @@ static void float_conv_unit(const FloatConvPlan& plan, int64_t index, void* scra
 
 // -- pools and sums -------------------------------------------------------------------------------
 
+// The rows or columns of a map that window `at` of a pool has, and how many it has with padding.
+struct PoolSpan {
+  int64_t first, last, padded;
+};
+
+BIPER_INLINE PoolSpan adaptive_span(int64_t at, int64_t size, int64_t count) {
+  const int64_t first = at * size / count, last = ((at + 1) * size + count - 1) / count;
+  return {first, last, last - first};
+}
+
+BIPER_INLINE PoolSpan pool_span(int64_t at, int64_t size, int64_t kernel, int64_t stride,
+                                int64_t pad) {
+  const int64_t first = at * stride - pad, last = min64(first + kernel, size + pad);
+  return {max64(first, 0), min64(last, size), last - first};
+}
+
+BIPER_INLINE PoolSpan pool_rows(const FloatPoolCall& call, int64_t y) {
+  if (call.adaptive) return adaptive_span(y, call.height, call.out_h);
+  const Window& w = call.window;
+  return pool_span(y, call.height, w.kernel_h, w.stride_h, w.pad_h);
+}
+
+BIPER_INLINE PoolSpan pool_columns(const FloatPoolCall& call, int64_t x) {
+  if (call.adaptive) return adaptive_span(x, call.width, call.out_w);
+  const Window& w = call.window;
+  return pool_span(x, call.width, w.kernel_w, w.stride_w, w.pad_w);
+}
+
 template <class I>
 static void average_row(const FloatPoolCall& call, int64_t row) {
-  const Window& w = call.window;
-  const int64_t top = row % call.out_h * w.stride_h - w.pad_h;
-  const int64_t bottom = min64(top + w.kernel_h, call.height + w.pad_h);
-  const int64_t y0 = max64(top, 0), y1 = min64(bottom, call.height);
+  const PoolSpan tall = pool_rows(call, row % call.out_h);
   const float* image = call.x + row / call.out_h * call.height * call.width * call.channels;
   float* out = call.out + row * call.out_w * call.out_channels;
   for (int64_t x = 0; x < call.out_w; ++x, out += call.out_channels) {
-    const int64_t left = x * w.stride_w - w.pad_w;
-    const int64_t right = min64(left + w.kernel_w, call.width + w.pad_w);
-    const int64_t x0 = max64(left, 0), x1 = min64(right, call.width);
+    const PoolSpan wide = pool_columns(call, x);
     int64_t count = call.divisor;
     if (count == 0) {
-      count = call.count_padding ? (bottom - top) * (right - left) : (y1 - y0) * (x1 - x0);
+      count = call.count_padding ? tall.padded * wide.padded
+                                 : (tall.last - tall.first) * (wide.last - wide.first);
     }
     const float divisor = static_cast<float>(count);
     for (int64_t c = 0; c < call.first_channel; ++c) out[c] = 0.0f;
     float* to = out + call.first_channel;
     for (int64_t c = 0; c < call.channels; ++c) to[c] = 0.0f;
-    for (int64_t y = y0; y < y1; ++y) {
-      const float* from = image + (y * call.width + x0) * call.channels;
-      for (int64_t at = x0; at < x1; ++at, from += call.channels) {
+    for (int64_t y = tall.first; y < tall.last; ++y) {
+      const float* from = image + (y * call.width + wide.first) * call.channels;
+      for (int64_t at = wide.first; at < wide.last; ++at, from += call.channels) {
         for (int64_t c = 0; c < call.channels; ++c) to[c] += from[c];
       }
     }
@@ -412,18 +436,15 @@ static void average_row(const FloatPoolCall& call, int64_t row) {
 
 template <class I>
 static void maximum_row(const FloatPoolCall& call, int64_t row) {
-  const Window& w = call.window;
-  const int64_t top = row % call.out_h * w.stride_h - w.pad_h;
-  const int64_t y0 = max64(top, 0), y1 = min64(top + w.kernel_h, call.height);
+  const PoolSpan tall = pool_rows(call, row % call.out_h);
   const float* image = call.x + row / call.out_h * call.height * call.width * call.channels;
   float* out = call.out + row * call.out_w * call.channels;
   for (int64_t x = 0; x < call.out_w; ++x, out += call.channels) {
-    const int64_t left = x * w.stride_w - w.pad_w;
-    const int64_t x0 = max64(left, 0), x1 = min64(left + w.kernel_w, call.width);
+    const PoolSpan wide = pool_columns(call, x);
     for (int64_t c = 0; c < call.channels; ++c) out[c] = -__builtin_inff();
-    for (int64_t y = y0; y < y1; ++y) {
-      const float* from = image + (y * call.width + x0) * call.channels;
-      for (int64_t at = x0; at < x1; ++at, from += call.channels) {
+    for (int64_t y = tall.first; y < tall.last; ++y) {
+      const float* from = image + (y * call.width + wide.first) * call.channels;
+      for (int64_t at = wide.first; at < wide.last; ++at, from += call.channels) {
         for (int64_t c = 0; c < call.channels; ++c) out[c] = from[c] > out[c] ? from[c] : out[c];
       }
     }

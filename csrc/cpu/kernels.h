@@ -35,11 +35,15 @@ struct ConvGeometry {
 struct Epilogue {
   const float* multiplier;
   const float* bias;
+  const float* window;
+  const float* taps;
+  const float* valid;
   const float* slope;
   const float* gain;
   const float* shift;
   const float* threshold;
   const uint32_t* sense;     // a bit per channel: the bit is v <= threshold; null: v >= threshold
+  const int32_t* set_bits;   // [O] of the weights, where there are `taps`
   const int32_t* pool_sign;  // [O] -1 where the pool takes the minimum, else 1; null: all 1
   float clamp_min;           // -inf where there is none
   float clamp_max;           // +inf where there is none
@@ -50,10 +54,15 @@ struct EpilogueVector {
   const char* name;
   const float* Epilogue::* values;
 };
-constexpr EpilogueVector kEpilogueVectors[] = {
-    {"multiplier", &Epilogue::multiplier}, {"bias", &Epilogue::bias},
-    {"slope", &Epilogue::slope},           {"gain", &Epilogue::gain},
-    {"shift", &Epilogue::shift},           {"threshold", &Epilogue::threshold}};
+constexpr EpilogueVector kEpilogueVectors[] = {{"multiplier", &Epilogue::multiplier},
+                                               {"bias", &Epilogue::bias},
+                                               {"window", &Epilogue::window},
+                                               {"taps", &Epilogue::taps},
+                                               {"valid", &Epilogue::valid},
+                                               {"slope", &Epilogue::slope},
+                                               {"gain", &Epilogue::gain},
+                                               {"shift", &Epilogue::shift},
+                                               {"threshold", &Epilogue::threshold}};
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
 struct Border {
@@ -258,6 +267,7 @@ struct FloatPoolCall {
   int64_t out_channels, first_channel;
   bool count_padding;
   int64_t divisor;  // 0: the number of values in a window
+  bool adaptive;    // windows share the map evenly, each at least in part; `window` is not used
   float* out;
 };
 
@@ -268,8 +278,109 @@ struct SumCall {
   float* out;
 };
 
-// out[i] = a function of x[i]; out may be x.
-struct FunctionCall {
+// A function of up to three numbers, each step of it a float operation that is rounded once, or
+// computed in double and rounded once.
+enum class Function : int32_t {
+  // of a
+  kAbs,
+  kCeil,
+  kErf,
+  kExp,
+  kFloor,
+  kGelu,
+  kGeluTanh,
+  kHardSigmoid,
+  kHardSwish,
+  kNegative,
+  kReciprocal,
+  kRound,
+  kRsqrt,
+  kSigmoid,
+  kSign,
+  kSilu,
+  kSqrt,
+  kSquare,
+  kTanh,
+  kTrunc,
+  // of a and b
+  kAdd,
+  kDivide,
+  kElu,
+  kEqual,
+  kGreater,
+  kGreaterEqual,
+  kMaximum,
+  kMinimum,
+  kMultiply,
+  kNotEqual,
+  kPrelu,
+  kSubtract,
+  // of a, b and c
+  kAddProduct,
+  kClamp,
+  kWhere,
+};
+
+constexpr int kMostDims = 10;  // of an elementwise call, the batch included
+constexpr int kMostOperands = 3;
+
+// out[i] = function(a[i], b[i], c[i]) over all places of some dimensions, outermost first. The
+// places of `out` lie in this order without gaps, those of an operand at its strides; out may be an
+// operand at the same places.
+struct ElementwiseCall {
+  Function function;
+  int32_t operands, dims;
+  int64_t sizes[kMostDims];
+  int64_t strides[kMostOperands][kMostDims];
+  const float* x[kMostOperands];
+  float* out;
+};
+
+enum class RowFunction : int32_t {
+  // rows to rows
+  kLogSoftmax,
+  kNormalize,
+  kSoftmax,
+  // rows to numbers
+  kLogSumExp,
+  kMaximum,
+  kMean,
+  kMinimum,
+  kNorm1,
+  kNorm2,
+  kSum,
+  kVariance,
+  kDeviation,
+};
+
+// A function of each row [length] of x: another row, or a number. Sums are in double, in one order.
+struct RowsCall {
+  RowFunction function;
+  int64_t length;
+  const float *weight, *bias;  // [length] or null, of kNormalize alone
+  bool centred;                // whether kNormalize subtracts the mean
+  double epsilon;              // added to a variance
+  double divisor;              // of a variance
+  const float* x;
+  float* out;  // [rows, length] or [rows]; may be x where it has rows
+};
+
+// out[m] = a[m] @ b[m] for matrices a [rows, depth], b [depth, columns], each without gaps. Every
+// output is a chain of fused multiply-adds from 0 on, over the depth; every 256 a new one begins.
+struct MatmulCall {
+  int64_t rows, columns, depth;
+  const float *a, *b;
+  float* out;
+};
+
+// A convolution whose channels are groups of their own, NHWC. Every output is a chain of fused
+// multiply-adds from its bias on, over (ky, kx) in that order, without those at the padding.
+struct DepthwiseCall {
+  int64_t height, width, channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int64_t out_h, out_w;
+  const float* weights;  // [KH, KW, C]
+  const float* bias;     // [C]
   const float* x;
   float* out;
 };
@@ -301,7 +412,10 @@ struct Kernels {
   void (*average_row)(const FloatPoolCall& call, int64_t row);  // row of all images
   void (*maximum_row)(const FloatPoolCall& call, int64_t row);
   void (*sum)(const SumCall& call, int64_t first, int64_t last);
-  void (*sigmoid)(const FunctionCall& call, int64_t first, int64_t last);
+  void (*elementwise)(const ElementwiseCall& call, int64_t first, int64_t last);
+  void (*rows)(const RowsCall& call, int64_t first_row, int64_t last_row);
+  void (*matmul_rows)(const MatmulCall& call, int64_t first_row, int64_t last_row);
+  void (*depthwise_row)(const DepthwiseCall& call, int64_t row);  // row of all images
 
   void (*matmul_unit)(const MatmulPlan& plan, int64_t unit, void* scratch);
 

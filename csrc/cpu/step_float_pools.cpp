@@ -1,5 +1,6 @@
 // "average" and "maximum": pools of the float map `x` with the window `pool` at `size` places,
-// height and width, which `ceil_mode` of PyTorch decides.
+// height and width, which `ceil_mode` of PyTorch decides. Without `pool`, the windows share the map
+// as those of PyTorch's adaptive pools do.
 //
 // An average is divided by `divisor`, or where that is 0 or missing by the window with its padding
 // (`count_padding`) or by the values of the map in it; `channels_before` and `channels_after` zero
@@ -29,12 +30,25 @@ void require_windows(const char* axis, int64_t size, int64_t out, int64_t kernel
 
 // The call of a pool, all but its addresses and what is an average's alone.
 FloatPoolCall pool_call(const MapShape& in, const Arguments& a) {
-  const Window w = a.window("pool");
+  FloatPoolCall call{};
+  call.adaptive = !a.has("pool");
+  if (!call.adaptive) call.window = a.window("pool");
   const std::vector<int64_t> size = a.integers("size", 2);
+  call.height = in.height;
+  call.width = in.width;
+  call.channels = call.out_channels = in.channels;
+  call.out_h = size[0];
+  call.out_w = size[1];
+  if (call.adaptive) {
+    require_range("size", size[0], 1, kMost);
+    require_range("size", size[1], 1, kMost);
+    call.window = {in.height / size[0] + 1, in.width / size[1] + 1, 1, 1, 0, 0};  // at most
+    return call;
+  }
+  const Window& w = call.window;
   require_windows("height", in.height, size[0], w.kernel_h, w.stride_h, w.pad_h);
   require_windows("width", in.width, size[1], w.kernel_w, w.stride_w, w.pad_w);
-  return {nullptr, in.height,   in.width, in.channels, w, size[0],
-          size[1], in.channels, 0,        false,       0, nullptr};
+  return call;
 }
 
 // A pool whose rows a kernel of the table makes.

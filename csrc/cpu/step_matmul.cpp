@@ -14,9 +14,9 @@
 namespace biper {
 namespace {
 
-class MatmulStep : public Step {
+class BitMatmulStep : public Step {
  public:
-  MatmulStep(Program& program, const Arguments& a) : a_(a.map("a")), b_(a.map("b")) {
+  BitMatmulStep(Program& program, const Arguments& a) : a_(a.map("a")), b_(a.map("b")) {
     const MapShape left = program.bits(a_), right = program.bits(b_);
     shape_ = {left.height,         left.width,         right.width,       left.channels,
               a.integer("groups"), a.integer("low_a"), a.integer("low_b")};
@@ -87,8 +87,8 @@ class WeightLinearStep : public Step {
 
 }  // namespace
 
-extern const StepKind kMatmulStep, kWeightLinearStep;
-const StepKind kMatmulStep{"bmatmul", &make_step<MatmulStep>};
+extern const StepKind kBitMatmulStep, kWeightLinearStep;
+const StepKind kBitMatmulStep{"bmatmul", &make_step<BitMatmulStep>};
 const StepKind kWeightLinearStep{"weight_linear", &make_step<WeightLinearStep>};
 
 }  // namespace biper

@@ -4,14 +4,18 @@
 
 namespace biper {
 
-extern const StepKind kConvStep, kFloatConvStep, kBinarizeStep, kBitPoolStep, kAverageStep,
-    kMaximumStep, kSumStep, kSigmoidStep, kMatmulStep, kWeightLinearStep;
+extern const StepKind kConvStep, kFloatConvStep, kBinarizeStep, kUnbinarizeStep, kBitPoolStep,
+    kAverageStep, kMaximumStep, kSumStep, kElementwiseStep, kRowsStep, kMatmulStep, kDepthwiseStep,
+    kRearrangeStep, kJoinStep, kConstantStep, kBitMatmulStep, kWeightLinearStep;
 
 namespace {
 
-const StepKind* const kKinds[] = {&kConvStep,    &kFloatConvStep,   &kBinarizeStep, &kBitPoolStep,
-                                  &kAverageStep, &kMaximumStep,     &kSumStep,      &kSigmoidStep,
-                                  &kMatmulStep,  &kWeightLinearStep};
+const StepKind* const kKinds[] = {
+    &kConvStep,      &kFloatConvStep,    &kBinarizeStep,  &kUnbinarizeStep,  &kBitPoolStep,
+    &kAverageStep,   &kMaximumStep,      &kSumStep,       &kElementwiseStep, &kRowsStep,
+    &kMatmulStep,    &kDepthwiseStep,    &kRearrangeStep, &kJoinStep,        &kConstantStep,
+    &kBitMatmulStep, &kWeightLinearStep,
+};
 
 // Values of work, some 10 us, below which a unit of its own costs more than it brings.
 constexpr int64_t kValuesPerUnit = int64_t{1} << 15;

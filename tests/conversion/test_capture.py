@@ -19,6 +19,7 @@ from tests.conversion.foreign_models import (
     BufferBranch,
     LearnableBias,
     QConv,
+    QLinear,
     SmallNet,
     seeded,
 )
@@ -148,6 +149,20 @@ def test_other_results_than_tensors_and_constants_are_refused() -> None:
     model = Functional(lambda self, x: (self.conv(x), x.shape[0]), conv=QConv(3, 4, 3))
     with pytest.raises(ConversionError, match="depends on the batch size"):
         capture(model, (torch.randn(2, 3, 5, 5),))
+
+
+def test_rows_after_a_norm_over_transposed_tokens_are_captured() -> None:
+    """Batch norm of a transposed value has other strides on the CPU than in a trace."""
+    model = seeded(
+        lambda: Functional(
+            lambda s, x: s.b(s.n(s.a(x).transpose(1, 2)).transpose(1, 2)),
+            a=QLinear(6, 6),
+            n=nn.BatchNorm1d(6),
+            b=QLinear(6, 5),
+        )
+    )
+    engine = convert_quietly(model, images_of((7, 6)))
+    assert engine.report.packed == 2
 
 
 @pytest.mark.deep

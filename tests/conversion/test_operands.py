@@ -11,12 +11,17 @@ from torch.nn import functional as F
 from biper_engine.conversion import convert, verify
 from tests.conversion.comparison import (
     Functional,
-    assert_exact,
     assert_packed_exactly,
     images_of,
     packed,
 )
-from tests.conversion.foreign_models import LearnableBias, QConv, QLinear, seeded, where_ge
+from tests.conversion.foreign_models import (
+    LearnableBias,
+    QConv,
+    QLinear,
+    seeded,
+    where_ge,
+)
 
 
 def conv(*args: Any, **kwargs: Any) -> QConv:
@@ -94,6 +99,81 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
         {"c": lambda: conv(6, 8, 3)},
         lambda s, x: s.c(torch.where(x.argsort(1).argsort(1) >= 3, 1.0, -1.0)),
     ),
+    "zeros around columns": (
+        (4, 6, 6),
+        {"a": lambda: QLinear(36, 5, sign=None)},
+        lambda s, x: s.a(F.unfold(where_ge(x), 3, padding=1).transpose(1, 2)),
+    ),
+    "sum of two signs": (
+        (6, 5, 5),
+        {"c": lambda: conv(6, 8, 3, padding=1, stride=2)},
+        lambda s, x: s.c(where_ge(x) + where_ge(x.roll(1, 1))),
+    ),
+    "signs and zeros": (
+        (4, 6, 6),
+        {"c": lambda: conv(4, 8, 3)},
+        lambda s, x: s.c(torch.cat([where_ge(x[:, :2]), torch.zeros_like(x[:, :2])], 1)),
+    ),
+    "signs and channels of zeros around them": (
+        (4, 6, 6),
+        {"c": lambda: QConv(4, 8, 3)},
+        lambda s, x: s.c(F.pad(x[:, :2], (0, 0, 0, 0, 1, 1))),
+    ),
+    "a sign of integers that can be 0": (
+        (4, 6, 6),
+        {"c": lambda: conv(4, 8, 3)},
+        lambda s, x: s.c(torch.sign((x * 4).int()).float()),
+    ),
+    "a sign that is often 0": (
+        (64, 6, 6),
+        {"c": lambda: QConv(64, 8, 3, padding=1, groups=2), "d": lambda: QConv(64, 8, 3)},
+        lambda s, x: s.d(F.softshrink(x, 0.5)) + s.c(F.hardshrink(-x, 0.5))[:, :, 1:-1, 1:-1],
+    ),
+    "three levels, linear, in a ternary weight": (
+        (40,),
+        {"a": lambda: nn.Linear(40, 9)},
+        lambda s, x: F.linear(F.hardtanh(x.round()), torch.round(s.a.weight * 8).clamp(-1, 1)),
+    ),
+    "three levels by two thresholds": (
+        (6, 7, 7),
+        {"c": lambda: conv(6, 8, 3, padding=2, dilation=2)},
+        lambda s, x: s.c(torch.where(x > 0.3, 2.0, torch.where(x < -0.5, -1.0, 0.5))),
+    ),
+    "activations of two bits": (
+        (6, 7, 7),
+        {"c": lambda: conv(6, 8, 3, padding=1), "d": lambda: conv(8, 4, 1)},
+        lambda s, x: s.d(torch.round(s.c(torch.round(x.clamp(0, 3))).clamp(-2, 1))),
+    ),
+    "two signs with weights of their own": (
+        (6, 7, 7),
+        {"c": lambda: conv(6, 8, 3, padding=1)},
+        lambda s, x: s.c(0.75 * where_ge(x - 0.25) + 0.25 * where_ge(x + 0.25)),
+    ),
+    "pooled levels": (
+        (6, 8, 8),
+        {"c": lambda: conv(6, 8, 3)},
+        lambda s, x: s.c(F.max_pool2d(torch.round(x.clamp(-1, 1)), 2)),
+    ),
+    "levels with thresholds of their own, shuffled and rolled": (
+        (6, 5, 5),
+        {"m": lambda: LearnableBias(6), "c": lambda: conv(6, 8, 3)},
+        lambda s, x: s.c(torch.round(s.m(x).clamp(-1, 1)).flip(1).roll(1, 2)),
+    ),
+    "signs with thresholds of their own, as rows": (
+        (6, 5, 4),
+        {"m": lambda: LearnableBias(6), "a": lambda: QLinear(6, 5, sign=None)},
+        lambda s, x: s.a(where_ge(s.m(x)).flatten(2).transpose(1, 2)),
+    ),
+    "signs of channels after the signs of others": (
+        (6, 5, 5),
+        {"m": lambda: LearnableBias(6), "c": lambda: conv(12, 8, 3)},
+        lambda s, x: s.c(torch.cat([where_ge(s.m(x)), where_ge(s.m(x)).flip(2)], 1)),
+    ),
+    "signs with thresholds of their own in a frame of -1": (
+        (6, 5, 5),
+        {"m": lambda: LearnableBias(6), "c": lambda: conv(6, 8, 3)},
+        lambda s, x: s.c(F.pad(where_ge(s.m(x)), (1, 2, 0, 1), value=-1.0)),
+    ),
     "sign after a ReLU": (
         (6, 5, 5),
         {"c": lambda: QConv(6, 8, 3, padding=1)},
@@ -119,37 +199,6 @@ def test_signs_of_a_vector_without_a_batch() -> None:
     engine = convert(model, images_of((6, 5, 5)))
     assert engine.report.packed == 1
     assert verify(engine, model, images_of((6, 5, 5))).ok
-
-
-FLOAT: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "zeros around columns": (
-        lambda s, x: s.a(F.unfold(where_ge(x), 3, padding=1).transpose(1, 2)),
-        "takes the values -1, 0, 1",
-    ),
-    "sum of two signs": (
-        lambda s, x: s.c(where_ge(x) + where_ge(x.roll(1, 1))),
-        "takes the values -2, 0, 2",
-    ),
-    "signs and zeros": (
-        lambda s, x: s.c(torch.cat([where_ge(x[:, :2]), torch.zeros_like(x[:, :2])], 1)),
-        "takes the values -1, 0, 1",
-    ),
-    "a sign of integers that can be 0": (
-        lambda s, x: s.c(torch.sign((x * 4).int()).float()),
-        "-1, 0",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FLOAT)
-def test_what_takes_three_values_stays_float_with_that_reason(name: str) -> None:
-    run, reason = FLOAT[name]
-    model = seeded(lambda: Functional(run, a=QLinear(36, 5, sign=None), c=conv(4, 8, 3)))
-    images = images_of((4, 6, 6))
-    engine = convert(model, images, unconverted="ignore")
-    assert not packed(engine)
-    assert reason in engine.report.layers[0].reason
-    assert_exact(engine, model, images)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biper_engine.conversion import convert
+from biper_engine.conversion.cones import Cone
+from biper_engine.conversion.pipeline import build
 from biper_engine.errors import ConversionError, UnconvertedWarning
 from tests.conversion.comparison import (
     Functional,
@@ -282,10 +284,11 @@ def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Mod
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda s, x: s.ok(x) + s.c(F.softshrink(x, 0.1)), "often exactly 0"),
-        (lambda s, x: s.ok(x) + s.c(F.pad(x[:, :2], (0, 0, 0, 0, 1, 1))), "its input"),
         (lambda s, x: s.ok(x) + F.conv2d(x, torch.sign(s.c.weight)), "the network's input"),
-        (lambda s, x: s.ok(x) + F.conv2d(torch.sign(x), s.c.weight), "144 distinct values"),
+        (
+            lambda s, x: s.ok(x) + F.conv2d(torch.sign(x), s.c.weight),
+            "its input is a sign, but its weights are real",
+        ),
         (
             lambda s, x: (
                 s.ok(x)
@@ -313,6 +316,37 @@ def test_the_warning_names_float_layers_with_reason_and_cost(run: Any, reason: s
     assert_close(engine, model, images)
     with pytest.raises(ConversionError, match=reason):
         convert(model, images, unconverted="raise")
+
+
+def test_the_work_of_recognition_grows_with_the_layers_not_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluations = 0
+    evaluate = Cone.__call__
+
+    def counted(cone: Cone, x: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return evaluate(cone, x)
+
+    monkeypatch.setattr(Cone, "__call__", counted)
+    counts = []
+    for depth in (3, 6):
+        evaluations = 0
+        layers = [QConv(4, 4, 3, padding=1, sign=where_ge) for _ in range(depth)]
+        example = (images_of((4, 6, 6)),)
+        build(nn.Sequential(*layers), example, keep_float=(), compute_dtype=torch.float32)
+        counts.append(evaluations)
+    assert counts[1] <= 2 * counts[0]
+
+
+def test_a_trace_without_writes_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def repeated(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("biper_engine.conversion.capture.dispatch_functionalize", repeated)
+    model = seeded(lambda: Functional(lambda s, x: F.relu(s.c(x)) + 1, c=QConv(4, 4, 3)))
+    assert convert(model, images_of((4, 6, 6))).report.packed == 1
 
 
 def test_a_pointwise_layer_on_one_channel_is_not_called_binary() -> None:

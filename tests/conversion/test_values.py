@@ -12,7 +12,7 @@ from biper_engine.bits import binarize
 from biper_engine.conversion.capture import capture
 from biper_engine.conversion.ir import StepRule
 from biper_engine.conversion.simplify import simplify
-from biper_engine.conversion.values import Step, find_step
+from biper_engine.conversion.values import Steps, find_steps
 from tests.conversion.comparison import Functional, images_of
 from tests.conversion.foreign_models import SIGNS, lived_in, where_ge
 
@@ -23,8 +23,10 @@ def step_of(run: Callable[..., Tensor], x: Tensor = X, **layers: nn.Module) -> S
     graph_module = capture(Functional(run, **layers).eval(), (x,)).graph_module
     simplify(graph_module)
     (value,) = graph_module.graph.output_node().args[0]
-    found = find_step(graph_module, value, 1)
-    return found.rule if isinstance(found, Step) else found
+    found = find_steps(graph_module, value, 1)
+    if isinstance(found, str):
+        return found
+    return found.rules[0] if len(found.rules) == 1 else f"{len(found.rules)} steps"
 
 
 def around(threshold: float) -> Tensor:
@@ -86,15 +88,37 @@ def test_thresholds_are_found_to_the_last_bit(
     graph_module = capture(model, (X,)).graph_module
     simplify(graph_module)
     (value,) = graph_module.graph.output_node().args[0]
-    found = find_step(graph_module, value, 1)
-    assert isinstance(found, Step), found
-    rule = found.rule
+    found = find_steps(graph_module, value, 1)
+    assert isinstance(found, Steps), found
+    (rule,) = found.rules
     assert (rule.low, rule.high) == levels
     for threshold in [*rule.threshold[:1].tolist(), 0.1, 1 / 3]:
         x = around(threshold)
         source = x if found.source.op == "placeholder" else x * 3 - 1
         got = binarize(source, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1))
         assert torch.equal(got, model(x) > (rule.low + rule.high) / 2)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda self, x: torch.sign(torch.cat([x, F.relu(x)], 1)),
+        lambda self, x: torch.sign(x.round()),
+        lambda self, x: torch.sign(F.softshrink(x, 0.1)),
+        lambda self, x: torch.sign(F.gelu(x)),
+        lambda self, x: torch.sign(F.gelu(x, approximate="tanh")),
+        lambda self, x: torch.sign(F.silu(x)),
+        lambda self, x: torch.sign(F.hardswish(x)),
+        lambda self, x: torch.sign(F.max_pool2d(x.round(), 2)),
+    ],
+)
+def test_a_sign_that_is_often_0_has_two_steps(run: Callable[..., Tensor]) -> None:
+    assert step_of(run) == "2 steps"
+
+
+def test_a_value_that_turns_has_no_steps() -> None:
+    found = step_of(lambda self, x: torch.where(x < -2, 0.5, where_ge(x)))
+    assert found == "takes the values -1, 0.5, 1 with more than one step"
 
 
 def test_channels_have_their_own_thresholds_and_directions() -> None:
@@ -118,11 +142,6 @@ def test_a_channel_that_never_changes_has_an_infinite_threshold() -> None:
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda self, x: torch.sign(torch.cat([x, F.relu(x)], 1)), "often exactly 0"),
-        (lambda self, x: torch.sign(x.round()), "often exactly 0"),
-        (lambda self, x: torch.sign(F.softshrink(x, 0.1)), "often exactly 0|float map"),
-        (lambda self, x: torch.sign(F.gelu(x)), "-1, 0"),
-        (lambda self, x: torch.sign(F.max_pool2d(x.round(), 2)), "often exactly 0"),
         (lambda self, x: F.relu(x), "a ReLU"),
         (lambda self, x: x + x.mean(), "a sum"),
         (lambda self, x: F.hardtanh(x), "a clamp"),
@@ -211,17 +230,19 @@ def test_steps_of_integers_are_found_on_integers(name: str) -> None:
     graph_module = capture(Functional(run), (x,)).graph_module
     simplify(graph_module)
     (value,) = graph_module.graph.output_node().args[0]
-    found = find_step(graph_module, value, 1)
-    assert isinstance(found, Step), found
+    found = find_steps(graph_module, value, 1)
+    assert isinstance(found, Steps), found
     bits = binarize(
         fx_value(graph_module, found.source.name, x).float(),
-        found.rule.threshold.view(-1, 1, 1),
-        found.rule.sense.view(-1, 1, 1),
+        found.rules[0].threshold.view(-1, 1, 1),
+        found.rules[0].sense.view(-1, 1, 1),
     )
-    assert torch.equal(torch.where(bits, found.rule.high, found.rule.low).float(), run(None, x))
+    assert torch.equal(
+        torch.where(bits, found.rules[0].high, found.rules[0].low).float(), run(None, x)
+    )
     if found.source.op == "placeholder":
-        assert found.rule.threshold.tolist() == [threshold] * 4
-        assert found.rule.sense.tolist() == [sense] * 4
+        assert found.rules[0].threshold.tolist() == [threshold] * 4
+        assert found.rules[0].sense.tolist() == [sense] * 4
 
 
 def fx_value(graph_module: fx.GraphModule, name: str, x: Tensor) -> Tensor:
@@ -243,4 +264,8 @@ def test_a_sign_of_integers_that_reach_0_takes_three_values(run: Callable[..., T
     graph_module = capture(Functional(run), ((X * 100 + 128).to(torch.uint8),)).graph_module
     simplify(graph_module)
     (value,) = graph_module.graph.output_node().args[0]
-    assert "-1, 0" in str(find_step(graph_module, value, 1))
+    found = find_steps(graph_module, value, 1)
+    assert isinstance(found, Steps)
+    assert [(rule.low, rule.high) for rule in found.rules] == [(-1, 0), (0, 1)] or [
+        (rule.low, rule.high) for rule in found.rules
+    ] == [(-1, 0), (1, 0)]

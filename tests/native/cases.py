@@ -26,7 +26,7 @@ from biper_engine import ops
 from biper_engine.bits import pack_channels, words
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, use_backend
-from biper_engine.ops.epilogue import VECTORS
+from biper_engine.ops.epilogue import SUMS, VECTORS
 from tests.ops import matrix
 
 STREAM_TYPES = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -245,6 +245,12 @@ def epilogues() -> Iterator[bytes]:
     for name, (other, other_size) in matrix.CONVOLUTIONS.items():
         epilogue = matrix.epilogue_of(other.out_channels, "no pool", "prelu")
         yield from _with_outputs(f"prelu, {name}", other, other_size, epilogue, "float16", both)
+        sums = {
+            entry: matrix.vector(other.out_channels, seed=7 + i, scale=0.1)
+            for i, entry in enumerate(SUMS)
+        }
+        epilogue = dataclasses.replace(epilogue, **sums)
+        yield from _with_outputs(f"sums, {name}", other, other_size, epilogue, None, both)
     empty = plain(conv.out_channels)
     yield from _with_outputs("empty batch", conv, size, empty, "float32", both, batch=0)
 

@@ -13,131 +13,14 @@
 
 #include "dispatch.h"
 #include "memory.h"
+#include "network.h"
 #include "steps.h"
 #include "thread_pool.h"
 
 namespace biper {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr Window kNoPool{1, 1, 1, 1, 0, 0};
-
-// Numbers that every machine makes alike: multiples of 1/512.
-class Numbers {
- public:
-  explicit Numbers(uint64_t seed) : state_(seed) {}
-
-  uint32_t bits() {
-    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state_ >> 32);
-  }
-  float value(float scale) {
-    return static_cast<float>(static_cast<int32_t>(bits() % 2001) - 1000) / 512.0f * scale;
-  }
-  std::vector<float> values(int64_t count, float scale) {
-    std::vector<float> made(static_cast<size_t>(count));
-    for (float& value_of : made) value_of = value(scale);
-    return made;
-  }
-
- private:
-  uint64_t state_;
-};
-
-template <class T>
-Span<const T> span(const std::vector<T>& values) {
-  return {values.data(), static_cast<int64_t>(values.size())};
-}
-
-using Value = Arguments::Value;
-using Values = Arguments::Values;
-
-template <class T>
-Value memory(const std::vector<T>& values) {
-  return std::vector<int64_t>{reinterpret_cast<int64_t>(values.data()),
-                              static_cast<int64_t>(values.size()), type_of<T>()};
-}
-
-Value pool(const Window& w) {
-  return std::vector<int64_t>{w.kernel_h, w.kernel_w, w.stride_h, w.stride_w, w.pad_h, w.pad_w};
-}
-
-Value geometry(const ConvGeometry& g) {
-  return std::vector<int64_t>{g.in_channels, g.out_channels, g.groups,    g.kernel_h,   g.kernel_w,
-                              g.stride_h,    g.stride_w,     g.pad_top,   g.pad_bottom, g.pad_left,
-                              g.pad_right,   g.dilation_h,   g.dilation_w};
-}
-
-// A program and all that its arguments have the addresses of.
-class Network {
- public:
-  explicit Network(uint64_t seed) : numbers(seed) {}
-
-  int64_t map(int64_t height, int64_t width, int64_t channels, bool packed = false) {
-    return program.add_map({height, width, channels, packed});
-  }
-
-  // Each returns the maps that the step writes; `more` are its other arguments.
-  std::vector<int64_t> add(const char* step, Values values) {
-    return add_step(program, step, Arguments(std::move(values)));
-  }
-  std::vector<int64_t> conv(const ConvGeometry& g, Values more) {
-    const int64_t words = (g.in_channels / g.groups + 31) / 32;
-    std::vector<uint32_t> weight(
-        static_cast<size_t>(g.out_channels * g.kernel_h * g.kernel_w * words));
-    for (uint32_t& word : weight) word = numbers.bits();
-    const int64_t used = g.in_channels / g.groups - (words - 1) * 32;
-    for (size_t w = static_cast<size_t>(words) - 1; w < weight.size(); w += words) {
-      if (used < 32) weight[w] &= (1u << used) - 1;
-    }
-    kept_words_.emplace_back(static_cast<size_t>(prepacked_words(g)));
-    std::vector<uint32_t>& prepacked = kept_words_.back();
-    prepack(g, span(weight), {prepacked.data(), static_cast<int64_t>(prepacked.size())});
-    const std::vector<float> multiplier = numbers.values(g.out_channels, 0.05f);
-    const std::vector<float> bias = numbers.values(g.out_channels, 0.3f);
-    const std::vector<float> threshold = numbers.values(g.out_channels, 0.2f);
-    more.insert({{"geometry", geometry(g)},
-                 {"prepacked", memory(prepacked)},
-                 {"pool", pool(kNoPool)},
-                 {"multiplier", memory(multiplier)},
-                 {"bias", memory(bias)},
-                 {"threshold", memory(threshold)},
-                 {"clamp_min", -1.0},
-                 {"clamp_max", 1.0}});
-    return add("conv", more);
-  }
-  std::vector<int64_t> float_conv(const ConvGeometry& g, double limit, Values more) {
-    const int64_t depth = g.kernel_h * g.kernel_w * g.in_channels;
-    // Small enough that clamps do not hide how sums were rounded.
-    const float scale = depth > 100 ? 0.02f : 0.1f;
-    const std::vector<float> weight = numbers.values(g.out_channels * depth, scale);
-    const std::vector<float> bias = numbers.values(g.out_channels, 0.2f);
-    const std::vector<float> threshold = numbers.values(g.out_channels, 0.1f);
-    more.insert({{"geometry", geometry(g)},
-                 {"weight", memory(weight)},
-                 {"bias", memory(bias)},
-                 {"threshold", memory(threshold)},
-                 {"pool", pool(kNoPool)},
-                 {"clamp_min", -limit},
-                 {"clamp_max", limit},
-                 {"want_float", true},
-                 {"want_bits", false}});
-    return add("float_conv", more);
-  }
-
-  Numbers numbers;
-  Program program;
-
- private:
-  std::deque<std::vector<uint32_t>> kept_words_;
-};
-
 constexpr int64_t kHeight = 33, kWidth = 30, kClasses = 21;
-
-ConvGeometry square(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad,
-                    int64_t groups = 1) {
-  return {in, out, groups, kernel, kernel, stride, stride, pad, pad, pad, pad, 1, 1};
-}
 
 // A residual network of every kind of step.
 std::unique_ptr<Network> network() {
@@ -181,15 +64,15 @@ std::unique_ptr<Network> network() {
   const int64_t flat = p.add_view(last, {1, 1, 260, false});
   const int64_t logits = n.float_conv(square(260, kClasses, 1, 1, 0), kInfinity, {{"x", flat}})[0];
   const int64_t others = n.float_conv(square(65, kClasses, 1, 1, 0), kInfinity, {{"x", top}})[0];
-  const int64_t gate = n.add("sigmoid", {{"x", others}})[0];
   // `down` has every rounding of the stem in it, which the others see through signs alone.
-  p.finish({image}, {logits, others, down, gate});
+  const int64_t numbers = numbers_of(n, logits, others), parts = parts_of(n, down, grouped[0]);
+  p.finish({image}, {logits, others, down, numbers, parts});
   return made;
 }
 
 constexpr int64_t kImages = 5;
 constexpr int64_t kValues = kHeight * kWidth * 3;
-constexpr int64_t kOutputs[] = {kClasses, kClasses, 5 * 4 * 70, kClasses};
+constexpr int64_t kOutputs[] = {kClasses, kClasses, 5 * 4 * 70, kNumbers, kParts};
 
 // The images in [N, C, H, W] or [N, H, W, C].
 std::vector<float> images(bool planar) {
@@ -376,6 +259,47 @@ std::vector<std::string> accepted_misfits() {
        {{"pool", wide}, {"size", sized(5, 5)}});
   kind("a pool of bits beyond its map", bits, "bit_pool", "bits",
        {{"pool", pool({5, 5, 1, 1, 0, 0})}});
+  const auto elementwise = [&](const char* name, const Integers& sizes, const Integers& strides,
+                               int64_t offset, const char* function) {
+    step(name, floats, [=](Network& n, int64_t x) {
+      n.add("elementwise", {{"maps", Integers{x}},
+                            {"sizes", sizes},
+                            {"strides", strides},
+                            {"offsets", Integers{offset}},
+                            {"function", std::string(function)}});
+    });
+  };
+  elementwise("a place beyond its map", {8, 16}, {16, 1}, 1, "abs");
+  elementwise("a stride beyond its map", {8, 16}, {17, 1}, 0, "abs");
+  elementwise("a negative stride", {8}, {-1}, 8, "abs");
+  elementwise("too many sizes", Integers(10, 1), Integers(10, 1), 0, "abs");
+  elementwise("no size", {}, {}, 0, "abs");
+  elementwise("an operand too few", {8}, {1}, 0, "add");
+  elementwise("a function that is not there", {8}, {1}, 0, "minus");
+  const auto rearrange = [&](const char* name, const Integers& sizes, const Integers& places) {
+    kind(name, floats, "rearrange", "x", {{"sizes", sizes}, {"places", places}});
+  };
+  rearrange("places beyond the map", {2, 2}, {0, 127, 0, 1});
+  rearrange("a place before the map", {2}, {0, -2});
+  rearrange("too few places", {3}, {0, 1});
+  rearrange("too many places", {1}, {0, 1});
+  const std::string sum = "sum";
+  kind("rows that the map does not have", floats, "rows", "x",
+       {{"length", int64_t{7}}, {"function", sum}});
+  kind("rows without an end", floats, "rows", "x", {{"length", int64_t{0}}, {"function", sum}});
+  kind("a join of other lengths", floats, "join", "",
+       {{"maps", Integers{0}}, {"lengths", Integers{127}}, {"count", int64_t{1}}});
+  kind("a matrix of other sizes", floats, "matmul", "a",
+       {{"b", int64_t{0}},
+        {"count", int64_t{1}},
+        {"rows", int64_t{16}},
+        {"depth", int64_t{8}},
+        {"columns", int64_t{8}}});
+  step("a filter for another map", floats, [&](Network& n, int64_t x) {
+    n.add("depthwise_conv", {{"x", x},
+                             {"weight", memory(std::vector<float>(9 * 7))},
+                             {"geometry", geometry(square(7, 7, 3, 1, 1, 7))}});
+  });
   step("a view of other values", floats,
        [](Network& n, int64_t x) { n.program.add_view(x, {1, 1, 127, false}); });
   step("an input that is written", floats, [](Network& n, int64_t x) {

@@ -73,7 +73,8 @@ def _random_signs(*shape: int, seed: int) -> Tensor:
     return torch.randint(0, 2, shape, generator=generator).double() * 2 - 1
 
 
-def _float64_convolution(signs: Tensor, weight: Tensor, conv: Conv2dGeometry) -> Tensor:
+def float64_convolution(signs: Tensor, weight: Tensor, conv: Conv2dGeometry) -> Tensor:
+    """Convolve with true zero padding, in float64."""
     top, bottom, left, right = conv.padding
     padded = F.pad(signs, (left, right, top, bottom))
     return F.conv2d(padded, weight, None, conv.stride, 0, conv.dilation, conv.groups)
@@ -98,7 +99,7 @@ class Operands:
         self.weight_signs = _random_signs(*shape, seed=seed + 1)
         self.bits = contract.pack_channels((self.signs > 0).permute(0, 2, 3, 1))
         self.weight = contract.pack_weight(self.weight_signs > 0)
-        self.dot = _float64_convolution(self.signs, self.weight_signs, geometry).to(torch.int32)
+        self.dot = float64_convolution(self.signs, self.weight_signs, geometry).to(torch.int32)
 
 
 # -- epilogues ------------------------------------------------------------------------------------

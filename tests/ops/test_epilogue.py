@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from biper_engine import bits as contract
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops import Epilogue, bconv2d_bits, bconv2d_float, bconv2d_float_bits, prepack
+from biper_engine.ops.epilogue import SUMS
 from tests.ops.matrix import (
+    CONVOLUTIONS,
     EPILOGUE_CONV,
     EPILOGUE_PAIRS,
     EPILOGUE_POOLS,
@@ -26,6 +29,7 @@ from tests.ops.matrix import (
     ZEROS,
     Operands,
     epilogue_of,
+    float64_convolution,
     residual_of,
     signed_zeros,
     vector,
@@ -171,6 +175,57 @@ def test_every_step_is_rounded_once_and_in_order(
     data, epilogue, residual, values = step_case(pool, activation, residual_stream, exact_fma)
     need_all(need, CONV, epilogue)
     check_all_outputs(data, CONV, epilogue, residual, values, device, same_bytes)
+
+
+SUMMED = ("everything", "asymmetric padding", "three groups of 40", "1x1 strided", "127 channels")
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_other_sums_are_integers_of_what_a_window_sees(
+    device: torch.device,
+    need: Callable[..., None],
+    exact_fma: Callable[..., float],
+    same_bytes: Callable[..., bool],
+    name: str,
+) -> None:
+    conv, size = CONVOLUTIONS[name]
+    data, channels = Operands(conv, size, 2), conv.out_channels
+    base = epilogue_of(channels, "no pool", "prelu")
+    factors = {name: vector(channels, 0.0, seed=7 + i, scale=0.1) for i, name in enumerate(SUMS)}
+    ones, seen = torch.ones_like(data.weight_signs), torch.ones_like(data.signs)
+    sums = [
+        float64_convolution(*operands, conv).numpy()
+        for operands in ((data.signs, ones), (seen, data.weight_signs), (seen, ones))
+    ]
+    for present in itertools.chain(([name] for name in SUMS), [SUMS]):
+        epilogue = dataclasses.replace(base, **{name: factors[name] for name in present})
+        need_all(need, conv, epilogue)
+        values = np.empty(data.dot.shape, np.float32)
+        for index in np.ndindex(*values.shape):
+            o = index[1]
+            v = float(
+                exact_fma(float(base.multiplier[o]), float(data.dot[index]), base.bias[o].item())
+            )
+            for factor, total in zip(SUMS, sums, strict=True):
+                if factor in present:
+                    v = exact_fma(float(factors[factor][o]), float(total[index]), v)
+            result = np.float32(v)
+            assert base.slope is not None
+            assert base.shift is not None
+            if result < 0:
+                result = result * np.float32(base.slope[o].item())
+            values[index] = result + np.float32(base.shift[o].item())
+        whole = with_met_thresholds(epilogue, torch.from_numpy(values))
+        check_all_outputs(data, conv, whole, None, values, device, same_bytes)
+
+
+def test_other_sums_exclude_a_pool() -> None:
+    conv, data = constant_operands(5, 2)
+    epilogue = with_bits(
+        multiplier=torch.ones(2), bias=torch.ones(2), taps=torch.ones(2), pool=POOLS["2x2"]
+    )
+    with pytest.raises(ValueError, match="`taps` and `valid` exclude a pool"):
+        bconv2d_float(data.bits.expand(1, 2, 2, 1), data.weight, conv, epilogue)
 
 
 def constant_operands(channels: int, filters: int) -> tuple[Conv2dGeometry, Any]:

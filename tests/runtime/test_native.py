@@ -183,14 +183,12 @@ def test_the_profile_has_a_row_for_every_step() -> None:
 # -- steps ----------------------------------------------------------------------------------------
 
 
-def run_one(
-    x: Tensor, step: Callable[[CpuProgram, Any], Any], *, planar: bool = False, flat: bool = False
-) -> Tensor:
+def run_one(x: Tensor, step: Callable[[CpuProgram, Any], Any], *, planar: bool = False) -> Tensor:
     """Run a program of one step on `x`."""
     program = CpuProgram()
     source = program.add_map(*x.shape[1:])
     out = step(program, source)
-    program.finish([source], [out], planar=[source] if planar else [], flat=[out] if flat else [])
+    program.finish([source], [out], planar=[source] if planar else [])
     return program(x)[0]
 
 

@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from biper_engine.bits import unpack_weight
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.reading import interpret
-from biper_engine.ops.epilogue import Epilogue
+from biper_engine.ops.epilogue import SUMS, Epilogue
 from biper_engine.ops.registration import split_options
 
 __all__ = ["UnsupportedGraphError", "binary_model", "strict_threshold"]
@@ -314,6 +314,8 @@ class _Translation:
                 "OpenVINO's binary convolution is wrong if channels do not fill bytes; this one "
                 f"has {geometry.in_channels}"
             )
+        if epilogue.steps().intersection(SUMS):
+            raise UnsupportedGraphError("OpenVINO's binary convolution has no sums of windows")
         top, bottom, left, right = geometry.padding
         dot = self._opset.binary_convolution(
             *(bits.node, self._weights(weight, geometry, bits.sense)),
@@ -340,7 +342,12 @@ class _Translation:
             v = self._opset.add(v, residual)
         if epilogue.clamp_min is not None or epilogue.clamp_max is not None:
             v = self._clamp(v, epilogue.clamp_min, epilogue.clamp_max)
-        if epilogue.slope is not None:
+        if epilogue.gain is not None:
+            negative = self._opset.minimum(v, self._constant(torch.zeros(1, 1, 1, 1)))
+            positive = self._opset.multiply(self._opset.relu(v), _channels(epilogue.gain))
+            slope = torch.ones_like(epilogue.gain) if epilogue.slope is None else epilogue.slope
+            v = self._opset.add(positive, self._opset.multiply(negative, _channels(slope)))
+        elif epilogue.slope is not None:
             v = self._opset.prelu(v, self._constant(epilogue.slope))
         if epilogue.shift is not None:
             v = self._opset.add(v, _channels(epilogue.shift))
