@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from biper_engine.graph.choice import node_backend
-from biper_engine.graph.reading import get_constant, is_bconv2d, is_call, output_values
+from biper_engine.graph.reading import biper_op, get_constant, is_bconv2d, is_call, output_values
 from biper_engine.graph.shapes import input_without_data, result_without_data, without_data
 from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import select
@@ -244,4 +244,5 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_convolution(node: fx.Node) -> bool:
-    return is_call(node, torch.ops.aten.conv2d.default) or is_bconv2d(node)
+    own = biper_op(node) in ("bmatmul_float", "weight_linear")
+    return own or is_call(node, torch.ops.aten.conv2d.default) or is_bconv2d(node)

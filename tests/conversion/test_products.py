@@ -178,12 +178,6 @@ BINARY: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], tuple[in
         (4, 9),
         "its weight is binary, but its input is the network's input",
     ),
-    "products of two signs": (
-        lambda s, x: where_ge(x) @ where_ge(x).transpose(1, 2),
-        nn.Identity,
-        (4, 5),
-        "though its left factor and its right factor are binary",
-    ),
 }
 
 
