@@ -5,6 +5,7 @@ from biper_engine.metadata import Provenance
 from biper_engine.models import available, build
 from biper_engine.models.registry import state_dict_shapes
 from biper_engine.nn import BinaryConv2d, binary_layers
+from tests.golden.networks import BIPER
 
 # Binary layers of each network.
 BINARY = {
@@ -78,7 +79,10 @@ def test_unknown_name_lists_the_known_ones_and_the_closest():
         build("cifar10/resnet20_1w1")
     assert "Did you mean 'cifar10/resnet20_1w1a'?" in str(caught.value)
     assert all(name in str(caught.value) for name in available())
-    assert available() == tuple(BINARY)
+
+
+def test_every_network_of_biper_is_here():
+    assert tuple(BINARY) == BIPER
 
 
 def test_num_classes_below_one_is_refused():
