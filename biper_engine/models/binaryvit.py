@@ -47,18 +47,19 @@ class Shape:
     side: int
 
 
-def _shapes(image_size: int) -> list[Shape]:
-    table = ((64, 512, 1, 8, 3), (128, 1024, 2, 4, 4), (256, 1024, 4, 1, 8), (512, 2048, 8, 1, 4))
+def _shapes(image_size: int, width: int, depths: tuple[int, int, int, int]) -> list[Shape]:
+    # Hidden channels in multiples of a token's, and the reduction, at each resolution.
+    table = ((8, 8), (8, 4), (4, 1), (4, 1))
     return [
         Shape(
-            width=width,
-            hidden=hidden,
-            heads=heads,
+            width=width * 2**index,
+            hidden=width * 2**index * multiple,
+            heads=2**index,
             reduction=reduction,
             depth=depth,
             side=image_size // _PATCH // 2**index,
         )
-        for index, (width, hidden, heads, reduction, depth) in enumerate(table)
+        for index, ((multiple, reduction), depth) in enumerate(zip(table, depths, strict=True))
     ]
 
 
@@ -336,15 +337,25 @@ class BinaryViT(Network):
 
     Args:
         image_size: a multiple of 32; the position embeddings are of this size.
+        width: channels of a token at the finest resolution, and of each head at all of them.
+        depths: layers at each resolution.
     """
 
     input_shape = (3, 224, 224)
 
-    def __init__(self, num_classes: int = 1000, *, image_size: int = 224, stage: int = 2) -> None:
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        *,
+        image_size: int = 224,
+        width: int = 64,
+        depths: tuple[int, int, int, int] = (3, 4, 8, 4),
+        stage: int = 2,
+    ) -> None:
         super().__init__()
         if image_size < 32 or image_size % 32:
             raise ValueError(f"`image_size` (={image_size}) must be a multiple of 32.")
-        shapes = _shapes(image_size)
+        shapes = _shapes(image_size, width, depths)
         self.input_shape = (3, image_size, image_size)
         self.vit = Body(shapes, stage=stage)
         self.classifier = nn.Linear(shapes[-1].width, num_classes)

@@ -18,7 +18,7 @@ from biper_engine.nn import FlatSignConv2d, RSign, Shift, SignConv2d, binarize_a
 
 __all__ = ["BiRealNet18", "ReActResNet18"]
 
-_WIDTHS = (64, 128, 256, 512)
+_MULTIPLES = (1, 2, 4, 8)
 _BLOCKS = 4  # with one convolution each
 
 
@@ -69,16 +69,21 @@ class ReActBlock(nn.Module):
 
 
 class BiRealNet18(Network):
-    """16 blocks of 64 to 512 channels behind a real 3x3 convolution, for small images."""
+    """16 blocks of 64 to 512 channels behind a real 3x3 convolution, for small images.
+
+    Args:
+        width: channels of the first blocks; the last ones have eight times as many.
+    """
 
     block: type[BiRealBlock] | type[ReActBlock] = BiRealBlock
 
-    def __init__(self, num_classes: int = 10, *, stage: int = 2) -> None:
+    def __init__(self, num_classes: int = 10, *, width: int = 64, stage: int = 2) -> None:
         super().__init__()
-        self.conv1 = self._first_convolution()
-        self.bn1 = nn.BatchNorm2d(64)
-        in_channels = _WIDTHS[0]
-        for index, channels in enumerate(_WIDTHS):
+        self.conv1 = self._first_convolution(width)
+        self.bn1 = nn.BatchNorm2d(width)
+        in_channels = width
+        for index, multiple in enumerate(_MULTIPLES):
+            channels = multiple * width
             layer = nn.Sequential()
             for position in range(_BLOCKS):
                 stride = 2 if index > 0 and position == 0 else 1
@@ -87,8 +92,8 @@ class BiRealNet18(Network):
             self.add_module(f"layer{index + 1}", layer)
         self.fc = nn.Linear(in_channels, num_classes)
 
-    def _first_convolution(self) -> nn.Conv2d:
-        return nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    def _first_convolution(self, width: int) -> nn.Conv2d:
+        return nn.Conv2d(3, width, 3, padding=1, bias=False)
 
     def stem(self, x: Tensor) -> Tensor:
         """Return the map in front of the first block."""
@@ -98,7 +103,7 @@ class BiRealNet18(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes] for images [N, 3, H, W]."""
         x = self.stem(x)
-        for index in range(len(_WIDTHS)):
+        for index in range(len(_MULTIPLES)):
             x = self.get_submodule(f"layer{index + 1}")(x)
         logits: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return logits
@@ -110,11 +115,11 @@ class ReActResNet18(BiRealNet18):
     input_shape = (3, 224, 224)
     block = ReActBlock
 
-    def __init__(self, num_classes: int = 1000, *, stage: int = 2) -> None:
-        super().__init__(num_classes, stage=stage)
+    def __init__(self, num_classes: int = 1000, *, width: int = 64, stage: int = 2) -> None:
+        super().__init__(num_classes, width=width, stage=stage)
 
-    def _first_convolution(self) -> nn.Conv2d:
-        return nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
+    def _first_convolution(self, width: int) -> nn.Conv2d:
+        return nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
 
     def stem(self, x: Tensor) -> Tensor:
         """Return the map in front of the first block."""

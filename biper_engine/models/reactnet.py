@@ -18,12 +18,8 @@ from biper_engine.nn import FlatSignConv2d, RSign, Shift
 
 __all__ = ["ReActNetA"]
 
-# (output channels, stride) of each block.
-_BLOCKS = (
-    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
-    *((512, 1),) * 5,
-    *((1024, 2), (1024, 1)),
-)
+# (output channels in multiples of the first convolution's, stride) of each block.
+_BLOCKS = ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), *((16, 1),) * 5, (32, 2), (32, 1))
 
 
 class Stem(nn.Module):
@@ -82,15 +78,20 @@ class ReActNetBlock(nn.Module):
 
 
 class ReActNetA(Network):
-    """13 blocks from 32 to 1024 channels."""
+    """13 blocks from 32 to 1024 channels.
+
+    Args:
+        width: channels of the first convolution; the last block has 32 times as many.
+    """
 
     input_shape = (3, 224, 224)
 
-    def __init__(self, num_classes: int = 1000, *, stage: int = 2) -> None:
+    def __init__(self, num_classes: int = 1000, *, width: int = 32, stage: int = 2) -> None:
         super().__init__()
-        in_channels = 32
-        self.feature = nn.ModuleList([Stem(in_channels)])
-        for channels, stride in _BLOCKS:
+        in_channels = width
+        self.feature = nn.ModuleList([Stem(width)])
+        for multiple, stride in _BLOCKS:
+            channels = multiple * width
             self.feature.append(ReActNetBlock(in_channels, channels, stride, stage=stage))
             in_channels = channels
         self.fc = nn.Linear(in_channels, num_classes)

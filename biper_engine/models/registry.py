@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.models.adabin import AdaBinResNet20
@@ -255,7 +256,8 @@ def build(
     with torch.no_grad():
         for _, layer in binary_layers(network):
             latent = layer.latent()
-            latent.masked_fill_(latent == 0, 1e-8)
+            if not latent.is_meta:
+                latent.masked_fill_(latent == 0, 1e-8)
     network.provenance = Provenance(
         architecture=name, frequency=None if frequency is None else float(frequency), stage=stage
     )
@@ -263,9 +265,25 @@ def build(
     return network
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Leave initial values out: on the meta device, drawing them imports PyTorch's compiler."""
+
+    # Of tensors, and of torch.nn.init, which may give the tensor by name.
+    _FILLERS = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_")
+    _INITIALIZERS = ("kaiming_normal_", "kaiming_uniform_", "trunc_normal_", "constant_")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__name__", "") in (*self._FILLERS, *self._INITIALIZERS):
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 @cache
 def state_dict_shapes(name: str, num_classes: int) -> dict[str, torch.Size]:
     """Return name and shape of every state-dict entry, without allocating the weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         network = build(name, num_classes=num_classes)
     return {key: value.shape for key, value in network.state_dict().items()}
