@@ -36,7 +36,7 @@ def train(
         int | None, typer.Option(min=1, help="Epochs of stage 2.", show_default=False)
     ] = None,
     frequency: Annotated[
-        float | None, typer.Option(help="w0 of sin(w0*w).", show_default=False)
+        float | None, typer.Option(help="w0 of sin(w0*w), BiPer.", show_default=False)
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=2, help="Images per step.", show_default=False)
@@ -61,7 +61,7 @@ def train(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    """Train a BiPer network in two stages; interrupted runs can be resumed.
+    """Train a binary network in two stages; interrupted runs can be resumed.
 
     [bold]Examples[/bold]
     biper train
@@ -70,8 +70,17 @@ def train(
     biper train --resume --export-official
     """
     from biper_engine import training
+    from biper_engine.models.registry import architecture
     from biper_engine.training import RunOptions, TrainingConfig
 
+    if frequency is not None and architecture(model).frequency is None:
+        raise typer.BadParameter(
+            f"--frequency is for the networks of BiPer; {model} has none. Leave it out."
+        )
+    if export_official and architecture(model).frequency is None:
+        raise typer.BadParameter(
+            f"--export-official is for the networks of BiPer; {model} is not one. Leave it out."
+        )
     config = _with_epochs(
         TrainingConfig(dataset=data, architecture=model), (stage1_epochs, stage2_epochs)
     )

@@ -6,7 +6,7 @@ Our format is a plain dict in a `torch.save` file, so that `torch.load(weights_o
     version      0
     model        name for `build`
     num_classes  int
-    frequency    float
+    frequency    float, or None for a network that is not BiPer's
     stage        1 or 2
     state_dict   the official names and shapes
     metadata     dict of `Metadata`, or None
@@ -100,10 +100,10 @@ def load_checkpoint(
         path: the checkpoint file.
         arch: one of `models.available()`; None takes it from the file's `model` entry, the `model:`
             line of a `config.txt` beside it, and the shapes.
-        frequency: w0 that the network was trained with. Required if neither the file nor the
+        frequency: w0 that a network of BiPer was trained with. Required if neither the file nor the
             `freq:` line of a `config.txt` beside it has it; otherwise it must agree with them.
-        stage: 1 or 2. Required if neither the file nor the `stage2:` line of `config.txt` has it;
-            otherwise it must agree with them.
+        stage: 1 or 2. Required if neither the file nor the `stage2:` line of `config.txt` has it
+            and both stages of its training write such files; otherwise it must agree with them.
 
     Returns:
         Network on the CPU in float32. `metadata` comes from the file. For an official checkpoint
@@ -118,14 +118,10 @@ def load_checkpoint(
     contents = _read(os.fspath(path))
     name, held = _choose_architecture(contents, arch)
     check_dense(contents.path, held)
-    settings: dict[str, Any] = {
-        "num_classes": _num_classes(held, name),
-        "frequency": _agree("frequency", contents.frequency, frequency, contents),
-        "stage": _agree("stage", contents.stage, stage, contents),
-    }
+    settings = _settings(contents, name, frequency, stage)
     try:
         with torch.random.fork_rng(devices=()):  # random weights are drawn, then replaced
-            network = build(name, **settings)
+            network = build(name, num_classes=_num_classes(held, name), **settings)
     except ValueError as error:
         raise CheckpointError(f"'{contents.path}': {error}") from error
     state = {}
@@ -134,6 +130,7 @@ def load_checkpoint(
         stored = held.get(key, value) if optional else held[key]
         state[key] = stored.reshape(value.shape) if optional else stored
     network.load_state_dict(state)
+    _check_stage(contents, network, settings["stage"])
     network.metadata = contents.metadata
     if not contents.own and _num_classes(state, name) == architecture(name).num_classes:
         network.metadata = architecture(name).metadata
@@ -215,26 +212,32 @@ def _read_own(path: str, raw: Mapping[str, Any]) -> _Contents:
             f"'{path}' has checkpoint version {_short(version)}; this biper_engine reads "
             f"{_VERSION}. Load it with the version that wrote it, or train again."
         )
-    for key, kind in (("model", str), ("frequency", float), ("stage", int)):
-        if not isinstance(raw.get(key), kind):
-            raise CheckpointError(
-                f"'{path}': entry '{key}' is {_short(raw.get(key))}, wanted {kind.__name__}. "
-                "The file was edited or written by something else."
-            )
+    _require(path, raw, "model", str)
     if raw["model"] not in available():
         raise CheckpointError(
             f"'{path}' holds a network that this biper_engine does not know: "
             f"{_short(raw['model'])}. Known: {', '.join(available())}."
         )
+    _require(path, raw, "stage", int)
+    if architecture(raw["model"]).frequency is not None:
+        _require(path, raw, "frequency", float)
     return _Contents(
         path=path,
         raw=_state_dict(path, raw.get("state_dict")),
         model=raw["model"],
-        frequency=raw["frequency"],
+        frequency=raw.get("frequency"),
         stage=raw["stage"],
         metadata=_metadata(path, raw.get("metadata")),
         own=True,
     )
+
+
+def _require(path: str, raw: Mapping[str, Any], key: str, kind: type) -> None:
+    if not isinstance(raw.get(key), kind):
+        raise CheckpointError(
+            f"'{path}': entry '{key}' is {_short(raw.get(key))}, wanted {kind.__name__}. "
+            "The file was edited or written by something else."
+        )
 
 
 def _metadata(path: str, value: Any) -> Metadata | None:
@@ -343,13 +346,42 @@ def _differences(state: Mapping[str, Tensor], name: str) -> list[str]:
 def _is_spare(key: str, wanted: Mapping[str, torch.Size]) -> bool:
     """Whether the network is complete without `key`: an optional entry of a binary layer."""
     owner, _, last = key.rpartition(".")
-    return is_foreign_spare(key) or (last in _OPTIONAL and f"{owner}.alpha" in wanted)
+    return is_foreign_spare(key) or (last in _OPTIONAL and f"{owner}.tau" in wanted)
 
 
 def _has_beta(state: Mapping[str, Tensor], name: str) -> bool:
     """Whether both the file and the network have `beta` entries."""
     shapes = state_dict_shapes(name, _num_classes(state, name))
     return any(key.endswith(".beta") and key in state for key in shapes)
+
+
+def _settings(
+    contents: _Contents, name: str, frequency: float | None, stage: int | None
+) -> dict[str, Any]:
+    """Return frequency and stage for `build`, on which file and caller agree."""
+    entry = architecture(name)
+    if stage is None and contents.stage is None:
+        stage = entry.published_stage
+    settings: dict[str, Any] = {"stage": _agree("stage", contents.stage, stage, contents)}
+    if entry.frequency is not None:
+        settings["frequency"] = _agree("frequency", contents.frequency, frequency, contents)
+    elif frequency is not None or contents.frequency is not None:
+        raise CheckpointError(
+            f"'{contents.path}' holds {name}, whose weights have no frequency, but one of "
+            f"{contents.frequency if frequency is None else frequency} was given. Leave "
+            "`frequency` out, or check that this is the right file."
+        )
+    return settings
+
+
+def _check_stage(contents: _Contents, network: Network, stage: int) -> None:
+    """Compare with what the loaded weights themselves say of their stage."""
+    found = common_settings(network)[1]
+    if found != stage:
+        raise CheckpointError(
+            f"'{contents.path}' is of stage {found} by the temperature of its weights, not of "
+            f"stage {stage}. Pass stage={found}, or check that this is the right file."
+        )
 
 
 def _agree(what: str, stored: _T | None, given: _T | None, file: _Contents) -> _T:
@@ -365,7 +397,8 @@ def _agree(what: str, stored: _T | None, given: _T | None, file: _Contents) -> _
     advice = {
         "frequency": "Pass frequency=20.0 if it was trained with the value of the official scripts "
         "(their evaluation default of 30 is wrong for it)",
-        "stage": "Pass stage=2 for sign(sin(w)) weights or stage=1 for sin(w) weights",
+        "stage": "Pass stage=2 for binary weights (BiPer: sign(sin(w))) or stage=1 for real ones "
+        "(BiPer: sin(w))",
     }[what]
     raise CheckpointError(
         f"'{file.path}' does not say its {what}, and neither does a config.txt beside it. "
@@ -388,13 +421,14 @@ def network_name(model: nn.Module) -> str:
     return name
 
 
-def common_settings(model: nn.Module) -> tuple[float, int]:
-    """Return frequency and stage of all binary layers.
+def common_settings(model: nn.Module) -> tuple[float | None, int]:
+    """Return frequency, or None if there is none, and stage of all binary layers.
 
     Raises:
         ValueError: they differ, or there is no binary layer.
     """
-    settings = {(layer.frequency, layer.stage) for _, layer in binary_layers(model)}
+    layers = (layer for _, layer in binary_layers(model))
+    settings = {(getattr(layer, "frequency", None), layer.stage) for layer in layers}
     if len(settings) != 1:
         raise ValueError(
             f"`model` mixes (frequency, stage) pairs: {sorted(settings)}; a checkpoint stores one."

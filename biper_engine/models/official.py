@@ -46,12 +46,18 @@ def export_official(
         The path of the checkpoint.
 
     Raises:
-        ValueError: `model` is not from `build`, or its layers differ in frequency or stage.
+        ValueError: `model` is not from `build` or not a network of BiPer, or its layers differ in
+            frequency or stage.
 
     Source: save_checkpoint in the official cifar10/utils/common.py and its call in main.py.
     """
     group, _, name = network_name(model).partition("/")
     frequency, stage = common_settings(model)
+    if frequency is None:
+        raise ValueError(
+            f"`model` is {group}/{name}, wanted a network of BiPer: the official scripts know no "
+            "other. Use save_checkpoint."
+        )
     state = OrderedDict(
         (key, value.detach().cpu().contiguous()) for key, value in model.state_dict().items()
     )

@@ -1,7 +1,6 @@
-"""The two binarizers of BiPer as differentiable functions.
+"""Binarizers as differentiable functions: sign forward, a surrogate gradient backward.
 
-Weights and activations have the same forward rule, sign, and different surrogate gradients.
-`sign(0)` is 0 here, as in PyTorch and in the official code.
+`sign(0)` is 0 here, as in PyTorch and in the code of the networks.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SCALE_EPSILON", "binarize_activation", "binarize_weight"]
+__all__ = ["SCALE_EPSILON", "binarize_activation", "binarize_weight", "straight_through"]
 
 # Added to the variance of the per-sample scale; the official code's value.
 SCALE_EPSILON = 1e-5
@@ -66,6 +65,18 @@ def binarize_activation(x: Tensor, *, scale_dims: tuple[int, ...] = ()) -> Tenso
     return _apply(_ScaledBiRealSign, x, scale_dims)
 
 
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """Return exactly `value`, with the gradient of `surrogate`.
+
+    `value.detach() + surrogate - surrogate.detach()` has the same gradient, but rounds the value.
+
+    Args:
+        value: what the forward pass computes; no gradient reaches it.
+        surrogate: of the same shape; it gets the gradient of the result.
+    """
+    return _apply(_ValueWithGradientOf, value, surrogate)
+
+
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
     return result
@@ -79,6 +90,16 @@ class _StraightThroughSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         return grad_outputs[0]
+
+
+class _ValueWithGradientOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+        return None, grad_outputs[0]
 
 
 class _BiRealSign(torch.autograd.Function):

@@ -1,8 +1,7 @@
-"""PyTorch's layers with BiPer's binary weights, and all but one with binary activations."""
+"""PyTorch's layers with BiPer's periodic weights, and all but one with binary activations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import isfinite
 from typing import Any
 
@@ -10,38 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biper_engine.nn.binary_layer import BinaryLayer, binary_layers
 from biper_engine.nn.functional import binarize_activation, binarize_weight
 
 __all__ = [
     "BinaryConv2d",
     "BinaryLinear",
     "BinaryWeightConv2d",
-    "binary_layers",
     "regularizer",
     "set_tau",
 ]
 
 
-class _Periodic:
-    """State that all layers share: frequency, stage, alpha, tau. Mixed into nn.Module."""
+class _Periodic(BinaryLayer):
+    """State that all layers share: frequency, alpha, tau. Mixed into nn.Module.
 
-    weight: Tensor
+    Stage 1 has weights sin(frequency*w), stage 2 has weights sign(sin(frequency*w)).
+    """
+
     alpha: nn.Parameter
     beta: nn.Parameter | None
     tau: Tensor
     frequency: float
-    _stage: int
-
-    @property
-    def stage(self) -> int:
-        """1: weights sin(frequency*w). 2: weights sign(sin(frequency*w))."""
-        return self._stage
-
-    @stage.setter
-    def stage(self, stage: int) -> None:
-        if stage not in (1, 2):
-            raise ValueError(f"`stage` (={stage!r}) must be 1 or 2.")
-        self._stage = stage
 
     def quantized_weight(self) -> Tensor:
         """Return the weights that the forward pass multiplies with, before `alpha`."""
@@ -194,28 +183,21 @@ class BinaryLinear(_Periodic, nn.Linear):
         return F.linear(bits, self.quantized_weight(), self.bias) * self.alpha
 
 
-def binary_layers(module: nn.Module) -> Iterator[tuple[str, BinaryConv2d | BinaryLinear]]:
-    """Yield (name, layer) for every binary layer in `module`, in `named_modules` order."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, BinaryConv2d | BinaryLinear):
-            yield name, layer
-
-
 def set_tau(module: nn.Module, tau: float) -> None:
-    """Set the regulariser's weight in every binary layer of `module`."""
-    for _, layer in binary_layers(module):
+    """Set the regulariser's weight in every layer of `module` with periodic weights."""
+    for layer in _periodic_layers(module):
         layer.tau.fill_(tau)
 
 
 def regularizer(module: nn.Module) -> Tensor:
     """Return the periodic weight decay of BiPer, to be added to the loss in both stages.
 
-    It is the sum over binary layers of `tau * mean(0.5 - 0.5*cos(2*w0*w))`, which is
+    It is the sum over layers with periodic weights of `tau * mean(0.5 - 0.5*cos(2*w0*w))`, which is
     `tau * mean(sin(w0*w)**2)`, with each layer's own `tau` buffer (1 until `set_tau`) and w0.
     It is smallest, 0, where every sine is 0. No gradient reaches `tau`.
 
     Args:
-        module: a module with binary layers; without one the result is 0.
+        module: a module with periodic weights; without them the result is 0.
 
     Returns:
         0-d tensor.
@@ -223,7 +205,12 @@ def regularizer(module: nn.Module) -> Tensor:
     Source: loss_reg in the official cifar10/main.py, where tau is a buffer of each layer as well.
     """
     total = torch.zeros(())
-    for _, layer in binary_layers(module):
+    for layer in _periodic_layers(module):
         wave = torch.cos(2 * layer.frequency * layer.weight)
         total = total.to(wave.device) + layer.tau * torch.mean(0.5 - 0.5 * wave)
     return total
+
+
+def _periodic_layers(module: nn.Module) -> list[BinaryConv2d | BinaryLinear]:
+    layers = (layer for _, layer in binary_layers(module))
+    return [layer for layer in layers if isinstance(layer, BinaryConv2d | BinaryLinear)]

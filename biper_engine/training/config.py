@@ -42,7 +42,7 @@ class TrainingConfig:
     Attributes:
         dataset: a name from `training.data.available()`.
         architecture: a name from `models.available()`.
-        frequency: w0 of sin(w0*w).
+        frequency: w0 of sin(w0*w); not used by networks that are not BiPer's.
         batch_size: images per step and device; an incomplete last batch is dropped.
         momentum: of SGD.
         warmup_epochs: epochs of linear warm-up at the start of each stage.

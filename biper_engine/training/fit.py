@@ -29,6 +29,7 @@ import torch
 
 from biper_engine import models
 from biper_engine.models import Network, registry
+from biper_engine.nn import binary_layers
 from biper_engine.training import data
 from biper_engine.training.config import RunOptions, TrainingConfig
 from biper_engine.training.data import DataSet, Part
@@ -226,15 +227,18 @@ def _start_network(
 ) -> Network:
     """Build the stage's network: new in stage 1, with stage 1's latent weights in stage 2."""
     torch.manual_seed(config.seed)
+    periodic = registry.architecture(config.architecture).frequency is not None
     network = models.build(
         config.architecture,
         num_classes=dataset.num_classes,
-        frequency=config.frequency,
+        frequency=config.frequency if periodic else None,
         stage=number,
     )
     network.metadata = dataset.metadata
     if number == 2:
         network.load_state_dict(models.load_checkpoint(directory / "stage1.pt").state_dict())
+        for _, layer in binary_layers(network):  # some keep it in their state
+            layer.stage = number
     # On CPU, a step in this layout takes 0.75 to 0.9 of the time.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network

@@ -101,12 +101,13 @@ def test_networks_have_the_statistics_of_what_they_see_and_leave_the_generator_a
     torch.testing.assert_close(outputs.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.1)
 
 
-def test_the_networks_on_bits_are_those_of_imagenet_with_a_reported_accuracy() -> None:
+def test_the_networks_on_bits_are_those_of_biper_for_imagenet_with_a_reported_accuracy() -> None:
     from biper_engine.models import registry
+    from tests.golden.networks import BIPER
 
     reported = {
         name
-        for name in registry.available()
+        for name in BIPER
         if name.startswith("imagenet/") and registry.architecture(name).reported_top1 is not None
     }
     assert set(frontier.BINARY.values()) == reported

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from biper_engine.conversion import convert
-from biper_engine.models import Network, build
+from biper_engine.models import Network, available, build
+from biper_engine.models.registry import architecture
 from tests.golden import weights
 from tests.native.builds import shared
+
+# The networks whose official code gave the golden values.
+BIPER = tuple(name for name in available() if architecture(name).frequency is not None)
 
 
 def model_of(name: str) -> Network:

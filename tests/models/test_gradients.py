@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biper_engine.models import Network, available, build
+from biper_engine.models import Network, build
 from biper_engine.nn import regularizer, set_tau
 from tests.golden import weights
+from tests.golden.networks import BIPER
 from tests.models.equations import Equations, loss
 
 STEPS = 20
@@ -35,7 +36,7 @@ QUICK = (
     "cifar10/vgg_small_1w1a",
     "imagenet/mobilenet_1w1a",
 )
-CASES = [pytest.param(n, marks=() if n in QUICK else (pytest.mark.deep,)) for n in available()]
+CASES = [pytest.param(n, marks=() if n in QUICK else (pytest.mark.deep,)) for n in BIPER]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +105,6 @@ def test_gradients_are_those_of_the_equations(name: str, stage: int) -> None:
 
 @pytest.mark.weekly
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", BIPER)
 def test_gradients_are_those_of_the_equations_for_twenty_steps(name: str, stage: int) -> None:
     check(name, stage, STEPS)

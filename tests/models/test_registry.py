@@ -5,6 +5,8 @@ from biper_engine.metadata import Provenance
 from biper_engine.models import available, build
 from biper_engine.models.registry import state_dict_shapes
 from biper_engine.nn import BinaryConv2d, binary_layers
+from tests.fresh import fresh_run
+from tests.golden.networks import BIPER
 
 # Binary layers of each network.
 BINARY = {
@@ -78,9 +80,22 @@ def test_unknown_name_lists_the_known_ones_and_the_closest():
         build("cifar10/resnet20_1w1")
     assert "Did you mean 'cifar10/resnet20_1w1a'?" in str(caught.value)
     assert all(name in str(caught.value) for name in available())
-    assert available() == tuple(BINARY)
+
+
+def test_every_network_of_biper_is_here():
+    assert tuple(BINARY) == BIPER
 
 
 def test_num_classes_below_one_is_refused():
     with pytest.raises(ValueError, match=r"`num_classes` \(=0\)"):
         build("cifar10/resnet20_1w1a", num_classes=0)
+
+
+def test_shapes_are_found_without_initial_values():
+    code = (
+        "import sys; from biper_engine.models.registry import state_dict_shapes\n"
+        "assert len(state_dict_shapes('imagenet/resnet18_1w1a', 2)) > 100\n"
+        "assert 'torch._dynamo' not in sys.modules, 'it imports the compiler, which takes seconds'"
+    )
+    done = fresh_run(code)
+    assert (done.returncode, done.stderr) == (0, "")
