@@ -45,7 +45,7 @@ def network(name: str) -> str:
 
 
 def networks() -> str:
-    """Return the table of all networks."""
+    """Return the table of BiPer's networks."""
     columns = (
         "binary layers packed",
         "MACs on bits",
@@ -54,7 +54,9 @@ def networks() -> str:
         "engine bytes",
     )
     lines = head("network", *columns, "smaller by", "top-1 as reported")
-    return "\n".join([*lines, *map(network, biper_engine.models.available())])
+    names = biper_engine.models.available()
+    biper = [name for name in names if registry.architecture(name).frequency is not None]
+    return "\n".join([*lines, *map(network, biper)])
 
 
 def footprint() -> str:

@@ -209,9 +209,9 @@ def test_training_keeps_weights_and_shares_of_bnext_in_their_ranges() -> None:
     network(torch.randn(2, 3, 64, 64))
     for name, parameter in network.named_parameters():
         if name.endswith("binary_conv.weight"):
-            assert float(parameter.abs().max()) <= 1.5
+            assert parameter.abs().max().item() <= 1.5
         elif name.endswith("scale"):
-            assert 0 <= float(parameter.min()) <= float(parameter.max()) <= 1
+            assert 0 <= parameter.min().item() <= parameter.max().item() <= 1
 
 
 class TestCheckpoints:
@@ -268,3 +268,13 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="wanted a network of BiPer"):
             export_official(tmp_path / "none", build(ADABIN), epochs=1)
         assert not (tmp_path / "none").exists()
+
+
+def test_the_page_has_the_counts_and_the_published_accuracies() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "networks.md").read_text("utf-8")
+    for name, (layers, _, *macs) in COUNTS.items():
+        counts = " | ".join(f"{count / 1e6:,.1f} M" for count in macs)
+        assert f"| `{name}` | {layers} | {counts} |" in page
+        top1 = architecture(name).reported_top1
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+        assert top1 is None or f" | {top1} % | " in row
