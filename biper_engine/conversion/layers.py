@@ -170,7 +170,7 @@ def _held(graph_module: fx.GraphModule, matrix: fx.Node) -> Tensor | None:
 def _repeats_whole(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
     """Whether an expand only adds dimensions in front of all that have more than one value."""
     padded = [1] * (len(after) - len(before)) + list(before)
-    own = [dim for dim, size in enumerate(padded) if size != 1]
+    own = [dim for dim, size in enumerate(padded) if str(size) != "1"]
     repeated = [dim for dim, size in enumerate(after) if dim not in own and str(size) != "1"]
     return not repeated or not own or max(repeated) < min(own)
 

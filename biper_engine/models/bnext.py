@@ -66,7 +66,7 @@ class AnnealedConv2d(BinaryLayer, nn.Conv2d):
     @property
     def stage(self) -> int:
         """1: weights between -1 and 1. 2: binary weights."""
-        return 2 if float(self.temperature) < _COLD else 1
+        return 2 if self.temperature.item() < _COLD else 1
 
     @stage.setter
     def stage(self, stage: int) -> None:

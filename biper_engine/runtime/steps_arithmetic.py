@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -39,7 +40,7 @@ def apply(run: RunMaps, function: str, *operands: Placed) -> Placed:
         (x,) = operands
         applied = apply(run, function, replace(x, shape=None, batch=0))
         return replace(applied, shape=x.shape, batch=x.batch)
-    sizes = torch.broadcast_shapes(*(x.sizes for x in operands))  # type: ignore[no-untyped-call]
+    sizes = np.broadcast_shapes(*(x.sizes for x in operands))  # PyTorch's own loads SymPy
     for x in operands:
         new = len(sizes) - len(x.sizes)
         fits = (new == 0 and x.sizes[:1] == sizes[:1]) if x.batch == 0 else x.batch is None

@@ -75,6 +75,8 @@ def _attention(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     if any(user.args[1] != 0 for user in node.users):
         raise Unsupported("returns its statistics")
     query, key, value = (run.flowing(named[name]) for name in ("query", "key", "value"))
+    if len({x.sizes[:-2] for x in (query, key, value)}) > 1:
+        raise Unsupported("has several queries for each key")
     mask = None if named["attn_mask"] is None else run.numbers(named["attn_mask"])
     if mask is not None and mask.batch is None and len(mask.sizes) == 4 and mask.sizes[0] != 1:
         raise Unsupported("has a mask for a batch of one size")

@@ -62,7 +62,8 @@ def test_a_checkpoint_that_is_silent_says_what_to_pass(biper: Biper, tmp_path: P
     path = tmp_path / "model_best.pth.tar"
     network = models.build("cifar10/resnet20_1w1a")
     torch.save({"state_dict": network.state_dict(), "model": "resnet20_1w1a"}, path)
-    assert "frequency" in biper("convert", path).err
+    assert "does not say its stage" in biper("convert", path).err
+    assert "does not say its frequency" in biper("convert", path, "--stage", 2).err
     done = biper("convert", path, "--frequency", 20, "--stage", 1)
     assert done.code == 1
     assert "stage-1 network" in done.err

@@ -126,6 +126,8 @@ REASONS = (
     "has the rounding mode",
     "gives torch.int64",
     "gives torch.float16",
+    "gives torch.float64",
+    "has several queries for each key",
     "makes torch.bool",
     "reduces the batch",
     "is a norm of order inf",
