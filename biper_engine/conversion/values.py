@@ -107,10 +107,27 @@ def find_steps(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Steps 
         if isinstance(found, StepRule) and not is_float(cone.source):
             fallback = Steps.of_one(cone.source, found)
         elif isinstance(found, StepRule) and not (found.tie and _takes_third_value(cone, found)):
-            return Steps.of_one(cone.source, found)
+            return _before_shifts(cone, Steps.of_one(cone.source, found))
         elif several is None:
             several = _several(cone)
     return fallback or several or reason
+
+
+def _before_shifts(cone: Cone, steps: Steps) -> Steps:
+    """Move a step before what is added to its source, so that the threshold has it.
+
+    The thresholds are found from the float32 sums themselves, so that no bit changes.
+    """
+    while is_call(steps.source, aten.add.Tensor, aten.sub.Tensor):
+        if not cone.grow() or cone.source is None or not same_shape(cone.source, cone.top):
+            break
+        if cone.source.meta["val"].dtype != torch.float32:
+            break
+        found = _rule(cone)
+        if not isinstance(found, StepRule) or (found.tie and _takes_third_value(cone, found)):
+            break
+        steps = Steps.of_one(cone.source, found)
+    return steps
 
 
 def is_float(node: fx.Node) -> bool:
@@ -176,10 +193,12 @@ def _analyse(cone: Cone | _Above) -> StepRule | str | None:
     steady = ends == starts
     sense = torch.where(steady, False, starts == high)
     always = torch.where(ends == high, -torch.inf, torch.inf).float()
-    middle = len(levels) == 3
-    # A third value lies between the last float of one level and the first of the other.
-    at_tie = _next(last_start) if middle else None
-    threshold = torch.where(sense, last_start, first_end) if at_tie is None else at_tie
+    # A third value lies between the last float of one level and the first of the other. The sign of
+    # a sum with a constant has one that the probes may have missed.
+    between = _next(last_start)
+    gap = (between < first_end) & ~steady
+    middle = len(levels) == 3 or bool(gap.any())
+    threshold = torch.where(gap, between, torch.where(sense, last_start, first_end))
     threshold = torch.where(steady, always, threshold) + 0.0
     rule = StepRule(threshold, sense, low, high, tie=middle or _tells_zeros_apart(cone))
     if _holds(cone, rule, probes, values):

@@ -70,6 +70,28 @@ def test_every_spelling_of_sign_has_its_own_rule_at_zero(name: str) -> None:
     assert torch.equal(got, expected.to(got.dtype))
 
 
+def test_a_shift_before_a_sign_is_part_of_the_threshold() -> None:
+    shift = torch.tensor([0.1, -1 / 3, 0.0, 5e-3]).view(1, -1, 1, 1)
+
+    def run(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.sign(x + self.shift)
+
+    model = Functional(run)
+    model.register_buffer("shift", shift)
+    graph_module = capture(model, (X,)).graph_module
+    simplify(graph_module)
+    (value,) = graph_module.graph.output_node().args[0]
+    found = find_steps(graph_module, value, 1)
+    assert isinstance(found, Steps), found
+    assert found.source.op == "placeholder"
+    (rule,) = found.rules
+    assert rule.tie
+    for threshold in rule.threshold.tolist():
+        x = around(threshold)
+        got = binarize(x, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1))
+        assert torch.equal(got, model(x) >= 0)  # the engine takes an exact zero for 1
+
+
 @pytest.mark.parametrize(
     ("run", "levels"),
     [
@@ -94,7 +116,7 @@ def test_thresholds_are_found_to_the_last_bit(
     assert (rule.low, rule.high) == levels
     for threshold in [*rule.threshold[:1].tolist(), 0.1, 1 / 3]:
         x = around(threshold)
-        source = x if found.source.op == "placeholder" else x * 3 - 1
+        source = x if found.source.op == "placeholder" else x * 3  # the threshold has the 1
         got = binarize(source, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1))
         assert torch.equal(got, model(x) > (rule.low + rule.high) / 2)
 
