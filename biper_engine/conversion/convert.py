@@ -105,8 +105,9 @@ def convert_and_verify(
     stage = _provenance(model).stage
     if stage == 1:
         raise ConversionError(
-            "This is a stage-1 network: its weights are sin(w0*w), real numbers, and no bits can "
-            "hold them. Train stage 2, which takes their signs, and convert that checkpoint."
+            "This is a stage-1 network: its weights are real numbers (in BiPer's, sin(w0*w)), and "
+            "no bits can hold them. Train stage 2, which takes their signs, and convert that "
+            "checkpoint."
         )
     _require_float32(model)
     args, kwargs = _example_inputs(model, example_inputs)
