@@ -198,6 +198,9 @@ def _analyse(cone: Cone | _Above) -> StepRule | str | None:
     between = _next(last_start)
     gap = (between < first_end) & ~steady
     middle = len(levels) == 3 or bool(gap.any())
+    third = cone(between[None])[0][gap]
+    if not bool(((third >= low) & (third <= high)).all()):
+        return f"takes the value {float(third[0]):g} at its step"
     threshold = torch.where(gap, between, torch.where(sense, last_start, first_end))
     threshold = torch.where(steady, always, threshold) + 0.0
     rule = StepRule(threshold, sense, low, high, tie=middle or _tells_zeros_apart(cone))

@@ -92,6 +92,13 @@ def test_a_shift_before_a_sign_is_part_of_the_threshold() -> None:
         assert torch.equal(got, model(x) >= 0)  # the engine takes an exact zero for 1
 
 
+def test_a_third_value_at_the_step_lies_between_the_levels() -> None:
+    def run(self: nn.Module, x: Tensor) -> Tensor:
+        return torch.where(x == 0.3, 7.0, torch.sign(x - 0.3))
+
+    assert step_of(run) == "takes the value 7 at its step"
+
+
 @pytest.mark.parametrize(
     ("run", "levels"),
     [
