@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 __all__ = ["CHAIN_INPUTS", "MATRIX_OPERATORS", "MatrixScale", "MatrixShape"]
 
-MATRIX_OPERATORS = ("bmatmul", "bmatmul_float", "weight_linear", "unpack_weight")
+MATRIX_OPERATORS = ("bmatmul", "bmatmul_float", "weight_linear")
 """The operators of this module, by name."""
 
 CHAIN_INPUTS = 256
