@@ -7,7 +7,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
-# No byte code is compiled in advance, because most of the installed code is never imported.
+# No byte code is compiled in advance, because most of the installed code is never imported. What is
+# imported is kept in .venv: compiling torch again costs every process 10 seconds.
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
 # The stamp has the checkout's path, because an environment breaks when it is moved or copied.
 STAMP := $(VENV)/installed
@@ -17,10 +20,12 @@ NATIVE := $(SOURCES) $(foreach end,h cuh cpp cu,\
 # The extensions are rebuilt when a source changed; without a compiler, each run tries again.
 BUILT := $(VENV)/built
 # The tests of the Triton kernels also need the newest supported Triton, which constraints.txt pins; the
-# deep tests need the oldest, too, in its own folder. Triton does not support macOS. If it cannot be
-# installed, the tests skip and say so.
+# weekly tests need the oldest, too, in its own folder. Triton does not support macOS. If it cannot
+# be installed, the tests skip and say so.
 TRITON := $(VENV)/triton
 OLDEST_TRITON := $(VENV)/oldest-triton
+# A compiler for macOS, 100 MB, for two of the weekly tests.
+ZIG := $(VENV)/zig
 # Date and commit of the last run of the weekly tests in which all passed.
 WEEKLY := .ci/weekly
 export BIPER_REQUIRE_NATIVE ?= auto
@@ -48,13 +53,13 @@ test: $(BUILT) $(TRITON)  ## Run the tests
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -n auto --maxprocesses 8 --dist worksteal -p no:benchmark $(ARGS)
 
 # pytest exits with 5 if it selects no test.
-test-deep: $(BUILT) $(TRITON) $(OLDEST_TRITON)  ## Run the slow tests, and those that need a compiler or a build
+test-deep: $(BUILT) $(TRITON)  ## Run the slow tests, and those that need a compiler or a build
 	@echo "==> Deep tests"
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -m "deep and not weekly" -n 2 --dist loadfile -p no:benchmark -rs $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
 
 # Whoever sees it pass commits the new record.
-test-weekly: $(BUILT) $(TRITON) $(OLDEST_TRITON)  ## Run the long and rare tests, and record that they passed
+test-weekly: $(BUILT) $(TRITON) $(OLDEST_TRITON) $(ZIG)  ## Run the long and rare tests, and record that they passed
 	@echo "==> Weekly tests; they last passed: $$(cat $(WEEKLY))"
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -m weekly -n 2 --dist loadfile -p no:benchmark -rs $(ARGS)
 	@test -n "$(ARGS)" || printf '%s at %s\n' "$$(date -u +%F)" "$$(git describe --always --dirty --abbrev=12)" > $(WEEKLY)
@@ -117,6 +122,10 @@ $(OLDEST_TRITON): $(STAMP)
 	@rm -rf $(OLDEST_TRITON)
 	@$(RUN) pip --disable-pip-version-check -qq install --no-compile --no-deps \
 	  --target $(OLDEST_TRITON) triton==3.6.0 || echo "It cannot be installed here."
+
+$(ZIG): $(STAMP) constraints.txt
+	@echo "==> Installing ziglang"
+	@$(INSTALL) ziglang && touch $(ZIG) || echo "ziglang cannot be installed here."
 
 ifeq ($(wildcard biper_engine/_cpu*.so),)
 $(BUILT): FORCE

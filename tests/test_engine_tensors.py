@@ -148,8 +148,10 @@ def test_other_values_are_those_of_the_next_call(
     if native() is None and change in (by_data_copy, by_numpy):
         pytest.skip("no write that PyTorch does not count is seen without the compiled module")
     engine, fresh = classifier(), classifier()
+    # One tensor of each dtype is enough for the slow backend: plans are made alike for all.
+    names = ("conv1.weight", "layer1.0.conv1.weight", "layer1.1.conv1.sense") if backend else NAMES
     with use_backend(backend) if backend else torch.no_grad():
-        for name in NAMES:
+        for name in names:
             before = engine(images)
             change(engine, name)
             by_setattr(fresh, name)

@@ -143,9 +143,19 @@ def test_pictures_show_the_first_figures_and_shares_and_no_words_overlap(lines: 
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
-@pytest.mark.deep
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(("machine", "resnet18"), marks=pytest.mark.deep, id="two"),
+        pytest.param(
+            ("machine", "prepare", "build", "resnet18", "counters", "ceilings", "layers"),
+            marks=pytest.mark.weekly,
+            id="all",
+        ),
+    ],
+)
 def test_a_rehearsal_killed_after_each_step_goes_on_and_has_all_in_its_report(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    steps: tuple[str, ...], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     module = os.environ.get("BIPER_EMULATED_MODULE")
     module = module or builds.shared(tmp_path_factory, "emulated_cuda", builds.emulated_library)
@@ -155,7 +165,7 @@ def test_a_rehearsal_killed_after_each_step_goes_on_and_has_all_in_its_report(
     variables["BIPER_EMULATED_MODULE"] = str(module)
     script = ROOT / "benchmarks" / "gpu_check.sh"
     command = ["bash", str(script), "--minutes", "4", "--rehearse", "--steps"]
-    for name in ("machine", "prepare", "build", "resnet18", "counters", "ceilings", "layers"):
+    for name in steps:
         process = subprocess.Popen([*command, name, NAMES[-1]], env=variables, cwd=tmp_path)
         while process.poll() is None and not any(line["kind"] == "step" for line in read(out)):
             time.sleep(0.1)

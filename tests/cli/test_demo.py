@@ -1,4 +1,4 @@
-"""`biper demo`: its options and output on a tiny network, and the whole demo as a deep test."""
+"""`biper demo`: its options and output on a tiny network, and the whole demo as a weekly test."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_rival_that_did_not_run_is_reported() -> None:
     assert "ResNet-18" not in text
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 def test_the_whole_demo(tmp_path: Path) -> None:
     program = "import sys; from biper_engine.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "demo", "-o", str(tmp_path), "--json"]

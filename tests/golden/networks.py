@@ -15,6 +15,12 @@ from tests.native.builds import shared
 # The networks whose official code gave the golden values.
 BIPER = tuple(name for name in available() if architecture(name).frequency is not None)
 
+# Those with 11 million weights and more wait for the deep tests, but for one of them.
+_LARGE = tuple(name for name in BIPER if "resnet18" in name or "resnet34" in name)
+LARGE_ARE_DEEP = [
+    pytest.param(name, marks=[pytest.mark.deep] * (name in _LARGE[1:])) for name in BIPER
+]
+
 
 def model_of(name: str) -> Network:
     model = build(name, frequency=20, stage=2).eval()

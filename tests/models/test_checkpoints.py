@@ -9,7 +9,7 @@ from biper_engine.errors import CheckpointError
 from biper_engine.metadata import Metadata
 from biper_engine.models import build, load_checkpoint, save_checkpoint
 from biper_engine.nn import binary_layers
-from tests.golden.networks import BIPER
+from tests.golden.networks import LARGE_ARE_DEEP
 
 NAME = "cifar10/resnet20_1w1a"
 
@@ -182,7 +182,7 @@ class TestOfficialFormat:
         assert torch.equal(loaded.layer1[0].conv1.alpha, network.layer1[0].conv1.alpha)
         assert torch.equal(loaded.layer3[2].conv2.beta, torch.ones(64, 1, 1))
 
-    @pytest.mark.parametrize("name", BIPER)
+    @pytest.mark.parametrize("name", LARGE_ARE_DEEP)
     def test_every_network_is_told_by_its_name_and_shapes(self, tmp_path, name):
         network = build(name, stage=2)
         state = {

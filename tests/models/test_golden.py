@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from biper_engine.models import build
 from biper_engine.nn import regularizer, set_tau
 from tests.golden import weights
-from tests.golden.networks import BIPER
+from tests.golden.networks import LARGE_ARE_DEEP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +19,7 @@ def network_of(name, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", BIPER)
+@pytest.mark.parametrize("name", LARGE_ARE_DEEP)
 def test_names_shapes_and_logits_are_the_official_ones(name, stage):
     case = weights.read("inference")[name]
     network = network_of(name, stage).eval()

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from biper_engine.models import build, export_official, load_checkpoint
-from tests.golden.networks import BIPER
+from tests.golden.networks import LARGE_ARE_DEEP
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("name", BIPER)
+@pytest.mark.parametrize("name", LARGE_ARE_DEEP)
 def test_what_is_exported_loads_again(tmp_path, name, stage):
     network = build(name, frequency=12.5, stage=stage)
     path = export_official(tmp_path / "new" / "directory", network, epochs=3, top1=61.4)

@@ -47,7 +47,7 @@ def kernel_sources() -> list[Path]:
 
 
 def replay_sources() -> list[Path]:
-    return [*kernel_sources(), *sorted((ROOT / "tests/native").glob("*.cpp"))]
+    return sorted((ROOT / "tests/native").glob("*.cpp"))
 
 
 def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -110,9 +110,11 @@ class Toolchain:
     def _variables(self) -> dict[str, str]:
         return {**os.environ, **dict(self.environment)}
 
-    def replay(self, folder: Path) -> "Replay":
-        """Build the replay program."""
-        objects = self.compile(replay_sources(), folder)
+    def replay(self, folder: Path, kernels: list[Path] | None = None) -> "Replay":
+        """Build the replay program, around the objects of the kernels where they are made."""
+        if kernels is None:
+            kernels = self.compile(kernel_sources(), folder)
+        objects = [*kernels, *self.compile(replay_sources(), folder)]
         program = folder / "replay"
         flags = ("-pthread", *self.flags, *self.link_flags)
         succeed(*self.compiler, *flags, *objects, "-o", program)
@@ -255,21 +257,36 @@ def emulated_library(folder: Path, sanitize: bool = False) -> Path:
     return target
 
 
-def sanitized_cpu_module(folder: Path) -> Path:
+def sanitized_kernels(temporary: pytest.TempPathFactory) -> tuple[Toolchain, list[Path]]:
+    """Compile `kernel_sources` with sanitizers, once for all processes of a test run.
+
+    They are for the replay program and for the module of Python alike.
+    """
+    need_native()
+    toolchain = native(temporary.mktemp("probe"), *SANITIZE, "-O1", "-fno-sanitize=vptr")
+    sources = kernel_sources()
+    build = lambda folder: toolchain.compile(sources, folder)[0].parent  # noqa: E731
+    folder = shared(temporary, "sanitized_kernels", build)
+    return toolchain, [folder / f"{source.name}.o" for source in sources]
+
+
+def sanitized_replay(temporary: pytest.TempPathFactory) -> "Replay":
+    """Build the replay program with sanitizers."""
+    toolchain, kernels = sanitized_kernels(temporary)
+    return toolchain.replay(temporary.mktemp("sanitized"), kernels)
+
+
+def sanitized_cpu_module(temporary: pytest.TempPathFactory) -> Path:
     """Build biper_engine._cpu with sanitizers, and return its path.
 
     A program that loads it needs `sanitizer_environment`.
     """
-    need_native()
-    toolchain = native(folder, *SANITIZE)
-    objects = toolchain.compile(
-        sorted((ROOT / "csrc/cpu").glob("*.cpp")),
-        folder,
-        *("-O1", "-fno-sanitize=vptr"),
-        *setup_functions()["include_flags"](),
-    )
+    toolchain, kernels = sanitized_kernels(temporary)
+    folder = temporary.mktemp("sanitized_cpu")
+    objects = toolchain.compile(module_sources(), folder, *setup_functions()["include_flags"]())
     target = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    succeed(*toolchain.compiler, "-shared", "-pthread", *toolchain.flags, *objects, "-o", target)
+    flags = ("-shared", "-pthread", *toolchain.flags)
+    succeed(*toolchain.compiler, *flags, *objects, *kernels, "-o", target)
     return target
 
 

@@ -1,4 +1,4 @@
-"""csrc/cuda compiled for every architecture: dependencies of the module, and its machine code.
+"""csrc/cuda compiled for sm_90, weekly for every architecture: the module and its machine code.
 
 No GPU is needed. These tests check which instructions are present, not that they are correct.
 """
@@ -9,6 +9,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.native.machine_code import Kernel
 pytestmark = pytest.mark.deep
 
 ARCHS = (75, 80, 90, 100, 120)
+QUICK = 90  # the deep tests compile for this one, the weekly ones for all
 MOST_BYTES = 10_000_000  # of a wheel, in which the module is compressed once more
 
 WIDE_LOADS = ("LDG.E.128", "LDG.E.ENL2.256", "LDGSTS.E.128", "LDGSTS.E.BYPASS.128")
@@ -43,13 +45,16 @@ WITHOUT_FLOATS = (r"bconv_mma<[^>]*kLimits>", "bit_pool_kernel<")
 
 
 @pytest.fixture(scope="session")
-def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the extension as setup.py does, for all architectures that nvcc knows."""
+def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the extension as setup.py does; for weekly tests, for all architectures it knows."""
     if not sys.platform.startswith("linux"):
         pytest.skip("modules are read as they are on Linux")
     with pytest.MonkeyPatch.context() as patch:
         for variable in ("BIPER_CUDA_ARCHS", "NVCCFLAGS"):
             patch.delenv(variable, raising=False)
+        here = [item for item in request.session.items if item.path == Path(__file__)]
+        if not any(item.get_closest_marker("weekly") for item in here):
+            patch.setenv("BIPER_CUDA_ARCHS", str(QUICK))
         return builds.cuda_module(tmp_path_factory.mktemp("cuda"))
 
 
@@ -86,7 +91,12 @@ def serves(kernel: Kernel) -> bool:
     return kernel.arch >= 80 if of_bytes else 80 <= kernel.arch < 100
 
 
-@pytest.fixture(params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def parameters(archs: tuple[int, ...]) -> list[Any]:
+    marks = {arch: () if arch == QUICK else (pytest.mark.weekly,) for arch in archs}
+    return [pytest.param(arch, id=f"sm_{arch}", marks=marks[arch]) for arch in archs]
+
+
+@pytest.fixture(params=parameters(ARCHS))
 def kernels(module: Path, request: pytest.FixtureRequest) -> list[Kernel]:
     """Return the kernels that are started on an architecture."""
     arch = request.param
@@ -99,7 +109,7 @@ def kernels(module: Path, request: pytest.FixtureRequest) -> list[Kernel]:
 
 def on(*archs: int) -> pytest.MarkDecorator:
     """Run a test on some of the architectures."""
-    return pytest.mark.parametrize("kernels", archs, ids=[f"sm_{a}" for a in archs], indirect=True)
+    return pytest.mark.parametrize("kernels", parameters(archs), indirect=True)
 
 
 def named(kernels: list[Kernel], *patterns: str) -> list[Kernel]:
@@ -130,10 +140,12 @@ def test_the_module_imports_without_a_driver_and_finds_no_device(module: Path) -
     assert re.search(r"^0$|driver version is insufficient|no CUDA-capable device", done.stdout)
 
 
+@pytest.mark.weekly
 def test_a_wheel_stays_small(module: Path) -> None:
     assert module.stat().st_size < MOST_BYTES
 
 
+@pytest.mark.weekly
 def test_every_file_has_code_for_every_architecture(module: Path) -> None:
     setup = builds.setup_functions()
     flags = " ".join(setup["arch_flags"](setup["nvcc"]()))
@@ -156,6 +168,7 @@ def test_the_module_needs_no_library_of_cuda_and_gives_none_away(module: Path) -
 # -- its machine code -----------------------------------------------------------------------------
 
 
+@pytest.mark.weekly
 def test_every_architecture_has_the_same_kernels(module: Path) -> None:
     archs = sorted(set(machine_code.architectures(module)[0]))
     with ThreadPoolExecutor(builds.JOBS) as workers:  # seconds each, and kept for the tests below

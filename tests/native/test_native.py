@@ -60,9 +60,7 @@ def expect_the_same_programs(replay: Replay, isa: str) -> None:
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Replay:
-    folder = tmp_path_factory.mktemp("sanitized")
-    flags = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    return builds.native(folder, *flags).replay(folder)
+    return builds.sanitized_replay(tmp_path_factory)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -168,6 +166,7 @@ def test_emulated_aarch64_prefers_neon(emulated: Replay) -> None:
     assert emulated("isa", isa="portable").stdout.split()[0] == "portable"
 
 
+@pytest.mark.weekly
 def test_the_kernels_compile_for_macos(tmp_path: Path) -> None:
     toolchain = builds.aarch64_macos(tmp_path / "cache")
     objects = toolchain.compile(builds.kernel_sources(), tmp_path)
@@ -175,6 +174,7 @@ def test_the_kernels_compile_for_macos(tmp_path: Path) -> None:
     assert {path.read_bytes()[:8] for path in objects} == {macho_arm64}
 
 
+@pytest.mark.weekly
 def test_the_bindings_compile_for_macos(tmp_path: Path) -> None:
     toolchain = builds.aarch64_macos(tmp_path / "cache")
     includes = builds.setup_functions()["include_flags"]()

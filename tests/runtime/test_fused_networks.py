@@ -36,7 +36,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.deep)]
+)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.deep] * ("imagenet" in n)) for n in NETWORKS]
 )
