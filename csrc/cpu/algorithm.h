@@ -1,6 +1,7 @@
 // The CPU algorithm, once for all instruction sets; isa_*.cpp instantiate it with their vectors.
 //
-// An ISA class I gives: kLanes, kVectors, kAccumulators (registers for sums), kParts (steps that
+// An ISA class I gives: kLanes, kVectors, kAccumulators (registers for sums), kPairs
+// (whether it counts two pixels at once, see pairs.h), kParts (steps that
 // one word takes), kPartWords (words of weights in a step), kWordsPerSum (words that a sum can
 // take, 0: all of them), kFloats (lanes of a float vector, a divisor of kLanes), kSumsFitFloats
 // (whether a sum is one vector of as many floats, which float_dots makes), kPeakSums (independent
@@ -45,7 +46,7 @@ static void peak(int64_t rounds) {
 
 template <class I>
 constexpr ConvKernels conv_kernels_of() {
-  return {Blocking{I::kLanes, I::kVectors, I::kParts, I::kPartWords, tile_pixels<I, 1>()},
+  return {Blocking{I::kLanes, I::kVectors, I::kParts, I::kPartWords, tile_pixels<I, 1>(), I::kPairs},
           &I::pack_word, &conv_unit<I>};
 }
 

@@ -125,11 +125,15 @@ int64_t conv_rows(const ConvPlan& plan, int64_t out_rows) {
   return std::min(plan.conv_h, (out_rows - 1) * plan.pool.stride_h + plan.pool.kernel_h);
 }
 
-int64_t strip_words(const ConvPlan& plan, int64_t out_rows) {
+int64_t strip_rows(const ConvPlan& plan, int64_t out_rows) {
   const ConvGeometry& g = plan.geometry;
-  const int64_t rows = checked_product("A strip", {conv_rows(plan, out_rows) - 1, g.stride_h}) +
-                       (g.kernel_h - 1) * g.dilation_h + 1;
-  return checked_product("A strip", {rows, plan.strip_w, plan.group_words});
+  return checked_product("A strip", {conv_rows(plan, out_rows) - 1, g.stride_h}) +
+         (g.kernel_h - 1) * g.dilation_h + 1;
+}
+
+int64_t strip_words(const ConvPlan& plan, int64_t out_rows) {
+  return checked_product("A strip",
+                         {strip_rows(plan, out_rows), plan.strip_w, plan.group_words});
 }
 
 // Cuts the work into units for up to `threads` threads; returns how many are worth waking.
@@ -138,7 +142,7 @@ int64_t cut(ConvPlan& plan, const Blocking& blocking, int64_t threads) {
   plan.strip_rows = plan.out_h;
   plan.chunk_blocks = blocks;
   while (plan.strip_rows > 1 && !plan.direct &&
-         strip_words(plan, plan.strip_rows) * 4 > kStripBytes) {
+         strip_words(plan, plan.strip_rows) * (plan.paired ? 8 : 4) > kStripBytes) {
     plan.strip_rows = ceil_div(plan.strip_rows, 2);
   }
   const double steps = double(plan.batch) * double(plan.conv_h) * double(plan.conv_w) *
@@ -181,6 +185,17 @@ void join_images(ConvPlan& plan) {
   plan.conv_w = plan.out_w = plan.strip_w = plan.width;
 }
 
+// Decides whether pixels are counted in pairs, and how pairs are laid out. A row of the input has
+// those of each pixel with the one a stride behind it, and, where a row of outputs has a last one
+// without a partner, those of its window with that of the first output of the next row.
+void pair_pixels(ConvPlan& plan, const Blocking& blocking) {
+  const ConvGeometry& g = plan.geometry;
+  plan.paired = blocking.pairs && checked_product("The map", {plan.conv_h, plan.conv_w}) > 1;
+  plan.pointwise = g.kernel_h == 1 && g.kernel_w == 1 && !plan.pooled;
+  const int64_t extra = plan.conv_w % 2 ? (g.kernel_w - 1) * g.dilation_w + 1 : 0;
+  plan.pair_w = plan.strip_w + extra;
+}
+
 void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
   const ConvGeometry& g = plan.geometry;
   const int64_t block_lanes = blocking.lanes * blocking.vectors;
@@ -194,6 +209,10 @@ void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
   ConvPlan::Scratch& s = plan.scratch;
   s.strip = place({plan.direct ? 0 : strip_words(plan, plan.strip_rows)});
   s.offsets = place({plan.depth});
+  const int64_t pixels = plan.pointwise ? ceil_div(rows * plan.conv_w, 2)
+                                        : strip_rows(plan, plan.strip_rows) * plan.pair_w;
+  s.pairs = place({plan.paired ? pixels : 0, plan.group_words, 4});
+  s.pair_offsets = place({plan.paired ? plan.depth : 0});
   s.row_class = place({rows});
   s.column_class = place({plan.conv_w});
   s.rows = place({2, std::min(rows, 2 * g.kernel_h + 1)});
@@ -201,7 +220,8 @@ void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
   s.borders = place(
       {std::min(rows, 2 * g.kernel_h + 1), std::min(plan.conv_w, 2 * g.kernel_w + 1), block_lanes});
   const int64_t pool_rows = std::min(plan.pool.kernel_h, plan.conv_h);
-  s.dots = plan.pooled ? place({pool_rows, plan.conv_w, block_lanes})
+  // The last pair may have one pixel.
+  s.dots = plan.pooled ? place({pool_rows * plan.conv_w + 1, block_lanes})
                        : place({blocking.tile_pixels, block_lanes});
   s.pooled = place({plan.pooled ? plan.out_w : 0, block_lanes});
   s.bytes = end;
@@ -366,10 +386,12 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) 
 int64_t Conv::prepare(ConvPlan& plan, int64_t threads) const {
   require_range("threads", threads, 1, kMost);
   join_images(plan);
+  pair_pixels(plan, own_->blocking);
   threads = cut(plan, own_->blocking, threads);
   const int64_t reach = checked_product(
       "The receptive field", {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
-                              plan.direct ? plan.width : plan.strip_w, plan.group_words});
+                              std::max(plan.direct ? plan.width : plan.strip_w, plan.pair_w),
+                              plan.group_words});
   if (reach > kMost) {
     fail("The receptive field spans " + std::to_string(reach) +
          " words of a strip, but fewer than 2^31 are wanted.");

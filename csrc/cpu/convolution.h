@@ -14,6 +14,7 @@
 #pragma once
 
 #include "epilogue.h"
+#include "pairs.h"
 
 namespace biper {
 
@@ -26,6 +27,8 @@ struct Strip {
   const int32_t* column_class;  // [conv_w]
   const Border *rows, *columns;
   int32_t row_classes, column_classes;
+  const uint16_t* pairs;        // of the first window and the next, or null
+  const int32_t* pair_offsets;  // [depth] words from the first of a window in `pairs`
 };
 
 // The block at work: up to kVectors vectors of output channels of one group.
@@ -92,14 +95,19 @@ BIPER_INLINE void copy_group(const ConvPlan& plan, const uint32_t* from, int64_t
   }
 }
 
+// Rows of the input that a unit's windows see.
+BIPER_INLINE int64_t strip_rows(const ConvPlan& plan, const Unit& unit) {
+  const ConvGeometry& g = plan.geometry;
+  return (unit.conv_last - unit.conv_first - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
+}
+
 // Copies the input rows that a unit's windows see, padding as zeros.
 BIPER_INLINE void fill_strip(const ConvPlan& plan, const Unit& unit, int64_t group,
                              uint32_t* strip) {
   const ConvGeometry& g = plan.geometry;
   const int64_t words = plan.group_words, row_words = plan.strip_w * words;
   const int64_t first = unit.conv_first * g.stride_h - g.pad_top;
-  const int64_t rows =
-      (unit.conv_last - unit.conv_first - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
+  const int64_t rows = strip_rows(plan, unit);
   const int64_t left = min64(g.pad_left, plan.strip_w);
   const int64_t inside = min64(plan.width, plan.strip_w - left);
   const uint32_t* image = plan.bits + unit.image * plan.height * plan.width * plan.in_words;
@@ -114,6 +122,54 @@ BIPER_INLINE void fill_strip(const ConvPlan& plan, const Unit& unit, int64_t gro
     const int64_t filled = (left + inside) * words;
     __builtin_memset(strip + filled, 0, static_cast<size_t>(row_words - filled) * sizeof(uint32_t));
   }
+}
+
+// Writes the pairs of a unit's windows; conv.cpp says where they lie.
+template <class I>
+BIPER_INLINE void fill_pairs(const ConvPlan& plan, const Unit& unit, const Strip& strip,
+                             uint16_t* to) {
+  const ConvGeometry& g = plan.geometry;
+  const int64_t words = plan.group_words, step = g.stride_w * words;
+  const int64_t row_step = g.stride_h * strip.row_words;
+  if (plan.pointwise) {
+    const int64_t total = (unit.conv_last - unit.conv_first) * plan.conv_w;
+    const uint32_t* at = strip.words;
+    int64_t row = 0, column = 0;
+    for (int64_t pixel = 0; pixel < total; pixel += 2, to += words * kWordParts) {
+      const uint32_t* windows[2] = {at, at};
+      for (int p = 0; p < 2 && pixel + p < total; ++p) {
+        windows[p] = strip.words + row * row_step + column * step;
+        if (++column == plan.conv_w) column = 0, ++row;
+      }
+      if (pixel + 1 == total) windows[1] = windows[0];
+      I::pair_words(windows[0], windows[1], words, to);
+    }
+    return;
+  }
+  const int64_t rows = strip_rows(plan, unit);
+  const int64_t paired = max64(plan.strip_w - g.stride_w, 0) * words;
+  const int64_t alone = plan.strip_w * words - paired;
+  const int64_t beyond = (plan.pair_w - plan.strip_w) * words;
+  for (int64_t r = 0; r < rows; ++r, to += plan.pair_w * words * kWordParts) {
+    const uint32_t* from = strip.words + r * strip.row_words;
+    I::pair_words(from, from + step, paired, to);
+    I::pair_words(from + paired, from + paired, alone, to + paired * kWordParts);
+    const uint32_t* last = from + (plan.conv_w - 1) * step;
+    const uint32_t* next = r + g.stride_h < rows ? from + row_step : last;
+    I::pair_words(last, next, beyond, to + (paired + alone) * kWordParts);
+  }
+}
+
+// Where the pair of the output at (row, column) of a unit, its pixel number `pixel`, begins.
+BIPER_INLINE const uint16_t* pair_of(const ConvPlan& plan, const Strip& strip, int64_t row,
+                                     int64_t column, int64_t pixel) {
+  const ConvGeometry& g = plan.geometry;
+  int64_t place = pixel / 2;
+  if (!plan.pointwise) {
+    place = row * g.stride_h * plan.pair_w;
+    place += column + 1 < plan.conv_w ? column * g.stride_w : plan.strip_w;
+  }
+  return strip.pairs + place * plan.group_words * kWordParts;
 }
 
 // Fills borders[row class][column class][lanes] of a block.
@@ -262,6 +318,7 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
                                int32_t* dots) {
   constexpr int kPixels = tile_pixels<I, J>();
   const uint32_t* windows[kPixels];
+  const uint16_t* pairs[(kPixels + 1) / 2];
   const int32_t* borders[kPixels];
   int32_t sums[kPixels], valid[kPixels];
   const bool summed = !keep && has_sums(plan.epilogue);
@@ -277,6 +334,10 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
       const int64_t border_class =
           int64_t{strip.row_class[row]} * strip.column_classes + strip.column_class[column];
       borders[p] = block.borders + border_class * block.lanes;
+      if (strip.pairs && p % 2 == 0) {
+        pairs[p / 2] = pair_of(plan, strip, row, column, pixel + p);
+        borders[p + 1] = borders[p];  // where there is no such pixel
+      }
       if (summed) {
         const Border r = strip.rows[strip.row_class[row]];
         const Border c = strip.columns[strip.column_class[column]];
@@ -293,7 +354,17 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
       }
     }
     int32_t* to = keep ? dots + pixel * block.lanes : dots;
-    tile_of<I, kPixels, J>(pixels, windows, borders, strip, plan.depth, block.weights, to);
+    if constexpr (I::kPairs) {
+      static_assert(kPixels % 2 == 0, "a tile is whole pairs");
+      if (strip.pairs) {
+        pair_tile_of<I, kPixels / 2, J>((pixels + 1) / 2, pairs, borders, strip.pair_offsets,
+                                        plan.depth, plan.group_channels <= 16, block.weights, to);
+      } else {
+        tile_of<I, kPixels, J>(pixels, windows, borders, strip, plan.depth, block.weights, to);
+      }
+    } else {
+      tile_of<I, kPixels, J>(pixels, windows, borders, strip, plan.depth, block.weights, to);
+    }
     if (!keep) {
       finish<I>(plan, {to, block.lanes, first_pixel + pixel, pixels, block.channel, block.channels,
                        borders, sums, valid});
@@ -363,6 +434,17 @@ BIPER_INLINE void conv_block_of(int64_t vectors, const ConvPlan& plan, const Uni
   }
 }
 
+// Fills offsets [depth] from a window's first word to each of its words.
+BIPER_INLINE void fill_offsets(const ConvGeometry& g, int64_t row_words, int64_t words,
+                               int32_t* offsets) {
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+      const int64_t tap = ky * g.dilation_h * row_words + kx * g.dilation_w * words;
+      for (int64_t w = 0; w < words; ++w) *offsets++ = static_cast<int32_t>(tap + w);
+    }
+  }
+}
+
 // Prepares what the groups of a unit share: offsets and border classes.
 BIPER_INLINE Strip strip_of(const ConvPlan& plan, const Unit& unit, char* scratch) {
   const ConvGeometry& g = plan.geometry;
@@ -379,18 +461,19 @@ BIPER_INLINE Strip strip_of(const ConvPlan& plan, const Unit& unit, char* scratc
     strip.words =
         plan.bits + (unit.image * plan.height + unit.conv_first * g.stride_h) * strip.row_words;
   }
-  int64_t k = 0;
-  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
-    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
-      const int64_t tap =
-          ky * g.dilation_h * strip.row_words + kx * g.dilation_w * plan.group_words;
-      for (int64_t w = 0; w < plan.group_words; ++w) offsets[k++] = static_cast<int32_t>(tap + w);
-    }
-  }
+  fill_offsets(g, strip.row_words, plan.group_words, offsets);
   strip.row_classes = classify(unit.conv_first, unit.conv_last, g.stride_h, g.pad_top, plan.height,
                                g.kernel_h, g.dilation_h, row_class, rows);
   strip.column_classes = classify(0, plan.conv_w, g.stride_w, g.pad_left, plan.width, g.kernel_w,
                                   g.dilation_w, column_class, columns);
+  strip.pairs = nullptr;
+  if (plan.paired) {
+    int32_t* pair_offsets = reinterpret_cast<int32_t*>(scratch + plan.scratch.pair_offsets);
+    const int64_t row_words = plan.pair_w * plan.group_words;
+    fill_offsets(g, row_words, plan.group_words, pair_offsets);
+    strip.pairs = reinterpret_cast<const uint16_t*>(scratch + plan.scratch.pairs);
+    strip.pair_offsets = pair_offsets;
+  }
   strip.offsets = offsets;
   strip.row_class = row_class;
   strip.column_class = column_class;
@@ -414,6 +497,12 @@ static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory)
     const int64_t vectors = min64(plan.group_vectors - first_vector, I::kVectors);
     if (group != filled_group && !plan.direct) {
       fill_strip(plan, unit, group, reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip));
+    }
+    if constexpr (I::kPairs) {
+      if (plan.paired && group != filled_group) {
+        fill_pairs<I>(plan, unit, strip,
+                      reinterpret_cast<uint16_t*>(scratch + plan.scratch.pairs));
+      }
     }
     filled_group = group;
     const int64_t vector = group * plan.group_vectors + first_vector;

@@ -12,7 +12,7 @@ namespace biper {
 namespace {
 
 // Row v, column n: popc(n ^ v).
-alignas(64) const uint8_t kDifferences[16][16] = {
+alignas(64) constexpr uint8_t kDifferences[16][16] = {
     {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4},
     {1, 0, 2, 1, 2, 1, 3, 2, 2, 1, 3, 2, 3, 2, 4, 3},
     {1, 2, 0, 1, 2, 3, 1, 2, 2, 3, 1, 2, 3, 4, 2, 3},
@@ -31,6 +31,20 @@ alignas(64) const uint8_t kDifferences[16][16] = {
     {4, 3, 3, 2, 3, 2, 2, 1, 3, 2, 2, 1, 2, 1, 1, 0},
 };
 
+// Row v0 + 16 * v1, column n: popc(n ^ v0) + 16 * popc(n ^ v1); see pairs.h.
+struct PairDifferences {
+  alignas(64) uint8_t rows[256][16];
+  constexpr PairDifferences() : rows() {
+    for (int v = 0; v < 256; ++v) {
+      for (int n = 0; n < 16; ++n) {
+        const int counts = kDifferences[v & 15][n] + 16 * kDifferences[v >> 4][n];
+        rows[v][n] = static_cast<uint8_t>(counts);
+      }
+    }
+  }
+};
+constexpr PairDifferences kPairDifferences;
+
 struct Avx2 {
   using Sum = __m256i;
   using Word = __m256i;
@@ -44,6 +58,7 @@ struct Avx2 {
   static constexpr int kLanes = 32;
   static constexpr int kVectors = 2;
   static constexpr int kAccumulators = 8;     // of 16 registers
+  static constexpr bool kPairs = true;
   static constexpr int kParts = 8;            // nibbles of a word
   static constexpr int kPartWords = 8;        // 32 bytes, a nibble each
   static constexpr int64_t kWordsPerSum = 7;  // a word adds 32 at most: 7 * 32 fits a byte
@@ -101,6 +116,105 @@ struct Avx2 {
     }
   }
   BIPER_INLINE void opaque(__m256i& value) { asm volatile("" : "+x"(value)); }
+
+  // Pairs of pixels. Bytes of sums are in the order of lanes; those of totals, of 16 bits, are the
+  // even and the odd lanes of the first pixel, then of the second.
+  using PairRow = __m256i;
+  using PairCounts = __m256i;
+  struct PairSum {
+    __m256i all, high;
+  };
+  struct PairTotals {
+    __m256i even[2], odd[2];
+  };
+
+  BIPER_INLINE PairSum no_pairs() { return {zero(), zero()}; }
+  BIPER_INLINE PairTotals no_totals() { return {{zero(), zero()}, {zero(), zero()}}; }
+  // `offset` is in bytes from the start of the table.
+  BIPER_INLINE PairRow pair_row(uint16_t offset) {
+    const uint8_t* row = &kPairDifferences.rows[0][0] + offset;
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(row)));
+  }
+  // Adds the counts of a nibble; `weights` are those of a word, of vector j of J.
+  BIPER_INLINE void count_pair(PairCounts& counts, PairRow row, const uint32_t* weights, int part,
+                               int j, int vectors, bool first) {
+    const __m256i* w = reinterpret_cast<const __m256i*>(weights) + (part * vectors + j);
+    look_up_pair(counts, row, *w, first);
+  }
+  BIPER_INLINE void look_up_pair(PairCounts& counts, PairRow row, const __m256i_u& w, bool first) {
+    if (first) {
+      asm("vpshufb %[w], %[row], %[counts]" : [counts] "=x"(counts) : [row] "x"(row), [w] "xm"(w));
+      return;
+    }
+    __m256i more;
+    asm("vpshufb %[w], %[row], %[more]\n\t"
+        "vpaddb %[more], %[counts], %[counts]"
+        : [more] "=&x"(more), [counts] "+x"(counts)
+        : [row] "x"(row), [w] "xm"(w));
+  }
+  BIPER_INLINE void add_counts(PairSum& sum, PairCounts counts) {
+    asm("vpaddb %[counts], %[all], %[all]\n\t"
+        "vpsrlw $4, %[counts], %[counts]\n\t"
+        "vpaddb %[counts], %[high], %[high]"
+        : [all] "+x"(sum.all), [high] "+x"(sum.high), [counts] "+x"(counts));
+  }
+  BIPER_INLINE void widen(PairTotals& totals, const PairSum& sum) {
+    const __m256i byte = _mm256_set1_epi16(0x00ff);
+    const __m256i odd1 = _mm256_srli_epi16(sum.high, 8);
+    const __m256i odd0 = _mm256_and_si256(
+        _mm256_sub_epi16(_mm256_srli_epi16(sum.all, 8), _mm256_slli_epi16(odd1, 4)), byte);
+    const __m256i even1 =
+        _mm256_and_si256(_mm256_sub_epi16(sum.high, _mm256_slli_epi16(odd0, 4)), byte);
+    const __m256i even0 =
+        _mm256_and_si256(_mm256_sub_epi16(sum.all, _mm256_slli_epi16(even1, 4)), byte);
+    totals.even[0] = _mm256_add_epi16(totals.even[0], even0);
+    totals.odd[0] = _mm256_add_epi16(totals.odd[0], odd0);
+    totals.even[1] = _mm256_add_epi16(totals.even[1], even1);
+    totals.odd[1] = _mm256_add_epi16(totals.odd[1], odd1);
+  }
+  // to = from - 2 * the total of a pixel.
+  BIPER_INLINE void subtract_twice(int32_t* to, const int32_t* from, const PairTotals& totals,
+                                   int pixel) {
+    const __m256i even = _mm256_slli_epi16(totals.even[pixel], 1);
+    const __m256i odd = _mm256_slli_epi16(totals.odd[pixel], 1);
+    const __m256i low = _mm256_unpacklo_epi16(even, odd);    // lanes 0 to 7, 16 to 23
+    const __m256i high = _mm256_unpackhi_epi16(even, odd);  // lanes 8 to 15, 24 to 31
+    const __m128i eights[4] = {_mm256_castsi256_si128(low), _mm256_castsi256_si128(high),
+                               _mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
+    BIPER_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const __m256i minuend = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8 * i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i),
+                          _mm256_sub_epi32(minuend, _mm256_cvtepu16_epi32(eights[i])));
+    }
+  }
+  // Writes the offsets of rows for the nibbles of `words` words of two pixels.
+  static void pair_words(const uint32_t* a, const uint32_t* b, int64_t words, uint16_t* to) {
+    const __m128i low = _mm_set1_epi8(0x0f), high = _mm_set1_epi8(static_cast<char>(0xf0));
+    for (int64_t k = 0; k < words; k += 4, to += 4 * kWordParts) {
+      uint32_t first[4] = {}, second[4] = {};
+      const int64_t count = min64(words - k, 4);
+      if (count < 4) {
+        __builtin_memcpy(first, a + k, static_cast<size_t>(4 * count));
+        __builtin_memcpy(second, b + k, static_cast<size_t>(4 * count));
+      }
+      const uint32_t *from0 = count < 4 ? first : a + k, *from1 = count < 4 ? second : b + k;
+      const __m128i v0 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from0));
+      const __m128i v1 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from1));
+      // The nibbles at even and at odd places of both, as bytes.
+      const __m128i even =
+          _mm_or_si128(_mm_and_si128(v0, low), _mm_and_si128(_mm_slli_epi16(v1, 4), high));
+      const __m128i odd =
+          _mm_or_si128(_mm_and_si128(_mm_srli_epi16(v0, 4), low), _mm_and_si128(v1, high));
+      const __m128i halves[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+      __m256i offsets[2];
+      BIPER_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        offsets[i] = _mm256_slli_epi16(_mm256_cvtepu8_epi16(halves[i]), 4);
+      }
+      __builtin_memcpy(to, offsets, static_cast<size_t>(2 * kWordParts * count));
+    }
+  }
 
   BIPER_INLINE Signs load_signs(const uint32_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -193,6 +307,13 @@ struct Avx2Heavy : Avx2 {
   }
   BIPER_INLINE Sum count(Sum sum, const Word& word, const Weights& w) {
     return Avx2::count(Avx2::count(sum, word.low, w.low), word.high, w.high);
+  }
+  BIPER_INLINE void count_pair(PairCounts& counts, PairRow row, const uint32_t* weights, int part,
+                               int j, int vectors, bool first) {
+    const __m256i* from = reinterpret_cast<const __m256i*>(weights) + (part / 2 * vectors + j);
+    const __m256i bytes = _mm256_loadu_si256(from);
+    const __m256i shifted = part % 2 ? _mm256_srli_epi16(bytes, 4) : bytes;
+    look_up_pair(counts, row, _mm256_and_si256(shifted, _mm256_set1_epi8(0x0f)), first);
   }
   static void pack_word(const uint32_t* canonical, int64_t stride, int64_t rows, uint32_t* packed,
                         int64_t part_stride) {

@@ -26,6 +26,7 @@ struct Avx512 {
   // weights a word that is loaded once counts 64 times.
   static constexpr int kVectors = 4;
   static constexpr int kAccumulators = 16;
+  static constexpr bool kPairs = false;
   static constexpr int kParts = 1;
   static constexpr int kPartWords = 16;
   static constexpr int64_t kWordsPerSum = 0;  // K < 2^24 fits a lane

@@ -32,6 +32,7 @@ struct Neon {
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
   static constexpr int kAccumulators = 4;  // of four registers each: 16 of 32, and 8 for weights
+  static constexpr bool kPairs = false;
   static constexpr int kParts = 1;
   static constexpr int kPartWords = 16;
   static constexpr int64_t kWordsPerSum = 31;  // a word adds 8 to a byte at most

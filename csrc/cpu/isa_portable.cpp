@@ -23,6 +23,7 @@ struct Portable {
   static constexpr int kLanes = 16;
   static constexpr int kVectors = 2;
   static constexpr int kAccumulators = 2;
+  static constexpr bool kPairs = false;
   static constexpr int kParts = 1;
   static constexpr int kPartWords = 16;
   static constexpr int64_t kWordsPerSum = 31;  // a word adds 8 to a byte at most

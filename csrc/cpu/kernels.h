@@ -77,6 +77,7 @@ struct Blocking {
   int64_t parts;        // steps that one input word takes
   int64_t part_words;   // 32-bit words of a vector's weights in a step
   int64_t tile_pixels;  // output pixels in the largest tile
+  bool pairs;           // whether tiles are of pairs of pixels; see pairs.h
 };
 
 struct ConvKernels;
@@ -99,6 +100,9 @@ struct ConvPlan {
   int64_t in_words, out_words;   // words of a pixel in the packed maps
   int64_t depth;                 // words of one output's receptive field: KH * KW * group_words
   bool direct;                   // the input can be read in place, without a strip
+  bool paired;                   // pixels are counted two at a time
+  bool pointwise;                // pairs are of all pixels in order: no window has a second pixel
+  int64_t pair_w;                // pixels of a row of pairs, if they are not pointwise
 
   // A unit of work: strip_rows output rows x chunk_blocks blocks of one image.
   int64_t strip_rows, strips;
@@ -110,6 +114,8 @@ struct ConvPlan {
   struct Scratch {
     int64_t strip;          // uint32 [input rows of a unit][strip_w][group_words]
     int64_t offsets;        // int32 [depth]
+    int64_t pairs;          // uint16 [input rows of a unit][pair_w][group_words][8], or pointwise
+    int64_t pair_offsets;   // int32 [depth]
     int64_t row_class;      // int32 [accumulator rows of a unit]
     int64_t column_class;   // int32 [conv_w]
     int64_t rows, columns;  // Border [2 * kernel + 1] each
