@@ -132,8 +132,7 @@ int64_t strip_rows(const ConvPlan& plan, int64_t out_rows) {
 }
 
 int64_t strip_words(const ConvPlan& plan, int64_t out_rows) {
-  return checked_product("A strip",
-                         {strip_rows(plan, out_rows), plan.strip_w, plan.group_words});
+  return checked_product("A strip", {strip_rows(plan, out_rows), plan.strip_w, plan.group_words});
 }
 
 // Cuts the work into units for up to `threads` threads; returns how many are worth waking.
@@ -389,9 +388,9 @@ int64_t Conv::prepare(ConvPlan& plan, int64_t threads) const {
   pair_pixels(plan, own_->blocking);
   threads = cut(plan, own_->blocking, threads);
   const int64_t reach = checked_product(
-      "The receptive field", {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
-                              std::max(plan.direct ? plan.width : plan.strip_w, plan.pair_w),
-                              plan.group_words});
+      "The receptive field",
+      {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
+       std::max(plan.direct ? plan.width : plan.strip_w, plan.pair_w), plan.group_words});
   if (reach > kMost) {
     fail("The receptive field spans " + std::to_string(reach) +
          " words of a strip, but fewer than 2^31 are wanted.");

@@ -500,8 +500,7 @@ static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory)
     }
     if constexpr (I::kPairs) {
       if (plan.paired && group != filled_group) {
-        fill_pairs<I>(plan, unit, strip,
-                      reinterpret_cast<uint16_t*>(scratch + plan.scratch.pairs));
+        fill_pairs<I>(plan, unit, strip, reinterpret_cast<uint16_t*>(scratch + plan.scratch.pairs));
       }
     }
     filled_group = group;

@@ -2,7 +2,8 @@
 //
 // A nibble n of a weight and a nibble v of an input word differ in popc(n ^ v) bits. The 16 values
 // for one v are a row of a table; VPSHUFB looks up 32 weights' nibbles in it at once, so that four
-// input channels of 32 output channels cost one shuffle and one addition.
+// input channels of 32 output channels cost one shuffle and one addition. Convolutions take two
+// pixels with each shuffle (see pairs.h): 8 vector operations for 768 products, not 12.
 #include "algorithm.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -57,7 +58,7 @@ struct Avx2 {
 
   static constexpr int kLanes = 32;
   static constexpr int kVectors = 2;
-  static constexpr int kAccumulators = 8;     // of 16 registers
+  static constexpr int kAccumulators = 8;  // of 16 registers
   static constexpr bool kPairs = true;
   static constexpr int kParts = 8;            // nibbles of a word
   static constexpr int kPartWords = 8;        // 32 bytes, a nibble each
@@ -72,7 +73,7 @@ struct Avx2 {
   static constexpr int kSignVectors = 4;
   static constexpr int kSignRows = 2;
   static constexpr int kTableFloats = 8;  // the signed sums of two inputs, and of two
-  static constexpr int kPeakSums = 8;
+  static constexpr int kPeakPairs = 5;    // two registers each
 
   BIPER_INLINE Sum zero() { return _mm256_setzero_si256(); }
   BIPER_INLINE Weights load_weights(const uint32_t* from) {
@@ -177,7 +178,7 @@ struct Avx2 {
                                    int pixel) {
     const __m256i even = _mm256_slli_epi16(totals.even[pixel], 1);
     const __m256i odd = _mm256_slli_epi16(totals.odd[pixel], 1);
-    const __m256i low = _mm256_unpacklo_epi16(even, odd);    // lanes 0 to 7, 16 to 23
+    const __m256i low = _mm256_unpacklo_epi16(even, odd);   // lanes 0 to 7, 16 to 23
     const __m256i high = _mm256_unpackhi_epi16(even, odd);  // lanes 8 to 15, 24 to 31
     const __m128i eights[4] = {_mm256_castsi256_si128(low), _mm256_castsi256_si128(high),
                                _mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};

@@ -59,6 +59,20 @@ def case(conv: Conv2dGeometry = CONV, size: int = 40, batch: int = 2) -> dict[st
 # -- instruction sets -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("channels", [4, 16, 17, 191, 192, 225, 32 * 1020, 32 * 1021 + 5])
+@pytest.mark.parametrize("differs", ["first", "second", "both"])
+def test_the_largest_sums_do_not_overflow(isa: str, channels: int, differs: str) -> None:
+    """Every bit of a pixel differs from its weight, beside a pixel of which none does."""
+    conv = Conv2dGeometry(in_channels=channels, out_channels=33, kernel_size=(1, 1))
+    weight = torch.full(conv.weight_shape, -1, dtype=torch.int32)
+    bits = torch.full((1, 1, 5, conv.weight_shape[-1]), -1, dtype=torch.int32)
+    pixels = {"first": slice(0, None, 2), "second": slice(1, None, 2), "both": slice(None)}[differs]
+    bits[:, :, pixels] = 0
+    wanted = torch.full((1, 33, 1, 5), channels, dtype=torch.int32)
+    wanted[..., pixels] = -channels
+    assert torch.equal(bconv2d(bits, weight, conv), wanted)
+
+
 def test_the_forced_instruction_set_is_the_one_that_runs(isa: str) -> None:
     program = (
         "import torch\n"
