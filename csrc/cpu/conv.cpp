@@ -35,6 +35,9 @@ constexpr int64_t kFewestRows = 4;      // a thinner strip copies too many rows 
 // costs more than it brings.
 constexpr int64_t kStepsPerThread = 20000;
 
+// In shorter windows, laying out pairs and taking their sums apart costs more than they save.
+constexpr int64_t kFewestPairedWords = 6;
+
 // Weights of so many bytes, as bits, are more than a core's own caches share with anything else.
 constexpr int64_t kHeavyWeights = 512 << 10;
 
@@ -189,7 +192,8 @@ void join_images(ConvPlan& plan) {
 // without a partner, those of its window with that of the first output of the next row.
 void pair_pixels(ConvPlan& plan, const Blocking& blocking) {
   const ConvGeometry& g = plan.geometry;
-  plan.paired = blocking.pairs && checked_product("The map", {plan.conv_h, plan.conv_w}) > 1;
+  plan.paired = blocking.pairs && plan.depth >= kFewestPairedWords &&
+                checked_product("The map", {plan.conv_h, plan.conv_w}) > 1;
   plan.pointwise = g.kernel_h == 1 && g.kernel_w == 1 && !plan.pooled;
   const int64_t extra = plan.conv_w % 2 ? (g.kernel_w - 1) * g.dilation_w + 1 : 0;
   plan.pair_w = plan.strip_w + extra;
