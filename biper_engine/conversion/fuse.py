@@ -2,7 +2,8 @@
 
 Parameters are folded in float64 here and rounded once, in `lower`. An operator is absorbed if the
 convolution's value has no other user and the epilogue's order (see `biper_engine.ops.epilogue`)
-allows it: scale and bias, then one residual, then one activation, then a shift. A max pool moves
+allows it: scale and bias, then one gate, then one residual, then one activation, then a shift. A
+scale and an offset behind the gate become those of the convolution and the gate's. A max pool moves
 before the whole epilogue, onto the accumulators, because the epilogue is monotone in them: it takes
 the maximum if the multiplier is >= 0 and the minimum if it is negative. If the residual is another
 binary convolution without other users, as for a weight of two terms, a scale of the sum scales
@@ -89,13 +90,18 @@ def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         if sloped is not None:
             return sloped
     fused = fused or _activation(graph_module, user, value, conv)
+    gate = None if fused or residual is not None else _gate(graph_module, user, value, conv)
+    if gate is not None:
+        fused = conv.fused(offset=ir.float64(0.0, conv.geometry.out_channels))
     if fused is None and flattened is None:
         fused = _pool(user, conv) if residual is None else None
         other = None if fused else _residual(graph_module, user, node, conv)
         if other is not None and _takes_residual(node, user, other):
             residual = residual or other
             fused = conv
-    return None if fused is None else _replace(graph_module, node, flattened, user, fused, residual)
+    if fused is None:
+        return None
+    return _replace(graph_module, node, flattened, user, fused, residual, gate)
 
 
 def _partners(node: fx.Node) -> list[fx.Node] | None:
@@ -142,9 +148,11 @@ def _replace(
     user: fx.Node,
     conv: BinaryConv,
     residual: Any,
+    gate: fx.Node | None = None,
 ) -> fx.Node:
     args = (node.args[0],) if residual is None else (node.args[0], residual)
     new = call(graph_module.graph, user, ir.binary_conv, *args, like=user)
+    new.kwargs = node.kwargs if gate is None else {"gate": gate}
     new.meta |= {"conv": conv, "layer": node.meta["layer"]}
     result = new
     if flattened is not None:
@@ -222,7 +230,7 @@ def _scale_and_offset(
 
 def _add(conv: BinaryConv, term: Tensor) -> BinaryConv:
     if not conv.activated:
-        return conv.fused(bias=conv.epilogue.bias + term)
+        return _scaled(conv, torch.ones_like(term), term)
     shift = conv.epilogue.shift
     return conv.fused(shift=term if shift is None else shift + term)
 
@@ -294,8 +302,33 @@ def _two_slopes(
     return _replace(graph_module, node, flattened, last, fused, residual)
 
 
+def _gate(
+    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, conv: BinaryConv
+) -> fx.Node | None:
+    """Return what multiplies a value, if it is a number for each image and channel, or for all."""
+    if not is_call(user, aten.mul.Tensor) or conv.activated or conv.gated:
+        return None
+    left, right = user.args[:2]
+    other = right if left is value else left
+    while isinstance(other, fx.Node) and is_call(other, aten.expand.default):
+        other = parent(other)
+    if not isinstance(other, fx.Node) or other is value or not same_shape(user, value):
+        return None
+    if constant(graph_module, other) is not None:
+        return None
+    held, wanted = other.meta.get("val"), user.meta["val"]
+    if not isinstance(held, Tensor) or held.dtype != wanted.dtype or held.dim() != wanted.dim():
+        return None
+    sizes = shape(other)
+    batches = ("1", str(shape(user)[0]))
+    fits = str(sizes[0]) in batches and sizes[1] in (1, conv.geometry.out_channels)
+    return other if fits and all(size == 1 for size in sizes[2:]) else None
+
+
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
     pool = max_pool_geometry(user)
+    if conv.gated:  # which may be negative
+        return None
     if pool is None or not conv.epilogue.monotone or not conv.epilogue.pool.is_identity:
         return None
     if conv.epilogue.steps().intersection(SUMS):

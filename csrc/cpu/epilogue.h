@@ -49,6 +49,23 @@ struct Tile {
   const int32_t* valid = nullptr;           // and their number
 };
 
+// The gate's numbers for the pixels of a tile, none if there is no gate.
+struct TileGates {
+  const float* of_pixel[kMostPixels];
+};
+
+BIPER_INLINE TileGates gates_of(const ConvPlan& plan, const Tile& tile) {
+  TileGates gates{};
+  if (!plan.gate) return gates;
+  int64_t image = tile.first_pixel / plan.gate_pixels;
+  int64_t pixel = tile.first_pixel % plan.gate_pixels;
+  for (int64_t p = 0; p < tile.pixels; ++p) {
+    gates.of_pixel[p] = plan.gate + image * plan.gate_channels;
+    if (++pixel == plan.gate_pixels) pixel = 0, ++image;
+  }
+  return gates;
+}
+
 // Whether an epilogue has factors of sums other than the accumulator's.
 BIPER_INLINE bool has_sums(const Epilogue& e) { return e.window || e.taps || e.valid; }
 
@@ -78,8 +95,8 @@ BIPER_INLINE typename I::Float add_sums(const Epilogue& e, const Tile& tile, int
 // Takes one vector of a tile, `count` <= kFloats channels from the tile's `offset` on, to the
 // output; leaves its bits in `masks`, one for each pixel. Any epilogue.
 template <class I, bool kFull>
-BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t offset,
-                                int64_t count, uint64_t* masks) {
+BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, const TileGates& gates,
+                                int64_t offset, int64_t count, uint64_t* masks) {
   using Float = typename I::Float;
   const Epilogue& e = plan.epilogue;
   const int64_t outputs = plan.geometry.out_channels;
@@ -88,6 +105,9 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
   const Float multiplier = load_channels<I, kFull>(e.multiplier, channel, count);
   const Float bias = load_channels<I, kFull>(e.bias, channel, count);
   const Float low = I::broadcast(e.clamp_min), high = I::broadcast(e.clamp_max);
+  const Float negative_zero = I::broadcast(-0.0f);  // changes no product that it is added to
+  const Float behind_gate =
+      e.offset ? load_channels<I, kFull>(e.offset, channel, count) : negative_zero;
   const Float slope = e.slope ? load_channels<I, kFull>(e.slope, channel, count) : zero;
   const Float gain = e.gain ? load_channels<I, kFull>(e.gain, channel, count) : zero;
   const Float shift = e.shift ? load_channels<I, kFull>(e.shift, channel, count) : zero;
@@ -97,6 +117,12 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
     const int64_t index = (tile.first_pixel + p) * outputs + channel;
     Float v = I::fma(multiplier, I::to_float(tile.dots + p * tile.stride + offset), bias);
     if (has_sums(e)) v = add_sums<I, kFull>(e, tile, p, offset, count, v);
+    if (plan.gate) {
+      const float* gate = gates.of_pixel[p];
+      const Float factor = plan.gate_channels == 1 ? I::broadcast(*gate)
+                                                   : load_channels<I, kFull>(gate, channel, count);
+      v = I::fma(v, factor, behind_gate);
+    }
     if (plan.residual) {
       v = I::add(v, load_stream<I, kFull>(plan.residual, plan.residual_type, index, count));
     }
@@ -111,7 +137,7 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
   }
 }
 
-// Most layers have a plain epilogue: float32 maps, no slope, gain or shift, bits for v >=
+// Most layers have a plain epilogue: float32 maps, no gate, slope, gain or shift, bits for v >=
 // threshold. Where every channel of a tile counts, its constants for one vector are these.
 template <class I>
 struct PlainChannels {
@@ -138,8 +164,8 @@ BIPER_INLINE uint32_t finish_plain(const PlainChannels<I>& c, typename I::Float 
 
 BIPER_INLINE bool is_plain(const ConvPlan& plan) {
   const Epilogue& e = plan.epilogue;
-  return !plan.out_dots && !has_sums(e) && !e.slope && !e.gain && !e.shift && !e.sense &&
-         (!plan.residual || plan.residual_type == FloatType::kFloat32) &&
+  return !plan.out_dots && !plan.gate && !has_sums(e) && !e.slope && !e.gain && !e.shift &&
+         !e.sense && (!plan.residual || plan.residual_type == FloatType::kFloat32) &&
          (!plan.out_float || plan.out_type == FloatType::kFloat32);
 }
 
@@ -180,11 +206,12 @@ static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
 template <class I>
 static void finish_any_tile(const ConvPlan& plan, const Tile& tile) {
   uint64_t masks[kMostPixels] = {};
+  const TileGates gates = gates_of(plan, tile);
   int64_t at = 0;
   for (; at + I::kFloats <= tile.channels; at += I::kFloats) {
-    finish_vector<I, true>(plan, tile, at, I::kFloats, masks);
+    finish_vector<I, true>(plan, tile, gates, at, I::kFloats, masks);
   }
-  if (at < tile.channels) finish_vector<I, false>(plan, tile, at, tile.channels - at, masks);
+  if (at < tile.channels) finish_vector<I, false>(plan, tile, gates, at, tile.channels - at, masks);
   if (plan.out_bits) put_masks(plan, tile, masks);
 }
 
