@@ -2,11 +2,13 @@
 
 Parameters are folded in float64 here and rounded once, in `lower`. An operator is absorbed if the
 convolution's value has no other user and the epilogue's order (see `biper_engine.ops.epilogue`)
-allows it: scale and bias, then one residual, then one activation, then a shift. A max pool moves
-before the whole epilogue, onto the accumulators, because the epilogue is monotone in them: it takes
-the maximum if the multiplier is >= 0 and the minimum if it is negative. If the residual is another
-binary convolution without other users, as for a weight of two terms, a scale of the sum scales
-both, and a second residual becomes the residual of that convolution.
+allows it: scale and bias, then one gate, then one residual, then one activation, then a shift. A
+scale and an offset behind the gate become those of the convolution and the gate's. The rows
+[..., C] of a linear layer are fused like the map [N, C, 1, 1] that they are made of. A max pool
+moves before the whole epilogue, onto the accumulators, because the epilogue is monotone in them: it
+takes the maximum if the multiplier is >= 0 and the minimum if it is negative. If the residual is
+another binary convolution without other users, as for a weight of two terms, a scale of the sum
+scales both, and a second residual becomes the residual of that convolution.
 
 In float layers, BatchNorm and scales are folded into the convolution or linear layer before or
 after them, and a clamp moves after a max pool, which leaves it at most a quarter of the values.
@@ -23,12 +25,12 @@ from torch import Tensor, fx
 
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import BinaryConv
+from biper_engine.conversion.layers import insert
 from biper_engine.conversion.piecewise import two_slopes
 from biper_engine.conversion.weights import analyse_weight
 from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
 from biper_engine.graph.patterns import (
     clamp_limits,
-    drops_pixels,
     max_pool_geometry,
     only_user,
     per_channel,
@@ -89,13 +91,18 @@ def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         if sloped is not None:
             return sloped
     fused = fused or _activation(graph_module, user, value, conv)
-    if fused is None and flattened is None:
-        fused = _pool(user, conv) if residual is None else None
-        other = None if fused else _residual(graph_module, user, node, conv)
-        if other is not None and _takes_residual(node, user, other):
-            residual = residual or other
-            fused = conv
-    return None if fused is None else _replace(graph_module, node, flattened, user, fused, residual)
+    gate = None if fused or residual is not None else _gate(graph_module, user, value, conv)
+    if gate is not None:
+        fused = conv.fused(offset=ir.float64(0.0, conv.geometry.out_channels))
+    if fused is None and flattened is None and residual is None:
+        fused = _pool(user, conv)
+    other = None if fused else _residual(graph_module, user, value, conv)
+    if other is not None and _takes_residual(node, user, other):
+        residual = residual or _as_map(graph_module, user, other, node)
+        fused = conv
+    if fused is None:
+        return None
+    return _replace(graph_module, node, flattened, user, fused, residual, gate)
 
 
 def _partners(node: fx.Node) -> list[fx.Node] | None:
@@ -129,10 +136,23 @@ def _takes_residual(node: fx.Node, user: fx.Node, other: fx.Node) -> bool:
 
 
 def _flattens(user: fx.Node) -> bool:
-    """Whether `user` drops the two dimensions of size 1 that a linear layer's map has."""
+    """Whether `user` makes rows [..., C] of the map [N, C, 1, 1] that a linear layer has."""
     if not is_call(user, aten.reshape.default):
         return False
-    return drops_pixels(shape(parent(user)), shape(user))
+    before, after = shape(parent(user)), shape(user)
+    return len(after) >= 2 and tuple(before[1:]) == (after[-1], 1, 1)
+
+
+def _as_map(graph_module: fx.GraphModule, before: fx.Node, x: fx.Node, node: fx.Node) -> fx.Node:
+    """Return a value, in the shape of a convolution's result or of rows made of it, as a map."""
+    if same_shape(x, node):
+        return x
+    return insert(graph_module, before, aten.reshape.default, x, [-1, *shape(node)[1:]])
+
+
+def _channel_axis(value: fx.Node) -> int:
+    """Return the dimension of the channels of a convolution's result, or of rows made of it."""
+    return 1 if is_call(value, ir.binary_conv) else len(shape(value)) - 1
 
 
 def _replace(
@@ -142,9 +162,11 @@ def _replace(
     user: fx.Node,
     conv: BinaryConv,
     residual: Any,
+    gate: fx.Node | None = None,
 ) -> fx.Node:
     args = (node.args[0],) if residual is None else (node.args[0], residual)
     new = call(graph_module.graph, user, ir.binary_conv, *args, like=user)
+    new.kwargs = node.kwargs if gate is None else {"gate": gate}
     new.meta |= {"conv": conv, "layer": node.meta["layer"]}
     result = new
     if flattened is not None:
@@ -160,13 +182,18 @@ def _replace(
 
 
 def _per_channel(
-    value: Any, graph_module: fx.GraphModule, like: fx.Node, channels: int
+    value: Any, graph_module: fx.GraphModule, like: fx.Node, channels: int, axis: int = 1
 ) -> Tensor | None:
     """Return a float operand as float64 [channels], or None if it is not constant per channel."""
     held = constant(graph_module, value)
     if held is not None and not held.is_floating_point():
         return None
-    return per_channel(value if held is None else held, channels, len(shape(like)))
+    rank = len(shape(like))
+    if held is not None and 1 < axis == rank - 1 and held.dim() <= rank:  # the last dimension
+        if any(size != 1 for size in held.shape[:-1]):
+            return None
+        held, rank = held.reshape(1, -1), 2
+    return per_channel(value if held is None else held, channels, rank)
 
 
 def _affine(
@@ -199,8 +226,10 @@ def _scale_and_offset(
 ) -> tuple[Tensor | None, Tensor] | None:
     """Return scale and offset that `user` applies to `value` (scale None for 1), or None."""
     nothing = ir.float64(0.0, channels)
+    axis = _channel_axis(value)
     if is_call(user, aten.batch_norm.default):
-        return batch_norm_affine(graph_module, user) if user.args[0] is value else None
+        own = user.args[0] is value and axis == 1
+        return batch_norm_affine(graph_module, user) if own else None
     if is_call(user, aten.neg.default):
         return ir.float64(-1.0, channels), nothing
     if not is_call(user, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor):
@@ -210,7 +239,10 @@ def _scale_and_offset(
     commutes = is_call(user, aten.mul.Tensor, aten.add.Tensor)
     if named.get("alpha", 1) != 1 or (left is not value and not commutes):
         return None
-    number = _per_channel(right if left is value else left, graph_module, user, channels)
+    other = right if left is value else left
+    number = _per_channel(other, graph_module, user, channels, axis)
+    if number is not None and not same_shape(user, value):
+        return None
     if number is None:
         return None
     if is_call(user, aten.add.Tensor):
@@ -222,7 +254,7 @@ def _scale_and_offset(
 
 def _add(conv: BinaryConv, term: Tensor) -> BinaryConv:
     if not conv.activated:
-        return conv.fused(bias=conv.epilogue.bias + term)
+        return _scaled(conv, torch.ones_like(term), term)
     shift = conv.epilogue.shift
     return conv.fused(shift=term if shift is None else shift + term)
 
@@ -270,12 +302,14 @@ def _two_slopes(
 ) -> fx.Node | None:
     """Absorb a function with two slopes that several operators compute."""
     channels = conv.geometry.out_channels
+    axis = _channel_axis(flattened or node)
 
     def constant_of(value: Any, user: fx.Node) -> Tensor | None:
         if is_call(user, aten._prelu_kernel.default):  # its weight has one dimension
             held = constant(graph_module, value)
-            return None if held is None else ir.float64(held, channels)
-        return _per_channel(value, graph_module, user, channels)
+            known = held is not None and (axis == 1 or held.numel() == 1)
+            return ir.float64(held, channels) if held is not None and known else None
+        return _per_channel(value, graph_module, user, channels, axis)
 
     if conv.activated:
         return None
@@ -294,8 +328,48 @@ def _two_slopes(
     return _replace(graph_module, node, flattened, last, fused, residual)
 
 
+def _gate(
+    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, conv: BinaryConv
+) -> fx.Node | None:
+    """Return what multiplies a value, if it is a number for each image and channel, or for all."""
+    if not is_call(user, aten.mul.Tensor) or conv.activated or conv.gated:
+        return None
+    left, right = user.args[:2]
+    other = right if left is value else left
+    while isinstance(other, fx.Node) and is_call(other, aten.expand.default):
+        other = parent(other)
+    if not isinstance(other, fx.Node) or other is value or not same_shape(user, value):
+        return None
+    if constant(graph_module, other) is not None:
+        return None
+    held, wanted = other.meta.get("val"), user.meta["val"]
+    if not isinstance(held, Tensor) or held.dtype != wanted.dtype or held.dim() != wanted.dim():
+        return None
+    if _channel_axis(value) > 1:
+        return _gate_of_rows(graph_module, user, other)
+    sizes = shape(other)
+    batches = ("1", str(shape(user)[0]))
+    fits = str(sizes[0]) in batches and sizes[1] in (1, conv.geometry.out_channels)
+    return other if fits and all(size == 1 for size in sizes[2:]) else None
+
+
+def _gate_of_rows(graph_module: fx.GraphModule, user: fx.Node, gate: fx.Node) -> fx.Node | None:
+    """Return the factors of rows [..., C] as a matrix of rows [N, C] or [N, 1]."""
+    wanted, sizes = shape(user), shape(gate)
+    expanded = []
+    for size, own in zip(wanted[:-1], sizes[:-1], strict=True):
+        if str(size) != str(own) and not isinstance(size, int):
+            return None  # one for all images
+        expanded.append(-1 if str(size) == str(own) else size)
+    if any(size != -1 for size in expanded):
+        gate = insert(graph_module, user, aten.expand.default, gate, [*expanded, -1])
+    return insert(graph_module, user, aten.reshape.default, gate, [-1, sizes[-1]])
+
+
 def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
     pool = max_pool_geometry(user)
+    if conv.gated:  # which may be negative
+        return None
     if pool is None or not conv.epilogue.monotone or not conv.epilogue.pool.is_identity:
         return None
     if conv.epilogue.steps().intersection(SUMS):
@@ -304,15 +378,17 @@ def _pool(user: fx.Node, conv: BinaryConv) -> BinaryConv | None:
 
 
 def _residual(
-    graph_module: fx.GraphModule, user: fx.Node, node: fx.Node, conv: BinaryConv
+    graph_module: fx.GraphModule, user: fx.Node, value: fx.Node, conv: BinaryConv
 ) -> fx.Node | None:
-    """Return the other operand of an add if it is a float map of the same shape."""
+    """Return the other operand of an add if it is a float value of the same shape."""
     if not is_call(user, aten.add.Tensor) or conv.activated or arguments(user)["alpha"] != 1:
         return None
-    other = user.args[1] if user.args[0] is node else user.args[0]
-    if not isinstance(other, fx.Node) or other is node or constant(graph_module, other) is not None:
+    other = user.args[1] if user.args[0] is value else user.args[0]
+    if not isinstance(other, fx.Node) or constant(graph_module, other) is not None:
         return None
-    return other if same_shape(other, node) and other.meta["val"].dtype.is_floating_point else None
+    if other is value or not same_shape(other, value):
+        return None
+    return other if other.meta["val"].dtype.is_floating_point else None
 
 
 # -- float layers ---------------------------------------------------------------------------------

@@ -35,7 +35,9 @@ def binary_max_pool(bits: Tensor) -> Tensor:
     raise NotImplementedError
 
 
-def binary_conv(bits: Tensor, residual: Tensor | None = None) -> Tensor:
+def binary_conv(
+    bits: Tensor, residual: Tensor | None = None, *, gate: Tensor | None = None
+) -> Tensor:
     """Represent a binary convolution with its epilogue, in `meta["conv"]`."""
     raise NotImplementedError
 
@@ -85,7 +87,8 @@ class BinaryConv:
         rule: the step of `value`.
         geometry: the convolution on bits.
         positive: weight bits, bool [O, C / groups, KH, KW].
-        epilogue: its parameters; floats are float64 until `lower` rounds them.
+        epilogue: its parameters; floats are float64 until `lower` rounds them. It has an offset,
+            even if that is 0, if there is a gate.
         rows: whether `value` has its channels in the last dimension, and no height and width.
     """
 
@@ -106,7 +109,12 @@ class BinaryConv:
     @property
     def activated(self) -> bool:
         """Whether an activation is fused; no scale or residual can be fused after it."""
-        return bool(self.epilogue.steps().difference({"pool_min"}, SUMS))
+        return bool(self.epilogue.steps().difference({"pool_min", "offset"}, SUMS))
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate is fused."""
+        return self.epilogue.offset is not None
 
 
 def float64(values: Tensor | float, channels: int) -> Tensor:

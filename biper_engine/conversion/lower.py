@@ -168,6 +168,8 @@ class _Lowering:
         options = {**epilogue_options(epilogue), **held, **geometry_options(conv.geometry)}
         if len(node.args) > 1:
             options["residual"] = self._operand(node.args[1], f"{layer}.residual")
+        if conv.gated:
+            options["gate"] = self._operand(node.kwargs["gate"], f"{layer}.gate")
         if (
             floats_leave
         ):  # a part of a sum, which is no value of the model, is not rounded to half precision
@@ -193,6 +195,8 @@ class _Lowering:
         epilogue = conv.epilogue.rounded()
         if epilogue.pool_min is not None and not bool(epilogue.pool_min.any()):
             epilogue = replace(epilogue, pool_min=None)
+        if epilogue.offset is not None and not bool(epilogue.offset.any()):
+            epilogue = replace(epilogue, offset=None)
         if rule is None:
             return epilogue
         return replace(epilogue, threshold=rule.threshold, sense=rule.sense)

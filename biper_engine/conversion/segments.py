@@ -209,7 +209,7 @@ class Segments(fx.Interpreter):
         wanted_bits = ops.binarize(truth.float(), epilogue.threshold, epilogue.sense)
         threshold = epilogue.threshold
         assert threshold is not None, "bits need a threshold"
-        bound = _bound(conv, epilogue, residual)
+        bound = _bound(conv, epilogue, residual, options.get("gate"))
         at = threshold.view(1, -1, 1, 1)
         distance = (truth - at).abs()
         exact = distance == 0
@@ -221,7 +221,8 @@ class Segments(fx.Interpreter):
         if not torch.equal(bits, wanted_bits):
             unequal = _unpacked(bits ^ wanted_bits, truth.shape[1])
             unequal = unequal if affected is None else unequal & ~affected
-            v = apply_epilogue(dot, epilogue, residual, _sums(args[0], args[1], geometry))
+            sums = _sums(args[0], args[1], geometry)
+            v = apply_epilogue(dot, epilogue, residual, sums, options.get("gate"))
             close = (v - at).abs() <= bound
             segment.flips += int((unequal & close).sum())
             segment.bits_wrong += int((unequal & ~close).sum())
@@ -278,20 +279,30 @@ class Segments(fx.Interpreter):
         return wanted, reached > 0
 
 
-def _bound(conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None) -> Tensor:
+def _bound(
+    conv: BinaryConv, epilogue: Epilogue, residual: Tensor | None, gate: Tensor | None
+) -> Tensor:
     """Return how much rounding may change the value before a sign; see `verify`."""
-    per_channel = epilogue.magnitude(conv.geometry.reduction)
-    factor = epilogue.largest_factor()
-    per_channel = per_channel * factor
+
+    def of_channels(values: Tensor) -> Tensor:
+        return values.view(1, -1, 1, 1)
+
+    factor = of_channels(epilogue.largest_factor())
+    bound = of_channels(epilogue.magnitude(conv.geometry.reduction)) * factor
+    half = torch.zeros(())
+    if gate is not None:
+        bound = bound * gate.float().abs().view(*gate.shape[:2], 1, 1)
+        half = _half_rounding(gate) * bound
+    if epilogue.offset is not None:
+        bound = bound + of_channels(epilogue.offset.abs()) * factor
     for term in (epilogue.threshold, epilogue.shift):
         if term is not None:
-            per_channel = per_channel + term.abs()
-    bound = per_channel.view(1, -1, 1, 1)
-    if residual is None:
-        return _STEPS * ROUNDING[torch.float32] * bound
-    magnitude = residual.float().abs() * factor.view(1, -1, 1, 1)
-    exact = _STEPS * ROUNDING[torch.float32] * (bound + magnitude)
-    return exact + _half_rounding(residual) * magnitude
+            bound = bound + of_channels(term.abs())
+    if residual is not None:
+        magnitude = residual.float().abs() * factor
+        bound = bound + magnitude
+        half = half + _half_rounding(residual) * magnitude
+    return _STEPS * ROUNDING[torch.float32] * bound + half
 
 
 def _sums(bits: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> dict[str, Tensor]:

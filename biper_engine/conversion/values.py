@@ -52,6 +52,10 @@ _PASS_THROUGH = (
     aten.slice.Tensor,
     aten.constant_pad_nd.default,
 )
+_SCALES = (
+    *(aten.add.Tensor, aten.sub.Tensor, aten.neg.default),
+    *(aten.mul.Tensor, aten.div.Tensor),
+)
 _MOVES = (
     *(aten.reshape.default, aten.permute.default, aten.constant_pad_nd.default),
     aten.clone.default,
@@ -107,27 +111,37 @@ def find_steps(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Steps 
         if isinstance(found, StepRule) and not is_float(cone.source):
             fallback = Steps.of_one(cone.source, found)
         elif isinstance(found, StepRule) and not (found.tie and _takes_third_value(cone, found)):
-            return _before_shifts(cone, Steps.of_one(cone.source, found))
+            return _before_scales(cone, Steps.of_one(cone.source, found))
         elif several is None:
             several = _several(cone)
     return fallback or several or reason
 
 
-def _before_shifts(cone: Cone, steps: Steps) -> Steps:
-    """Move a step before what is added to its source, so that the threshold has it.
+def _before_scales(cone: Cone, steps: Steps) -> Steps:
+    """Move a step before constant scales and shifts of its source, so that the threshold has them.
 
-    The thresholds are found from the float32 sums themselves, so that no bit changes.
+    The thresholds are found from the float32 results themselves, so that no bit changes. It may be
+    possible only before several: `y / 3` is 0 for some y that are not, but `(x - 0.1) / 3` is not
+    for x other than 0.1. A source that has other uses stays: it is computed anyway, and the layer
+    before it can have one result.
     """
-    while is_call(steps.source, aten.add.Tensor, aten.sub.Tensor):
-        if not cone.grow() or cone.source is None or not same_shape(cone.source, cone.top):
+    last: fx.Node | None = steps.source
+    while last is not None and is_call(last, *_SCALES) and _only_for_signs(cone, last):
+        last = cone.source if cone.grow() else None
+        if last is None or not same_shape(last, cone.top):
             break
-        if cone.source.meta["val"].dtype != torch.float32:
+        if last.meta["val"].dtype != torch.float32:
             break
         found = _rule(cone)
-        if not isinstance(found, StepRule) or (found.tie and _takes_third_value(cone, found)):
-            break
-        steps = Steps.of_one(cone.source, found)
+        if isinstance(found, StepRule) and not (found.tie and _takes_third_value(cone, found)):
+            steps = Steps.of_one(last, found)
     return steps
+
+
+def _only_for_signs(cone: Cone, source: fx.Node) -> bool:
+    """Whether all users of a cone's source do what those in the cone do, as two signs of it."""
+    own = {user.target for user in source.users if user in cone.members}
+    return all(user.target in own for user in source.users)
 
 
 def is_float(node: fx.Node) -> bool:

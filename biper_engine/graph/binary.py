@@ -34,7 +34,7 @@ __all__ = [
 _biper = torch.ops.biper
 
 STREAMS = (torch.float32, torch.float16, torch.bfloat16)
-_FLOWING = ("x", "bits", "residual")
+_FLOWING = ("x", "bits", "residual", "gate")
 
 
 def _map_sizes(name: str, x: Value) -> tuple[Size, int, int, int]:
@@ -168,7 +168,19 @@ def _epilogue_sizes(
     if residual is not None:
         require_dtype("residual", residual, STREAMS)
         require(residual.shape == shape, f"`residual` (={residual}) must have the result's shape")
+    _require_gate(named["gate"], named["offset"], shape)
     return shape
+
+
+def _require_gate(gate: Value | None, offset: Value | None, shape: tuple[Size, ...]) -> None:
+    if gate is None:
+        require(offset is None, "`offset` needs a gate")
+        return
+    require_dtype("gate", gate, STREAMS)
+    batch, channels = (*gate.shape, None, None)[:2]
+    fits = gate.rank in (2, 4) and all(size == 1 for size in gate.shape[2:])
+    fits = fits and batch in (1, shape[0]) and channels in (1, shape[1])
+    require(fits, f"`gate` (={gate}) must have a number for each image and channel, or for all")
 
 
 def _conv(bits: Value, weight: Value, **named: Any) -> Value:

@@ -98,8 +98,12 @@ class Backend(ABC):
         prepacked: Tensor | None,
         float_dtype: torch.dtype | None,
         want_bits: bool,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Convolve and apply the epilogue; return a float map, a packed map, or both."""
+        """Convolve and apply the epilogue; return a float map, a packed map, or both.
+
+        A gate comes only if `steps` has one.
+        """
 
     def bind_fused(
         self,
@@ -108,17 +112,20 @@ class Backend(ABC):
         prepacked: Tensor,
         float_dtype: torch.dtype | None,
         want_bits: bool,
-    ) -> Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-        """Return `bconv2d_fused` with fixed parameters, a function of bits and residual.
+    ) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
+        """Return `bconv2d_fused` with fixed parameters, a function of bits, residual and gate.
+
+        It is called without the gate if there is none.
 
         A backend overrides it if it can prepare more than the weights for later calls.
         """
         weight = prepacked.new_empty(0)  # the prepacked weights are used instead
 
-        def run(bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-            return self.bconv2d_fused(
-                bits, weight, geometry, epilogue, residual, prepacked, float_dtype, want_bits
-            )
+        def run(
+            bits: Tensor, residual: Tensor | None, gate: Tensor | None = None
+        ) -> tuple[Tensor | None, Tensor | None]:
+            operands = (bits, weight, geometry, epilogue, residual, prepacked)
+            return self.bconv2d_fused(*operands, float_dtype, want_bits, gate)
 
         return run
 

@@ -20,6 +20,7 @@ __all__ = [
     "check_conv",
     "check_epilogue",
     "check_float_map",
+    "check_gate",
     "check_packed_map",
     "check_per_channel",
     "check_pooled_linear",
@@ -134,6 +135,25 @@ def check_residual(residual: Tensor | None, shape: tuple[int, ...], device: torc
             f"`residual` must have the output's shape {shape}, but it is {tuple(residual.shape)}."
         )
     _check_device("residual", residual, device)
+
+
+def check_gate(
+    gate: Tensor | None, epilogue: Epilogue, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Require factors for the images and channels of an output of this shape, or for all."""
+    if gate is None:
+        if epilogue.offset is not None:
+            raise ValueError("`offset` is added after a gate, but there is no `gate`.")
+        return
+    check_dtype("gate.dtype", gate.dtype)
+    sizes = tuple(gate.shape)
+    fits = len(sizes) in (2, 4) and all(size == 1 for size in sizes[2:])
+    if not fits or sizes[0] not in (1, shape[0]) or sizes[1] not in (1, shape[1]):
+        raise GeometryError(
+            f"`gate` must be [{shape[0]} or 1, {shape[1]} or 1], images and channels, or the same "
+            f"with two more dimensions of size 1, but its shape is {sizes}."
+        )
+    _check_device("gate", gate, device)
 
 
 def check_stem_parameters(stem: Stem, device: torch.device) -> None:

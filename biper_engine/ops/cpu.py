@@ -71,13 +71,15 @@ class _Fused:
         return size
 
     def __call__(
-        self, bits: Tensor, residual: Tensor | None
+        self, bits: Tensor, residual: Tensor | None, gate: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         bits = bits.contiguous()
         batch, height, width, _ = bits.shape
         rows, columns = self._output_size(height, width)
         if residual is not None:
             residual = channels_last(residual)
+        if gate is not None:
+            gate = gate.float().contiguous()
         floats = packed = None
         if self._float_dtype is not None:
             channels = self._geometry.out_channels
@@ -92,6 +94,8 @@ class _Fused:
             typed_memory(residual),
             typed_memory(floats),
             native_memory(packed),
+            native_memory(gate),
+            (0, 0) if gate is None else tuple(gate.shape[:2]),
             thread_count(),
         )
         return floats, packed
@@ -188,9 +192,10 @@ class CpuBackend(Backend):
         prepacked: Tensor | None,
         float_dtype: torch.dtype | None,
         want_bits: bool,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         prepacked = self._prepacked(weight, geometry, prepacked)
-        return _Fused(geometry, epilogue, prepacked, float_dtype, want_bits)(bits, residual)
+        return _Fused(geometry, epilogue, prepacked, float_dtype, want_bits)(bits, residual, gate)
 
     def bind_fused(
         self,
@@ -199,7 +204,7 @@ class CpuBackend(Backend):
         prepacked: Tensor,
         float_dtype: torch.dtype | None,
         want_bits: bool,
-    ) -> Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+    ) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
         return _Fused(geometry, epilogue, prepacked.contiguous(), float_dtype, want_bits)
 
     def bmatmul(self, a: Tensor, b: Tensor, shape: MatrixShape) -> Tensor:

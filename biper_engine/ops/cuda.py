@@ -402,6 +402,7 @@ class CudaBackend(Backend):
         prepacked: Tensor | None,
         float_dtype: torch.dtype | None,
         want_bits: bool,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         prepacked = self._prepacked(weight, geometry, prepacked)
         conv = _Conv(self._native, geometry, prepacked, epilogue)
@@ -435,7 +436,7 @@ class CudaBackend(Backend):
         prepacked: Tensor,
         float_dtype: torch.dtype | None,
         want_bits: bool,
-    ) -> Callable[[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+    ) -> Callable[..., tuple[Tensor | None, Tensor | None]]:
         limits = None
         if want_bits and float_dtype is None:
             limits = bit_limits(epilogue, geometry.reduction)

@@ -8,6 +8,7 @@ gives the same bytes (o is the output channel):
     v = fma(window[o], S, v)                          if there is such a factor, and so on:
     v = fma(taps[o], T, v)
     v = fma(valid[o], V, v)
+    v = fma(v, gate[n, o], offset[o])                 if there is a gate; without offset, v * gate
     v = v + residual                                  if there is a residual
     v = clamp(v, clamp_min, clamp_max)                (v < lo ? lo : v, then v > hi ? hi : v)
     v = v < 0 ? v * slope[o] : v * gain[o]            if there are such factors
@@ -18,6 +19,9 @@ gives the same bytes (o is the output channel):
 S is the sum of the +-1 of the input that a window sees, T the sum of the weights at its valid taps,
 which are those outside of the padding, and V their number times the channels of a group. The three
 are integers. Inputs or weights of two values that are not -s and s need them.
+
+The gate, like the residual, is no field of `Epilogue`: both are computed in a call. It has a number
+for each image n and output channel o, or one for all images, or for all channels.
 
 A step is a field of `Epilogue` and an entry of `VECTORS` or `NUMBERS`. Schemas, checks, files and
 native arguments are made from these, so a new step needs both here, its formula in `reference.py`,
@@ -35,7 +39,7 @@ from torch import Tensor
 
 from biper_engine.geometry import Pool2dGeometry
 
-__all__ = ["NUMBERS", "SCHEMA", "STEPS", "SUMS", "VECTORS", "Epilogue", "steps_of"]
+__all__ = ["NUMBERS", "OPTIONS", "SCHEMA", "STEPS", "SUMS", "VECTORS", "Epilogue", "steps_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class Epilogue:
         window: float32 [O], factor of the sum of a window's input, or None for 0.
         taps: float32 [O], factor of the sum of the weights at a window's valid taps, or None for 0.
         valid: float32 [O], factor of the number of inputs that a window sees, or None for 0.
+        offset: float32 [O], added after the gate, or None for 0. Needs a gate.
         pool: max pool of the accumulators, before everything else. Excludes `SUMS`.
         pool_min: bool [O]; the pool takes the minimum if True. None means never.
         clamp_min: lower limit, or None.
@@ -64,6 +69,7 @@ class Epilogue:
     window: Tensor | None = None
     taps: Tensor | None = None
     valid: Tensor | None = None
+    offset: Tensor | None = None
     pool: Pool2dGeometry = field(default_factory=Pool2dGeometry)
     pool_min: Tensor | None = None
     clamp_min: float | None = None
@@ -81,7 +87,7 @@ class Epilogue:
 
     @property
     def monotone(self) -> bool:
-        """Whether the value, without a residual, is monotone in the accumulator of each channel."""
+        """Whether the value, without residual and gate, is monotone in each channel's sum."""
         return all(bool((factor >= 0).all()) for factor in self._factors() if factor is not None)
 
     def largest_factor(self) -> Tensor:
@@ -94,13 +100,16 @@ class Epilogue:
     def accumulator_at(self, value: Tensor) -> Tensor:
         """Return the accumulator, as a real number [O], that gives a value if there is no residual.
 
-        It is wrong where the clamp or a factor of 0 leaves no or several such accumulators.
+        It is wrong where the clamp or a factor of 0 leaves no or several such accumulators. Where
+        there is an offset, it is NaN unless every gate gives the value for that accumulator.
         """
         if self.shift is not None:
             value = value - self.shift
         for factor, side in zip(self._factors(), (value < 0, value >= 0), strict=True):
             if factor is not None:
                 value = torch.where(side & (factor > 0), value / factor, value)
+        if self.offset is not None:
+            value = torch.where(value == self.offset, 0.0, torch.nan)
         return (value - self.bias) / self.multiplier
 
     def _factors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -108,13 +117,21 @@ class Epilogue:
         return self.slope, self.gain
 
     def scaled(self, factor: Tensor, offset: Tensor) -> Epilogue:
-        """Return the epilogue without activation whose value is `factor` times it plus `offset`."""
-        factors = {name: getattr(self, name) for name in ("multiplier", "bias", *SUMS)}
+        """Return the epilogue without activation whose value is `factor` times it plus `offset`.
+
+        Where there is a gate, it must have an offset, even if that is 0.
+        """
+        factors = {name: getattr(self, name) for name in ("multiplier", "bias", *SUMS, "offset")}
         changed: dict[str, Any] = {n: v * factor for n, v in factors.items() if v is not None}
-        return replace(self, **{**changed, "bias": changed["bias"] + offset})
+        last = "bias" if self.offset is None else "offset"
+        return replace(self, **{**changed, last: changed[last] + offset})
 
     def magnitude(self, reduction: int) -> Tensor:
-        """Return a bound of the value before a residual, [O], for sums of `reduction` products."""
+        """Return a bound of the value before gate and residual, [O].
+
+        Args:
+            reduction: products in a sum.
+        """
         factors = [self.multiplier, *(getattr(self, name) for name in SUMS)]
         largest = sum((f.abs() for f in factors if f is not None), torch.zeros_like(self.bias))
         return largest * reduction + self.bias.abs()
@@ -145,6 +162,7 @@ VECTORS = {
     "window": torch.float32,
     "taps": torch.float32,
     "valid": torch.float32,
+    "offset": torch.float32,
     "pool_min": torch.bool,
     "slope": torch.float32,
     "gain": torch.float32,
@@ -162,8 +180,11 @@ SUMS = ("window", "taps", "valid")
 
 _POSITIONAL = ("multiplier", "bias", "threshold", "sense")
 
-STEPS = (*(name for name in VECTORS if name not in _POSITIONAL), *NUMBERS)
-"""The optional parameters, keyword arguments of the operators."""
+OPTIONS = (*(name for name in VECTORS if name not in _POSITIONAL), *NUMBERS)
+"""The optional parameters."""
+
+STEPS = ("gate", *OPTIONS)
+"""The optional steps by what they need, keyword arguments of the operators."""
 
 SCHEMA = ", ".join(
     [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import use_backend
-from biper_engine.ops.epilogue import STEPS, Epilogue
+from biper_engine.ops.epilogue import OPTIONS, Epilogue
 from biper_engine.ops.stem import Stem
 
 __all__ = [
@@ -48,7 +48,7 @@ def geometry_options(geometry: Conv2dGeometry) -> dict[str, Any]:
 
 def epilogue_options(epilogue: Epilogue) -> dict[str, Any]:
     """Return the operator's keyword arguments for an epilogue, apart from its operands."""
-    options = {name: getattr(epilogue, name) for name in STEPS}
+    options = {name: getattr(epilogue, name) for name in OPTIONS}
     if epilogue.pool.is_identity:
         options.pop("pool_min")
         return options
@@ -229,6 +229,7 @@ def bconv2d_float(
     epilogue: Epilogue,
     *,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     prepacked: Tensor | None = None,
     backend: str | None = None,
@@ -241,6 +242,8 @@ def bconv2d_float(
         geometry: see `bits`.
         epilogue: scale, pool, activation; see `biper_engine.ops.epilogue` for the steps.
         residual: float map of the output's shape, added after the scale, or None.
+        gate: float factors [N or 1, O or 1], or the same with two more dimensions of size 1, that
+            multiply before the residual is added, or None.
         dtype: float32, float16 or bfloat16 of the result; arithmetic is float32.
         prepacked: see `bits`.
         backend: see `bits`.
@@ -260,6 +263,7 @@ def bconv2d_float(
             epilogue.bias,
             dtype=dtype,
             residual=residual,
+            gate=gate,
             prepacked=prepacked,
             **epilogue_options(epilogue),
             **geometry_options(geometry),
@@ -273,6 +277,7 @@ def bconv2d_bits(
     epilogue: Epilogue,
     *,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
     prepacked: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -292,6 +297,7 @@ def bconv2d_bits(
             epilogue.threshold,
             epilogue.sense,
             residual=residual,
+            gate=gate,
             prepacked=prepacked,
             **epilogue_options(epilogue),
             **geometry_options(geometry),
@@ -305,6 +311,7 @@ def bconv2d_float_bits(
     epilogue: Epilogue,
     *,
     residual: Tensor | None = None,
+    gate: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     prepacked: Tensor | None = None,
     backend: str | None = None,
@@ -327,6 +334,7 @@ def bconv2d_float_bits(
             epilogue.sense,
             dtype=dtype,
             residual=residual,
+            gate=gate,
             prepacked=prepacked,
             **epilogue_options(epilogue),
             **geometry_options(geometry),

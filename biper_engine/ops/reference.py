@@ -119,6 +119,7 @@ def apply_epilogue(
     epilogue: Epilogue,
     residual: Tensor | None,
     sums: Mapping[str, Tensor] | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Return v, float32 `[N, O, OH, OW]`, of int32 accumulators; see `epilogue` for the steps."""
     dot = _pool(dot, epilogue)
@@ -128,6 +129,10 @@ def apply_epilogue(
         if factor is not None:
             assert sums is not None
             v = fma(_per_channel(factor), sums[name], v)
+    if gate is not None:
+        factor = gate.float().reshape(*gate.shape[:2], 1, 1)
+        offset = epilogue.offset
+        v = v * factor if offset is None else fma(v, factor, _per_channel(offset))
     if residual is not None:
         v = v + residual.float()
     v = _clamp(v, epilogue.clamp_min, epilogue.clamp_max)
@@ -201,11 +206,12 @@ class ReferenceBackend(Backend):
         prepacked: Tensor | None,
         float_dtype: torch.dtype | None,
         want_bits: bool,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         signs, taps = self._operands(bits, weight, geometry, prepacked)
         dot = _convolved(signs, taps, geometry).to(torch.int32)
         sums = sums_of(signs, taps, geometry) if epilogue.steps().intersection(SUMS) else None
-        v = apply_epilogue(dot, epilogue, residual, sums)
+        v = apply_epilogue(dot, epilogue, residual, sums, gate)
         stored = None if float_dtype is None else to_channels_last(v.to(float_dtype))
         packed = self.binarize(v, epilogue.threshold, epilogue.sense) if want_bits else None
         return stored, packed

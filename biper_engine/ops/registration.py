@@ -106,6 +106,7 @@ def _check_fused(
     geometry: Conv2dGeometry,
     epilogue: Epilogue,
     residual: Tensor | None,
+    gate: Tensor | None,
     prepacked: Tensor | None,
     wants_bits: bool,
 ) -> tuple[int, int, int, int]:
@@ -116,6 +117,7 @@ def _check_fused(
     checks.check_epilogue(epilogue, geometry.out_channels, bits.device, wants_bits=wants_bits)
     shape = (bits.shape[0], geometry.out_channels, *size)
     checks.check_residual(residual, shape, bits.device)
+    checks.check_gate(gate, epilogue, shape, bits.device)
     return shape
 
 
@@ -270,13 +272,15 @@ def _fused(
     float_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     geometry, epilogue, residual, prepacked = split_options(weight, multiplier, bias, options)
+    gate = options.get("gate")
     want_bits = op != "bconv2d_float"
-    _check_fused(bits, weight, geometry, epilogue, residual, prepacked, want_bits)
+    _check_fused(bits, weight, geometry, epilogue, residual, gate, prepacked, want_bits)
     if float_dtype is not None:
         checks.check_dtype("dtype", float_dtype)
     backend = _select(op, geometry, prepacked, bits.device, steps_of(options))
+    extra = () if gate is None else (gate,)
     return backend.bconv2d_fused(
-        bits, weight, geometry, epilogue, residual, prepacked, float_dtype, want_bits
+        bits, weight, geometry, epilogue, residual, prepacked, float_dtype, want_bits, *extra
     )
 
 
@@ -329,7 +333,8 @@ def _fused_shape(
     wants_bits: bool,
 ) -> tuple[int, int, int, int]:
     geometry, epilogue, residual, prepacked = split_options(weight, multiplier, bias, options)
-    return _check_fused(bits, weight, geometry, epilogue, residual, prepacked, wants_bits)
+    gate = options.get("gate")
+    return _check_fused(bits, weight, geometry, epilogue, residual, gate, prepacked, wants_bits)
 
 
 def _bconv2d_float_fake(

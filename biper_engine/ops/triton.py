@@ -161,6 +161,7 @@ class TritonBackend(Backend):
         prepacked: Tensor | None,
         float_dtype: torch.dtype | None,
         want_bits: bool,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         conv_size = geometry.output_size(bits.shape[1], bits.shape[2])
         size = conv_size if epilogue.pool.is_identity else epilogue.pool.output_size(*conv_size)

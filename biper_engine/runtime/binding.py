@@ -21,7 +21,7 @@ from biper_engine.ops.registration import split_options
 
 __all__ = ["BoundOperation", "bind_node"]
 
-_FLOWING = ("x", "bits", "residual")
+_FLOWING = ("x", "bits", "residual", "gate")
 """Arguments whose values change in each call; the others must be constants of the graph."""
 
 
@@ -81,17 +81,20 @@ def _bind_fused(node: fx.Node, arguments: dict[str, Any], device: torch.device) 
         geometry, epilogue, prepack(backend, weight, geometry), dtype, want_bits
     )
 
-    def floats_of(bits: Tensor, residual: Tensor | None) -> Tensor | None:
-        return run(bits, residual)[0]
+    def floats_of(*operands: Tensor | None) -> Tensor | None:
+        return run(*operands)[0]
 
-    def bits_of(bits: Tensor, residual: Tensor | None) -> Tensor | None:
-        return run(bits, residual)[1]
+    def bits_of(*operands: Tensor | None) -> Tensor | None:
+        return run(*operands)[1]
 
-    def both(bits: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return run(bits, residual)
+    def both(*operands: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return run(*operands)  # a node of a graph calls a function with a name
 
-    call = {"bconv2d_float": floats_of, "bconv2d_bits": bits_of, "bconv2d_float_bits": both}[op]
-    return BoundOperation(call, (arguments["bits"], arguments.get("residual")))
+    calls: dict[str, Callable[..., Any]]
+    calls = {"bconv2d_float": floats_of, "bconv2d_bits": bits_of, "bconv2d_float_bits": both}
+    gate = arguments.get("gate")
+    operands = (arguments["bits"], arguments.get("residual"))
+    return BoundOperation(calls[op], operands if gate is None else (*operands, gate))
 
 
 def _bind_binarize(

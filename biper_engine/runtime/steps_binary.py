@@ -12,6 +12,7 @@ from biper_engine.geometry import Pool2dGeometry
 from biper_engine.graph.choice import prepack_node
 from biper_engine.graph.reading import biper_op
 from biper_engine.ops.checks import check_epilogue
+from biper_engine.ops.cpu_program import Map
 from biper_engine.ops.registration import split_options
 from biper_engine.runtime.placement import place_map, place_packed
 from biper_engine.runtime.runs import RunMaps, Unsupported
@@ -26,7 +27,7 @@ def _bconv(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     held: dict[str, Any] = {
         name: run.tensor(value) if isinstance(value, fx.Node) else value
         for name, value in named.items()
-        if name not in ("bits", "residual", "prepacked")
+        if name not in ("bits", "residual", "gate", "prepacked")
     }
     op = str(biper_op(node))
     weight = held["weight"]
@@ -45,6 +46,7 @@ def _bconv(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
         "conv",
         bits=source,
         residual=None if residual is None else run.pixels(residual),
+        gate=None if named.get("gate") is None else _gate(run, named["gate"], images),
         geometry=geometry,
         prepacked=prepack_node(node, weight),
         want_float=want_float,
@@ -55,6 +57,14 @@ def _bconv(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     floats = place_map(written[0], images) if want_float else None
     bits = place_packed(written[-1], images) if want_bits else None
     run.set(node, (floats, bits) if want_float and want_bits else floats or bits)
+
+
+def _gate(run: RunMaps, node: fx.Node, images: int) -> Map:
+    """Return a gate as a map with a pixel for each image of the result."""
+    gate = run.flowing(node)
+    if gate.sizes[0] != images:
+        raise Unsupported(f"takes {node}, which has not one row for each image")
+    return run.seen(run.natural(gate), gate.sizes[1], images, 1)
 
 
 def _binarize(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:

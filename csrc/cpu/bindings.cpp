@@ -131,10 +131,12 @@ PYBIND11_MODULE(_cpu, m) {
           [](const Conv& conv, int64_t batch, int64_t height, int64_t width, const Memory& bits,
              const std::optional<FloatMemory>& residual,
              const std::optional<FloatMemory>& out_float, const OptionalMemory& out_bits,
+             const OptionalMemory& gate, const std::pair<int64_t, int64_t>& gate_sizes,
              int64_t threads) {
             conv.run(
                 {batch, height, width, span<const uint32_t>("bits", bits), float_span(residual),
-                 float_span(out_float), span<uint32_t>("out_bits", out_bits)},
+                 float_span(out_float), span<uint32_t>("out_bits", out_bits),
+                 span<const float>("gate", gate), gate_sizes.first, gate_sizes.second},
                 threads);
           },
           nogil);

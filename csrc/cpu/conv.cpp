@@ -432,6 +432,28 @@ void Conv::accumulate(int64_t batch, int64_t height, int64_t width, Span<const u
   start(plan, threads);
 }
 
+void Conv::set_gate(ConvPlan& plan, const Images& images) const {
+  if (images.gate.data == nullptr && images.gate.size == 0) {
+    if (epilogue_.offset != nullptr)
+      fail("`offset` is added after a gate, but there is no `gate`.");
+    return;
+  }
+  const int64_t rows = images.gate_images, channels = images.gate_channels;
+  if (channels != 1 && channels != geometry_.out_channels) {
+    fail("`gate` has " + std::to_string(channels) + " channels, but 1 or " +
+         std::to_string(geometry_.out_channels) + " are wanted.");
+  }
+  if (rows != 1 && rows != images.batch) {
+    fail("`gate` has " + std::to_string(rows) + " images, but 1 or " +
+         std::to_string(images.batch) + " are wanted.");
+  }
+  require_memory("gate", images.gate.data, images.gate.size, rows * channels, 4);
+  plan.gate = images.gate.data;
+  plan.gate_channels = channels;
+  const int64_t each = rows == images.batch ? 1 : images.batch;
+  plan.gate_pixels = checked_product("The output", {each, plan.out_h, plan.out_w});
+}
+
 void Conv::run(const Images& images, int64_t threads) const {
   if (!has_epilogue_) fail("This convolution was made without an epilogue.");
   ConvPlan plan = plan_for(images.batch, images.height, images.width, false);
@@ -450,6 +472,7 @@ void Conv::run(const Images& images, int64_t threads) const {
     require_memory("out_bits", images.out_bits.data, images.out_bits.size,
                    checked_product("The output", {pixels, plan.out_words}), 4);
   }
+  set_gate(plan, images);
   plan.residual = images.residual.type == FloatType::kNone ? nullptr : images.residual.data;
   plan.residual_type = images.residual.type;
   plan.out_float = images.out_float.type == FloatType::kNone ? nullptr : images.out_float.data;

@@ -53,6 +53,9 @@ struct Images {
   FloatSpan residual;         // [N, OH, OW, O], or empty
   FloatSpan out_float;        // [N, OH, OW, O]
   Span<uint32_t> out_bits;    // [N, OH, OW, words]
+  Span<const float> gate;     // [gate_images, gate_channels], or empty
+  int64_t gate_images = 0;    // N, or 1: for all images
+  int64_t gate_channels = 0;  // O, or 1: for all channels
 };
 
 // A convolution with fixed weights and epilogue, for images of any size. Of what it is given it
@@ -83,11 +86,13 @@ class Conv {
   const ConvGeometry& geometry() const { return geometry_; }
   const Kernels& kernels() const { return *kernels_; }
   bool has_threshold() const { return epilogue_.threshold != nullptr; }
+  bool has_offset() const { return epilogue_.offset != nullptr; }
   bool has_epilogue() const { return has_epilogue_; }
 
  private:
   void count_set_bits();
   void take_bits(ConvPlan& plan, Span<const uint32_t> bits) const;
+  void set_gate(ConvPlan& plan, const Images& images) const;
   void start(ConvPlan& plan, int64_t threads) const;
 
   const Kernels* kernels_;

@@ -276,20 +276,19 @@ static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
                        int64_t first_pixel) {
   typename I::Sum sums[P * J];
   count_words<I, P, J>(windows, strip.offsets, 0, plan.depth, block.weights, sums);
-  const float* const residual = static_cast<const float*>(plan.residual);
-  float* const out = static_cast<float*>(plan.out_float);
+  const TileGates gates = gates_of(plan, first_pixel, P);
   const int64_t outputs = plan.geometry.out_channels;
   const int64_t index = first_pixel * outputs + block.channel;
   uint64_t masks[P] = {};
   BIPER_UNROLL
   for (int j = 0; j < J; ++j) {
-    const PlainChannels<I> constants =
-        plain_channels<I>(plan.epilogue, block.channel + j * I::kLanes);
+    const int64_t channel = block.channel + j * I::kLanes;
+    const PlainChannels<I> constants = plain_channels<I>(plan.epilogue, channel);
     BIPER_UNROLL
     for (int p = 0; p < P; ++p) {
       const typename I::Float dot = I::float_dots(borders[p] + j * I::kLanes, sums[p * J + j]);
-      const uint64_t bits =
-          finish_plain<I>(constants, dot, residual, out, index + p * outputs + j * I::kLanes);
+      const uint64_t bits = finish_plain<I>(plan, constants, dot, gates.of_pixel[p], channel,
+                                            index + p * outputs + j * I::kLanes);
       masks[p] |= bits << (j * I::kLanes);
     }
   }

@@ -49,6 +49,22 @@ struct Tile {
   const int32_t* valid = nullptr;           // and their number
 };
 
+// The gate's numbers for consecutive output pixels; null where there is no gate.
+struct TileGates {
+  const float* of_pixel[kMostPixels];
+};
+
+BIPER_INLINE TileGates gates_of(const ConvPlan& plan, int64_t first_pixel, int64_t pixels) {
+  TileGates gates{};
+  if (!plan.gate) return gates;
+  int64_t image = first_pixel / plan.gate_pixels, pixel = first_pixel % plan.gate_pixels;
+  for (int64_t p = 0; p < pixels; ++p) {
+    gates.of_pixel[p] = plan.gate + image * plan.gate_channels;
+    if (++pixel == plan.gate_pixels) pixel = 0, ++image;
+  }
+  return gates;
+}
+
 // Whether an epilogue has factors of sums other than the accumulator's.
 BIPER_INLINE bool has_sums(const Epilogue& e) { return e.window || e.taps || e.valid; }
 
@@ -75,11 +91,25 @@ BIPER_INLINE typename I::Float add_sums(const Epilogue& e, const Tile& tile, int
   return v;
 }
 
+// What is added to a product with a gate: where there is no offset, a zero that changes no product.
+template <class I, bool kFull>
+BIPER_INLINE typename I::Float behind_gate(const Epilogue& e, int64_t channel, int64_t count) {
+  return e.offset ? load_channels<I, kFull>(e.offset, channel, count) : I::broadcast(-0.0f);
+}
+
+// The gate's factors of `count` channels, for the pixel that `gate` is for.
+template <class I, bool kFull>
+BIPER_INLINE typename I::Float factors_of(const ConvPlan& plan, const float* gate, int64_t channel,
+                                          int64_t count) {
+  if (plan.gate_channels == 1) return I::broadcast(*gate);
+  return load_channels<I, kFull>(gate, channel, count);
+}
+
 // Takes one vector of a tile, `count` <= kFloats channels from the tile's `offset` on, to the
 // output; leaves its bits in `masks`, one for each pixel. Any epilogue.
 template <class I, bool kFull>
-BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t offset,
-                                int64_t count, uint64_t* masks) {
+BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, const TileGates& gates,
+                                int64_t offset, int64_t count, uint64_t* masks) {
   using Float = typename I::Float;
   const Epilogue& e = plan.epilogue;
   const int64_t outputs = plan.geometry.out_channels;
@@ -88,6 +118,7 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
   const Float multiplier = load_channels<I, kFull>(e.multiplier, channel, count);
   const Float bias = load_channels<I, kFull>(e.bias, channel, count);
   const Float low = I::broadcast(e.clamp_min), high = I::broadcast(e.clamp_max);
+  const Float offset_behind = behind_gate<I, kFull>(e, channel, count);
   const Float slope = e.slope ? load_channels<I, kFull>(e.slope, channel, count) : zero;
   const Float gain = e.gain ? load_channels<I, kFull>(e.gain, channel, count) : zero;
   const Float shift = e.shift ? load_channels<I, kFull>(e.shift, channel, count) : zero;
@@ -97,6 +128,9 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
     const int64_t index = (tile.first_pixel + p) * outputs + channel;
     Float v = I::fma(multiplier, I::to_float(tile.dots + p * tile.stride + offset), bias);
     if (has_sums(e)) v = add_sums<I, kFull>(e, tile, p, offset, count, v);
+    if (plan.gate) {
+      v = I::fma(v, factors_of<I, kFull>(plan, gates.of_pixel[p], channel, count), offset_behind);
+    }
     if (plan.residual) {
       v = I::add(v, load_stream<I, kFull>(plan.residual, plan.residual_type, index, count));
     }
@@ -115,21 +149,30 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, int64_t 
 // threshold. Where every channel of a tile counts, its constants for one vector are these.
 template <class I>
 struct PlainChannels {
-  typename I::Float multiplier, bias, low, high, threshold;
+  typename I::Float multiplier, bias, offset, low, high, threshold;
 };
 
 template <class I>
 BIPER_INLINE PlainChannels<I> plain_channels(const Epilogue& e, int64_t channel) {
   const typename I::Float low = I::broadcast(e.clamp_min);
-  return {I::load(e.multiplier + channel), I::load(e.bias + channel), low,
-          I::broadcast(e.clamp_max), e.threshold ? I::load(e.threshold + channel) : low};
+  return {I::load(e.multiplier + channel),
+          I::load(e.bias + channel),
+          behind_gate<I, true>(e, channel, I::kFloats),
+          low,
+          I::broadcast(e.clamp_max),
+          e.threshold ? I::load(e.threshold + channel) : low};
 }
 
-// Takes kFloats accumulators, as floats, to element `index` of the maps; returns their bits.
+// Takes kFloats accumulators from `channel` on, as floats, to element `index` of the maps; returns
+// their bits. `gate` is null or for the pixel.
 template <class I>
-BIPER_INLINE uint32_t finish_plain(const PlainChannels<I>& c, typename I::Float dot,
-                                   const float* residual, float* out, int64_t index) {
+BIPER_INLINE uint32_t finish_plain(const ConvPlan& plan, const PlainChannels<I>& c,
+                                   typename I::Float dot, const float* gate, int64_t channel,
+                                   int64_t index) {
+  const float* const residual = static_cast<const float*>(plan.residual);
+  float* const out = static_cast<float*>(plan.out_float);
   typename I::Float v = I::fma(c.multiplier, dot, c.bias);
+  if (gate) v = I::fma(v, factors_of<I, true>(plan, gate, channel, I::kFloats), c.offset);
   if (residual) v = I::add(v, I::load(residual + index));
   v = I::at_most_or(I::at_least_or(v, c.low), c.high);
   if (out) I::store(out + index, v);
@@ -161,9 +204,8 @@ BIPER_INLINE void put_masks(const ConvPlan& plan, const Tile& tile, const uint64
 
 template <class I>
 static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
-  const float* residual = static_cast<const float*>(plan.residual);
-  float* out = static_cast<float*>(plan.out_float);
   const int64_t outputs = plan.geometry.out_channels;
+  const TileGates gates = gates_of(plan, tile.first_pixel, tile.pixels);
   uint64_t masks[kMostPixels] = {};
   for (int64_t at = 0; at < tile.channels; at += I::kFloats) {
     const int64_t channel = tile.channel + at;
@@ -171,7 +213,8 @@ static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
     int64_t index = tile.first_pixel * outputs + channel;
     for (int64_t p = 0; p < tile.pixels; ++p, index += outputs) {
       const typename I::Float dot = I::to_float(tile.dots + p * tile.stride + at);
-      masks[p] |= uint64_t{finish_plain<I>(constants, dot, residual, out, index)} << at;
+      const float* gate = gates.of_pixel[p];
+      masks[p] |= uint64_t{finish_plain<I>(plan, constants, dot, gate, channel, index)} << at;
     }
   }
   if (plan.out_bits) put_masks(plan, tile, masks);
@@ -180,11 +223,12 @@ static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
 template <class I>
 static void finish_any_tile(const ConvPlan& plan, const Tile& tile) {
   uint64_t masks[kMostPixels] = {};
+  const TileGates gates = gates_of(plan, tile.first_pixel, tile.pixels);
   int64_t at = 0;
   for (; at + I::kFloats <= tile.channels; at += I::kFloats) {
-    finish_vector<I, true>(plan, tile, at, I::kFloats, masks);
+    finish_vector<I, true>(plan, tile, gates, at, I::kFloats, masks);
   }
-  if (at < tile.channels) finish_vector<I, false>(plan, tile, at, tile.channels - at, masks);
+  if (at < tile.channels) finish_vector<I, false>(plan, tile, gates, at, tile.channels - at, masks);
   if (plan.out_bits) put_masks(plan, tile, masks);
 }
 

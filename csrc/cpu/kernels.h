@@ -38,6 +38,7 @@ struct Epilogue {
   const float* window;
   const float* taps;
   const float* valid;
+  const float* offset;
   const float* slope;
   const float* gain;
   const float* shift;
@@ -54,15 +55,12 @@ struct EpilogueVector {
   const char* name;
   const float* Epilogue::* values;
 };
-constexpr EpilogueVector kEpilogueVectors[] = {{"multiplier", &Epilogue::multiplier},
-                                               {"bias", &Epilogue::bias},
-                                               {"window", &Epilogue::window},
-                                               {"taps", &Epilogue::taps},
-                                               {"valid", &Epilogue::valid},
-                                               {"slope", &Epilogue::slope},
-                                               {"gain", &Epilogue::gain},
-                                               {"shift", &Epilogue::shift},
-                                               {"threshold", &Epilogue::threshold}};
+constexpr EpilogueVector kEpilogueVectors[] = {
+    {"multiplier", &Epilogue::multiplier}, {"bias", &Epilogue::bias},
+    {"window", &Epilogue::window},         {"taps", &Epilogue::taps},
+    {"valid", &Epilogue::valid},           {"offset", &Epilogue::offset},
+    {"slope", &Epilogue::slope},           {"gain", &Epilogue::gain},
+    {"shift", &Epilogue::shift},           {"threshold", &Epilogue::threshold}};
 
 // A run of output rows or columns whose windows see the same kernel positions [first, last).
 struct Border {
@@ -132,7 +130,10 @@ struct ConvPlan {
   const uint32_t* weights;    // the ISA's own layout
   const void* residual;       // [N, out_h, out_w, O] or null
   FloatType residual_type;
-  void* out_float;  // [N, out_h, out_w, O] or null
+  const float* gate;      // [images of the gate, gate_channels] or null
+  int64_t gate_channels;  // O, or 1: a number for all channels
+  int64_t gate_pixels;    // output pixels that an image of the gate is for
+  void* out_float;        // [N, out_h, out_w, O] or null
   FloatType out_type;
   uint32_t* out_bits;  // [N, out_h, out_w, out_words] or null
   int32_t* out_dots;   // [N, conv_h, conv_w, O] or null: raw accumulators, no epilogue

@@ -1,7 +1,9 @@
 // "conv": a binary convolution with its epilogue.
 //
-// Reads `bits` and `residual`, which may be missing; writes the epilogue's float map where
-// `want_float`, then its bits where `want_bits`. The convolution keeps the address of `prepacked`.
+// Reads `bits`, and `residual` and `gate`, which may be missing. A gate has a pixel for as many
+// output pixels as any other of its pixels, in the same order, and one channel or those of the
+// output. Writes the epilogue's float map where `want_float`, then its bits where `want_bits`. The
+// convolution keeps the address of `prepacked`.
 #include <limits>
 
 #include "steps.h"
@@ -30,6 +32,7 @@ class ConvStep : public Step {
       : conv_(fused_conv(a)),
         bits_(a.map("bits")),
         residual_(a.optional_map("residual")),
+        gate_(a.optional_map("gate")),
         in_(program.bits(bits_)) {
     const bool want_float = a.flag("want_float"), want_bits = a.flag("want_bits");
     const int64_t outputs = conv_->geometry().out_channels;
@@ -38,6 +41,8 @@ class ConvStep : public Step {
     if (residual_ != kNoMap) {
       require_shape("residual", program.floats(residual_), plan.out_h, plan.out_w, outputs);
     }
+    if (gate_ != kNoMap) take_gate(program.floats(gate_), plan);
+    if (gate_ == kNoMap && conv_->has_offset()) fail("`offset` is given, but there is no `gate`.");
     if (!want_float && !want_bits) fail("Nothing of this convolution leaves.");
     if (want_bits && !conv_->has_threshold()) fail("Bits leave, but there is no `threshold`.");
     const auto add_map = [&](bool packed) {
@@ -45,7 +50,7 @@ class ConvStep : public Step {
     };
     if (want_float) out_float_ = add_map(false);
     if (want_bits) out_bits_ = add_map(true);
-    reads = wanted_maps({bits_, residual_});
+    reads = wanted_maps({bits_, residual_, gate_});
     writes = wanted_maps({out_float_, out_bits_});
     if (want_float) in_place = residual_;  // each value is read, then written
   }
@@ -55,9 +60,12 @@ class ConvStep : public Step {
     conv_->prepare(plan, shape.threads);
     plan.residual_type = FloatType::kFloat32;
     plan.out_type = FloatType::kFloat32;
+    plan.gate_channels = gate_channels_;
+    plan.gate_pixels = gate_pixels_;
     const auto bind = [this](ConvPlan& p, void* const* maps) {
       p.bits = static_cast<const uint32_t*>(maps[bits_]);
       p.residual = map_or_null(maps, residual_);
+      p.gate = static_cast<const float*>(map_or_null(maps, gate_));
       p.out_float = map_or_null(maps, out_float_);
       p.out_bits = static_cast<uint32_t*>(map_or_null(maps, out_bits_));
     };
@@ -69,7 +77,20 @@ class ConvStep : public Step {
 
  private:
   std::shared_ptr<const Conv> conv_;
-  int64_t bits_, residual_;
+  void take_gate(const MapShape& gate, const ConvPlan& plan) {
+    const int64_t outputs = conv_->geometry().out_channels, pixels = plan.out_h * plan.out_w;
+    const int64_t rows = gate.height * gate.width;
+    if ((gate.channels != 1 && gate.channels != outputs) || pixels % rows != 0) {
+      fail("`gate` has " + std::to_string(rows) + " pixels of " + std::to_string(gate.channels) +
+           " channels, which do not fit an output of " + std::to_string(pixels) + " pixels of " +
+           std::to_string(outputs) + " channels.");
+    }
+    gate_channels_ = gate.channels;
+    gate_pixels_ = pixels / rows;
+  }
+
+  int64_t bits_, residual_, gate_;
+  int64_t gate_channels_ = 0, gate_pixels_ = 0;
   MapShape in_;
   int64_t out_float_ = kNoMap, out_bits_ = kNoMap;
 };

@@ -92,6 +92,67 @@ def test_a_shift_before_a_sign_is_part_of_the_threshold() -> None:
         assert torch.equal(got, model(x) >= 0)  # the engine takes an exact zero for 1
 
 
+SCALES = {
+    "AdaBin": lambda s, x: torch.sign((x - s.shift) / s.scale),
+    "negated": lambda s, x: torch.sign(0.3 - x * 0.5),
+    "of either sign": lambda s, x: torch.sign(x * s.mixed + s.shift),
+    "negative": lambda s, x: (-(x + s.shift) / 0.7 > 0.2).float() * 2 - 1,
+    "several": lambda s, x: where_ge(((x / 3.0 - 0.25) * s.scale + s.shift) * -2.0),
+    "twice as much": lambda s, x: torch.sign(x * 2.0),
+}
+
+
+def steps_behind(run: Callable[..., Tensor]) -> tuple[Steps, nn.Module]:
+    model = Functional(run)
+    layout = (1, -1, 1, 1)
+    model.register_buffer("shift", torch.tensor([0.1, -1 / 3, 0.7, 5e-3]).view(layout))
+    model.register_buffer("scale", torch.tensor([0.8, 1.25, 3.0, 1e-3]).view(layout))
+    model.register_buffer("mixed", torch.tensor([0.8, -1.25, 3.0, -1e-3]).view(layout))
+    graph_module = capture(model, (X,)).graph_module
+    simplify(graph_module)
+    *_, value = graph_module.graph.output_node().args[0]
+    found = find_steps(graph_module, value, 1)
+    assert isinstance(found, Steps), found
+    return found, model
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_before_a_sign_are_part_of_the_threshold(name: str) -> None:
+    found, model = steps_behind(SCALES[name])
+    assert found.source.op == "placeholder"
+    (rule,) = found.rules
+    for threshold in [*rule.threshold.tolist(), 0.1, -0.7]:
+        x = around(threshold)
+        bit = binarize(x, rule.threshold.view(-1, 1, 1), rule.sense.view(-1, 1, 1))
+        got, wanted = torch.where(bit, 1.0, -1.0), model(x)
+        assert torch.equal(got, torch.where(wanted == 0, got, wanted))
+        assert rule.tie or bool((wanted != 0).all())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda s, x: torch.sign(x * 0.25),  # 0 for numbers that are not 0
+        lambda s, x: torch.sign(x * 1.5 - 0.3),  # 0 for two neighbours
+        lambda s, x: torch.sign(x * x.mean()),
+        lambda s, x: torch.sign((x * s.shift.mT) / 3.0),
+    ],
+)
+def test_other_scales_before_a_sign_stay(run: Callable[..., Tensor]) -> None:
+    try:
+        found, _ = steps_behind(run)
+    except AssertionError:
+        return  # no sign at all
+    assert found.source.op == "call_function"
+
+
+def test_a_scaled_value_with_another_use_stays() -> None:
+    found, _ = steps_behind(lambda s, x: (lambda y: (y, torch.sign(y)))(x * 1.5 + 0.1))
+    assert found.source.op == "call_function"
+    found, _ = steps_behind(lambda s, x: (lambda y: torch.sign(y) + torch.sign(y) * 2)(x * 1.5))
+    assert found.source.op == "placeholder"
+
+
 def test_a_third_value_at_the_step_lies_between_the_levels() -> None:
     def run(self: nn.Module, x: Tensor) -> Tensor:
         return torch.where(x == 0.3, 7.0, torch.sign(x - 0.3))

@@ -464,4 +464,6 @@ CALLS: Calls = [
     ("biper.bconv2d_bits", {**FUSED, **OUTGOING, "pool_kernel_size": [2, 2]}),
     ("biper.bconv2d_float_bits", {**FUSED, **OUTGOING, "slope": CHANNEL, "shift": CHANNEL}),
     ("biper.bconv2d_float_bits", {**FUSED, **OUTGOING, "gain": CHANNEL, "clamp_min": -1.0}),
+    ("biper.bconv2d_float", {**FUSED, "gate": x(N, 8, 1, 1), "offset": CHANNEL}),
+    ("biper.bconv2d_bits", {**FUSED, **OUTGOING, "gate": x(N, 1), "residual": x(N, 8, 6, 8)}),
 ]  # fmt: skip

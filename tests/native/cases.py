@@ -138,28 +138,30 @@ def fused(
     residual: Tensor | None,
     dtype: torch.dtype | None,
     want_bits: bool,
+    gate: Tensor | None = None,
 ) -> bytes:
-    """Operator 1: geometry, pool, batch, height, width, types of residual and float map;
+    """Operator 1: geometry, pool, batch, height, width, types of residual and map, sizes of gate;
 
-    weight, bits, vectors of the epilogue, sense, pool_min, clamp limits [2], residual -> float map,
-    bits.
+    weight, bits, vectors of the epilogue, sense, pool_min, clamp limits [2], residual, gate ->
+    float map, bits.
     """
     operands = (data.bits, data.weight, conv, epilogue)
     floats = packed = None
     if dtype is not None:
-        floats = ops.bconv2d_float(*operands, residual=residual, dtype=dtype)
+        floats = ops.bconv2d_float(*operands, residual=residual, gate=gate, dtype=dtype)
     if want_bits:
-        packed = ops.bconv2d_bits(*operands, residual=residual)
+        packed = ops.bconv2d_bits(*operands, residual=residual, gate=gate)
     low, high = epilogue.clamp_min, epilogue.clamp_max
     limits = torch.tensor([-torch.inf if low is None else low, torch.inf if high is None else high])
     values = (
         *(*_geometry_values(conv), *_pool_values(epilogue.pool), *data.bits.shape[:3]),
         STREAM_TYPES[None if residual is None else residual.dtype],
         STREAM_TYPES[dtype],
+        *((0, 0) if gate is None else gate.shape),
     )
     vectors = (entry for entry, dtype in VECTORS.items() if dtype == torch.float32)
     tensors = [getattr(epilogue, entry) for entry in (*vectors, "sense", "pool_min")]
-    inputs = [*_conv_inputs(data, conv), *tensors, limits, residual]
+    inputs = [*_conv_inputs(data, conv), *tensors, limits, residual, gate]
     return _case(1, name, values, inputs, [floats, packed])
 
 
@@ -232,6 +234,26 @@ def _with_outputs(
     for dtype, bits in outputs:
         wanted = f"{dtype}{' and bits' if bits else ''}, residual {stream}"
         yield fused(f"{name}, to {wanted}", conv, data, epilogue, residual, dtype, bits)
+
+
+def gates() -> Iterator[bytes]:
+    conv, size, batch = matrix.EPILOGUE_CONV, matrix.EPILOGUE_SIZE, 3
+    wide = matrix.geometry(in_channels=70, out_channels=67, kernel_size=(1, 1))
+    for geometry, sides in ((conv, size), (wide, (1, 1))):
+        channels, data = geometry.out_channels, matrix.Operands(geometry, sides, batch)
+        epilogue = matrix.epilogue_of(channels, "no pool", "prelu")
+        epilogue = dataclasses.replace(
+            epilogue, threshold=torch.zeros(channels), sense=torch.arange(channels) > 9
+        )
+        shape = (batch, channels, *geometry.output_size(*sides))
+        residual = matrix.residual_of("float32", *shape)
+        for offset in (None, matrix.vector(channels, seed=9)):
+            for sizes in ((batch, channels), (batch, 1), (1, channels), (1, 1)):
+                gate = torch.randn(sizes, generator=torch.Generator().manual_seed(8))
+                gated = dataclasses.replace(epilogue, offset=offset)
+                name = f"gate {sizes}, {channels} channels, {'no ' * (offset is None)}offset"
+                extra = (residual, torch.float32, True)
+                yield fused(name, geometry, data, gated, *extra, gate)
 
 
 def epilogues() -> Iterator[bytes]:
@@ -372,4 +394,4 @@ def pools(shape: tuple[int, ...], bits: Tensor) -> Iterator[bytes]:
             yield maxpool(f"maxpool {shape}, {values}, {mode}", bits, shape[1], pool, directions)
 
 
-EVERYTHING = (accumulators, epilogues, conversions, signed_zeros, large_epilogues, maps)
+EVERYTHING = (accumulators, epilogues, gates, conversions, signed_zeros, large_epilogues, maps)

@@ -57,6 +57,12 @@ std::unique_ptr<Network> network() {
   Values last_of = floats_alone;
   last_of["bits"] = n.add("binarize", {{"x", third}})[0];
   last_of["residual"] = third;
+  Values gate_of{{"x", third}, {"pool", pool({2, 2, 2, 2, 0, 0})}, {"count_padding", false}};
+  gate_of["size"] = std::vector<int64_t>{1, 1};
+  gate_of["channels_before"] = gate_of["channels_after"] = int64_t{0};
+  last_of["gate"] = n.add("average", gate_of)[0];
+  const std::vector<float> offset = n.numbers.values(65, 0.3f);
+  last_of["offset"] = memory(offset);
   const int64_t last = n.conv(square(65, 65, 1, 1, 0), last_of)[0];
   Values top_of{{"x", last}, {"pool", pool({2, 2, 2, 2, 0, 0})}};
   top_of["size"] = std::vector<int64_t>{1, 1};
@@ -236,7 +242,9 @@ std::vector<std::string> accepted_misfits() {
   conv("a float of one channel only", bits, g, "slope", memory(std::vector<float>(1)));
   conv("flags for floats", bits, g, "shift", memory(std::vector<uint8_t>(8)));
   conv("a float for a flag", bits, g, "want_bits", 1.0);
-  conv("an unknown argument", bits, g, "gate", int64_t{0});
+  conv("a gate of another kind", bits, g, "gate", int64_t{0});
+  conv("an offset without a gate", bits, g, "offset", memory(std::vector<float>(8)));
+  conv("an unknown argument", bits, g, "door", int64_t{0});
   step("a convolution of which nothing leaves", bits, [&](Network& n, int64_t x) {
     n.conv(g, {{"bits", x}, {"want_float", false}, {"want_bits", false}});
   });

@@ -94,7 +94,10 @@ struct Operands {
             read_only(bits.span()),
             floats(residual.span()),
             floats(out_float.span()),
-            out_bits.span()};
+            out_bits.span(),
+            read_only(channel.span()),
+            1,
+            5};
   }
   bool outputs_are_untouched() {
     return out_bits.is_untouched() && out_float.is_untouched() && dots.is_untouched() &&
@@ -311,6 +314,21 @@ void fused(Collector& c) {
     bad.residual = floats(span);
     call("residual", bad);
   }
+  for (const auto& span : misfits(c.operands.channel.span())) {
+    Images bad = good;
+    bad.gate = read_only(span);
+    call("gate", bad);
+  }
+  for (const auto& [images, channels] :
+       {std::pair<int64_t, int64_t>{0, 5}, {kBatch + 1, 5}, {1, 4}, {1, 0}, {-1, 5}, {5, 1}}) {
+    Images bad = good;
+    bad.gate_images = images;
+    bad.gate_channels = channels;
+    call("sizes of a gate", bad);
+  }
+  Images alone = good;
+  alone.gate = {};
+  call("an offset without a gate", alone);
   EpilogueSpans without = c.operands.epilogue();
   without[&Epilogue::threshold] = {};
   c.refuse("bits without a threshold", [&] { c.pooled(kNoPool, without).run(good, 1); });

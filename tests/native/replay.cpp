@@ -204,8 +204,11 @@ void run_fused(const int64_t* v, Operands& operands, const Variant& variant) {
   images.width = v[21];
   images.bits = operands.span<const uint32_t>(1);
   images.residual = operands.floats(next, v[22]);
-  images.out_float = operands.floats(next + 1, v[23]);
-  images.out_bits = operands.span<uint32_t>(next + 2);
+  images.gate = operands.span<const float>(next + 1);
+  images.gate_images = v[24];
+  images.gate_channels = v[25];
+  images.out_float = operands.floats(next + 2, v[23]);
+  images.out_bits = operands.span<uint32_t>(next + 3);
   conv.run(images, variant.threads);
 }
 

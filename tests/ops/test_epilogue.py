@@ -57,7 +57,11 @@ def pooled(dot: Array, pool: Pool2dGeometry, smallest: Array) -> Array:
 
 
 def expected_values(
-    dot: Tensor, epilogue: Epilogue, residual: Tensor | None, exact_fma: Callable[..., float]
+    dot: Tensor,
+    epilogue: Epilogue,
+    residual: Tensor | None,
+    exact_fma: Callable[..., float],
+    gate: Tensor | None = None,
 ) -> Array:
     """Return v of every output, one scalar operation after the other."""
     channels = dot.shape[1]
@@ -65,11 +69,18 @@ def expected_values(
     smallest = none if epilogue.pool_min is None else epilogue.pool_min
     values = pooled(dot.numpy(), epilogue.pool, smallest.numpy())
     result = np.empty(values.shape, np.float32)
+    factors = None if gate is None else gate.reshape(*gate.shape[:2]).expand(*values.shape[:2])
     for index in np.ndindex(*values.shape):
         o = index[1]
         v = np.float32(
             exact_fma(float(epilogue.multiplier[o]), float(values[index]), float(epilogue.bias[o]))
         )
+        if factors is not None:
+            factor = factors[index[:2]].item()
+            if epilogue.offset is None:
+                v = v * np.float32(factor)
+            else:
+                v = np.float32(exact_fma(float(v), factor, epilogue.offset[o].item()))
         if residual is not None:
             v = v + np.float32(residual[index].item())
         if epilogue.clamp_min is not None and v < np.float32(epilogue.clamp_min):
@@ -118,18 +129,20 @@ def check_all_outputs(
     values: Array,
     device: torch.device,
     same_bytes: Callable[..., bool],
+    gate: Tensor | None = None,
 ) -> None:
     """Run the three fused operators and compare every byte that they give."""
     assert epilogue.threshold is not None
     assert epilogue.sense is not None
     bits = packed(values, epilogue.threshold, epilogue.sense)
     operands = (data.bits.to(device), data.weight.to(device), conv, moved(epilogue, device))
-    extra = None if residual is None else residual.to(device)
-    assert torch.equal(bconv2d_bits(*operands, residual=extra).cpu(), bits)
+    given = {"residual": residual, "gate": gate}
+    extra: Any = {name: x.to(device) for name, x in given.items() if x is not None}
+    assert torch.equal(bconv2d_bits(*operands, **extra).cpu(), bits)
     for dtype in STREAMS.values():
         floats = stored(values, dtype)
-        assert same_bytes(bconv2d_float(*operands, residual=extra, dtype=dtype), floats)
-        both = bconv2d_float_bits(*operands, residual=extra, dtype=dtype)
+        assert same_bytes(bconv2d_float(*operands, **extra, dtype=dtype), floats)
+        both = bconv2d_float_bits(*operands, **extra, dtype=dtype)
         assert same_bytes(both[0], floats)
         assert torch.equal(both[1].cpu(), bits)
         assert both[0].is_contiguous(memory_format=torch.channels_last)
@@ -137,10 +150,13 @@ def check_all_outputs(
 
 
 def need_all(
-    need: Callable[..., None], conv: Conv2dGeometry, epilogue: Epilogue | None = None
+    need: Callable[..., None],
+    conv: Conv2dGeometry,
+    epilogue: Epilogue | None = None,
+    *more: str,
 ) -> None:
     for op in ("bconv2d_float", "bconv2d_bits", "bconv2d_float_bits"):
-        need(op, conv, frozenset() if epilogue is None else epilogue.steps())
+        need(op, conv, frozenset(more) | (frozenset() if epilogue is None else epilogue.steps()))
 
 
 @functools.cache

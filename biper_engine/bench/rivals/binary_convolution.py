@@ -316,6 +316,8 @@ class _Translation:
             )
         if epilogue.steps().intersection(SUMS):
             raise UnsupportedGraphError("OpenVINO's binary convolution has no sums of windows")
+        if options.get("gate") is not None:
+            raise UnsupportedGraphError("the gate of a binary convolution is not written yet")
         top, bottom, left, right = geometry.padding
         dot = self._opset.binary_convolution(
             *(bits.node, self._weights(weight, geometry, bits.sense)),
