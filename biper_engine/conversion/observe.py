@@ -58,7 +58,9 @@ class Observed:
 
     After every call, everything that it could have changed is compared. A value that the first call
     sets independently of its inputs, and that no later call changes, is not state: for example a
-    table that is computed once and kept, or weights that are binarized in place.
+    table that is computed once and kept, or weights that are binarized in place. Weights that each
+    call changes again only within rounding, such as weights that are centred in place, are none
+    either: every call starts from the model's own.
 
     Args:
         model: any module; it is not changed.
@@ -73,6 +75,8 @@ class Observed:
         self._calls = 0
         self._is_set_up = False  # by the first call, possibly from its inputs
         self._first: Observation | None = None
+        self._weights: dict[str, Tensor] = {}  # to start every call from, if calls change them
+        self._own = {name: _copied(held) for name, held in self._copy.named_parameters()}
 
     def __call__(self, inputs: Sequence[Tensor]) -> Observation:
         """Call the copy once.
@@ -80,12 +84,13 @@ class Observed:
         Raises:
             ConversionError: the call changed something; the message names it.
         """
-        observation = self._answer(self._copy, inputs)
-        before, self._state = self._state, _state(self._copy)
-        changed = _changed(before, self._state)
+        observation, changed = self._call(inputs)
         if self._calls == 0:
             self._is_set_up, changed = bool(changed), {}
             self._first = observation
+        elif changed and not self._weights and self._only_round(changed):
+            self._weights = self._own
+            observation, changed = self._call(inputs)
         elif self._is_set_up and not changed:
             other = private_copy(self._model)
             self._answer(other, inputs)
@@ -95,6 +100,26 @@ class Observed:
             raise ConversionError(_refusal(self._model, changed))
         self._calls += 1
         return observation
+
+    def _call(self, inputs: Sequence[Tensor]) -> tuple[Observation, dict[str, Any]]:
+        """Call the copy; also return what is no longer as the first call left it."""
+        with torch.no_grad():
+            for name, held in self._copy.named_parameters():
+                if name in self._weights:
+                    held.copy_(self._weights[name])
+        observation = self._answer(self._copy, inputs)
+        after = _state(self._copy)
+        changed = _changed(self._state, after)
+        if self._calls == 0:
+            self._state = after
+        return observation, changed
+
+    def _only_round(self, changed: Mapping[str, Any]) -> bool:
+        """Whether a call changed nothing but weights, and these by no more than rounding."""
+        return all(
+            name in self._own and _is_rounding(self._state[name], value)
+            for name, value in changed.items()
+        )
 
     def again(self) -> Observation:
         """Repeat the first call, after others.
@@ -288,6 +313,13 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     return bool(a == b or (isinstance(a, float) and a != a and b != b))
+
+
+def _is_rounding(before: Any, after: Any) -> bool:
+    if not isinstance(after, Tensor) or before.shape != after.shape:
+        return False
+    largest = before.abs().max() if before.numel() else 0
+    return bool(((after - before).abs() <= 2.0**-20 * largest).all())
 
 
 def _refusal(model: nn.Module, changed: Mapping[str, Any]) -> str:

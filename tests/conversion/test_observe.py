@@ -1,5 +1,6 @@
 """Observe: calls of the model itself, and everything that they may change."""
 
+import copy
 import random
 from collections import deque
 from collections.abc import Callable
@@ -159,6 +160,34 @@ def test_what_a_call_changes_is_refused_by_name(
         call_three_times(model)
     assert str(caught.value).startswith(f"A call of the model changes its {name}")
     assert "defect" not in str(caught.value)
+
+
+def centre_in_place(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data -= s.weight.mean()
+    return x * s.weight.abs().mean()
+
+
+def centre_with_the_input(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data -= s.weight.mean() + 1e-5 * x.mean()
+    return x * s.weight.abs().mean()
+
+
+def test_weights_that_are_centred_in_place_are_the_models_own_in_every_call() -> None:
+    model = Around(Layer(centre_in_place))
+    model.layer.weight = nn.Parameter(torch.randn(64))
+    copied = copy.deepcopy(model)
+    copied(IMAGES)
+    once = copied.layer.weight.detach().clone()
+    copied(IMAGES)
+    assert not torch.equal(copied.layer.weight, once), "the second call must change the weights"
+    call_three_times(model)
+
+
+def test_weights_that_are_changed_by_the_input_are_refused() -> None:
+    model = Around(Layer(centre_with_the_input))
+    model.layer.weight = nn.Parameter(torch.randn(64))
+    with pytest.raises(ConversionError, match=r"changes its parameter `layer.weight`"):
+        call_three_times(model)
 
 
 def test_a_global_variable_is_state() -> None:
