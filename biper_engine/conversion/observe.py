@@ -115,11 +115,10 @@ class Observed:
         return observation, changed
 
     def _only_round(self, changed: Mapping[str, Any]) -> bool:
-        """Whether a call changed nothing but weights, and these by no more than rounding."""
-        return all(
-            name in self._own and _is_rounding(self._state[name], value)
-            for name, value in changed.items()
-        )
+        """Whether a call changed weights, and these by no more than rounding."""
+        weights = {name: value for name, value in changed.items() if name in self._own}
+        pairs = ((self._state[name], value) for name, value in weights.items())
+        return bool(weights) and all(_is_rounding(before, after) for before, after in pairs)
 
     def again(self) -> Observation:
         """Repeat the first call, after others.
@@ -316,10 +315,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _is_rounding(before: Any, after: Any) -> bool:
+    """Whether weights differ by rounding, which may also flip the sign of a few."""
     if not isinstance(after, Tensor) or before.shape != after.shape:
         return False
     largest = before.abs().max() if before.numel() else 0
-    return bool(((after - before).abs() <= 2.0**-20 * largest).all())
+    beyond = (after - before).abs() > 2.0**-20 * largest
+    return int(beyond.sum()) <= 1e-4 * beyond.numel()
 
 
 def _refusal(model: nn.Module, changed: Mapping[str, Any]) -> str:

@@ -167,13 +167,29 @@ def centre_in_place(s: Layer, x: Tensor) -> Tensor:
     return x * s.weight.abs().mean()
 
 
+def centre_and_keep_the_scale(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data = s.weight.data - s.weight.data.mean()
+    s.memory = s.weight.abs().mean()
+    s.scale.data.copy_(s.memory * torch.ones(3, 1, 1))
+    return x * s.scale
+
+
+def centre_and_count(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data -= s.weight.mean()
+    s.count += 1
+    return x * s.count
+
+
 def centre_with_the_input(s: Layer, x: Tensor) -> Tensor:
     s.weight.data -= s.weight.mean() + 1e-5 * x.mean()
     return x * s.weight.abs().mean()
 
 
-def test_weights_that_are_centred_in_place_are_the_models_own_in_every_call() -> None:
-    model = Around(Layer(centre_in_place))
+@pytest.mark.parametrize("forward", [centre_in_place, centre_and_keep_the_scale])
+def test_weights_that_are_centred_in_place_are_the_models_own_in_every_call(
+    forward: Callable[[Layer, Tensor], Tensor],
+) -> None:
+    model = Around(Layer(forward))
     model.layer.weight = nn.Parameter(torch.randn(64))
     copied = copy.deepcopy(model)
     copied(IMAGES)
@@ -187,6 +203,13 @@ def test_weights_that_are_changed_by_the_input_are_refused() -> None:
     model = Around(Layer(centre_with_the_input))
     model.layer.weight = nn.Parameter(torch.randn(64))
     with pytest.raises(ConversionError, match=r"changes its parameter `layer.weight`"):
+        call_three_times(model)
+
+
+def test_what_else_changes_beside_weights_that_are_centred_is_refused() -> None:
+    model = Around(Layer(centre_and_count))
+    model.layer.weight = nn.Parameter(torch.randn(64))
+    with pytest.raises(ConversionError, match=r"changes its attribute `layer.count`"):
         call_three_times(model)
 
 
