@@ -185,9 +185,11 @@ def _deepcopy(model: nn.Module, memo: _Memo) -> nn.Module:
 
 def _is_plain(kind: type) -> bool:
     """Whether objects of a class are their attributes, which they hold in a dictionary."""
-    own = [name for parent in kind.__mro__ if parent is not object for name in vars(parent)]
+    parents = [vars(parent) for parent in kind.__mro__ if parent is not object]
     reducing = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__deepcopy__")
-    return "__dict__" in own and not any(name in own for name in (*reducing, "__slots__"))
+    return any("__dict__" in own for own in parents) and not any(
+        own.get("__slots__") or any(name in own for name in reducing) for own in parents
+    )
 
 
 def _objects_at(cause: BaseException) -> list[Any]:

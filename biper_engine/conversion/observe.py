@@ -320,7 +320,7 @@ def _is_rounding(before: Any, after: Any) -> bool:
         return False
     largest = before.abs().max() if before.numel() else 0
     beyond = (after - before).abs() > 2.0**-20 * largest
-    return int(beyond.sum()) <= 1e-4 * beyond.numel()
+    return bool(beyond.sum() <= 1e-4 * beyond.numel())
 
 
 def _refusal(model: nn.Module, changed: Mapping[str, Any]) -> str:

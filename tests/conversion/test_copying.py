@@ -4,7 +4,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -15,6 +15,9 @@ from biper_engine.conversion.copying import private_copy, unwrapped
 from biper_engine.errors import ConversionError
 from tests.conversion.comparison import Functional, assert_close, convert_quietly, images_of
 from tests.conversion.foreign_models import SmallNet, seeded
+
+
+T = TypeVar("T")
 
 
 class Outer(nn.Module):
@@ -133,7 +136,7 @@ def test_tied_weights_stay_tied() -> None:
     assert private[1].weight is private[0].weight
 
 
-class Container:
+class Container(Generic[T]):
     """An object that hands on every attribute to the module it holds, also its class."""
 
     def __init__(self, held: nn.Module) -> None:
