@@ -25,6 +25,7 @@ from biper_engine.runtime import (
     steps_matrices,
     steps_moves,
     steps_products,
+    steps_repeats,
     steps_rows,
 )
 from biper_engine.runtime.batch_moves import back, moved_arguments, moves_batch, to_front
@@ -43,6 +44,7 @@ _HANDLERS: dict[str, Handler] = {
     **steps_rows.HANDLERS,
     **steps_arithmetic.HANDLERS,
     **steps_moves.HANDLERS,
+    **steps_repeats.HANDLERS,
 }
 """The native step of each operator that has one, by the name of its declaration."""
 

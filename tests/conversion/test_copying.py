@@ -16,7 +16,6 @@ from biper_engine.errors import ConversionError
 from tests.conversion.comparison import Functional, assert_close, convert_quietly, images_of
 from tests.conversion.foreign_models import SmallNet, seeded
 
-
 T = TypeVar("T")
 
 
