@@ -162,6 +162,31 @@ def test_what_a_call_changes_is_refused_by_name(
     assert "defect" not in str(caught.value)
 
 
+def keep_the_output(s: Layer, x: Tensor) -> Tensor:
+    s.memory = x * 2
+    s.history = [x, s.memory]
+    return s.memory + 1
+
+
+def keep_the_output_beside_weights(s: Layer, x: Tensor) -> Tensor:
+    s.memory = x * 2
+    return centre_and_keep_the_scale(s, x)
+
+
+def keep_the_output_for_the_next_call(s: Layer, x: Tensor) -> Tensor:
+    before, s.memory = s.memory, x.mean()
+    return x if before is None else x + before
+
+
+def test_an_attribute_that_is_only_written_is_no_state() -> None:
+    call_three_times(Around(Layer(keep_the_output)))
+
+
+def test_an_attribute_that_the_next_call_reads_is_state() -> None:
+    with pytest.raises(ConversionError, match=r"changes its attribute `layer.memory`"):
+        call_three_times(Around(Layer(keep_the_output_for_the_next_call)))
+
+
 def centre_in_place(s: Layer, x: Tensor) -> Tensor:
     s.weight.data -= s.weight.mean()
     return x * s.weight.abs().mean()
@@ -185,7 +210,9 @@ def centre_with_the_input(s: Layer, x: Tensor) -> Tensor:
     return x * s.weight.abs().mean()
 
 
-@pytest.mark.parametrize("forward", [centre_in_place, centre_and_keep_the_scale])
+@pytest.mark.parametrize(
+    "forward", [centre_in_place, centre_and_keep_the_scale, keep_the_output_beside_weights]
+)
 def test_weights_that_are_centred_in_place_are_the_models_own_in_every_call(
     forward: Callable[[Layer, Tensor], Tensor],
 ) -> None:
