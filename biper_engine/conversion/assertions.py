@@ -1,8 +1,10 @@
-"""Conditions on values of the input that only decide whether the model raises.
+"""Conditions on values of the input that do not decide what the model computes.
 
-A branch on a value cannot be captured, with one exception. If one side of it only raises, as in
+A branch on a value cannot be captured, with two exceptions. If one side of it only raises, as in
 `if x.max() > 1: raise ValueError(...)` or `assert (x >= 0).all()`, then the other side is what the
-model computes whenever it computes something. The engine computes that, without the check.
+model computes whenever it computes something. If the only side just tells of the value, as in
+`if x.max() > 1: print("large")`, or stops in a debugger, the model computes the same without it.
+The engine computes that, without the check.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ __all__ = ["answer_of_a_check", "described"]
 _TRANSPARENT = ("no_grad", "inference_mode", "enable_grad", "set_grad_enabled", "autocast")
 """Context managers that let exceptions through."""
 
+_TELLING = ("print", "breakpoint", "pdb", "ipdb", "warnings", "logging", "logger", "log")
+"""Functions, or what their functions belong to, that compute nothing."""
+
 _Place = tuple[int | None, int | None, int | None, int | None]
 """First line, last line, first column and end column of an expression."""
 
@@ -26,27 +31,23 @@ _Place = tuple[int | None, int | None, int | None, int | None]
 def answer_of_a_check(
     frame: FrameType, callers: list[FrameType], *, always: bool = False
 ) -> bool | None:
-    """Return the truth value with which a model does not raise; None if that is not all it decides.
+    """Return the truth value with which a model computes; None if both sides compute something.
 
     Args:
         frame: the frame of the model that asks for the truth of a tensor.
         callers: the frames of the model around it, which might catch what is raised.
         always: whether the frame calls a function that raises if a tensor is not true.
     """
-    if any(_is_caught(caller) for caller in (frame, *callers)):
-        return None
+    raising = not any(_is_caught(caller) for caller in (frame, *callers))
     tree = _tree(frame.f_code.co_filename)
     if always or tree is None:
-        return True if always else None
+        return True if always and raising else None
     places = _places(frame)
     for statement in ast.walk(tree):
-        if isinstance(statement, ast.Assert):
-            wanted: bool | None = True
-        elif isinstance(statement, ast.If):
-            wanted = _side_that_returns(statement)
-        else:
+        wanted = _wanted(statement, raising)
+        if wanted is None or not isinstance(statement, ast.Assert | ast.If):
             continue
-        answer = None if wanted is None else _answer(statement.test, places, wanted)
+        answer = _answer(statement.test, places, wanted)
         if answer is not None:
             return answer
     return None
@@ -88,10 +89,34 @@ def _tree(filename: str) -> ast.Module | None:
     return _parsed(filename, text) if text else None
 
 
-def _side_that_returns(statement: ast.If) -> bool | None:
-    """Return the truth of the condition with which an `if` does not raise, or None."""
+def _wanted(statement: ast.AST, raising: bool) -> bool | None:
+    """Return the truth of a statement's condition with which the model computes, or None.
+
+    Args:
+        statement: any part of the model's code.
+        raising: whether what it raises leaves the model.
+    """
+    if isinstance(statement, ast.Assert) and raising:
+        return True
+    if not isinstance(statement, ast.If):
+        return None
+    if not statement.orelse and all(_only_tells(part) for part in statement.body):
+        return False
     body, orelse = _only_raises(statement.body), _only_raises(statement.orelse)
-    return None if body == orelse else orelse
+    return orelse if raising and body != orelse else None
+
+
+def _only_tells(statement: ast.stmt) -> bool:
+    """Whether a statement prints, logs, warns or stops in a debugger, and does nothing else."""
+    if isinstance(statement, ast.Import | ast.Pass):
+        return True
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return False
+    called, *inner = (part for part in ast.walk(statement) if isinstance(part, ast.Call))
+    words = ast.unparse(called.func).removeprefix("self.").split(".")
+    # A call inside of it could change a tensor in place, as `x.add_(1)` does.
+    changes = any(ast.unparse(part.func).endswith("_") for part in inner)
+    return words[0].lstrip("_") in _TELLING and not changes
 
 
 def _only_raises(statements: list[ast.stmt]) -> bool:

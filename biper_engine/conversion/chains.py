@@ -147,7 +147,8 @@ class _Factors:
     def _joins(self, before: int, factor: int) -> bool:
         """Whether a factor follows another from the first to the last value; the batch is apart."""
         follows = self._first.index(factor) == self._first.index(before) + 1
-        return follows and self._is_split and self._size[before] % _BATCH != 0
+        batch = any(self._size[at] % _BATCH == 0 for at in (before, factor))
+        return follows and self._is_split and not batch
 
     def shortest(self) -> tuple[list[int], list[int]]:
         """Return the fewest sizes into which to split the first value, and their order at last."""

@@ -205,7 +205,7 @@ def _announce_checks(checks: Sequence[str], unconverted: str) -> None:
         return
     message = (
         "The engine does not check values of its input, as the model does in "
-        f"{', '.join(checks)}: where the model raises, the engine returns a result"
+        f"{', '.join(checks)}: where the model raises or prints, the engine returns a result"
     )
     if unconverted == "raise":
         raise ConversionError(message + ". Pass unconverted='warn' to convert the rest.")

@@ -9,6 +9,7 @@ import os
 import threading
 import types
 import weakref
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -116,12 +117,13 @@ def private_copy(model: nn.Module) -> nn.Module:
 
     This also copies what `copy.deepcopy` cannot: tensors with a history (a cached weight),
     parameters whose class has its own constructor and tensors of inference mode are copied by
-    value; locks, files, loggers, modules and generators are shared.
+    value; objects that hand on every attribute to another, attribute by attribute; locks, files,
+    loggers, modules and generators are shared.
 
     Raises:
         ConversionError: an attribute cannot be copied; it is named.
     """
-    memo: dict[int, Any] = {}
+    memo = _Memo()
     for module in model.modules():
         held = [*vars(module).values(), *module._parameters.values(), *module._buffers.values()]
         for value in held:
@@ -135,22 +137,59 @@ def private_copy(model: nn.Module) -> nn.Module:
     return private
 
 
-def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Copy; if an object cannot be copied, copy it separately and try again."""
+class _Memo(dict[int, Any]):
+    """The memo of `copy.deepcopy`, which also copies some objects attribute by attribute.
+
+    Attributes:
+        by_attributes: these objects, by identity.
+    """
+
+    def __init__(self, known: Mapping[int, Any] | None = None) -> None:
+        super().__init__(known or {})
+        self.by_attributes: dict[int, Any] = {}
+
+    def fresh(self) -> _Memo:
+        """Return a memo that knows what this one knows."""
+        other = _Memo(self)
+        other.by_attributes = self.by_attributes
+        return other
+
+    def get(self, key: int, default: Any = None) -> Any:
+        if key in self.by_attributes and key not in self:
+            held = self.by_attributes[key]
+            self[key] = shell = object.__new__(type(held))
+            vars(shell).update(copy.deepcopy(vars(held), self))
+        return super().get(key, default)
+
+
+def _deepcopy(model: nn.Module, memo: _Memo) -> nn.Module:
+    """Copy; if an object cannot be copied, copy it in another way and try again."""
     while True:
         try:
-            return copy.deepcopy(model, dict(memo))
+            return copy.deepcopy(model, memo.fresh())
         except Exception as cause:  # an object's `__deepcopy__` or `__reduce__` may raise any
             chain = _objects_at(cause)
             refusing = chain[-1] if chain else model
-            if id(refusing) in memo or refusing is model:
+            known = id(refusing) in memo or id(refusing) in memo.by_attributes
+            if known or refusing is model:
                 raise ConversionError(_refusal(model, chain, cause)) from cause
             if isinstance(refusing, Tensor):
                 memo[id(refusing)] = _copied_tensor(refusing)
             elif isinstance(refusing, _SHARED_TYPES):
                 memo[id(refusing)] = refusing
+            elif _is_plain(type(refusing)):
+                memo.by_attributes[id(refusing)] = refusing
             else:
                 raise ConversionError(_refusal(model, chain, cause)) from cause
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether objects of a class are their attributes, which they hold in a dictionary."""
+    parents = [vars(parent) for parent in kind.__mro__ if parent is not object]
+    reducing = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__deepcopy__")
+    return any("__dict__" in own for own in parents) and not any(
+        own.get("__slots__") or any(name in own for name in reducing) for own in parents
+    )
 
 
 def _objects_at(cause: BaseException) -> list[Any]:

@@ -36,7 +36,12 @@ def as_layers(graph_module: fx.GraphModule) -> None:
     shorten_chains(graph_module)
     for node in list(graph_module.graph.nodes):
         if is_call(node, aten.linear.default) and not _patches(graph_module, node):
+            _rows_of_a_later_batch(graph_module, node)
             _rows(graph_module, node)
+    for node in list(graph_module.graph.nodes):
+        if is_call(node, aten.linear.default):
+            _batch_to_front(graph_module, node)
+    shorten_chains(graph_module)
 
 
 def insert(
@@ -150,6 +155,41 @@ def _rows(graph_module: fx.GraphModule, node: fx.Node) -> None:
     _replace(graph_module, node, _named_after(node, layer))
 
 
+def _rows_of_a_later_batch(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Keep the dimensions [T, N] apart that are joined to rows for a linear layer alone."""
+    rows, users = parent(node), list(node.users)
+    apart = users[0] if len(users) == 1 and is_call(users[0], aten.reshape.default) else None
+    if apart is None or not is_call(rows, aten.reshape.default):
+        return
+    *front, outputs = shape(apart)
+    if len(shape(rows)) != 2 or outputs != shape(node)[-1] or not isinstance(front[0], int):
+        return
+    if all(isinstance(size, int) for size in front) or isinstance(shape(rows)[1], torch.SymInt):
+        return
+    x = _reshaped(graph_module, node, parent(rows), *front, shape(rows)[1])
+    joined = _reshaped(graph_module, node, x, *shape(rows))
+    node.replace_input_with(rows, joined)
+
+
+def _batch_to_front(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Let a linear layer on tokens [T, N, C] read [N, T, C], as binary layers do."""
+    named = arguments(node)
+    sizes = shape(named["input"])
+    symbols = [dim for dim, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(symbols) != 1 or symbols[0] in (0, len(sizes) - 1):
+        return
+    (batch,) = symbols
+    order = [batch, *(dim for dim in range(len(sizes)) if dim != batch)]
+    x = insert(graph_module, node, aten.permute.default, named["input"], order)
+    layer = insert(graph_module, node, aten.linear.default, x, named["weight"], named["bias"])
+    turned = [order.index(dim) for dim in range(len(sizes))]
+    back = call(
+        graph_module.graph, node, aten.permute.default, _named_after(node, layer), turned, like=node
+    )
+    back.meta.pop("layer", None)
+    substitute(node, back)
+
+
 # -- matrix products ------------------------------------------------------------------------------
 
 
@@ -164,7 +204,9 @@ def _held(graph_module: fx.GraphModule, matrix: fx.Node) -> Tensor | None:
     held = constant(graph_module, origin)
     if held is None or tuple(held.shape[-2:]) != tuple(shape(matrix)[-2:]):
         return None
-    return held
+    first = held.reshape(-1, *held.shape[-2:])[0]
+    # Repeated for a dimension whose size is known, as for the tokens of [T, N, C].
+    return first if torch.equal(held, first.expand_as(held)) else held
 
 
 def _repeats_whole(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:

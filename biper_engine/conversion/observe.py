@@ -9,9 +9,10 @@ variables of the functions that they run.
 from __future__ import annotations
 
 import random
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,10 @@ class Observed:
 
     After every call, everything that it could have changed is compared. A value that the first call
     sets independently of its inputs, and that no later call changes, is not state: for example a
-    table that is computed once and kept, or weights that are binarized in place.
+    table that is computed once and kept, or weights that are binarized in place. Weights that each
+    call changes again only within rounding, such as weights that are centred in place, are none
+    either: every call starts from the model's own. Nor is an attribute that the model only writes,
+    as a layer's last output that is kept for a loss.
 
     Args:
         model: any module; it is not changed.
@@ -73,6 +77,9 @@ class Observed:
         self._calls = 0
         self._is_set_up = False  # by the first call, possibly from its inputs
         self._first: Observation | None = None
+        self._weights: dict[str, Tensor] = {}  # to start every call from, if calls change them
+        self._unread: set[str] = set()  # attributes that the model writes and never reads
+        self._own = {name: _copied(held) for name, held in self._copy.named_parameters()}
 
     def __call__(self, inputs: Sequence[Tensor]) -> Observation:
         """Call the copy once.
@@ -80,21 +87,69 @@ class Observed:
         Raises:
             ConversionError: the call changed something; the message names it.
         """
-        observation = self._answer(self._copy, inputs)
-        before, self._state = self._state, _state(self._copy)
-        changed = _changed(before, self._state)
+        observation, changed = self._call(inputs)
         if self._calls == 0:
             self._is_set_up, changed = bool(changed), {}
             self._first = observation
-        elif self._is_set_up and not changed:
+        elif changed and not self._weights and self._only_round(changed):
+            self._weights = self._own
+            observation, changed = self._call(inputs)
+        if changed and self._calls:
+            changed = self._without_unread(changed, observation)
+        if self._calls and self._is_set_up and not changed:
             other = private_copy(self._model)
             self._answer(other, inputs)
-            changed = _changed(self._state, _state(other))
+            changed = self._read(_changed(self._state, _state(other)))
             self._is_set_up = False
         if changed:
             raise ConversionError(_refusal(self._model, changed))
         self._calls += 1
         return observation
+
+    def _call(self, inputs: Sequence[Tensor]) -> tuple[Observation, dict[str, Any]]:
+        """Call the copy; also return what is no longer as the first call left it."""
+        with torch.no_grad():
+            for name, held in self._copy.named_parameters():
+                if name in self._weights:
+                    held.copy_(self._weights[name])
+        observation = self._answer(self._copy, inputs)
+        after = _state(self._copy)
+        changed = self._read(_changed(self._state, after))
+        if self._calls == 0:
+            self._state = after
+        return observation, changed
+
+    def _read(self, changed: Mapping[str, Any]) -> dict[str, Any]:
+        """Return changes without those of attributes that the model never reads."""
+        return {name: value for name, value in changed.items() if _root(name) not in self._unread}
+
+    def _without_unread(self, changed: dict[str, Any], observation: Observation) -> dict[str, Any]:
+        """Find out which changed attributes a call reads, by taking them away before it."""
+        places = {}
+        for path, module in self._copy.named_modules():
+            for key in vars(module):
+                root = f"{path}.{key}" if path else key
+                if key not in _OF_MODULES and root in map(_root, changed):
+                    places[root] = vars(module), key
+        held = {root: owner[key] for root, (owner, key) in places.items()}
+        for owner, key in places.values():
+            owner[key] = _TakenAway()
+        other = None
+        with suppress(FailedCallError):
+            other, _ = self._call(observation.inputs)
+        for root, (owner, key) in places.items():
+            if isinstance(owner.get(key), _TakenAway):
+                owner[key] = held[root]
+        if other is None or first_difference(observation.outputs, other.outputs):
+            return changed
+        self._unread.update(places)
+        return self._read(changed)
+
+    def _only_round(self, changed: Mapping[str, Any]) -> bool:
+        """Whether a call changed weights, and these by no more than rounding."""
+        weights = {name: value for name, value in changed.items() if name in self._own}
+        pairs = ((self._state[name], value) for name, value in weights.items())
+        return bool(weights) and all(_is_rounding(before, after) for before, after in pairs)
 
     def again(self) -> Observation:
         """Repeat the first call, after others.
@@ -288,6 +343,24 @@ def _same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     return bool(a == b or (isinstance(a, float) and a != a and b != b))
+
+
+def _is_rounding(before: Any, after: Any) -> bool:
+    """Whether weights differ by rounding, which may also flip the sign of a few."""
+    if not isinstance(after, Tensor) or before.shape != after.shape:
+        return False
+    largest = before.abs().max() if before.numel() else 0
+    beyond = (after - before).abs() > 2.0**-20 * largest
+    return bool(beyond.sum() <= 1e-4 * beyond.numel())
+
+
+class _TakenAway:
+    """Stands for the value of an attribute that nobody should read."""
+
+
+def _root(name: str) -> str:
+    """Return the attribute, with its module's path, that a name of the state is in."""
+    return re.split(r"\[", name.removeprefix("len(").removesuffix(")"), maxsplit=1)[0]
 
 
 def _refusal(model: nn.Module, changed: Mapping[str, Any]) -> str:

@@ -355,8 +355,8 @@ def leaving(how: str, place: str) -> str:
         f"A value computed from the input leaves the graph: `{how}` in {place}. The Python code of "
         "a model runs once, at conversion, so its branches, loops and numbers cannot depend on the "
         "input: use tensor operators (`torch.where`, `clamp`, a mask), or keep that part outside "
-        "the converted model. Only a check that just raises may ask, and only a tensor, as "
-        "`if (x > 1).any(): raise ...` does."
+        "the converted model. Only a check that just raises or prints may ask, and only a tensor, "
+        "as `if (x > 1).any(): raise ...` does."
     )
 
 

@@ -112,6 +112,7 @@ class _Partition:
         self._outside: dict[fx.Node, Any] = {}  # their values as tensors without data, or None
         self._reasons: dict[fx.Node, str] = {}
         self._alone: set[fx.Node] = set()
+        self._sizes: dict[fx.Node, Any] = {}  # sizes that programs know from their batch
 
     def plan(self) -> NativePlan | str:
         self._place_all()
@@ -175,7 +176,7 @@ class _Partition:
             if _is_size(self._outside[node]) and not any(
                 user in self._outside or user.op == "output" for user in node.users
             ):
-                del self._outside[node]
+                self._sizes[node] = self._outside.pop(node)
                 self._reasons.pop(node, None)
 
     def _level_after(self, source: fx.Node) -> int:
@@ -213,27 +214,39 @@ class _Partition:
             self._alone.update(run.nodes)
             for node in run.nodes:
                 self._move_out(node, "is not worth a program alone")
+                self._alone.update(filter(self._is_size_outside, node.all_input_nodes))
+
+    def _is_size_outside(self, node: fx.Node) -> bool:
+        return _is_size(self._outside.get(node))
 
     def _move_out(self, node: fx.Node, reason: str) -> None:
         """Take a node out of its run after all values are known; it keeps its level."""
         del self._owners[node]
         self._outside[node] = None
         self._reasons[node] = f"{node.name} ({node.target}) {reason}"
+        needed = [x for x in node.all_input_nodes if x in self._sizes]
+        while needed:
+            size = needed.pop()
+            self._outside[size] = self._sizes.pop(size)
+            needed.extend(x for x in size.all_input_nodes if x in self._sizes)
 
     def _finish_runs(self) -> dict[int, NativeRun]:
+        finished: dict[int, NativeRun] = {}
+        for level in sorted(self._runs, reverse=True):
+            run = self._runs[level]
+            for left in run.left_out(self._owned(run, self._wanted())):
+                self._move_out(left, "leaves its program, which cannot return such a value")
+            finished[level] = run.finish(self._owned(run, self._wanted()))
+        return finished
+
+    def _wanted(self) -> list[fx.Node]:
+        """Return the values that leave the network, or that operators and programs take."""
         wanted = [x for x in output_values(self._module.graph) if isinstance(x, fx.Node)]
         for node in self._outside:
             wanted.extend(node.all_input_nodes)
         for run in self._runs.values():
             wanted.extend(run.inputs)
-        finished: dict[int, NativeRun] = {}
-        for level in sorted(self._runs, reverse=True):
-            run = self._runs[level]
-            for left in run.left_out(self._owned(run, wanted)):
-                self._move_out(left, "leaves its program, which cannot return such a value")
-                wanted.extend(left.all_input_nodes)
-            finished[level] = run.finish(self._owned(run, wanted))
-        return finished
+        return wanted
 
     def _owned(self, run: RunBuilder, nodes: Sequence[fx.Node]) -> list[fx.Node]:
         return [node for node in dict.fromkeys(nodes) if self._owners.get(node) is run]

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from biper_engine.graph.operator import Operator
 from biper_engine.graph.operators import operator_of
 from biper_engine.graph.reading import arguments
+from biper_engine.graph.rows import elementwise
 from biper_engine.graph.shapes import result_without_data
 from biper_engine.runtime import (
     steps_arithmetic,
@@ -23,13 +25,18 @@ from biper_engine.runtime import (
     steps_matrices,
     steps_moves,
     steps_products,
+    steps_repeats,
     steps_rows,
 )
+from biper_engine.runtime.batch_moves import back, moved_arguments, moves_batch, to_front
+from biper_engine.runtime.placement import Placed
 from biper_engine.runtime.runs import RunMaps, Unsupported
 
 __all__ = ["RunBuilder"]
 
-_HANDLERS: dict[str, Callable[[RunMaps, fx.Node, dict[str, Any]], None]] = {
+Handler = Callable[[RunMaps, fx.Node, dict[str, Any]], None]
+
+_HANDLERS: dict[str, Handler] = {
     **steps_binary.HANDLERS,
     **steps_maps.HANDLERS,
     **steps_products.HANDLERS,
@@ -37,6 +44,7 @@ _HANDLERS: dict[str, Callable[[RunMaps, fx.Node, dict[str, Any]], None]] = {
     **steps_rows.HANDLERS,
     **steps_arithmetic.HANDLERS,
     **steps_moves.HANDLERS,
+    **steps_repeats.HANDLERS,
 }
 """The native step of each operator that has one, by the name of its declaration."""
 
@@ -70,7 +78,11 @@ class RunBuilder(RunMaps):
         inputs, steps = len(self.inputs), len(self.steps)
         self._node, self._expected = node, result_without_data(node, self._value_of)
         try:
-            handler(self, node, arguments(node))
+            batch = self._batch_of(node) if moves_batch(declared) else 0
+            if batch:
+                self._add_moved(node, declared, handler, batch)
+            else:
+                handler(self, node, arguments(node))
             self._require_expected(node)
         except Unsupported:
             while len(self.inputs) > inputs and len(self.steps) == steps:
@@ -80,6 +92,43 @@ class RunBuilder(RunMaps):
         found = dict.fromkeys([node, *(x for step in self.steps[steps:] for x in step.nodes)])
         self.nodes.extend(found)
         return tuple(found)
+
+    def _batch_of(self, node: fx.Node) -> int:
+        """Return the dimension of an operator's operands, broadcast together, that is the batch."""
+        values = [self._values.get(x) for x in node.all_input_nodes]
+        operands = [x for x in values if isinstance(x, Placed) and x.batch is not None]
+        rank = max((len(x.sizes) for x in operands), default=0)
+        return max((rank - len(x.sizes) + (x.batch or 0) for x in operands), default=0)
+
+    def _add_moved(self, node: fx.Node, declared: Operator, handler: Handler, batch: int) -> None:
+        """Add a node with the batch of its operands moved to the front; see `batch_moves`."""
+        values, computed, expected = dict(self._values), dict(self._computed), self._expected
+        sources = {x: self._operand_of(x) for x in node.all_input_nodes}
+        rank = max(x.dim() if isinstance(x, Tensor) else len(x.sizes) for x in sources.values())
+        named, after = moved_arguments(declared, arguments(node), batch, rank)
+        held = declared.rows is not elementwise  # weights, which have no batch
+        for source, x in sources.items():
+            if isinstance(x, Placed):
+                self._values[source] = to_front(x, batch, rank)
+            elif not held:
+                self._computed[source] = to_front(x, batch, rank)
+        try:
+            self._expected = expected.movedim(after, 0)
+            handler(self, node, named)
+            made = {x: self._values[x] for x in self._values if x not in values}
+        finally:
+            self._values, self._computed, self._expected = values, computed, expected
+        for result, x in made.items():
+            if not isinstance(x, Placed):
+                raise Unsupported("has several results")
+            self._values[result] = back(self.settled(x), after)
+
+    def _operand_of(self, source: fx.Node) -> Placed | Tensor:
+        """Return an operand of the node at work: a value of the run, or a constant."""
+        is_constant = source.op == "get_attr" or source in self._computed
+        if is_constant and source not in self._values:
+            return self.tensor(source)
+        return self.settled(self.placed(source))
 
     def _compute_constant(self, node: fx.Node) -> bool:
         """Compute a node's value now if it comes from constants alone; say whether it does."""

@@ -157,23 +157,6 @@ def _reshape(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     run.set(node, reshaped(x, shape, batch))
 
 
-def _expand(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
-    x, wanted = run.numbers(named["self"]), shape_of(run, node)
-    sizes = named["size"]
-    if x.batch is None:  # a constant for each image
-        computed = [dim for dim, size in enumerate(sizes) if isinstance(size, fx.Node)]
-        if computed != [0] or wanted[0] % BATCH:
-            raise Unsupported("makes a constant of a computed size")
-        run.set(node, x.viewed(x.image.expand(wanted[0] // BATCH, *wanted[1:]), 0))
-        return
-    new = len(sizes) - len(x.sizes)
-    if type(sizes[new]) is int and sizes[new] != -1:
-        raise Unsupported("has a batch of one size alone")
-    settled = run.settled(x)
-    shape = (*wanted[:new], x.sizes[0], *wanted[new + 1 :])
-    run.set(node, settled.viewed(settled.image.expand(shape), new))
-
-
 # -- copies ----------------------------------------------------------------------------------------
 
 
@@ -225,23 +208,6 @@ def _roll(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
         for dim, shift in zip(dims, named["shifts"], strict=True)
     }
     run.set(node, taken(run, x, moved))
-
-
-def _repeat(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
-    times, wanted = named["repeats"], shape_of(run, node)
-    x = run.numbers(named["self"])
-    if x.batch is None:  # a constant for each image
-        tensor = run.tensor(named["self"])
-        computed = [dim for dim, count in enumerate(times) if isinstance(count, fx.Node)]
-        if computed != [0] or wanted[0] % BATCH:
-            raise Unsupported("makes a constant of a computed size")
-        repeated = tensor.repeat(wanted[0] // BATCH, *times[1:])
-        run.set(node, replace(run.of_constant(repeated), batch=0))
-        return
-    if len(times) != len(x.sizes) or times[0] != 1:
-        raise Unsupported("repeats the batch")
-    again = {d: [*range(x.sizes[d])] * count for d, count in enumerate(times) if count != 1}
-    run.set(node, taken(run, x, again) if again else x)
 
 
 def _index_select(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
@@ -427,29 +393,6 @@ def _nearest(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
 # -- constants -------------------------------------------------------------------------------------
 
 
-def _filled(number: float | str) -> Handler:
-    """Return the handler of an operator that makes one number everywhere, for each image."""
-
-    def handler(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
-        wanted = shape_of(run, node)
-        if run.expected(node).dtype != torch.float32:
-            raise Unsupported(f"makes {run.expected(node).dtype}")
-        like = named.get("self") if "size" not in named else None
-        if like is not None:
-            batch = run.flowing(like).batch
-        else:
-            computed = [d for d, size in enumerate(named["size"]) if isinstance(size, fx.Node)]
-            batch = computed[0] if len(computed) == 1 else None
-        if batch != 0 or wanted[0] % BATCH:
-            raise Unsupported("makes a constant of a computed size")
-        value = named[number] if isinstance(number, str) else number
-        one = run.of_constant(torch.tensor(float(value)))
-        sizes = (wanted[0] // BATCH, *wanted[1:])
-        run.set(node, replace(one, image=one.image.expand(sizes), batch=0))
-
-    return handler
-
-
 HANDLERS: dict[str, Handler] = {
     "reshape": _reshape,
     "permute": _view(lambda x, named: x.permute(named["dims"]), _permuted_batch),
@@ -461,7 +404,6 @@ HANDLERS: dict[str, Handler] = {
     "diagonal": _view(
         lambda x, named: x.diagonal(named["offset"], named["dim1"], named["dim2"]), _diagonal_batch
     ),
-    "expand": _expand,
     **dict.fromkeys(
         ("split", "unsafe_split"),
         _parts(lambda x, named: torch.split(x, named["split_size"], named["dim"]), drops=False),
@@ -472,7 +414,6 @@ HANDLERS: dict[str, Handler] = {
     "unbind": _parts(lambda x, named: x.unbind(named["dim"]), drops=True),
     "flip": _flip,
     "roll": _roll,
-    "repeat": _repeat,
     "index_select": _index_select,
     "index": _index,
     "take_positions": _index,
@@ -485,9 +426,5 @@ HANDLERS: dict[str, Handler] = {
     "cat": _cat,
     "stack": _stack,
     **{f"upsample_nearest{d}d": _nearest for d in (1, 2, 3)},
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _filled(0.0)),
-    **dict.fromkeys(("ones", "ones_like", "new_ones"), _filled(1.0)),
-    **dict.fromkeys(("full", "full_like", "new_full"), _filled("fill_value")),
-    "fill": _filled("value"),
 }
 """The native steps of moves, by the names of their declarations."""

@@ -35,6 +35,36 @@ def asks_in_a_context(x: Tensor) -> None:
         assert 0 <= x.abs().max() < 100
 
 
+def prints(x: Tensor) -> None:
+    if x.max() > 100:
+        import warnings
+
+        print("large", x.max())
+        warnings.warn("large", stacklevel=1)
+
+
+def stops_in_a_debugger(x: Tensor) -> Tensor:
+    try:
+        if x.data.max() > 100:
+            breakpoint()
+    except ValueError:
+        x = x / 255
+    return x
+
+
+def prints_or_changes(x: Tensor) -> Tensor:
+    if x.max() > 100:
+        print("large")
+    else:
+        x = x / 255
+    return x
+
+
+def prints_a_change(x: Tensor) -> None:
+    if x.max() > 100:
+        print(x.add_(1))
+
+
 def branches(x: Tensor) -> Tensor:
     if x.max() > 100:
         x = x / 255

@@ -1,4 +1,4 @@
-"""Checks of values: those that only raise are left out, with a warning; others are refused."""
+"""Checks of values: those that only raise or print are left out; others are refused."""
 
 from collections.abc import Callable
 
@@ -30,6 +30,8 @@ LEFT_OUT = (
     checks.asserts,
     checks.asks_functions,
     checks.asks_in_a_context,
+    checks.prints,
+    checks.stops_in_a_debugger,
 )
 REFUSED = (
     *(
@@ -41,12 +43,12 @@ REFUSED = (
         checks.counts,
         checks.chooses,
     ),
-    *(checks.keeps, checks.asks_a_number),
+    *(checks.prints_or_changes, checks.prints_a_change, checks.keeps, checks.asks_a_number),
 )
 
 
 @pytest.mark.parametrize("check", LEFT_OUT)
-def test_a_check_that_only_raises_is_left_out(check: Callable[[Tensor], None]) -> None:
+def test_a_check_that_computes_nothing_is_left_out(check: Callable[[Tensor], None]) -> None:
     model, x = Checked(check).eval(), torch.randn(2, 16)
     with pytest.warns(UnconvertedWarning, match=r"does not check values .*checks_of_values.py"):
         engine = biper_engine.convert(model, x)

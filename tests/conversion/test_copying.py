@@ -4,7 +4,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from biper_engine.conversion.copying import private_copy, unwrapped
 from biper_engine.errors import ConversionError
 from tests.conversion.comparison import Functional, assert_close, convert_quietly, images_of
 from tests.conversion.foreign_models import SmallNet, seeded
+
+T = TypeVar("T")
 
 
 class Outer(nn.Module):
@@ -131,6 +133,38 @@ def test_tied_weights_stay_tied() -> None:
     model.lock = threading.Lock()
     private = private_copy(model)
     assert private[1].weight is private[0].weight
+
+
+class Container(Generic[T]):
+    """An object that hands on every attribute to the module it holds, also its class."""
+
+    def __init__(self, held: nn.Module) -> None:
+        self.__dict__["held"] = held
+        self.__dict__["recipe"] = {"of": self}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "held":
+            return self.__dict__["held"]
+        return getattr(self.held, name)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.held(x)
+
+    @property
+    def __class__(self) -> type:
+        return self.held.__class__
+
+
+def test_an_object_that_hands_on_its_attributes_is_copied() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(Container(layer), Container(nn.Linear(3, 3)))
+    model[1].held.weight = layer.weight
+    private = private_copy(model)
+    x = torch.randn(2, 3)
+    assert torch.equal(private(x), model(x))
+    assert private[0].held.weight is private[1].held.weight
+    assert private[0].held.weight is not layer.weight
+    assert private[0].__dict__["recipe"]["of"] is private[0]
 
 
 def test_what_cannot_be_copied_is_named() -> None:

@@ -1,5 +1,6 @@
 """Observe: calls of the model itself, and everything that they may change."""
 
+import copy
 import random
 from collections import deque
 from collections.abc import Callable
@@ -159,6 +160,84 @@ def test_what_a_call_changes_is_refused_by_name(
         call_three_times(model)
     assert str(caught.value).startswith(f"A call of the model changes its {name}")
     assert "defect" not in str(caught.value)
+
+
+def keep_the_output(s: Layer, x: Tensor) -> Tensor:
+    s.memory = x * 2
+    s.history = [x, s.memory]
+    return s.memory + 1
+
+
+def keep_the_output_beside_weights(s: Layer, x: Tensor) -> Tensor:
+    s.memory = x * 2
+    return centre_and_keep_the_scale(s, x)
+
+
+def keep_the_output_for_the_next_call(s: Layer, x: Tensor) -> Tensor:
+    before, s.memory = s.memory, x.mean()
+    return x if before is None else x + before
+
+
+def test_an_attribute_that_is_only_written_is_no_state() -> None:
+    call_three_times(Around(Layer(keep_the_output)))
+
+
+def test_an_attribute_that_the_next_call_reads_is_state() -> None:
+    with pytest.raises(ConversionError, match=r"changes its attribute `layer.memory`"):
+        call_three_times(Around(Layer(keep_the_output_for_the_next_call)))
+
+
+def centre_in_place(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data -= s.weight.mean()
+    return x * s.weight.abs().mean()
+
+
+def centre_and_keep_the_scale(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data = s.weight.data - s.weight.data.mean()
+    s.memory = s.weight.abs().mean()
+    s.scale.data.copy_(s.memory * torch.ones(3, 1, 1))
+    return x * s.scale
+
+
+def centre_and_count(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data -= s.weight.mean()
+    s.count += 1
+    return x * s.count
+
+
+def centre_with_the_input(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data -= s.weight.mean() + 1e-5 * x.mean()
+    return x * s.weight.abs().mean()
+
+
+@pytest.mark.parametrize(
+    "forward", [centre_in_place, centre_and_keep_the_scale, keep_the_output_beside_weights]
+)
+def test_weights_that_are_centred_in_place_are_the_models_own_in_every_call(
+    forward: Callable[[Layer, Tensor], Tensor],
+) -> None:
+    model = Around(Layer(forward))
+    model.layer.weight = nn.Parameter(torch.randn(64))
+    copied = copy.deepcopy(model)
+    copied(IMAGES)
+    once = copied.layer.weight.detach().clone()
+    copied(IMAGES)
+    assert not torch.equal(copied.layer.weight, once), "the second call must change the weights"
+    call_three_times(model)
+
+
+def test_weights_that_are_changed_by_the_input_are_refused() -> None:
+    model = Around(Layer(centre_with_the_input))
+    model.layer.weight = nn.Parameter(torch.randn(64))
+    with pytest.raises(ConversionError, match=r"changes its parameter `layer.weight`"):
+        call_three_times(model)
+
+
+def test_what_else_changes_beside_weights_that_are_centred_is_refused() -> None:
+    model = Around(Layer(centre_and_count))
+    model.layer.weight = nn.Parameter(torch.randn(64))
+    with pytest.raises(ConversionError, match=r"changes its attribute `layer.count`"):
+        call_three_times(model)
 
 
 def test_a_global_variable_is_state() -> None:
