@@ -21,7 +21,16 @@ __all__ = ["fit_quietly", "train"]
 
 
 def train(
-    data: Annotated[str, typer.Option(help="Data set; digits needs no download.")] = "digits",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, a folder with a folder "
+            "for each class, Parquet, WebDataset, hub:name, or module:callable."
+        ),
+    ] = "digits",
+    data_dir: Annotated[
+        str | None, typer.Option(help="Where that data set's files are.", show_default=False)
+    ] = None,
     model: Annotated[str, typer.Option(help="Network.")] = "cifar10/resnet20_1w1a",
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory for checkpoints and logs.")
@@ -82,7 +91,8 @@ def train(
             f"--export-official is for the networks of BiPer; {model} is not one. Leave it out."
         )
     config = _with_epochs(
-        TrainingConfig(dataset=data, architecture=model), (stage1_epochs, stage2_epochs)
+        TrainingConfig(dataset=data, data_dir=data_dir, architecture=model),
+        (stage1_epochs, stage2_epochs),
     )
     given = {
         "frequency": frequency,
@@ -123,7 +133,7 @@ def fit_quietly(
     with status("Loading the trainer"), suppress(ImportError):  # `fit` says what to install
         import lightning  # noqa: F401  (takes seconds)
     with redirect_stdout(sys.stderr):
-        return training.fit(config, output_dir=output, resume=resume, options=options)
+        return training.fit(config=config, output_dir=output, resume=resume, options=options)
 
 
 def _show(result: TrainingResult, exported: Sequence[Path], json_output: bool) -> None:

@@ -24,6 +24,7 @@ class StageResult:
         validation_accuracy: in [0, 1], on the held-out part; None when nothing was held out.
         test_accuracy: in [0, 1]; None when images were held out, so that no setting is chosen on
             the test images.
+        skipped: a line for each training image that could not be read.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class StageResult:
     seconds: float
     validation_accuracy: float | None
     test_accuracy: float | None
+    skipped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values without the path; `from_dict` is the inverse."""
@@ -39,12 +41,13 @@ class StageResult:
             "seconds": self.seconds,
             "validation_accuracy": self.validation_accuracy,
             "test_accuracy": self.test_accuracy,
+            "skipped": list(self.skipped),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], path: Path) -> StageResult:
         """Build from `to_dict` and the path of the checkpoint."""
-        return cls(path=path, **values)
+        return cls(path=path, **{**values, "skipped": tuple(values.get("skipped", ()))})
 
 
 @dataclass(frozen=True, kw_only=True)

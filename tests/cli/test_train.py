@@ -23,7 +23,7 @@ class FakeFit:
     options: dict[str, Any]
 
     def __call__(
-        self, config: TrainingConfig, *, output_dir: Path, **options: Any
+        self, *, config: TrainingConfig, output_dir: Path, **options: Any
     ) -> TrainingResult:
         print("trainer's chatter")
         self.config, self.options = config, options

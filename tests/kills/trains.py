@@ -80,7 +80,7 @@ def kill_trains(count: int, folder: Path, seed: int) -> TrainTally:
 
 
 def _train(directory: Path) -> None:
-    fit(_CONFIG, output_dir=directory, resume=True, options=_OPTIONS)
+    fit(config=_CONFIG, output_dir=directory, resume=True, options=_OPTIONS)
 
 
 def _result(directory: Path) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
