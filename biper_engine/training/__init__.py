@@ -10,7 +10,8 @@ from biper_engine.training.config import (
     StageConfig,
     TrainingConfig,
 )
-from biper_engine.training.fit import export_official, fit
+from biper_engine.training.fit import export_official, fit, is_first_process
+from biper_engine.training.recipe import read_recipe, recipe_for, shipped, to_yaml
 from biper_engine.training.result import StageResult, TrainingResult
 
 __all__ = [
@@ -23,4 +24,9 @@ __all__ = [
     "TrainingResult",
     "export_official",
     "fit",
+    "is_first_process",
+    "read_recipe",
+    "recipe_for",
+    "shipped",
+    "to_yaml",
 ]

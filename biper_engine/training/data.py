@@ -138,8 +138,8 @@ def load(config: TrainingConfig, task: Metadata) -> DataSet:
 
 def _find(config: TrainingConfig, task: Metadata) -> DataSet:
     name = config.dataset
-    if name in _DATASETS:
-        return _DATASETS[name](config, task)
+    if (known := name.replace("_", "-")) in _DATASETS:
+        return _DATASETS[known](config, task)
     path = Path(name).expanduser()
     if path.exists() or name.startswith(_HUB):
         return _from_path(name, path, config, task)

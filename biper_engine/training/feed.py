@@ -111,6 +111,12 @@ class Feed:
             raise DataError("There is no image to measure the accuracy on.")
         return correct / total
 
+    def sample(self, count: int) -> Batch:
+        """Return the first images that are measured or, if none are, trained on."""
+        part = next(one for one in (self.test, self.held_out, self.train) if one is not None)
+        batch: Batch = next(iter(loader(part, self._preparation(None), count)))
+        return batch
+
     def _measured(self, part: Examples | Stream) -> DataLoader[Batch]:
         workers = self._workers(part, training=False)
         return loader(part, self._preparation(None), _EVALUATION_BATCH, workers=workers)

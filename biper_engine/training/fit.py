@@ -15,6 +15,7 @@ Each file is complete at any time, in its old or its new version; only TensorBoa
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -35,6 +36,7 @@ from torch.utils.data import Dataset
 
 from biper_engine import models
 from biper_engine.errors import CheckpointError, DataError
+from biper_engine.files import os_error
 from biper_engine.models import Network, registry
 from biper_engine.nn import binary_layers
 from biper_engine.training import data
@@ -45,7 +47,7 @@ from biper_engine.training.result import StageResult, TrainingResult, read_json,
 if TYPE_CHECKING:
     from lightning import Trainer
 
-__all__ = ["export_official", "fit", "versions"]
+__all__ = ["export_official", "fit", "is_first_process", "versions"]
 
 # Settings that say where things are, not what is trained.
 _PLACES = ("data_dir",)
@@ -109,7 +111,7 @@ def fit(
         for number in (1, 2):
             done = _finished(directory, number)
             stages.append(done or _run_stage(number, feed, directory, model))
-    return TrainingResult(output_dir=directory, stage1=stages[0], stage2=stages[1])
+    return TrainingResult(output_dir=directory, stage1=stages[0], stage2=stages[1], feed=feed)
 
 
 def versions() -> dict[str, str]:
@@ -260,11 +262,18 @@ def _require_classes(model: Network, wanted: int, classifier: str) -> None:
 
 
 def _check_claim(directory: Path, config: TrainingConfig, *, resume: bool) -> None:
-    """Check that the directory is free, or that the run in it has the same config."""
+    """Check that the directory can be written, and is free or has a run of the same config."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "you may not write to" if there.is_dir() else "there is a file of the name"
+        raise os_error(
+            errno.EACCES if there.is_dir() else errno.ENOTDIR,
+            f"Cannot train in '{directory}': {reason} '{there}'. Pass another output_dir.",
+        )
     stored = read_json(directory / "config.json")
     if stored is None:
         return
-    if not resume and not _started_by_another():
+    if not resume and is_first_process():
         raise FileExistsError(
             f"'{directory}' holds a training run. Pass resume=True to continue it, "
             "or another output_dir."
@@ -285,15 +294,16 @@ def _check_claim(directory: Path, config: TrainingConfig, *, resume: bool) -> No
 def _claim(directory: Path, config: TrainingConfig) -> None:
     """Store config and versions in the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    if not _started_by_another():
+    if is_first_process():
         if read_json(directory / "config.json") is None:
             write_json(directory / "config.json", config.to_dict())
         write_json(directory / "versions.json", versions())
 
 
-def _started_by_another() -> bool:
-    """Whether this is a further process of a run: the first one has rank 0 on node 0."""
-    return any(int(os.environ.get(name, 0)) > 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
+def is_first_process() -> bool:
+    """Whether this is the process of a run that writes: rank 0 on node 0."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK")
+    return all(int(os.environ.get(name, 0)) == 0 for name in names)
 
 
 def _finished(directory: Path, number: int) -> StageResult | None:
