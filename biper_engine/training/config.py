@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["AugmentConfig", "OptimizerConfig", "RunOptions", "StageConfig", "TrainingConfig"]
+from biper_engine.nn.binarizers import ACTIVATION_SURROGATES, WEIGHT_BINARIZERS
+
+__all__ = [
+    "AugmentConfig",
+    "DistillationConfig",
+    "OptimizerConfig",
+    "RunOptions",
+    "StageConfig",
+    "TrainingConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +117,27 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """A teacher whose logits the network learns from, on the same images.
+
+    Attributes:
+        teacher: checkpoint for `models.load_checkpoint`, or None. `fit` also takes a module.
+        weight: share of the teacher's part of the loss, in [0, 1]; the rest is cross entropy.
+        temperature: by which logits are divided.
+    """
+
+    teacher: str | None = None
+    weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"`weight` (={self.weight}) must be in [0, 1].")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` (={self.temperature}) must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """A whole run: data, network and both stages. These are also the keys of a recipe.
 
@@ -124,6 +154,9 @@ class TrainingConfig:
         corrupt: "skip" leaves out images that cannot be read, and counts them; "error" stops.
         architecture: a name from `models.available()`.
         frequency: w0 of sin(w0*w); not used by networks that are not BiPer's.
+        weight_binarizer: what latent weights become, `nn.set_binarizers`; BiPer's is "periodic".
+        activation_surrogate: gradient of the sign of activations, as there; BiPer's is "bireal".
+        distillation: a teacher, if there is one.
         batch_size: images of each forward pass and process; an incomplete last batch is dropped.
         accumulate: forward passes of one step.
         optimizer, augment: settings of both stages.
@@ -154,6 +187,9 @@ class TrainingConfig:
     stage2: StageConfig = field(
         default_factory=lambda: StageConfig(epochs=10, lr=0.05, weight_decay=1e-4, tau=0.02)
     )
+    weight_binarizer: str = "periodic"
+    activation_surrogate: str = "bireal"
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     batch_size: int = 48
     accumulate: int = 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -175,6 +211,8 @@ class TrainingConfig:
         if not 0 < self.test_share < 1:
             raise ValueError(f"`test_share` (={self.test_share}) must be between 0 and 1.")
         _one_of(self, "corrupt", ("skip", "error"))
+        _one_of(self, "weight_binarizer", tuple(WEIGHT_BINARIZERS))
+        _one_of(self, "activation_surrogate", ACTIVATION_SURROGATES)
 
     def stage(self, number: int) -> StageConfig:
         """Return the settings of stage 1 or 2."""
@@ -194,6 +232,7 @@ class TrainingConfig:
             "stage1": StageConfig,
             "stage2": StageConfig,
             "optimizer": OptimizerConfig,
+            "distillation": DistillationConfig,
             "augment": AugmentConfig,
         }
         groups = {key: kind(**values[key]) for key, kind in kinds.items() if key in values}

@@ -15,42 +15,37 @@ Each file is complete at any time, in its old or its new version; only TensorBoa
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
-import pickle
-import platform
 import signal
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from biper_engine import models
-from biper_engine.errors import CheckpointError, DataError
-from biper_engine.files import os_error
+from biper_engine.errors import DataError
 from biper_engine.models import Network, registry
 from biper_engine.nn import binary_layers
 from biper_engine.training import data
 from biper_engine.training.config import RunOptions, TrainingConfig
+from biper_engine.training.directory import check_claim, check_state, claim, versions
+from biper_engine.training.distillation import find_teacher
 from biper_engine.training.feed import Feed
 from biper_engine.training.result import StageResult, TrainingResult, read_json, write_json
 
 if TYPE_CHECKING:
     from lightning import Trainer
 
-__all__ = ["export_official", "fit", "is_first_process", "versions"]
-
-# Settings that say where things are, not what is trained.
-_PLACES = ("data_dir",)
+__all__ = ["export_official", "fit"]
 
 
 def fit(
@@ -58,6 +53,7 @@ def fit(
     *,
     train: Dataset[Any] | None = None,
     validation: Dataset[Any] | None = None,
+    teacher: nn.Module | None = None,
     config: TrainingConfig | None = None,
     output_dir: str | os.PathLike[str],
     resume: bool = False,
@@ -75,6 +71,8 @@ def fit(
             a PIL image or a uint8 tensor [C, H, W], which are resized, augmented and normalised, or
             a float tensor in the network's size, which is taken as it is.
         validation: data to measure on after each epoch, with `train`; None measures nothing.
+        teacher: a module with the same images and classes, whose logits the network learns from as
+            `config.distillation` says; in place of its checkpoint.
         config: what to train; None trains the digits with settings chosen for them.
         output_dir: directory for all files, created if missing.
         resume: continue the run in `output_dir` from its latest saved state, in either stage, with
@@ -96,39 +94,34 @@ def fit(
         ImportError: the extra `train` is not installed.
         KeyboardInterrupt: Ctrl-C; the latest state is kept for `resume`.
     """
-    config, options = _named(model, config or TrainingConfig(), train), options or RunOptions()
+    config, options = config or TrainingConfig(), options or RunOptions()
+    config = _named(model, config, train, teacher)
     entry = registry.architecture(config.architecture)
     _require_extra()
     directory = Path(output_dir)
-    _check_claim(directory, config, resume=resume)
+    check_claim(directory, config, resume=resume)
     feed = _feed(config, options, entry.metadata, train, validation)
     if isinstance(model, Network):
         _require_classes(model, feed.num_classes, entry.classifier)
-    _claim(directory, config)
+    if config.distillation.teacher is not None:
+        teacher = find_teacher(teacher, config.distillation, feed)
+    claim(directory, config)
 
     stages = []
     with torch.random.fork_rng():
         for number in (1, 2):
             done = _finished(directory, number)
-            stages.append(done or _run_stage(number, feed, directory, model))
+            stages.append(done or _run_stage(number, feed, directory, model, teacher))
     return TrainingResult(output_dir=directory, stage1=stages[0], stage2=stages[1], feed=feed)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a run depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("biper-engine", "torch", "lightning", "numpy", "pillow", "datasets"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
 def _named(
-    model: str | Network | None, config: TrainingConfig, train: Dataset[Any] | None
+    model: str | Network | None,
+    config: TrainingConfig,
+    train: Dataset[Any] | None,
+    teacher: nn.Module | None,
 ) -> TrainingConfig:
-    """Return the config of a model and data that are given as objects."""
+    """Return the config of a model, data and a teacher that are given as objects."""
     if isinstance(model, str):
         config = replace(config, architecture=model)
     elif isinstance(model, Network):
@@ -138,7 +131,12 @@ def _named(
                 f"`model` is a {type(model).__name__} that biper_engine.models.build did not make, "
                 "so that its checkpoint could not say what it is. Build it with that."
             )
-        config = replace(config, architecture=name, frequency=made.frequency or config.frequency)
+        config = replace(
+            config,
+            architecture=name,
+            frequency=made.frequency or config.frequency,
+            weight_binarizer=made.weight_binarizer or config.weight_binarizer,
+        )
     elif model is not None:
         raise TypeError(
             f"`model` is a {type(model).__name__}; wanted a name, such as "
@@ -146,6 +144,17 @@ def _named(
         )
     if train is not None:
         config = replace(config, dataset=f"{type(train).__module__}.{type(train).__qualname__}")
+    if teacher is not None:
+        name = f"{type(teacher).__module__}.{type(teacher).__qualname__}"
+        config = replace(config, distillation=replace(config.distillation, teacher=name))
+    entry = registry.architecture(config.architecture)
+    own = (config.weight_binarizer, config.activation_surrogate) == ("periodic", "bireal")
+    if entry.frequency is None and not own:
+        raise ValueError(
+            f"`weight_binarizer` (={config.weight_binarizer!r}) and `activation_surrogate` "
+            f"(={config.activation_surrogate!r}) are for the networks of BiPer; "
+            f"{config.architecture} has its own. Leave them out."
+        )
     return config
 
 
@@ -261,51 +270,6 @@ def _require_classes(model: Network, wanted: int, classifier: str) -> None:
         )
 
 
-def _check_claim(directory: Path, config: TrainingConfig, *, resume: bool) -> None:
-    """Check that the directory can be written, and is free or has a run of the same config."""
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "you may not write to" if there.is_dir() else "there is a file of the name"
-        raise os_error(
-            errno.EACCES if there.is_dir() else errno.ENOTDIR,
-            f"Cannot train in '{directory}': {reason} '{there}'. Pass another output_dir.",
-        )
-    stored = read_json(directory / "config.json")
-    if stored is None:
-        return
-    if not resume and is_first_process():
-        raise FileExistsError(
-            f"'{directory}' holds a training run. Pass resume=True to continue it, "
-            "or another output_dir."
-        )
-    wanted = config.to_dict()
-    keys = [key for key in {**stored, **wanted} if key not in _PLACES]
-    different = [key for key in keys if stored.get(key) != wanted.get(key)]
-    if different:
-        listing = "; ".join(
-            f"{key} was {stored.get(key)}, now {wanted.get(key)}" for key in different
-        )
-        raise ValueError(
-            f"'{directory}' holds a run with another config: {listing}. "
-            "Resume with the same config, or train in another output_dir."
-        )
-
-
-def _claim(directory: Path, config: TrainingConfig) -> None:
-    """Store config and versions in the directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if is_first_process():
-        if read_json(directory / "config.json") is None:
-            write_json(directory / "config.json", config.to_dict())
-        write_json(directory / "versions.json", versions())
-
-
-def is_first_process() -> bool:
-    """Whether this is the process of a run that writes: rank 0 on node 0."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK")
-    return all(int(os.environ.get(name, 0)) == 0 for name in names)
-
-
 def _finished(directory: Path, number: int) -> StageResult | None:
     measured = (read_json(directory / "result.json") or {}).get(f"stage{number}")
     path = directory / f"stage{number}.pt"
@@ -315,16 +279,21 @@ def _finished(directory: Path, number: int) -> StageResult | None:
 
 
 def _run_stage(
-    number: int, feed: Feed, directory: Path, model: str | Network | None
+    number: int,
+    feed: Feed,
+    directory: Path,
+    model: str | Network | None,
+    teacher: nn.Module | None,
 ) -> StageResult:
     from biper_engine.training.module import StageModule
 
     config = feed.config
     network = _start_network(number, feed, directory, model)
-    module = StageModule(network, config, number, feed, compiled=feed.options.compile)
+    compiled = feed.options.compile
+    module = StageModule(network, config, number, feed, compiled=compiled, teacher=teacher)
     latest = directory / "checkpoints" / f"stage{number}.ckpt"
     if latest.exists():
-        _check_state(latest, config)
+        check_state(latest, config)
     with _quiet_lightning():
         trainer = _trainer(number, feed, directory)
         with _interruptible():
@@ -367,6 +336,8 @@ def _start_network(
         num_classes=feed.num_classes,
         frequency=config.frequency if periodic else None,
         stage=number,
+        weight_binarizer=config.weight_binarizer if periodic else None,
+        activation_surrogate=config.activation_surrogate if periodic else None,
     )
     network.metadata = feed.metadata
     start = models.load_checkpoint(directory / "stage1.pt") if number == 2 else model
@@ -377,29 +348,6 @@ def _start_network(
     # On CPU, a step in this layout takes 0.75 to 0.9 of the time.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
-
-
-def _check_state(path: Path, config: TrainingConfig) -> None:
-    """Check that Lightning's state is of this run."""
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"'{path}' cannot be read as the state of a run: {error}. Delete it to start its stage "
-            "again."
-        ) from error
-    stored = state.get("biper_config") if isinstance(state, dict) else None
-    if not isinstance(stored, dict) or "biper_state" not in state:
-        raise CheckpointError(
-            f"'{path}' is not a state that this package saved. Delete it to start its stage again."
-        )
-    wanted = config.to_dict()
-    different = [key for key in wanted if key not in _PLACES and stored.get(key) != wanted[key]]
-    if different:
-        raise CheckpointError(
-            f"'{path}' is the state of another run: it differs in {', '.join(different)}. Delete "
-            "it to start its stage again."
-        )
 
 
 def _record(

@@ -11,12 +11,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biper_engine.models import Network
 from biper_engine.nn import regularizer, set_tau
 from biper_engine.training.config import TrainingConfig
+from biper_engine.training.distillation import distilled
 from biper_engine.training.draws import stage_seed
 from biper_engine.training.feed import Feed
 from biper_engine.training.finite import not_finite
@@ -37,9 +38,18 @@ class StageModule(lightning.LightningModule):
     """
 
     def __init__(
-        self, network: Network, config: TrainingConfig, stage: int, feed: Feed, *, compiled: bool
+        self,
+        network: Network,
+        config: TrainingConfig,
+        stage: int,
+        feed: Feed,
+        *,
+        compiled: bool,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        # In a tuple, the teacher's weights are not among those that are trained and saved.
+        self._teacher = () if teacher is None else (teacher,)
         self.network = network
         self.config = config
         self.stage_number = stage
@@ -72,13 +82,26 @@ class StageModule(lightning.LightningModule):
         self._report(skipped)
         step = (self.current_epoch << 32) + batch_index * self.trainer.world_size + self.global_rank
         torch.manual_seed(stage_seed(self.config.seed, self.stage_number) ^ step)  # for dropout
-        loss = F.cross_entropy(self._forward(images), labels) + regularizer(self.network)
+        loss = self._loss(images, labels) + regularizer(self.network)
         self.position = (self.current_epoch, batch_index + 1)
         self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
         look = 1 if loss.device.type == "cpu" else _LOOK_EVERY
         if batch_index % look == 0 and not torch.isfinite(self._loss_sum):
             raise not_finite(self.network, images, loss, self.stage_number, self.position)
         return loss
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self._forward(images)
+        for teacher in self._teacher:
+            with torch.no_grad():
+                wanted = teacher(images)
+            return distilled(logits, labels, wanted, self.config.distillation)
+        return F.cross_entropy(logits, labels)
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the device."""
+        for teacher in self._teacher:
+            teacher.to(self.device)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Log the accuracy on one batch."""
