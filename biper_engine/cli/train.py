@@ -149,7 +149,9 @@ def train(
     )
     first = training.is_first_process()
     if first:
-        results(json_output=json_output).print(training.to_yaml(config), markup=False)
+        results(json_output=json_output).print(
+            training.to_yaml(config), markup=False, soft_wrap=True
+        )
     with shown_warnings():
         result = fit_quietly(config, output, resume=resume, options=options)
     if first:
