@@ -35,6 +35,7 @@ class Feed:
         num_classes: number of labels.
         config: batch size, augmentation, seed.
         options: number of workers.
+        skipped: a line for each image that is known to be unreadable.
     """
 
     train: Examples | Stream
@@ -44,6 +45,7 @@ class Feed:
     num_classes: int
     config: TrainingConfig
     options: RunOptions
+    skipped: tuple[str, ...] = ()
 
     @property
     def is_indexed(self) -> bool:

@@ -177,7 +177,7 @@ def _feed(
         held_out, test = (None if validation is None else dataset.test), None
     _require_size(config, dataset.metadata.input_size, task.input_size)
     for line in dataset.skipped:
-        warnings.warn(f"{line} It is left out.", stacklevel=4)
+        warnings.warn(f"{line} It is left out.", stacklevel=3)
     trained = dataset.train
     if config.hold_out and train is None:
         (trained, held_out), test = dataset.held_out(), None
@@ -189,6 +189,7 @@ def _feed(
         num_classes=dataset.num_classes,
         config=config,
         options=options,
+        skipped=dataset.skipped,
     )
     feed.batches_of_an_epoch(1)  # raises where there are too few images
     if options.save_every_steps and not feed.is_indexed:

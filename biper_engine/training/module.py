@@ -56,7 +56,7 @@ class StageModule(lightning.LightningModule):
         self.settings = config.stage(stage)
         self.feed = feed
         self.seconds = 0.0
-        self.skipped: dict[str, None] = {}
+        self.skipped: dict[str, None] = dict.fromkeys(feed.skipped)
         # Epoch and number of the next batch.
         self.position = (0, 0)
         self._loss_sum = torch.zeros((), dtype=torch.float64)

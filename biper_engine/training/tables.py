@@ -153,7 +153,13 @@ def load_tables(source: str, config: TrainingConfig) -> Tables:
 
 
 def _splits(source: str, streaming: bool) -> Mapping[str, Any]:
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"Reading '{source}' needs 'datasets', which cannot be imported: {error}. "
+            'Run: pip install "biper-engine[train]"'
+        ) from error
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     path = Path(source)

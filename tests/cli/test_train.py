@@ -172,6 +172,7 @@ def test_a_folder_of_images_becomes_a_verified_file(biper: Biper, tmp_path: Path
     done = biper("train", "--data", tmp_path / "photos", *words, *options, "-o", run)
     assert done.code == 0, done.err
     assert "bad.png" in done.err
+    assert "bad.png" in json.loads(done.out)["stage1"]["skipped"][0]
     values = json.loads(done.out)
     assert values["file"]["verified"] is True
     assert values["file"]["packed"] == 18

@@ -1,7 +1,7 @@
 """Parquet and WebDataset through the library `datasets`, from local files."""
 
 import io
-import json
+import sys
 import tarfile
 
 import pytest
@@ -10,8 +10,17 @@ from PIL import Image
 
 from biper_engine.errors import DataError
 from biper_engine.metadata import Metadata
-from biper_engine.training import AugmentConfig, TrainingConfig, data
+from biper_engine.models import load_checkpoint
+from biper_engine.training import (
+    AugmentConfig,
+    RunOptions,
+    StageConfig,
+    TrainingConfig,
+    data,
+    fit,
+)
 from biper_engine.training.loader import Preparation, loader
+from biper_engine.training.module import StageModule
 from biper_engine.training.tables import Stream
 
 datasets = pytest.importorskip("datasets")
@@ -162,4 +171,60 @@ def test_webdataset_without_streaming_has_an_index(tmp_path):
     webdataset(tmp_path / "all.tar", 0, 20)
     found = load(tmp_path / "all.tar")
     assert (len(found.train), len(found.test)) == (16, 4)
-    assert json.dumps(found.num_classes) == "2"
+    assert found.num_classes == 2
+
+
+def test_a_stream_is_trained_on_and_resumed(tmp_path, monkeypatch, one_thread):
+    for number in range(4):
+        webdataset(tmp_path / f"train-{number}.tar", 10 * number, 10)
+    webdataset(tmp_path / "test-0.tar", 90, 6)
+    stage = StageConfig(epochs=2, lr=0.05, weight_decay=0.0, tau=0.02)
+    config = TrainingConfig(
+        dataset=str(tmp_path),
+        streaming=True,
+        num_classes=2,
+        steps_per_epoch=2,
+        batch_size=4,
+        stage1=stage,
+        stage2=stage,
+    )
+    options = RunOptions(progress_bar=False, accelerator="cpu", devices=1, workers=0)
+    whole = fit(config=config, output_dir=tmp_path / "whole", options=options)
+    step = StageModule.training_step
+    seen = []
+
+    def interrupted(self, batch, index):
+        seen.append((self.stage_number, self.current_epoch, index))
+        if seen[-1] == (2, 1, 1):
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageModule, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config=config, output_dir=tmp_path / "part", options=options)
+    assert seen == [(s, e, n) for s in (1, 2) for e in (0, 1) for n in (0, 1)]
+    part = fit(config=config, output_dir=tmp_path / "part", resume=True, options=options)
+    for name, value in load_checkpoint(whole.stage2.path).state_dict().items():
+        assert torch.equal(load_checkpoint(part.stage2.path).state_dict()[name], value)
+    with pytest.raises(ValueError, match="`save_every_steps` is for data with an index"):
+        fit(
+            config=config,
+            output_dir=tmp_path / "c",
+            options=RunOptions(save_every_steps=1, progress_bar=False),
+        )
+
+
+def test_a_stream_of_unknown_length_needs_its_steps(tmp_path):
+    streamed(tmp_path)
+    config = TrainingConfig(dataset=str(tmp_path), streaming=True, num_classes=2)
+    with pytest.raises(DataError, match="Set steps_per_epoch"):
+        fit(config=config, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_library_says_how_to_install_it(tmp_path, monkeypatch):
+    parquet(tmp_path / "all.parquet", 4)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "biper-engine\[train\]"'):
+        load(tmp_path / "all.parquet")
