@@ -202,11 +202,21 @@ def check_converted(network, images):
 
 
 QUICK = "cifar10/resnet20_1w1a"
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.deep] * (n != QUICK)) for n in BIPER]
+# A network of each kind; the others differ in widths.
+DEEP = (
+    "cifar10/resnet20_1w32a",
+    "cifar10/resnet18A_1w1a",
+    "cifar10/vgg_small_1w1a",
+    "imagenet/resnet18_1w1a",
+    "imagenet/mobilenet_1w1a",
 )
+
+
+def marks(name):
+    return [] if name == QUICK else [pytest.mark.deep if name in DEEP else pytest.mark.weekly]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in BIPER])
 def test_networks_of_biper_train_convert_and_verify(name):
     torch.manual_seed(0)
     count, size = SHAPES.get(name, USUAL)
@@ -216,8 +226,13 @@ def test_networks_of_biper_train_convert_and_verify(name):
     check_converted(network, images)
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.weekly if n == "binaryvit" else pytest.mark.deep)
+        for n in SMALL
+    ],
+)
 def test_other_networks_train_convert_and_verify(name):
     torch.manual_seed(0)
     network, size = small(name), SMALL[name][1]
