@@ -9,8 +9,10 @@ __all__ = [
     "BiperError",
     "CheckpointError",
     "ConversionError",
+    "DataError",
     "FileFormatError",
     "GeometryError",
+    "NotFiniteError",
     "UnconvertedWarning",
 ]
 
@@ -33,6 +35,14 @@ class ConversionError(BiperError, ValueError):
 
 class CheckpointError(BiperError, ValueError):
     """A training checkpoint is unreadable, incomplete or contradicts the caller's arguments."""
+
+
+class DataError(BiperError, ValueError):
+    """Training data is missing, damaged, or not what the settings say."""
+
+
+class NotFiniteError(BiperError, ArithmeticError):
+    """The loss of a training became infinite or NaN; the message names the layer."""
 
 
 class FileFormatError(BiperError, ValueError):

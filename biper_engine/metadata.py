@@ -72,16 +72,21 @@ class Provenance:
         frequency: w0 of sign(sin(w0*w)), or None if it does not apply.
         stage: BiPer training stage, 1 or 2, or None if it does not apply.
         licence: SPDX identifier of the weights, if known.
+        weight_binarizer: what BiPer's sine was replaced with, or None if it was not.
     """
 
     architecture: str | None = None
     frequency: float | None = None
     stage: int | None = None
     licence: str | None = None
+    weight_binarizer: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict of JSON values; `from_dict` is the inverse."""
-        return asdict(self)
+        values = asdict(self)
+        if self.weight_binarizer is None:  # most files do without the key
+            del values["weight_binarizer"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:

@@ -6,6 +6,7 @@ Training and inference share this function, so that an engine gets the same inpu
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from math import floor
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,15 @@ from biper_engine.metadata import Interpolation, Metadata
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["image_to_tensor"]
+__all__ = [
+    "convert_mode",
+    "image_to_pixels",
+    "image_to_tensor",
+    "normalize",
+    "open_image",
+    "raw_pixels",
+    "resampling",
+]
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
@@ -48,17 +57,42 @@ def image_to_tensor(image: Image | str | os.PathLike[str], metadata: Metadata) -
             metadata without `input_size`, with channels other than 1 or 3, or with a `mean` of
             another number of channels.
     """
+    return normalize(image_to_pixels(image, metadata), metadata).contiguous()
+
+
+def image_to_pixels(image: Image | str | os.PathLike[str], metadata: Metadata) -> Tensor:
+    """Do the first three steps of `image_to_tensor`: convert, resize and crop.
+
+    Returns:
+        [C, H, W] uint8 tensor, contiguous.
+
+    Raises:
+        ValueError: as `image_to_tensor`.
+    """
     channels, height, width = _checked_input_size(metadata)
-    pixels = _open(image) if isinstance(image, str | os.PathLike) else image
-    pixels = _convert(pixels, "L" if channels == 1 else "RGB")
+    pixels = open_image(image) if isinstance(image, str | os.PathLike) else image
+    pixels = convert_mode(pixels, channels)
     pixels = _resize(pixels, height, width, metadata)
     left, top = round((pixels.width - width) / 2), round((pixels.height - height) / 2)
-    pixels = pixels.crop((left, top, left + width, top + height))
+    return raw_pixels(pixels.crop((left, top, left + width, top + height)))
 
-    raw = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-    values = raw.view(height, width, channels).permute(2, 0, 1).to(torch.float32).div(255)
+
+def raw_pixels(image: Image) -> Tensor:
+    """Return a grey or RGB image as it is, as a contiguous [C, H, W] uint8 tensor."""
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(image.height, image.width, -1).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixels: Tensor, metadata: Metadata) -> Tensor:
+    """Do the last step of `image_to_tensor`: `(pixel / 255 - mean[c]) / std[c]` in float32.
+
+    Args:
+        pixels: [..., C, H, W], uint8, or float in [0, 255].
+        metadata: its `mean` and `std` are used.
+    """
+    values = pixels.to(torch.float32).div(255)
     mean, std = torch.tensor(metadata.mean), torch.tensor(metadata.std)
-    return ((values - mean[:, None, None]) / std[:, None, None]).contiguous()
+    return (values - mean[:, None, None]) / std[:, None, None]
 
 
 def _checked_input_size(metadata: Metadata) -> tuple[int, int, int]:
@@ -79,24 +113,41 @@ def _checked_input_size(metadata: Metadata) -> tuple[int, int, int]:
     return metadata.input_size
 
 
-def _open(path: str | os.PathLike[str]) -> Image:
+def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image:
+    """Read an image from a file or from the bytes of one.
+
+    Args:
+        source: path, or contents.
+        name: what messages call the image; None takes the path.
+
+    Raises:
+        ValueError: it cannot be read; the message has its name.
+    """
     from PIL import Image, UnidentifiedImageError
 
-    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe waits for a writer
-        kind = "a directory" if os.path.isdir(path) else "not a regular file"
-        raise ValueError(f"Cannot read an image from '{os.fspath(path)}': it is {kind}.")
+    named = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
+    if not isinstance(source, bytes) and os.path.exists(source) and not os.path.isfile(source):
+        # Opening a pipe would wait for a writer.
+        kind = "a directory" if os.path.isdir(source) else "not a regular file"
+        raise ValueError(f"Cannot read an image from '{named}': it is {kind}.")
     try:
-        with Image.open(path) as file:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
             file.load()
             return file
     # Pillow raises several built-in types for broken files; SyntaxError comes from its PNG reader.
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError) as error:
-        raise ValueError(f"Cannot read an image from '{os.fspath(path)}': {error}.") from error
+        raise ValueError(f"Cannot read an image from '{named}': {error}.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"Refusing the image '{os.fspath(path)}': {error}") from error
+        raise ValueError(f"Refusing the image '{named}': {error}") from error
 
 
-def _convert(image: Image, mode: str) -> Image:
+def convert_mode(image: Image, channels: int) -> Image:
+    """Convert to grey, for one channel, or RGB; transparency is dropped.
+
+    Raises:
+        ValueError: the image has more than 8 bits per channel.
+    """
+    mode = "L" if channels == 1 else "RGB"
     if image.mode not in _EIGHT_BIT_MODES:
         raise ValueError(
             f"`image` has Pillow mode '{image.mode}', which is not 8 bits per channel. "
@@ -119,10 +170,11 @@ def _resize(image: Image, height: int, width: int, metadata: Metadata) -> Image:
         size = (round(image.width / ratio), round(image.height / ratio))
     if size == image.size:
         return image
-    return image.resize(size, _resampling(metadata.interpolation))
+    return image.resize(size, resampling(metadata.interpolation))
 
 
-def _resampling(interpolation: Interpolation) -> int:
+def resampling(interpolation: Interpolation) -> int:
+    """Return Pillow's number of a filter."""
     from PIL.Image import Resampling
 
     return {

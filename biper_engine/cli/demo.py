@@ -131,8 +131,8 @@ def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool)
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = TrainingConfig()
-    dataset = data.load(config.dataset)
-    images, labels = dataset.test
+    train, test = data.digits()
+    images, labels = data.tensors(test, data.DIGITS_METADATA)
 
     trained = _train(config, directory / "training", say, progress_bar)
     model = biper_engine.load_checkpoint(trained.stage2.path)
@@ -154,7 +154,7 @@ def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool)
         engine.save(file)
         logits, float_logits = _logits(engine, images), _logits(model, images)
         identical = _same_in_new_process(file, images, logits)
-        _write_digits(directory / "digits", len(dataset.train.labels))
+        _write_digits(directory / "digits", len(train))
     outcome = "the same logits, bit by bit" if identical else "OTHER LOGITS"
     say(f"4. save and reload in a new process: {outcome}")
 
@@ -166,7 +166,7 @@ def run_demo(directory: Path, say: Callable[[str], None], *, progress_bar: bool)
         resnet18 = None if backends == ("reference",) else _resnet18()
     return DemoResult(
         architecture=config.architecture,
-        train_images=len(dataset.train.labels),
+        train_images=len(train),
         test_images=len(labels),
         train_epochs=trained.epochs,
         train_seconds=trained.seconds,

@@ -1,10 +1,8 @@
-"""`biper train`: two stages in one command."""
+"""`biper train`: two stages and a verified file in one command."""
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +10,46 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biper_engine.cli.console import command_line, print_json, results, status
+from biper_engine.cli.console import print_json, results, shown_warnings, status
+from biper_engine.cli.trained import Packed, pack, summary
 
 if TYPE_CHECKING:
-    from biper_engine.training import TrainingConfig, TrainingResult
+    from biper_engine.training import RunOptions, TrainingConfig, TrainingResult
 
 __all__ = ["fit_quietly", "train"]
 
 
 def train(
-    data: Annotated[str, typer.Option(help="Data set; digits needs no download.")] = "digits",
-    model: Annotated[str, typer.Option(help="Network.")] = "cifar10/resnet20_1w1a",
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="Recipe: digits, fashion_mnist, folder, cifar10_resnet18, ..., or a YAML file. "
+            "By default the one for the data.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, a folder with a "
+            "folder for each class, Parquet, WebDataset, hub:name, or module:callable.",
+            show_default=False,
+        ),
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Where that data set's files are.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Network.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the recipe, as optimizer.lr=0.01; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory for checkpoints and logs.")
     ] = Path("biper-train"),
@@ -52,6 +79,19 @@ def train(
     accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "auto",
     devices: Annotated[str, typer.Option(help="How many devices, or auto.")] = "auto",
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Lightning's name, as ddp.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read images.", show_default=False)
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Train through torch.compile.")
+    ] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Save every so many steps, as well as each epoch.", show_default=False
+        ),
+    ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")
     ] = False,
@@ -59,63 +99,102 @@ def train(
         bool,
         typer.Option("--export-official", help="Write checkpoints for the official code, too."),
     ] = False,
+    convert: Annotated[bool, typer.Option(help="Convert and verify at the end.")] = True,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the merged recipe, and do no more.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    """Train a binary network in two stages; interrupted runs can be resumed.
+    """Train a binary network in two stages, and convert it into a verified .biper file.
+
+    Interrupted runs can be resumed.
 
     [bold]Examples[/bold]
     biper train
-    biper train --resume --output biper-train
-    biper train --model cifar10/vgg_small_1w1a -o vgg --stage1-epochs 20
-    biper train --resume --export-official
+    biper train --data photos -o run
+    biper train fashion_mnist --set optimizer.lr=0.05 --set augment.flip=false
+    biper train cifar10_resnet18 --data-dir cifar-10-batches-bin --devices 2
+    biper train --resume --output biper-train --export-official
     """
     from biper_engine import training
-    from biper_engine.models.registry import architecture
-    from biper_engine.training import RunOptions, TrainingConfig
+    from biper_engine.training import RunOptions
 
-    if frequency is not None and architecture(model).frequency is None:
-        raise typer.BadParameter(
-            f"--frequency is for the networks of BiPer; {model} has none. Leave it out."
-        )
-    if export_official and architecture(model).frequency is None:
-        raise typer.BadParameter(
-            f"--export-official is for the networks of BiPer; {model} is not one. Leave it out."
-        )
-    config = _with_epochs(
-        TrainingConfig(dataset=data, architecture=model), (stage1_epochs, stage2_epochs)
-    )
     given = {
+        "dataset": data,
+        "data_dir": data_dir,
+        "architecture": model,
+        "stage1.epochs": stage1_epochs,
+        "stage2.epochs": stage2_epochs,
         "frequency": frequency,
         "batch_size": batch_size,
         "seed": seed,
         "precision": precision,
-        "hold_out": hold_out,
+        "hold_out": hold_out or None,
     }
-    changed: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    config = _config(recipe, given, settings or [])
+    _require_biper(config, frequency is not None, export_official)
+    if print_recipe:
+        typer.echo(training.to_yaml(config), nl=False)
+        return
     options = RunOptions(
         accelerator=accelerator,
         devices=int(devices) if devices.isdigit() else devices,
         num_nodes=nodes,
+        strategy=strategy,
+        workers=workers,
+        compile=compile_,
+        save_every_steps=save_every,
         progress_bar=sys.stderr.isatty(),
         tensorboard=tensorboard,
     )
-    result = fit_quietly(replace(config, **changed), output, resume=resume, options=options)
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0":
+    first = training.is_first_process()
+    if first:
+        results(json_output=json_output).print(
+            training.to_yaml(config), markup=False, soft_wrap=True
+        )
+    with shown_warnings():
+        result = fit_quietly(config, output, resume=resume, options=options)
+    if first:
         exported = training.export_official(result) if export_official else ()
-        _show(result, exported, json_output)
+        packed = pack(result) if convert else None
+        _show(result, list(map(str, exported)), packed, config, json_output)
 
 
-def _with_epochs(config: TrainingConfig, epochs: tuple[int | None, int | None]) -> TrainingConfig:
-    first, second = epochs
-    if first is not None:
-        config = replace(config, stage1=replace(config.stage1, epochs=first))
-    if second is not None:
-        config = replace(config, stage2=replace(config.stage2, epochs=second))
-    return config
+def _config(recipe: str | None, given: dict[str, Any], settings: list[str]) -> TrainingConfig:
+    """Merge the recipe, the options that were given, and `--set`, in this order."""
+    from biper_engine.training import read_recipe, recipe_for
+    from biper_engine.training.recipe import with_settings
+
+    name = recipe or recipe_for(given["dataset"] or "digits")
+    config = read_recipe(name)
+    groups: dict[str, dict[str, Any]] = {"": {}, "stage1": {}, "stage2": {}}
+    for key, value in given.items():
+        if value is not None:
+            group, _, one = key.rpartition(".")
+            groups[group][one] = value
+    for stage in ("stage1", "stage2"):
+        groups[""][stage] = replace(getattr(config, stage), **groups[stage])
+    return with_settings(replace(config, **groups[""]), settings)
+
+
+def _require_biper(config: TrainingConfig, frequency: bool, export_official: bool) -> None:
+    from biper_engine.models.registry import architecture
+
+    model = config.architecture
+    if architecture(model).frequency is not None:
+        return
+    if frequency:
+        raise typer.BadParameter(
+            f"--frequency is for the networks of BiPer; {model} has none. Leave it out."
+        )
+    if export_official:
+        raise typer.BadParameter(
+            f"--export-official is for the networks of BiPer; {model} is not one. Leave it out."
+        )
 
 
 def fit_quietly(
-    config: TrainingConfig | None, output: Path, *, resume: bool, options: Any
+    config: TrainingConfig | None, output: Path, *, resume: bool, options: RunOptions
 ) -> TrainingResult:
     """Train with the trainer's output on stderr, so that stdout has only the result."""
     from biper_engine import training
@@ -123,25 +202,21 @@ def fit_quietly(
     with status("Loading the trainer"), suppress(ImportError):  # `fit` says what to install
         import lightning  # noqa: F401  (takes seconds)
     with redirect_stdout(sys.stderr):
-        return training.fit(config, output_dir=output, resume=resume, options=options)
+        return training.fit(config=config, output_dir=output, resume=resume, options=options)
 
 
-def _show(result: TrainingResult, exported: Sequence[Path], json_output: bool) -> None:
-    following = command_line("convert", result.stage2.path)
-    stages = (result.stage1, result.stage2)
+def _show(
+    result: TrainingResult,
+    exported: list[str],
+    packed: Packed | None,
+    config: TrainingConfig,
+    json_output: bool,
+) -> None:
+    lines, values = summary(result, packed)
     if json_output:
-        rows = [{"path": str(stage.path), **stage.to_dict()} for stage in stages]
-        official = [str(path) for path in exported]
-        print_json({"stage1": rows[0], "stage2": rows[1], "official": official, "next": following})
+        print_json({**values, "official": exported, "recipe": config.to_dict()})
         return
     console = results()
-    for number, stage in enumerate(stages, start=1):
-        held_out = stage.validation_accuracy is not None
-        accuracy = stage.validation_accuracy if held_out else stage.test_accuracy
-        where = "held-out training" if held_out else "test"
-        measured = "" if accuracy is None else f", {accuracy:.2%} of {where} images right"
-        console.print(f"stage {number}: {stage.epochs} epochs, {stage.seconds:.1f} s{measured}")
-        console.print(f"  {stage.path}", soft_wrap=True, markup=False)
-    for path in exported:
-        console.print(f"for the official code: {path}", soft_wrap=True, markup=False)
-    console.print(f"next: {following}", soft_wrap=True, markup=False)
+    following = lines.pop()
+    for line in [*lines, *(f"for the official code: {path}" for path in exported), following]:
+        console.print(line, soft_wrap=True, markup=False)

@@ -8,6 +8,7 @@ Our format is a plain dict in a `torch.save` file, so that `torch.load(weights_o
     num_classes  int
     frequency    float, or None for a network that is not BiPer's
     stage        1 or 2
+    weight_binarizer  name for `build`; absent is "periodic", or the network's own
     state_dict   the official names and shapes
     metadata     dict of `Metadata`, or None
     config       dict of JSON values: how the network was trained; may be empty
@@ -46,8 +47,10 @@ from biper_engine.models.state_dicts import (
 )
 from biper_engine.models.torch_file import CONFIG_NAME, read_config_txt, read_torch_file
 from biper_engine.nn import binary_layers
+from biper_engine.nn.binarizers import WEIGHT_BINARIZERS
 
 __all__ = [
+    "common_binarizer",
     "common_settings",
     "load_checkpoint",
     "network_name",
@@ -78,6 +81,7 @@ class _Contents:
     stage: int | None = None
     source: str = "the file"
     metadata: Metadata | None = None
+    weight_binarizer: str | None = None
     own: bool = False
 
 
@@ -160,6 +164,7 @@ def save_checkpoint(
     """
     name = network_name(model)
     frequency, stage = common_settings(model)
+    binarizer = common_binarizer(model)
     metadata = getattr(model, "metadata", None)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     contents = {
@@ -169,6 +174,7 @@ def save_checkpoint(
         "num_classes": _num_classes(state, name),
         "frequency": frequency,
         "stage": stage,
+        **({} if binarizer in (None, "periodic") else {"weight_binarizer": binarizer}),
         "state_dict": state,
         "metadata": None if metadata is None else metadata.to_dict(),
         "config": json.loads(json.dumps(dict(config or {}))),
@@ -228,7 +234,17 @@ def _read_own(path: str, raw: Mapping[str, Any]) -> _Contents:
         frequency=raw.get("frequency"),
         stage=raw["stage"],
         metadata=_metadata(path, raw.get("metadata")),
+        weight_binarizer=_binarizer(path, raw.get("weight_binarizer")),
         own=True,
+    )
+
+
+def _binarizer(path: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value in WEIGHT_BINARIZERS):
+        return value
+    raise CheckpointError(
+        f"'{path}' has the weight binarizer {_short(value)}, which is unknown here. Known: "
+        f"{', '.join(WEIGHT_BINARIZERS)}."
     )
 
 
@@ -365,6 +381,7 @@ def _settings(
     settings: dict[str, Any] = {"stage": _agree("stage", contents.stage, stage, contents)}
     if entry.frequency is not None:
         settings["frequency"] = _agree("frequency", contents.frequency, frequency, contents)
+        settings["weight_binarizer"] = contents.weight_binarizer
     elif frequency is not None or contents.frequency is not None:
         raise CheckpointError(
             f"'{contents.path}' holds {name}, whose weights have no frequency, but one of "
@@ -434,3 +451,17 @@ def common_settings(model: nn.Module) -> tuple[float | None, int]:
             f"`model` mixes (frequency, stage) pairs: {sorted(settings)}; a checkpoint stores one."
         )
     return settings.pop()
+
+
+def common_binarizer(model: nn.Module) -> str | None:
+    """Return the weight binarizer of all layers of BiPer, or None if there is no such layer.
+
+    Raises:
+        ValueError: they differ.
+    """
+    layers = (layer for _, layer in binary_layers(model))
+    found = {getattr(layer, "weight_binarizer", None) for layer in layers}
+    if len(found) != 1:
+        listing = ", ".join(sorted(map(str, found)))
+        raise ValueError(f"`model` mixes weight binarizers: {listing}; a checkpoint stores one.")
+    return found.pop()

@@ -13,7 +13,11 @@ import torch
 from torch import nn
 
 from biper_engine.files import write_atomically
-from biper_engine.models.checkpoints import common_settings, network_name
+from biper_engine.models.checkpoints import (
+    common_binarizer,
+    common_settings,
+    network_name,
+)
 from biper_engine.models.torch_file import CONFIG_NAME
 
 __all__ = ["export_official"]
@@ -57,6 +61,11 @@ def export_official(
         raise ValueError(
             f"`model` is {group}/{name}, wanted a network of BiPer: the official scripts know no "
             "other. Use save_checkpoint."
+        )
+    if common_binarizer(model) != "periodic":
+        raise ValueError(
+            f"`model` has the weight binarizer '{common_binarizer(model)}', wanted 'periodic': the "
+            "official scripts know no other. Use save_checkpoint."
         )
     state = OrderedDict(
         (key, value.detach().cpu().contiguous()) for key, value in model.state_dict().items()

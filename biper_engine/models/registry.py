@@ -22,7 +22,7 @@ from biper_engine.models.mobilenet import MobileNet
 from biper_engine.models.network import Network
 from biper_engine.models.reactnet import ReActNetA
 from biper_engine.models.vgg import VGGSmall
-from biper_engine.nn import binary_layers
+from biper_engine.nn import binary_layers, set_binarizers
 
 __all__ = ["Architecture", "architecture", "available", "build", "state_dict_shapes"]
 
@@ -218,6 +218,8 @@ def build(
     num_classes: int | None = None,
     frequency: float | None = None,
     stage: int = 2,
+    weight_binarizer: str | None = None,
+    activation_surrogate: str | None = None,
 ) -> Network:
     """Build a network with initial weights drawn from PyTorch's global generator.
 
@@ -231,13 +233,18 @@ def build(
             `metadata` is None until you set it.
         frequency: w0 of sin(w0*w) in the networks of BiPer; None takes 20. The others have none.
         stage: 1 for real weights (BiPer: sin(w0*w)), 2 for binary ones (BiPer: sign(sin(w0*w))).
+        weight_binarizer: "periodic", "sign", "sawtooth" or "triangle" in the networks of BiPer
+            (`nn.set_binarizers`); None takes "periodic". The others have their own.
+        activation_surrogate: "bireal", "clip" or "identity" in the networks of BiPer, in training
+            only; None takes "bireal".
 
     Returns:
         A module in training mode with `input_shape`, `provenance` and `metadata`. Its state dict
         has the names and shapes of the official code.
 
     Raises:
-        ValueError: unknown name, a number out of range, or a frequency for a network without one.
+        ValueError: unknown name, a number out of range, or a frequency, binarizer or surrogate for
+            a network that is not BiPer's.
     """
     entry = architecture(name)
     classes = entry.num_classes if num_classes is None else num_classes
@@ -252,14 +259,24 @@ def build(
             f"`frequency` (={frequency}) is for the networks of BiPer; {name} has signs of its "
             "weights, not of their sine. Leave it out."
         )
+    elif weight_binarizer is not None or activation_surrogate is not None:
+        raise ValueError(
+            f"`weight_binarizer` (={weight_binarizer!r}) and `activation_surrogate` "
+            f"(={activation_surrogate!r}) are for the networks of BiPer; {name} has its own. Leave "
+            "them out."
+        )
     network = entry.constructor(classes, **settings)
+    set_binarizers(network, weight=weight_binarizer, activation=activation_surrogate)
     with torch.no_grad():
         for _, layer in binary_layers(network):
             latent = layer.latent()
             if not latent.is_meta:
                 latent.masked_fill_(latent == 0, 1e-8)
     network.provenance = Provenance(
-        architecture=name, frequency=None if frequency is None else float(frequency), stage=stage
+        architecture=name,
+        frequency=None if frequency is None else float(frequency),
+        stage=stage,
+        weight_binarizer=None if weight_binarizer == "periodic" else weight_binarizer,
     )
     network.metadata = entry.metadata if num_classes is None else None
     return network

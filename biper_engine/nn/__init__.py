@@ -11,6 +11,7 @@ from biper_engine.nn.layers import (
     BinaryLinear,
     BinaryWeightConv2d,
     regularizer,
+    set_binarizers,
     set_tau,
 )
 from biper_engine.nn.sign_layers import (
@@ -37,6 +38,7 @@ __all__ = [
     "binarize_weight",
     "binary_layers",
     "regularizer",
+    "set_binarizers",
     "set_tau",
     "straight_through",
 ]

@@ -12,35 +12,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from biper_engine.nn.binarizers import wave, window
+
 __all__ = ["SCALE_EPSILON", "binarize_activation", "binarize_weight", "straight_through"]
 
 # Added to the variance of the per-sample scale; the official code's value.
 SCALE_EPSILON = 1e-5
 
 
-def binarize_weight(weight: Tensor, *, frequency: float, stage: int) -> Tensor:
+def binarize_weight(
+    weight: Tensor, *, frequency: float, stage: int, binarizer: str = "periodic"
+) -> Tensor:
     """Map latent weights to the weights that the layer multiplies with.
 
     Stage 1: `sin(frequency * weight)`, which is differentiable.
     Stage 2: `sign(sin(frequency * weight))`, a square wave of period 2*pi/frequency. The sign is
     straight-through, so the gradient is that of stage 1: `frequency * cos(frequency * weight)`.
+    Another `binarizer` has another function in the place of the sine: see `nn.binarizers`.
 
     Args:
         weight: latent weights, any shape, floating point.
         frequency: w0 of the paper.
         stage: 1 or 2.
+        binarizer: "periodic", "sign", "sawtooth" or "triangle".
 
     Returns:
-        Tensor like `weight`; in stage 2 every value is -1 or +1, or 0 where the sine is 0.
+        Tensor like `weight`; in stage 2 every value is -1 or +1, or 0 where the wave is 0.
 
     Source: BiPer, CVPR 2024; BinarizeConv2d and BinaryQuantize in the official
     cifar10/modules/binarized_modules.py.
     """
-    wave = torch.sin(frequency * weight)
-    return wave if stage == 1 else _apply(_StraightThroughSign, wave)
+    real = wave(weight, frequency, binarizer)
+    return real if stage == 1 else _apply(_StraightThroughSign, real)
 
 
-def binarize_activation(x: Tensor, *, scale_dims: tuple[int, ...] = ()) -> Tensor:
+def binarize_activation(
+    x: Tensor, *, scale_dims: tuple[int, ...] = (), surrogate: str = "bireal"
+) -> Tensor:
     """Return `sign(x)` with the piecewise-linear surrogate gradient of Bi-Real Net.
 
     Without `scale_dims`, `dL/dx = dL/dy * max(0, 2 - |2x|)`. With them, the gradient is that of
@@ -54,6 +62,7 @@ def binarize_activation(x: Tensor, *, scale_dims: tuple[int, ...] = ()) -> Tenso
     Args:
         x: activations, floating point.
         scale_dims: negative dimensions of one sample, which needs two elements or more in total.
+        surrogate: "bireal"; "clip" has a gradient of 1 where |x| <= 1, "identity" everywhere.
 
     Returns:
         Tensor like `x` with values -1, 0 (only for 0) and +1; NaN stays NaN.
@@ -61,8 +70,8 @@ def binarize_activation(x: Tensor, *, scale_dims: tuple[int, ...] = ()) -> Tenso
     Source: Liu et al., "Bi-Real Net", ECCV 2018, eq. 7; BinaryQuantize_a in the official code.
     """
     if not scale_dims:
-        return _apply(_BiRealSign, x)
-    return _apply(_ScaledBiRealSign, x, scale_dims)
+        return _apply(_Sign, x, surrogate)
+    return _apply(_ScaledSign, x, scale_dims, surrogate)
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -102,21 +111,22 @@ class _ValueWithGradientOf(torch.autograd.Function):
         return None, grad_outputs[0]
 
 
-class _BiRealSign(torch.autograd.Function):
+class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, surrogate: str) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.surrogate = surrogate
         return torch.sign(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return _window(x, x.new_ones(())).mul_(grad_outputs[0])
+        return window(x, x.new_ones(()), ctx.surrogate).mul_(grad_outputs[0]), None
 
 
-class _ScaledBiRealSign(torch.autograd.Function):
-    """Sign with the gradient of x / sqrt(var + eps) and the Bi-Real window.
+class _ScaledSign(torch.autograd.Function):
+    """Sign with the gradient of x / sqrt(var + eps) and the surrogate's window.
 
     With n elements per sample, mean m, r = (var + eps)^-1/2, u = r*x and g = dL/du:
 
@@ -126,25 +136,20 @@ class _ScaledBiRealSign(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], surrogate: str) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.dims = dims
+        ctx.dims, ctx.surrogate = dims, surrogate
         return torch.sign(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         dims, count = ctx.dims, prod(x.shape[dim] for dim in ctx.dims)
         # Two passes are used because torch.var_mean takes five times as long on CPU.
         centred = x - x.mean(dims, keepdim=True)
         variance = (centred * centred).sum(dims, keepdim=True) / (count - 1)
         scale = torch.rsqrt(variance + SCALE_EPSILON)
-        grad = _window(x, scale).mul_(grad_outputs[0])
+        grad = window(x, scale, ctx.surrogate).mul_(grad_outputs[0])
         pull = (grad * x).sum(dims, keepdim=True) * scale**3 / (count - 1)
-        return grad.mul_(scale).addcmul_(centred, pull, value=-1), None
-
-
-def _window(x: Tensor, scale: Tensor) -> Tensor:
-    """Return max(0, 2 - |2 * scale * x|) as a new tensor, for a positive scale."""
-    return torch.addcmul(x.new_tensor(2.0), x.abs(), scale, value=-2).clamp_(min=0)
+        return grad.mul_(scale).addcmul_(centred, pull, value=-1), None, None

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from biper_engine.nn.binarizers import (
+    ACTIVATION_SURROGATES,
+    WEIGHT_BINARIZERS,
+    known_name,
+    wave,
+)
 from biper_engine.nn.binary_layer import BinaryLayer, binary_layers
 from biper_engine.nn.functional import binarize_activation, binarize_weight
 
@@ -17,6 +23,7 @@ __all__ = [
     "BinaryLinear",
     "BinaryWeightConv2d",
     "regularizer",
+    "set_binarizers",
     "set_tau",
 ]
 
@@ -31,15 +38,27 @@ class _Periodic(BinaryLayer):
     beta: nn.Parameter | None
     tau: Tensor
     frequency: float
+    weight_binarizer: str = "periodic"
+    activation_surrogate: str = "bireal"
 
     def quantized_weight(self) -> Tensor:
         """Return the weights that the forward pass multiplies with, before `alpha`."""
-        return binarize_weight(self.weight, frequency=self.frequency, stage=self._stage)
+        return binarize_weight(
+            self.weight,
+            frequency=self.frequency,
+            stage=self._stage,
+            binarizer=self.weight_binarizer,
+        )
 
     def extra_repr(self) -> str:
-        """Add frequency and stage to PyTorch's description of the layer."""
+        """Add frequency, stage and what differs from BiPer to PyTorch's description of a layer."""
         described: str = super().extra_repr()  # type: ignore[misc]
-        return f"{described}, frequency={self.frequency}, stage={self.stage}"
+        others = [
+            f", {name}={getattr(self, name)}"
+            for name in ("weight_binarizer", "activation_surrogate")
+            if getattr(self, name) != getattr(_Periodic, name)
+        ]
+        return f"{described}, frequency={self.frequency}, stage={self.stage}{''.join(others)}"
 
     def _set_up(
         self: Any, alpha_shape: tuple[int, ...], frequency: float, stage: int, beta: bool = False
@@ -120,7 +139,8 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
-        bits = binarize_activation(input, scale_dims=(-3, -2, -1) if self.training else ())
+        dims = (-3, -2, -1) if self.training else ()
+        bits = binarize_activation(input, scale_dims=dims, surrogate=self.activation_surrogate)
         output: Tensor = self._conv_forward(bits, self.quantized_weight(), self.bias)
         # Alpha multiplies the result, not the weights. Equal integers of stage 2 then stay equal,
         # and a max pool takes the first of them and sends the gradient there.
@@ -179,7 +199,7 @@ class BinaryLinear(_Periodic, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return the scaled product of [..., in_features]."""
         dims = (-1,) if self.training else ()
-        bits = binarize_activation(input, scale_dims=dims)
+        bits = binarize_activation(input, scale_dims=dims, surrogate=self.activation_surrogate)
         return F.linear(bits, self.quantized_weight(), self.bias) * self.alpha
 
 
@@ -189,12 +209,35 @@ def set_tau(module: nn.Module, tau: float) -> None:
         layer.tau.fill_(tau)
 
 
+def set_binarizers(
+    module: nn.Module, *, weight: str | None = None, activation: str | None = None
+) -> None:
+    """Change how the layers of BiPer in `module` binarize, in place.
+
+    Args:
+        module: with `BinaryConv2d` and its kin; other layers stay as they are.
+        weight: "periodic", "sign", "sawtooth" or "triangle"; None leaves it.
+        activation: surrogate gradient of the sign, "bireal", "clip" or "identity"; None leaves it.
+
+    Raises:
+        ValueError: unknown name; the message has the closest one.
+    """
+    if weight is not None:
+        known_name("weight binarizer", weight, tuple(WEIGHT_BINARIZERS))
+    if activation is not None:
+        known_name("activation surrogate", activation, ACTIVATION_SURROGATES)
+    for layer in _periodic_layers(module):
+        layer.weight_binarizer = weight or layer.weight_binarizer
+        layer.activation_surrogate = activation or layer.activation_surrogate
+
+
 def regularizer(module: nn.Module) -> Tensor:
     """Return the periodic weight decay of BiPer, to be added to the loss in both stages.
 
     It is the sum over layers with periodic weights of `tau * mean(0.5 - 0.5*cos(2*w0*w))`, which is
     `tau * mean(sin(w0*w)**2)`, with each layer's own `tau` buffer (1 until `set_tau`) and w0.
-    It is smallest, 0, where every sine is 0. No gradient reaches `tau`.
+    It is smallest, 0, where every sine is 0. No gradient reaches `tau`. A layer with another weight
+    binarizer than "periodic" has the square of that one's wave in the place of the sine's.
 
     Args:
         module: a module with periodic weights; without them the result is 0.
@@ -206,9 +249,15 @@ def regularizer(module: nn.Module) -> Tensor:
     """
     total = torch.zeros(())
     for layer in _periodic_layers(module):
-        wave = torch.cos(2 * layer.frequency * layer.weight)
-        total = total.to(wave.device) + layer.tau * torch.mean(0.5 - 0.5 * wave)
+        mean = _mean_square(layer)
+        total = total.to(mean.device) + layer.tau * mean
     return total
+
+
+def _mean_square(layer: BinaryConv2d | BinaryLinear) -> Tensor:
+    if layer.weight_binarizer == "periodic":  # in the form of the official code
+        return torch.mean(0.5 - 0.5 * torch.cos(2 * layer.frequency * layer.weight))
+    return wave(layer.weight, layer.frequency, layer.weight_binarizer).square().mean()
 
 
 def _periodic_layers(module: nn.Module) -> list[BinaryConv2d | BinaryLinear]:

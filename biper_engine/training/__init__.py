@@ -3,11 +3,23 @@
 Lightning and scikit-learn are imported when `fit` runs, not when this package is imported.
 """
 
-from biper_engine.training.config import RunOptions, StageConfig, TrainingConfig
+from biper_engine.training.config import (
+    AugmentConfig,
+    DistillationConfig,
+    OptimizerConfig,
+    RunOptions,
+    StageConfig,
+    TrainingConfig,
+)
+from biper_engine.training.directory import is_first_process
 from biper_engine.training.fit import export_official, fit
+from biper_engine.training.recipe import read_recipe, recipe_for, shipped, to_yaml
 from biper_engine.training.result import StageResult, TrainingResult
 
 __all__ = [
+    "AugmentConfig",
+    "DistillationConfig",
+    "OptimizerConfig",
     "RunOptions",
     "StageConfig",
     "StageResult",
@@ -15,4 +27,9 @@ __all__ = [
     "TrainingResult",
     "export_official",
     "fit",
+    "is_first_process",
+    "read_recipe",
+    "recipe_for",
+    "shipped",
+    "to_yaml",
 ]

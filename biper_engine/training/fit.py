@@ -1,12 +1,13 @@
-"""`fit`: stage 1, then stage 2 from its latent weights, resumable at every epoch.
+"""`fit`: stage 1, then stage 2 from its latent weights, resumable at any time.
 
 Files in `output_dir`:
 
     config.json                     the settings; a resumed run must have the same
+    versions.json                   Python and libraries of the latest start
     stage1.pt, stage2.pt            finished stages, for `models.load_checkpoint`
     official/stage1/, .../stage2/   the same in the official format, by `export_official`
     result.json                     measurements of finished stages
-    checkpoints/stage1.ckpt, ...    Lightning's state after the latest epoch
+    checkpoints/stage1.ckpt, ...    Lightning's latest state
     logs/stage1/metrics.csv, ...    losses by epoch
 
 Each file is complete at any time, in its old or its new version; only TensorBoard's logs grow.
@@ -22,17 +23,23 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.utils.data import Dataset
 
 from biper_engine import models
+from biper_engine.errors import DataError
 from biper_engine.models import Network, registry
 from biper_engine.nn import binary_layers
 from biper_engine.training import data
 from biper_engine.training.config import RunOptions, TrainingConfig
-from biper_engine.training.data import DataSet, Part
+from biper_engine.training.directory import check_claim, check_state, claim, versions
+from biper_engine.training.distillation import find_teacher
+from biper_engine.training.feed import Feed
 from biper_engine.training.result import StageResult, TrainingResult, read_json, write_json
 
 if TYPE_CHECKING:
@@ -40,12 +47,14 @@ if TYPE_CHECKING:
 
 __all__ = ["export_official", "fit"]
 
-_EVALUATION_BATCH = 128
-
 
 def fit(
-    config: TrainingConfig | None = None,
+    model: str | Network | None = None,
     *,
+    train: Dataset[Any] | None = None,
+    validation: Dataset[Any] | None = None,
+    teacher: nn.Module | None = None,
+    config: TrainingConfig | None = None,
     output_dir: str | os.PathLike[str],
     resume: bool = False,
     options: RunOptions | None = None,
@@ -56,42 +65,143 @@ def fit(
     them and trains with sign(sin(w0*w)). PyTorch's random state is restored afterwards.
 
     Args:
+        model: a name from `models.available()`, or a network from `models.build`, whose weights
+            stage 1 starts from and which is not changed; None takes `config.architecture`.
+        train: data to train on, in place of `config.dataset`. Items are (image, label); an image is
+            a PIL image or a uint8 tensor [C, H, W], which are resized, augmented and normalised, or
+            a float tensor in the network's size, which is taken as it is.
+        validation: data to measure on after each epoch, with `train`; None measures nothing.
+        teacher: a module with the same images and classes, whose logits the network learns from as
+            `config.distillation` says; in place of its checkpoint.
         config: what to train; None trains the digits with settings chosen for them.
         output_dir: directory for all files, created if missing.
-        resume: continue the run in `output_dir` after its last complete epoch, in either stage,
-            with the same result as if it had not stopped. A finished run returns its result at
-            once; an empty directory starts a run.
+        resume: continue the run in `output_dir` from its latest saved state, in either stage, with
+            the same result as if it had not stopped. A finished run returns its result at once; an
+            empty directory starts a run.
         options: devices, progress bar, logs.
 
     Returns:
         Paths, accuracies, seconds and epochs of both stages.
 
     Raises:
-        ValueError: unknown dataset or network; a network for images of another size; `resume` with
-            a different config.
+        DataError: unknown, missing or damaged data, or another number of classes.
+        ValueError: unknown network; a network for images of another size; `resume` with a different
+            config.
+        CheckpointError: the state to resume from is damaged or of another run.
         FileExistsError: `output_dir` holds a run and `resume` is False.
+        OSError: `output_dir` cannot be written.
+        NotFiniteError: the loss became infinite or NaN.
         ImportError: the extra `train` is not installed.
-        KeyboardInterrupt: Ctrl-C; finished epochs are kept for `resume`.
+        KeyboardInterrupt: Ctrl-C; the latest state is kept for `resume`.
     """
-    config = config or TrainingConfig()
-    options = options or RunOptions()
-    network = registry.architecture(config.architecture)
+    config, options = config or TrainingConfig(), options or RunOptions()
+    config = _named(model, config, train, teacher)
+    entry = registry.architecture(config.architecture)
     _require_extra()
-    dataset = data.load(config.dataset)
-    _require_size(config, dataset.metadata.input_size, network.metadata.input_size)
     directory = Path(output_dir)
-    _claim(directory, config, resume=resume)
+    check_claim(directory, config, resume=resume)
+    feed = _feed(config, options, entry.metadata, train, validation)
+    if isinstance(model, Network):
+        _require_classes(model, feed.num_classes, entry.classifier)
+    if config.distillation.teacher is not None:
+        teacher = find_teacher(teacher, config.distillation, feed)
+    claim(directory, config)
 
     stages = []
     with torch.random.fork_rng():
         for number in (1, 2):
             done = _finished(directory, number)
-            stages.append(done or _run_stage(number, dataset, directory, config, options))
-    return TrainingResult(output_dir=directory, stage1=stages[0], stage2=stages[1])
+            stages.append(done or _run_stage(number, feed, directory, model, teacher))
+    return TrainingResult(output_dir=directory, stage1=stages[0], stage2=stages[1], feed=feed)
+
+
+def _named(
+    model: str | Network | None,
+    config: TrainingConfig,
+    train: Dataset[Any] | None,
+    teacher: nn.Module | None,
+) -> TrainingConfig:
+    """Return the config of a model, data and a teacher that are given as objects."""
+    if isinstance(model, str):
+        config = replace(config, architecture=model)
+    elif isinstance(model, Network):
+        name, made = model.provenance.architecture, model.provenance
+        if name is None:
+            raise ValueError(
+                f"`model` is a {type(model).__name__} that biper_engine.models.build did not make, "
+                "so that its checkpoint could not say what it is. Build it with that."
+            )
+        config = replace(
+            config,
+            architecture=name,
+            frequency=made.frequency or config.frequency,
+            weight_binarizer=made.weight_binarizer or config.weight_binarizer,
+        )
+    elif model is not None:
+        raise TypeError(
+            f"`model` is a {type(model).__name__}; wanted a name, such as "
+            "'cifar10/resnet20_1w1a', or a network from biper_engine.models.build."
+        )
+    if train is not None:
+        config = replace(config, dataset=f"{type(train).__module__}.{type(train).__qualname__}")
+    if teacher is not None:
+        name = f"{type(teacher).__module__}.{type(teacher).__qualname__}"
+        config = replace(config, distillation=replace(config.distillation, teacher=name))
+    entry = registry.architecture(config.architecture)
+    own = (config.weight_binarizer, config.activation_surrogate) == ("periodic", "bireal")
+    if entry.frequency is None and not own:
+        raise ValueError(
+            f"`weight_binarizer` (={config.weight_binarizer!r}) and `activation_surrogate` "
+            f"(={config.activation_surrogate!r}) are for the networks of BiPer; "
+            f"{config.architecture} has its own. Leave them out."
+        )
+    return config
+
+
+def _feed(
+    config: TrainingConfig,
+    options: RunOptions,
+    task: Any,
+    train: Dataset[Any] | None,
+    validation: Dataset[Any] | None,
+) -> Feed:
+    """Load the data and choose what is trained on and what measured."""
+    if train is None and validation is not None:
+        raise ValueError("`validation` was given without `train`. Pass both, or neither.")
+    if train is None:
+        dataset = data.load(config, task)
+        held_out, test = None, dataset.test
+    else:
+        measured = train if validation is None else validation
+        dataset = data.from_datasets(train, measured, config, task)
+        held_out, test = (None if validation is None else dataset.test), None
+    _require_size(config, dataset.metadata.input_size, task.input_size)
+    for line in dataset.skipped:
+        warnings.warn(f"{line} It is left out.", stacklevel=3)
+    trained = dataset.train
+    if config.hold_out and train is None:
+        (trained, held_out), test = dataset.held_out(), None
+    feed = Feed(
+        train=trained,
+        held_out=held_out,
+        test=test,
+        metadata=dataset.metadata,
+        num_classes=dataset.num_classes,
+        config=config,
+        options=options,
+        skipped=dataset.skipped,
+    )
+    feed.batches_of_an_epoch(1)  # raises where there are too few images
+    if options.save_every_steps and not feed.is_indexed:
+        raise ValueError(
+            "`save_every_steps` is for data with an index; a stream is resumed at the start of an "
+            "epoch. Leave it out, or leave streaming out."
+        )
+    return feed
 
 
 def _require_extra() -> None:
-    for name in ("lightning", "sklearn"):
+    for name in ("lightning", "sklearn", "yaml"):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -142,7 +252,7 @@ def export_official(result: TrainingResult) -> tuple[Path, Path]:
                 "dataset": config.dataset,
                 "lr": settings.lr,
                 "weight_decay": settings.weight_decay,
-                "momentum": config.momentum,
+                "momentum": config.optimizer.momentum,
                 "batch_size": config.batch_size,
                 "tau": settings.tau,
                 "seed": config.seed,
@@ -152,33 +262,13 @@ def export_official(result: TrainingResult) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
-def _claim(directory: Path, config: TrainingConfig, *, resume: bool) -> None:
-    """Store the config in the directory, or check that the run in it has the same one."""
-    directory.mkdir(parents=True, exist_ok=True)
-    stored = read_json(directory / "config.json")
-    if stored is None:
-        write_json(directory / "config.json", config.to_dict())
-        return
-    if not resume and not _launched_by_lightning():
-        raise FileExistsError(
-            f"'{directory}' holds a training run. Pass resume=True to continue it, "
-            "or another output_dir."
+def _require_classes(model: Network, wanted: int, classifier: str) -> None:
+    found = len(model.get_parameter(f"{classifier}.weight"))
+    if found != wanted:
+        raise DataError(
+            f"`model` has {found} classes, but the data has {wanted}. Build it with "
+            f"num_classes={wanted}."
         )
-    wanted = config.to_dict()
-    different = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
-    if different:
-        listing = "; ".join(
-            f"{key} was {stored.get(key)}, now {wanted.get(key)}" for key in different
-        )
-        raise ValueError(
-            f"'{directory}' holds a run with another config: {listing}. "
-            "Resume with the same config, or train in another output_dir."
-        )
-
-
-def _launched_by_lightning() -> bool:
-    """Whether this is a further process of a multi-device run, started after the first one."""
-    return int(os.environ.get("LOCAL_RANK", 0)) > 0 or int(os.environ.get("NODE_RANK", 0)) > 0
 
 
 def _finished(directory: Path, number: int) -> StageResult | None:
@@ -190,53 +280,70 @@ def _finished(directory: Path, number: int) -> StageResult | None:
 
 
 def _run_stage(
-    number: int, dataset: DataSet, directory: Path, config: TrainingConfig, options: RunOptions
+    number: int,
+    feed: Feed,
+    directory: Path,
+    model: str | Network | None,
+    teacher: nn.Module | None,
 ) -> StageResult:
-    from biper_engine.training.module import StageModule, stage_seed
+    from biper_engine.training.module import StageModule
 
-    network = _start_network(number, dataset, directory, config)
-    module = StageModule(network, config, number)
-    held_out = dataset.validation() if config.hold_out else None
-    train = dataset.without_validation() if config.hold_out else dataset.train
-    seed = stage_seed(config.seed, number)
+    config = feed.config
+    network = _start_network(number, feed, directory, model)
+    compiled = feed.options.compile
+    module = StageModule(network, config, number, feed, compiled=compiled, teacher=teacher)
     latest = directory / "checkpoints" / f"stage{number}.ckpt"
+    if latest.exists():
+        check_state(latest, config)
     with _quiet_lightning():
-        trainer = _trainer(number, directory, config, options)
+        trainer = _trainer(number, feed, directory)
         with _interruptible():
             trainer.fit(
                 module,
-                data.loader(train, batch_size=config.batch_size, shuffle_seed=seed),
-                None if held_out is None else data.loader(held_out, batch_size=_EVALUATION_BATCH),
+                val_dataloaders=feed.validation(),
                 ckpt_path=latest if latest.exists() else None,
+                weights_only=True,
             )
-    result = StageResult(
-        path=directory / f"stage{number}.pt",
-        epochs=config.stage(number).epochs,
-        seconds=round(module.seconds, 3),
-        validation_accuracy=None if held_out is None else _accuracy(network, held_out),
-        test_accuracy=None if held_out is not None else _accuracy(network, dataset.test),
-    )
-    if trainer.is_global_zero:
-        _record(result, number, network, directory, config)
+    if trainer.is_global_zero:  # the others wait
+        device = trainer.strategy.root_device
+        parts = (feed.held_out, feed.test)
+        measured = [
+            None if part is None else feed.accuracy(network, part, device) for part in parts
+        ]
+        result = StageResult(
+            path=directory / f"stage{number}.pt",
+            epochs=config.stage(number).epochs,
+            seconds=round(module.seconds, 3),
+            validation_accuracy=measured[0],
+            test_accuracy=measured[1],
+            skipped=tuple(module.skipped),
+        )
+        _record(result, number, network.cpu(), directory, config)
     trainer.strategy.barrier()
-    return result
+    finished = _finished(directory, number)
+    assert finished is not None
+    return finished
 
 
 def _start_network(
-    number: int, dataset: DataSet, directory: Path, config: TrainingConfig
+    number: int, feed: Feed, directory: Path, model: str | Network | None
 ) -> Network:
     """Build the stage's network: new in stage 1, with stage 1's latent weights in stage 2."""
+    config = feed.config
     torch.manual_seed(config.seed)
     periodic = registry.architecture(config.architecture).frequency is not None
     network = models.build(
         config.architecture,
-        num_classes=dataset.num_classes,
+        num_classes=feed.num_classes,
         frequency=config.frequency if periodic else None,
         stage=number,
+        weight_binarizer=config.weight_binarizer if periodic else None,
+        activation_surrogate=config.activation_surrogate if periodic else None,
     )
-    network.metadata = dataset.metadata
-    if number == 2:
-        network.load_state_dict(models.load_checkpoint(directory / "stage1.pt").state_dict())
+    network.metadata = feed.metadata
+    start = models.load_checkpoint(directory / "stage1.pt") if number == 2 else model
+    if isinstance(start, Network):
+        network.load_state_dict(start.state_dict())
         for _, layer in binary_layers(network):  # some keep it in their state
             layer.stage = number
     # On CPU, a step in this layout takes 0.75 to 0.9 of the time.
@@ -247,19 +354,21 @@ def _start_network(
 def _record(
     result: StageResult, number: int, network: Network, directory: Path, config: TrainingConfig
 ) -> None:
-    models.save_checkpoint(result.path, network, config=config.to_dict(), metrics=result.to_dict())
+    stored = {**config.to_dict(), "versions": versions()}
+    models.save_checkpoint(result.path, network, config=stored, metrics=result.to_dict())
     recorded = read_json(directory / "result.json") or {}
     write_json(directory / "result.json", {**recorded, f"stage{number}": result.to_dict()})
 
 
-def _trainer(number: int, directory: Path, config: TrainingConfig, options: RunOptions) -> Trainer:
+def _trainer(number: int, feed: Feed, directory: Path) -> Trainer:
     from lightning import Trainer
     from lightning.fabric.plugins import TorchCheckpointIO
-    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
     from biper_engine.training.lightning_files import AtomicCheckpoints, MetricsFile
+    from biper_engine.training.module import LatestState
 
+    config, options = feed.config, feed.options
     loggers: list[Logger] = [MetricsFile(directory / "logs" / f"stage{number}" / "metrics.csv")]
     if options.tensorboard:
         loggers.append(
@@ -270,37 +379,28 @@ def _trainer(number: int, directory: Path, config: TrainingConfig, options: RunO
         "devices": options.devices,
         "num_nodes": options.num_nodes,
         "strategy": options.strategy,
+        "sync_batchnorm": options.sync_batchnorm,
         "precision": config.precision,
         "enable_progress_bar": options.progress_bar,
     }
-    latest = ModelCheckpoint(
-        directory / "checkpoints",
-        filename=f"stage{number}",
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
+    latest = directory / "checkpoints" / f"stage{number}.ckpt"
     trainer = Trainer(
         **settings,
         max_epochs=config.stage(number).epochs,
-        callbacks=[latest],
+        accumulate_grad_batches=config.accumulate,
+        callbacks=[LatestState(latest, options.save_every_steps)],
         logger=loggers,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         enable_model_summary=False,
+        use_distributed_sampler=False,  # the loader knows the processes
     )
+    if not feed.is_indexed:
+        trainer.limit_train_batches = feed.batches_of_an_epoch(trainer.world_size)
     # Strategies with their own kind of files, such as those for TPUs, keep them.
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpoints()
     return trainer
-
-
-@torch.no_grad()
-def _accuracy(network: Network, part: Part) -> float:
-    network.eval()
-    correct = 0
-    for images, labels in data.loader(part, batch_size=_EVALUATION_BATCH):
-        correct += int((network(images).argmax(1) == labels).sum())
-    return correct / len(part.labels)
 
 
 @contextmanager

@@ -2,126 +2,235 @@
 
 from __future__ import annotations
 
-from math import cos, pi, radians
+import warnings
+from collections.abc import Callable, Iterator
+from math import cos, pi
 from time import perf_counter
 from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from biper_engine.models import Network
 from biper_engine.nn import regularizer, set_tau
 from biper_engine.training.config import TrainingConfig
-from biper_engine.training.data import Part
+from biper_engine.training.distillation import distilled
+from biper_engine.training.draws import stage_seed
+from biper_engine.training.feed import Feed
+from biper_engine.training.finite import not_finite
+from biper_engine.training.loader import Batch
 
-__all__ = ["StageModule", "augment", "learning_rate_factor", "stage_seed"]
+__all__ = ["LatestState", "StageModule", "learning_rate_factor"]
+
+# Steps between looks at the loss on devices where a look waits for all that was begun.
+_LOOK_EVERY = 50
 
 
 class StageModule(lightning.LightningModule):
-    """Cross entropy plus regulariser, SGD, cosine with warm-up, for one stage of one network.
+    """Cross entropy plus regulariser, one optimizer with warm-up, for one stage of one network.
 
-    Every random number of epoch e comes from a seed made of (config.seed, stage, e, rank). A run
-    that was interrupted and resumed therefore ends with the same weights as one that was not.
+    The order of images and their augmentation depend on (config.seed, stage, epoch) alone, other
+    random numbers on the step and process. A run that was interrupted and resumed therefore ends
+    with the same weights as one that was not.
     """
 
-    def __init__(self, network: Network, config: TrainingConfig, stage: int) -> None:
+    def __init__(
+        self,
+        network: Network,
+        config: TrainingConfig,
+        stage: int,
+        feed: Feed,
+        *,
+        compiled: bool,
+        teacher: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        # In a tuple, the teacher's weights are not among those that are trained and saved.
+        self._teacher = () if teacher is None else (teacher,)
         self.network = network
         self.config = config
         self.stage_number = stage
         self.settings = config.stage(stage)
+        self.feed = feed
         self.seconds = 0.0
+        self.skipped: dict[str, None] = dict.fromkeys(feed.skipped)
+        # Epoch and number of the next batch.
+        self.position = (0, 0)
+        self._loss_sum = torch.zeros((), dtype=torch.float64)
         self._started = 0.0
-        self._generator = torch.Generator()
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
         set_tau(network, self.settings.tau)
 
-    def training_step(self, batch: Part, batch_index: int) -> Tensor:
+    def train_dataloader(self) -> Any:
+        """Return this process's batches, from the one on at which the run stopped."""
+        epoch, start = self.position
+        return self.feed.training(
+            self.stage_number,
+            rank=self.global_rank,
+            world=self.trainer.world_size,
+            epoch=epoch,
+            start=start,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the loss of one batch."""
-        images, labels = batch
-        images = augment(images, self.config, self._generator)
-        images = images.contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(self.network(images), labels) + regularizer(self.network)
-        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True)
+        images, labels, skipped = batch
+        self._report(skipped)
+        step = (self.current_epoch << 32) + batch_index * self.trainer.world_size + self.global_rank
+        torch.manual_seed(stage_seed(self.config.seed, self.stage_number) ^ step)  # for dropout
+        loss = self._loss(images, labels) + regularizer(self.network)
+        self.position = (self.current_epoch, batch_index + 1)
+        self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
+        look = 1 if loss.device.type == "cpu" else _LOOK_EVERY
+        if batch_index % look == 0 and not torch.isfinite(self._loss_sum):
+            raise not_finite(self.network, images, loss, self.stage_number, self.position)
         return loss
 
-    def validation_step(self, batch: Part, batch_index: int) -> None:
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self._forward(images)
+        for teacher in self._teacher:
+            with torch.no_grad():
+                wanted = teacher(images)
+            return distilled(logits, labels, wanted, self.config.distillation)
+        return F.cross_entropy(logits, labels)
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the device."""
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Log the accuracy on one batch."""
-        images, labels = batch
+        images, labels, skipped = batch
+        self._report(skipped)
         accuracy = (self.network(images).argmax(1) == labels).float().mean()
         self.log("val_accuracy", accuracy, prog_bar=True, batch_size=len(labels), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """Return SGD and its schedule, stepped every batch."""
-        optimizer = torch.optim.SGD(
-            [parameter for parameter in self.network.parameters() if parameter.requires_grad],
-            lr=self.settings.lr,
-            momentum=self.config.momentum,
-            weight_decay=self.settings.weight_decay,
-        )
+        """Return the optimizer and its schedule, stepped every batch."""
+        optimizer = self._optimizer()
         total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.config.warmup_epochs * total / self.settings.epochs)
+        warmup = round(self.settings.warmup_epochs * total / self.settings.epochs)
+        kind = self.config.optimizer.schedule
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, warmup, total)
+            optimizer, lambda step: learning_rate_factor(step, warmup, total, kind)
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings, shared = self.settings, self.config.optimizer
+        groups: Any = list(self._decaying_and_not(shared.decay))
+        options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        if shared.name == "sgd":
+            return torch.optim.SGD(groups, momentum=shared.momentum, **options)
+        kind = torch.optim.Adam if shared.name == "adam" else torch.optim.AdamW
+        return kind(groups, betas=(shared.momentum, 0.999), **options)
+
+    def _decaying_and_not(self, decay: str) -> Iterator[dict[str, Any]]:
+        """Yield the group of parameters with weight decay, and that without if there is one."""
+        learned = [
+            (name, one) for name, one in self.network.named_parameters() if one.requires_grad
+        ]
+        if decay == "all":
+            yield {"params": [one for _, one in learned]}
+            return
+        kept = [("conv" in name or "fc" in name, one) for name, one in learned]
+        yield {"params": [one for decays, one in kept if decays]}
+        yield {"params": [one for decays, one in kept if not decays], "weight_decay": 0.0}
+
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch's augmentation and start its clock."""
-        self._started = perf_counter()
-        seed = stage_seed(self.config.seed, self.stage_number) + self.current_epoch
-        # A separate generator, because Lightning and DataLoader draw from the global one.
-        self._generator = torch.Generator(self.device).manual_seed(seed + (self.global_rank << 40))
+        """Tell a stream the epoch."""
+        loader = self.trainer.train_dataloader
+        if hasattr(getattr(loader, "dataset", None), "set_epoch"):
+            loader.dataset.set_epoch(self.current_epoch)  # type: ignore[union-attr]
+
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Start the clock of an epoch, or of what is left of it."""
+        self._started = self._started or perf_counter()
 
     def on_train_epoch_end(self) -> None:
-        """Add the epoch to the training time."""
-        self.seconds += perf_counter() - self._started
+        """Log the mean loss, and add the epoch to the training time."""
+        mean = self._loss_sum / self.position[1]
+        if not torch.isfinite(mean):
+            raise not_finite(self.network, None, mean, self.stage_number, self.position)
+        self.log("train_loss", mean.float(), prog_bar=True, sync_dist=True)
+        self._loss_sum = torch.zeros_like(mean)
+        self.position = (self.current_epoch + 1, 0)
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self._started:
+            self.seconds += perf_counter() - self._started
+        self._started = 0.0
+
+    def _report(self, skipped: tuple[str, ...]) -> None:
+        """Warn of each image that cannot be read, once."""
+        for line in skipped:
+            if line not in self.skipped:
+                self.skipped[line] = None
+                warnings.warn(f"{line} It is left out.", stacklevel=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the config beside Lightning's state."""
+        """Store the config and the run's own state beside Lightning's."""
+        self._stop_clock()
         checkpoint["biper_config"] = self.config.to_dict()
-        checkpoint["biper_seconds"] = self.seconds
+        checkpoint["biper_state"] = {
+            "seconds": self.seconds,
+            "position": list(self.position),
+            "loss_sum": self._loss_sum.item(),
+            "skipped": list(self.skipped),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue the training time of the interrupted run."""
-        self.seconds = checkpoint["biper_seconds"]
+        """Continue the interrupted run."""
+        state = checkpoint["biper_state"]
+        self.seconds = state["seconds"]
+        self.position = (state["position"][0], state["position"][1])
+        self._loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64)
+        self.skipped = dict.fromkeys(state["skipped"])
 
 
-def stage_seed(seed: int, stage: int) -> int:
-    """Return the base to which the epoch number is added; a stage has room for 2^16 epochs."""
-    return (seed * 2 + stage) << 16
-
-
-def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Return the share of the peak rate at a step: linear to 1 in `warmup` steps, cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, total - warmup)))
-
-
-def augment(images: Tensor, config: TrainingConfig, generator: torch.Generator) -> Tensor:
-    """Move, turn and scale each image at random, bilinearly, with its border repeated outside.
+class LatestState(Checkpoint):
+    """Save Lightning's state after each epoch and, if wanted, every few steps.
 
     Args:
-        images: [N, C, H, W] float.
-        config: its `max_shift_px`, `max_rotation_deg` and `max_zoom`; all 0 returns `images`.
-        generator: random numbers, on the device of `images`.
+        path: file; the older one is replaced.
+        every_steps: optimizer steps between two files, or None.
     """
-    if not (config.max_shift_px or config.max_rotation_deg or config.max_zoom):
-        return images
-    count, _, height, width = images.shape
-    draws = torch.empty(count, 4, device=images.device, dtype=images.dtype)
-    draws.uniform_(-1, 1, generator=generator)
-    angle = draws[:, 0] * radians(config.max_rotation_deg)
-    zoom = 1 + draws[:, 1] * config.max_zoom
-    # grid_sample's unit is half an image: a pixel is 2 / width.
-    shift_x = draws[:, 2] * (2 * config.max_shift_px / width)
-    shift_y = draws[:, 3] * (2 * config.max_shift_px / height)
-    cosine, sine = angle.cos() * zoom, angle.sin() * zoom
-    rows = torch.stack([cosine, -sine, shift_x, sine, cosine, shift_y], dim=1)
-    grid = F.affine_grid(rows.view(count, 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+    def __init__(self, path: Any, every_steps: int | None) -> None:
+        self._path = path
+        self._every_steps = every_steps
+        self._saved_step = 0
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save after a step whose number is a multiple of `every_steps`."""
+        step = trainer.global_step
+        if self._every_steps is None or step % self._every_steps or step == self._saved_step:
+            return
+        if batch_idx + 1 == trainer.num_training_batches:
+            return  # the end of the epoch follows, and saves
+        self._saved_step = step
+        trainer.save_checkpoint(self._path)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save."""
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self._path)
+
+
+def learning_rate_factor(step: int, warmup: int, total: int, schedule: str = "cosine") -> float:
+    """Return the share of the peak rate at a step: linear to 1 in `warmup` steps, then to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return {"cosine": 0.5 * (1 + cos(pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]

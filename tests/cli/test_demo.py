@@ -19,6 +19,7 @@ from biper_engine.cli.demo import DemoResult, LayerTimes
 from biper_engine.cli.demo_command import _table
 from biper_engine.cli.demo_plot import write_plot
 from biper_engine.training import StageResult, TrainingConfig, TrainingResult
+from biper_engine.training.examples import MemoryExamples
 
 from .conftest import Biper, tiny_network
 
@@ -79,9 +80,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(config: TrainingConfig, output: Path, **options: object) -> TrainingResult:
         return TrainingResult(output_dir=output, stage1=stage, stage2=stage)
 
-    real = steps.data.load("digits")
+    train, test = steps.data.digits()
+    few = MemoryExamples(test.pixels[:12], test.labels()[:12])
     monkeypatch.setattr(steps, "fit_quietly", fit)
-    monkeypatch.setattr(steps.data, "load", lambda name: replace(real, test=real.test.slice(0, 12)))
+    monkeypatch.setattr(steps.data, "digits", lambda: (train, few))
     monkeypatch.setattr(biper_engine, "load_checkpoint", lambda path: model)
     monkeypatch.setattr(steps, "_BUDGET", Budget(seconds=0.0, fewest=1, most=1, warmup=0))
     monkeypatch.setattr(steps, "_COMPILED", False)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
+import biper_engine
 from biper_engine import training
-from biper_engine.training import RunOptions, StageResult, TrainingConfig, TrainingResult
+from biper_engine.cli import train as command
+from biper_engine.training import (
+    RunOptions,
+    StageResult,
+    TrainingConfig,
+    TrainingResult,
+    read_recipe,
+)
 
 from .conftest import Biper
 
@@ -23,7 +34,7 @@ class FakeFit:
     options: dict[str, Any]
 
     def __call__(
-        self, config: TrainingConfig, *, output_dir: Path, **options: Any
+        self, *, config: TrainingConfig, output_dir: Path, **options: Any
     ) -> TrainingResult:
         print("trainer's chatter")
         self.config, self.options = config, options
@@ -44,6 +55,7 @@ class FakeFit:
 def fit(monkeypatch: pytest.MonkeyPatch) -> FakeFit:
     fake = FakeFit()
     monkeypatch.setattr(training, "fit", fake)
+    monkeypatch.setattr(command, "pack", lambda result: None)
     monkeypatch.setitem(sys.modules, "lightning", types.ModuleType("lightning"))
     return fake
 
@@ -105,3 +117,69 @@ def test_errors(biper: Biper, tmp_path: Path, words: list[str], message: str) ->
     done = biper("train", "-o", tmp_path, *words)
     assert done.code == 1
     assert message in done.err
+
+
+def test_a_recipe_is_chosen_by_its_name_or_the_data(biper: Biper, fit: FakeFit) -> None:
+    biper("train", "fashion_mnist", "--data-dir", "here")
+    assert fit.config == replace(read_recipe("fashion_mnist"), data_dir="here")
+    biper("train", "--data", "photos", "--set", "optimizer.lr=0.01", "--batch-size", "8")
+    assert (fit.config.dataset, fit.config.stage2.lr) == ("photos", 0.01)
+    assert fit.config == replace(
+        read_recipe("folder", ["optimizer.lr=0.01"]), dataset="photos", batch_size=8
+    )
+
+
+def test_the_merged_recipe_is_printed_and_can_be_used(
+    biper: Biper, fit: FakeFit, tmp_path: Path
+) -> None:
+    done = biper("train", "cifar10_resnet18", "--set", "seed=5", "--print-recipe")
+    (tmp_path / "mine.yaml").write_text(done.out)
+    biper("train", tmp_path / "mine.yaml")
+    assert fit.config == read_recipe("cifar10_resnet18", ["seed=5"])
+    assert "seed: 5" in biper("train", "--set", "seed=5").out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonesuch"], "There is no recipe 'nonesuch'"),
+        (["--set", "optimizer.lrr=1"], "Did you mean 'optimizer.lr'?"),
+        (["--data", "/no/folder"], "There is no file or folder of this name"),
+        (["fashion_mnist", "--data-dir", "/no/folder"], "Debian's package dataset-fashion-mnist"),
+        (["-o", __file__], "there is a file of the name"),
+    ],
+)
+def test_mistakes_end_before_training(
+    biper: Biper, tmp_path: Path, words: list[str], message: str
+) -> None:
+    done = biper("train", "-o", tmp_path / "run", *words)
+    assert done.code == 1
+    assert message in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_folder_of_images_becomes_a_verified_file(biper: Biper, tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for one in range(6):
+            picture = Image.new("L", (9, 8), 40 * one + 90 * number % 256)
+            picture.save(tmp_path / "photos" / name / f"{one}.png")
+    (tmp_path / "photos" / "cat" / "bad.png").write_bytes(b"bad")
+    words = ("--set", "batch_size=4", "--stage1-epochs", "1", "--stage2-epochs", "1")
+    run = tmp_path / "run"
+    options = ("--accelerator", "cpu", "--devices", "1", "--json")
+    done = biper("train", "--data", tmp_path / "photos", *words, *options, "-o", run)
+    assert done.code == 0, done.err
+    assert "bad.png" in done.err
+    assert "bad.png" in json.loads(done.out)["stage1"]["skipped"][0]
+    values = json.loads(done.out)
+    assert values["file"]["verified"] is True
+    assert values["file"]["packed"] == 18
+    assert values["file"]["accuracy"] is not None
+    engine = biper_engine.load(run / "model.biper")
+    assert engine.metadata.class_names == ("cat", "dog")
+    stored = torch.load(run / "stage2.pt", weights_only=True)
+    assert stored["config"]["batch_size"] == 4
+    assert stored["config"]["versions"]["torch"] == torch.__version__
+    assert values["next"].startswith("biper run")

@@ -23,9 +23,10 @@ __all__ = ["TrainTally", "kill_trains"]
 _CONFIG = TrainingConfig(
     stage1=StageConfig(epochs=3, lr=0.1, weight_decay=1e-3, tau=0.02),
     stage2=StageConfig(epochs=3, lr=0.05, weight_decay=1e-4, tau=0.02),
-    batch_size=24,
+    batch_size=12,
 )
-_OPTIONS = RunOptions(progress_bar=False, accelerator="cpu", devices=1)
+# States within epochs, too, so that a kill may come while one is written.
+_OPTIONS = RunOptions(progress_bar=False, accelerator="cpu", devices=1, save_every_steps=1)
 # Then a run may end, so that its result is seen.
 _KILLS_OF_A_RUN = 5
 
@@ -80,7 +81,7 @@ def kill_trains(count: int, folder: Path, seed: int) -> TrainTally:
 
 
 def _train(directory: Path) -> None:
-    fit(_CONFIG, output_dir=directory, resume=True, options=_OPTIONS)
+    fit(config=_CONFIG, output_dir=directory, resume=True, options=_OPTIONS)
 
 
 def _result(directory: Path) -> tuple[list[dict[str, torch.Tensor]], list[float]]:

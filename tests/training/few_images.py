@@ -9,19 +9,21 @@ from unittest import mock
 import torch
 
 from biper_engine.training import data
+from biper_engine.training.examples import MemoryExamples
 
 
 @contextmanager
 def few_images() -> Iterator[None]:
     """Put 48 + 16 images of 8x8 noise in the place of the digits."""
-    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 1, 8, 8), generator=generator, dtype=torch.uint8)
     labels = torch.arange(64) % 10
     small = data.DataSet(
-        train=data.Part(images[:48], labels[:48]),
-        validation_count=16,
-        test=data.Part(images[48:], labels[48:]),
+        train=MemoryExamples(pixels[:48], labels[:48]),
+        validation=tuple(range(32, 48)),
+        test=MemoryExamples(pixels[48:], labels[48:]),
         metadata=data.DIGITS_METADATA,
         num_classes=10,
     )
-    with mock.patch.dict(data._DATASETS, digits=lambda: small):
+    with mock.patch.dict(data._DATASETS, digits=lambda config, task: small):
         yield
