@@ -233,6 +233,17 @@ def _elu(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     run.set(node, made if scale == 1 else apply(run, "multiply", made, number(scale)))
 
 
+def _softplus(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
+    x, beta, threshold = run.flowing(named["self"]), named["beta"], number(named["threshold"])
+    scaled = x if beta == 1 else apply(run, "multiply", x, number(beta))
+    made = apply(run, "softplus", scaled, threshold)
+    run.set(node, made if beta == 1 else apply(run, "divide", made, number(beta)))
+
+
+def _log_sigmoid(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
+    run.set(node, (apply(run, "log_sigmoid", run.flowing(named["self"])),))
+
+
 def _glu(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     x = run.settled(run.flowing(named["self"]))
     dim = named["dim"] % x.image.dim()
@@ -320,6 +331,7 @@ def _batch_norm(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
 
 _UNARY = {
     **{name: name for name in ("abs", "ceil", "erf", "exp", "floor", "reciprocal", "round")},
+    **{name: name for name in ("log", "log1p", "mish")},
     **{name: name for name in ("rsqrt", "sigmoid", "sign", "silu", "sqrt", "tanh", "trunc")},
     **{"neg": "negative", "sgn": "sign", "hardswish": "hard_swish", "hardsigmoid": "hard_sigmoid"},
 }
@@ -357,6 +369,8 @@ HANDLERS: dict[str, Handler] = {
     "elu": _elu,
     "celu": _elu,
     "glu": _glu,
+    "log_sigmoid": _log_sigmoid,
+    "softplus": _softplus,
     "where": _where,
     "masked_fill": _masked_fill,
     "masked_fill_tensor": _masked_fill,

@@ -197,6 +197,27 @@ def _group_norm(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     run.set(node, (made, None, None))
 
 
+def _instance_norm(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
+    """Normalise [1, images * C, ...], each channel of each image by its own numbers."""
+    if any(user.args[1] != 0 for user in node.users):
+        raise Unsupported("returns its statistics")
+    x = run.settled(run.placed(named["input"]))
+    if x.batch != 1 or x.sizes[0] != 1:
+        raise Unsupported("takes its statistics from the batch")
+    maps = x.viewed(x.image.squeeze(0), 0)
+    rank = len(maps.sizes)
+    made = _rows(run, maps, tuple(range(1, rank)), "normalize", epsilon=named["eps"])
+    affine: list[Placed | None] = []
+    for value in (named["weight"], named["bias"]):
+        one = None if value is None else run.settled(run.flowing(value))
+        ones = (None,) * (rank - 1)
+        affine.append(one and one.viewed(one.image[(slice(None), *ones)], 0))
+    weight, bias = affine
+    if weight is not None or bias is not None:
+        made = apply(run, "add_product", bias or number(0.0), made, weight or number(1.0))
+    run.set(node, (made.viewed(made.image.unsqueeze(0), 1), None, None))
+
+
 HANDLERS: dict[str, Handler] = {
     "mean": _reduction("mean"),
     "sum": _reduction("sum"),
@@ -213,5 +234,6 @@ HANDLERS: dict[str, Handler] = {
     "log_softmax": _softmax("log_softmax"),
     "layer_norm": _layer_norm,
     "group_norm": _group_norm,
+    "batch_statistics_norm": _instance_norm,
 }
 """The native steps along dimensions, by the names of their declarations."""

@@ -72,6 +72,26 @@ BIPER_INLINE double logarithm(double x) {
   return static_cast<double>(k) * 0.6931471805599453 + sum * s;
 }
 
+// ln(x) for any float x: -inf at 0, NaN below.
+BIPER_INLINE double logarithm_of_any(double x) {
+  const bool inside = x > 0.0 && x < __builtin_inf();
+  const double value = logarithm(inside ? x : 1.0);
+  const double edge = x == 0.0 ? -__builtin_inf() : x > 0.0 ? x : __builtin_nan("");
+  return inside ? value : edge;
+}
+
+// ln(1 + x) for any float x; what is lost in the sum is put back to first order.
+BIPER_INLINE double logarithm_of_more(double x) {
+  const double sum = 1.0 + x, lost = (sum - 1.0) - x;
+  const bool inside = sum > 0.0 && sum < __builtin_inf();
+  return logarithm_of_any(sum) - (inside ? lost / sum : 0.0);
+}
+
+// ln(1 + exp(x)).
+BIPER_INLINE double soft_step(double x, double most) {
+  return logarithm_of_more(bounded_exponential(x, most));
+}
+
 // 1 / (1 + exp(-x)): 0.5 at both zeros, 0 at -inf, 1 at inf, NaN at NaN.
 BIPER_INLINE double logistic(double x, double most) {
   return 1.0 / (1.0 + bounded_exponential(-x, most));
@@ -158,6 +178,13 @@ BIPER_INLINE float silu_of(double x, double most) {
 BIPER_INLINE float tanh_gelu_of(double x, double most) {
   const double twice = 1.5957691216057308 * (x + 0.044715 * x * x * x);
   return static_cast<float>(x * logistic_gate(twice, most));
+}
+
+// x tanh(ln(1 + exp(x))) = x n / (n + 2) with n = exp(x) (exp(x) + 2); x from 40 on.
+BIPER_INLINE float mish_of(double x, double most) {
+  const double e = bounded_exponential(x > 40.0 ? 40.0 : x, most), n = e * (e + 2.0);
+  const double gate = x < -most ? 0.0 : n / (n + 2.0);
+  return static_cast<float>(x * gate);
 }
 
 // The nearest integer, an even one at ties. From 2^23 on, floats are integers; a zero has the sign

@@ -52,6 +52,16 @@ static void apply_to_one(Function function, const float* a, float* out, int64_t 
       return each(a, out, n, [](float x) { return six_steps(x) / 6.0f; });
     case Function::kHardSwish:
       return each(a, out, n, [](float x) { return x * six_steps(x) / 6.0f; });
+    case Function::kLog:
+      return each(a, out, n, [](float x) { return static_cast<float>(logarithm_of_any(x)); });
+    case Function::kLog1p:
+      return each(a, out, n, [](float x) { return static_cast<float>(logarithm_of_more(x)); });
+    case Function::kLogSigmoid:
+      return each(a, out, n, [most](float x) {
+        return static_cast<float>((x < 0.0f ? x : 0.0f) - soft_step(-__builtin_fabsf(x), most));
+      });
+    case Function::kMish:
+      return each(a, out, n, [most](float x) { return mish_of(x, most); });
     case Function::kNegative:
       return each(a, out, n, [](float x) { return -x; });
     case Function::kReciprocal:
@@ -116,6 +126,10 @@ static void apply_to_more(Function function, const float* const* x, float* out, 
       return each(x, out, n, [](float a, float b, float) { return a != b ? 1.0f : 0.0f; });
     case Function::kPrelu:
       return each(x, out, n, [](float a, float b, float) { return a > 0.0f ? a : a * b; });
+    case Function::kSoftplus:
+      return each(x, out, n, [most](float a, float b, float) {
+        return a > b ? a : static_cast<float>(soft_step(a, most));
+      });
     case Function::kSubtract:
       return each(x, out, n, [](float a, float b, float) { return a - b; });
     case Function::kAddProduct:

@@ -298,6 +298,10 @@ enum class Function : int32_t {
   kGeluTanh,
   kHardSigmoid,
   kHardSwish,
+  kLog,
+  kLog1p,
+  kLogSigmoid,
+  kMish,
   kNegative,
   kReciprocal,
   kRound,
@@ -321,6 +325,7 @@ enum class Function : int32_t {
   kMultiply,
   kNotEqual,
   kPrelu,
+  kSoftplus,
   kSubtract,
   // of a, b and c
   kAddProduct,

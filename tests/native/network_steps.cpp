@@ -4,11 +4,12 @@ namespace biper {
 
 int64_t numbers_of(Network& n, int64_t a, int64_t b) {
   const std::vector<const char*> functions[] = {
-      {"abs",          "ceil",       "erf",      "exp",        "floor", "gelu",  "gelu_tanh",
-       "hard_sigmoid", "hard_swish", "negative", "reciprocal", "round", "rsqrt", "sigmoid",
-       "sign",         "silu",       "sqrt",     "square",     "tanh",  "trunc"},
+      {"abs",       "ceil",         "erf",        "exp",    "floor", "gelu",
+       "gelu_tanh", "hard_sigmoid", "hard_swish", "log",    "log1p", "log_sigmoid",
+       "mish",      "negative",     "reciprocal", "round",  "rsqrt", "sigmoid",
+       "sign",      "silu",         "sqrt",       "square", "tanh",  "trunc"},
       {"add", "divide", "elu", "equal", "greater", "greater_equal", "maximum", "minimum",
-       "multiply", "not_equal", "prelu", "subtract"},
+       "multiply", "not_equal", "prelu", "softplus", "subtract"},
       {"add_product", "clamp", "where"}};
   Integers maps, lengths;
   const std::vector<float> constants = n.numbers.values(8, 1.0f);
@@ -19,8 +20,9 @@ int64_t numbers_of(Network& n, int64_t a, int64_t b) {
   const int64_t squares = n.add("elementwise", squared)[0];
   for (size_t count = 1; count <= 3; ++count) {
     for (const char* function : functions[count - 1]) {
-      // Processors differ in the bits of a NaN, which the roots of negative numbers would be.
-      const bool is_root = std::string(function).find("sqrt") != std::string::npos;
+      // Processors differ in the bits of a NaN, which roots and logarithms of negative numbers are.
+      const std::string name(function);
+      const bool is_root = name.find("sqrt") != std::string::npos || name.rfind("log", 0) == 0;
       const Integers read(std::vector<int64_t>{is_root ? squares : a, b, kNoMap}), at{0, 0, 1};
       const Integers strides{1, 3, 1, 3, 0, 1};  // places in another order, a constant repeated
       Values values{{"function", std::string(function)}, {"sizes", Integers{3, 7}}};

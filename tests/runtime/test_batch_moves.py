@@ -114,6 +114,24 @@ def test_a_transformer_behind_binary_convolutions_is_one_program() -> None:
     assert biper_engine.verify(engine, model, noise(3, 4, 4, 4, seed=1)).ok
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_norm_of_each_channel_of_each_image_is_part_of_the_program(affine: bool) -> None:
+    """PyTorch computes it as a batch norm of [1, N * C, H, W]."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 16, 3), nn.InstanceNorm2d(16, affine=affine), QConv(16, 8, 3)
+        )
+    )
+    if affine:
+        model[1].weight.data, model[1].bias.data = noise(16, seed=2) + 2, noise(16, seed=3)
+    engine = biper_engine.convert(model, noise(2, 4, 7, 6))
+    assert engine.execution.startswith("one native program")
+    assert "outside" not in engine.execution
+    x = noise(5, 4, 7, 6, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(engine(x), model(x))
+
+
 def test_weights_that_are_repeated_for_tokens_are_one_layer() -> None:
     """The projection of attention with the batch second is a product with a repeated matrix."""
     model = seeded(

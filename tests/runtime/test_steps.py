@@ -122,6 +122,7 @@ _TO_BOOLS = ("greater", "greater_equal", "less", "less_equal", "equal", "not_equ
 
 # Why a program does not take some of the calls.
 REASONS = (
+    "takes its statistics from the batch",
     "has no native step",
     "has the rounding mode",
     "gives torch.int64",
