@@ -116,9 +116,12 @@ def find_steps(graph_module: fx.GraphModule, node: fx.Node, axis: int) -> Steps 
 def _before_shifts(cone: Cone, steps: Steps) -> Steps:
     """Move a step before what is added to its source, so that the threshold has it.
 
-    The thresholds are found from the float32 sums themselves, so that no bit changes.
+    The thresholds are found from the float32 sums themselves, so that no bit changes. A sum that
+    is also used otherwise is computed in any case, and stays the source.
     """
     while is_call(steps.source, aten.add.Tensor, aten.sub.Tensor):
+        if not all(user in cone.members for user in steps.source.users):
+            break
         if not cone.grow() or cone.source is None or not same_shape(cone.source, cone.top):
             break
         if cone.source.meta["val"].dtype != torch.float32:

@@ -19,6 +19,7 @@ from biper_engine.graph.shapes import result_without_data
 from biper_engine.runtime import (
     steps_arithmetic,
     steps_binary,
+    steps_joins,
     steps_maps,
     steps_matrices,
     steps_moves,
@@ -37,6 +38,7 @@ _HANDLERS: dict[str, Callable[[RunMaps, fx.Node, dict[str, Any]], None]] = {
     **steps_rows.HANDLERS,
     **steps_arithmetic.HANDLERS,
     **steps_moves.HANDLERS,
+    **steps_joins.HANDLERS,
 }
 """The native step of each operator that has one, by the name of its declaration."""
 

@@ -214,13 +214,13 @@ BIPER_INLINE void tile_of(int64_t pixels, const uint32_t* const* windows,
 
 // Counts P windows against J whole vectors and takes them through a plain epilogue without leaving
 // the registers.
-template <class I, int P, int J>
+template <class I, int P, int J, bool kSloped>
 static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
                        const int32_t* const* borders, const Strip& strip, const Block& block,
                        int64_t first_pixel) {
   typename I::Sum sums[P * J];
   count_words<I, P, J>(windows, strip.offsets, 0, plan.depth, block.weights, sums);
-  const float* const residual = static_cast<const float*>(plan.residual);
+  const float* const added = static_cast<const float*>(plan.residual);
   float* const out = static_cast<float*>(plan.out_float);
   const int64_t outputs = plan.geometry.out_channels;
   const int64_t index = first_pixel * outputs + block.channel;
@@ -229,11 +229,13 @@ static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
   for (int j = 0; j < J; ++j) {
     const PlainChannels<I> constants =
         plain_channels<I>(plan.epilogue, block.channel + j * I::kLanes);
+    const int64_t residual = residual_at(plan, first_pixel, block.channel + j * I::kLanes);
     BIPER_UNROLL
     for (int p = 0; p < P; ++p) {
       const typename I::Float dot = I::float_dots(borders[p] + j * I::kLanes, sums[p * J + j]);
-      const uint64_t bits =
-          finish_plain<I>(constants, dot, residual, out, index + p * outputs + j * I::kLanes);
+      const uint64_t bits = finish_plain<I, kSloped>(
+          constants, dot, added ? added + residual + p * plan.residual_channels : nullptr,
+          out ? out + index + p * outputs + j * I::kLanes : nullptr);
       masks[p] |= bits << (j * I::kLanes);
     }
   }
@@ -266,6 +268,7 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
   int32_t sums[kPixels], valid[kPixels];
   const bool summed = !keep && has_sums(plan.epilogue);
   const bool plain = !keep && is_plain(plan) && block.channels == block.lanes;
+  const bool sloped = is_sloped(plan.epilogue);
   const int64_t step = plan.geometry.stride_w * plan.group_words;
   const int64_t row_step = plan.geometry.stride_h * strip.row_words;
   const int64_t total = (last - first) * plan.conv_w;
@@ -288,7 +291,9 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
     }
     if constexpr (I::kSumsFitFloats) {
       if (plain && pixels == kPixels) {
-        plain_tile<I, kPixels, J>(plan, windows, borders, strip, block, first_pixel + pixel);
+        const auto run =
+            sloped ? &plain_tile<I, kPixels, J, true> : &plain_tile<I, kPixels, J, false>;
+        run(plan, windows, borders, strip, block, first_pixel + pixel);
         continue;
       }
     }

@@ -126,6 +126,9 @@ struct ConvPlan {
   const uint32_t* weights;    // the ISA's own layout
   const void* residual;       // [N, out_h, out_w, O] or null
   FloatType residual_type;
+  // Channels of the residual: O, or fewer, which are added to several runs of as many. Then they
+  // are whole words, and there is one group.
+  int64_t residual_channels;
   void* out_float;  // [N, out_h, out_w, O] or null
   FloatType out_type;
   uint32_t* out_bits;  // [N, out_h, out_w, out_words] or null

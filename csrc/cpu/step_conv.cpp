@@ -1,6 +1,7 @@
 // "conv": a binary convolution with its epilogue.
 //
-// Reads `bits` and `residual`, which may be missing; writes the epilogue's float map where
+// Reads `bits` and `residual`, which may be missing or have a part of the output's channels, which
+// then repeats; writes the epilogue's float map where
 // `want_float`, then its bits where `want_bits`. The convolution keeps the address of `prepacked`.
 #include <limits>
 
@@ -36,7 +37,15 @@ class ConvStep : public Step {
     require_shape("bits", in_, in_.height, in_.width, conv_->geometry().in_channels);
     const ConvPlan plan = conv_->plan_for(1, in_.height, in_.width, false);
     if (residual_ != kNoMap) {
-      require_shape("residual", program.floats(residual_), plan.out_h, plan.out_w, outputs);
+      const int64_t channels = program.floats(residual_).channels;
+      require_shape("residual", program.floats(residual_), plan.out_h, plan.out_w, channels);
+      if (channels != outputs &&
+          (outputs % channels != 0 || channels % kWordBits != 0 || conv_->geometry().groups != 1)) {
+        fail("`residual` has " + std::to_string(channels) +
+             " channels, but the channels of the output, or a part of them that repeats, are " +
+             "wanted.");
+      }
+      residual_channels_ = channels;
     }
     if (!want_float && !want_bits) fail("Nothing of this convolution leaves.");
     if (want_bits && !conv_->has_threshold()) fail("Bits leave, but there is no `threshold`.");
@@ -47,13 +56,15 @@ class ConvStep : public Step {
     if (want_bits) out_bits_ = add_map(true);
     reads = wanted_maps({bits_, residual_});
     writes = wanted_maps({out_float_, out_bits_});
-    if (want_float) in_place = residual_;  // each value is read, then written
+    // Each value is read, then written.
+    if (want_float && residual_channels_ == outputs) in_place = residual_;
   }
 
   std::unique_ptr<PreparedStep> prepare(const CallShape& shape) const override {
     ConvPlan plan = conv_->plan_for(shape.batch, in_.height, in_.width, false);
     conv_->prepare(plan, shape.threads);
     plan.residual_type = FloatType::kFloat32;
+    if (residual_ != kNoMap) plan.residual_channels = residual_channels_;
     plan.out_type = FloatType::kFloat32;
     const auto bind = [this](ConvPlan& p, void* const* maps) {
       p.bits = static_cast<const uint32_t*>(maps[bits_]);
@@ -70,6 +81,7 @@ class ConvStep : public Step {
  private:
   std::shared_ptr<const Conv> conv_;
   int64_t bits_, residual_;
+  int64_t residual_channels_ = 0;
   MapShape in_;
   int64_t out_float_ = kNoMap, out_bits_ = kNoMap;
 };
