@@ -1,14 +1,14 @@
-"""Time alternatives of similar accuracy: BiPer's networks on bits, and float networks.
+"""Time alternatives: binary networks with a published accuracy on bits, and float networks.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/frontier.py --machine epyc-zen4
     python benchmarks/frontier_report.py
 
-BiPer's ImageNet networks with a reported accuracy run on the engine, MobileNetV3-Small and Large on
-OpenVINO in float32 and bfloat16; all are called in turn, in one run. Accuracies are the published
-ones of trained networks; the weights here are random, since times do not depend on them. Before
-anything is timed, engines must give the bits of their float networks, and float32 must give
-PyTorch's logits.
+BiPer's ImageNet networks with a reported accuracy, ReActNet-A and BNext-T run on the engine,
+MobileNetV3-Small and Large, EfficientNet-B0 and ResNet-50 on OpenVINO in float32, bfloat16 and
+int8; all are called in turn, in one run. Accuracies are the published ones of trained networks in
+float32; the weights here are random, since times do not depend on them. Before anything is timed,
+engines must give the bits of their float networks, and float32 must give PyTorch's logits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mobilenet_v3 import MobileNetV3, mobilenet_v3_large, mobilenet_v3_small
+from efficientnet import efficientnet_b0
+from mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
 from recording import RESULTS, least_disturbed, record, tries_told
+from resnet import resnet50
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,15 +48,22 @@ from biper_engine.models.registry import architecture
 BINARY = {
     "BiPer ResNet-18": "imagenet/resnet18_1w1a",
     "BiPer ResNet-34": "imagenet/resnet34_1w1a",
+    "ReActNet-A": "imagenet/reactnet_a",
+    "BNext-T": "imagenet/bnext_tiny",
 }
-# Top-1 on ImageNet in percent, from the paper.
-FLOAT = {
-    "MobileNetV3-Small": (mobilenet_v3_small, 67.4),
-    "MobileNetV3-Large": (mobilenet_v3_large, 75.2),
+_MOBILENET = "Howard et al., Searching for MobileNetV3, 2019 (arXiv:1905.02244)"
+_EFFICIENTNET = "Tan and Le, EfficientNet, 2019 (arXiv:1905.11946), table 2"
+_RESNET = "github.com/KaimingHe/deep-residual-networks, one crop"
+# Top-1 on ImageNet in percent, and where it is published.
+FLOAT: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
+    "MobileNetV3-Small": (mobilenet_v3_small, 67.4, _MOBILENET),
+    "MobileNetV3-Large": (mobilenet_v3_large, 75.2, _MOBILENET),
+    "EfficientNet-B0": (efficientnet_b0, 77.1, _EFFICIENTNET),
+    "ResNet-50": (resnet50, 75.3, _RESNET),
 }
-FLOAT_SOURCE = "Howard et al., Searching for MobileNetV3, 2019 (arXiv:1905.02244)"
+INPUT_SHAPE = (3, 224, 224)
 _STATISTICS_IMAGES = 8
-FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,7 @@ class Entry:
     Attributes:
         name: key of its samples.
         network: its name in tables.
-        runs: "bits", "float32" or "bfloat16".
+        runs: "bits", "float32", "bfloat16" or "int8".
         how: the program that runs it, and its input.
         top1: published accuracy of the trained network, in percent.
         source: where the accuracy is published.
@@ -124,10 +133,10 @@ def binary_net(label: str) -> tuple[Entry, Engine]:
 
 
 def float_net(label: str) -> tuple[list[Entry], FloatNet]:
-    """Build a MobileNetV3 with random weights; return an entry per precision, and the network."""
-    build, top1 = FLOAT[label]
+    """Build a network with random weights; return an entry per precision, and the network."""
+    build, top1, source = FLOAT[label]
     model = as_if_trained(build)
-    images = torch.zeros(2, *MobileNetV3.input_shape)
+    images = torch.zeros(2, *INPUT_SHAPE)
     with FlopCounterMode(display=False) as counter:
         model(images)
     entries = [
@@ -136,7 +145,7 @@ def float_net(label: str) -> tuple[list[Entry], FloatNet]:
             runs=precision,
             how="OpenVINO, LATENCY hint, one stream, from ONNX with BatchNorm folded",
             top1=top1,
-            source=FLOAT_SOURCE,
+            source=source,
             parameters=parameters(model),
             bytes=size * parameters(model),
             float_macs=counter.get_total_flops() // (2 * len(images)),
@@ -158,7 +167,7 @@ def as_if_trained(build: Callable[[], nn.Module]) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # statistics of this batch only, without the old ones
-        model.train()(torch.randn(_STATISTICS_IMAGES, *MobileNetV3.input_shape))
+        model.train()(torch.randn(_STATISTICS_IMAGES, *INPUT_SHAPE))
     return model.eval()
 
 
@@ -237,8 +246,7 @@ def measure(batches: Sequence[int], threads: int, budget: Budget) -> dict[str, A
             contests = [
                 contest(engines, floats, images, threads, budget)
                 for images in (
-                    torch.randn(batch, *MobileNetV3.input_shape, generator=generator)
-                    for batch in batches
+                    torch.randn(batch, *INPUT_SHAPE, generator=generator) for batch in batches
                 )
             ]
         return {

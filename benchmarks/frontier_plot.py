@@ -18,6 +18,7 @@ _STYLES = {
     "bits": (ENGINE, "o", "on bits, this engine"),
     "float32": (COMPILED, "s", "float32, OpenVINO"),
     "bfloat16": (FLOAT, "D", "bfloat16, OpenVINO"),
+    "int8": (SOFT_INK, "v", "int8, OpenVINO"),
 }
 _TICKS_MS = [value * 10**power for power in range(-2, 4) for value in (1, 2, 5)]
 _POINTS_BELOW, _POINTS_ABOVE, _POINTS_APART = 4, 2, 5

@@ -85,24 +85,31 @@ def weights(result: Result) -> str:
     ]
     rivals = [f"{one.megabytes} in {one.runs}" for one in above]
     smallest = min(result.networks, key=lambda one: one.bytes)
+    untimed = (
+        ""
+        if any(one.runs == "int8" for one in above)
+        else f"; {plain.network} in int8, which is not measured here, would take "
+        f"{plain.parameters / 1e6:.1f} MB"
+    )
     return (
         f"{plain.network} takes {_millions(plain.float_macs)} multiply-accumulates per image; "
         f"{', '.join(work)}. What bits bring is few bytes for many weights: {_joined(held)}; "
         f"{plain.network} ({_millions(plain.parameters)}) takes {_joined(rivals)}. The smallest "
-        f"here is {smallest}; {plain.network} in int8, which is not measured here, would take "
-        f"{plain.parameters / 1e6:.1f} MB."
+        f"here is {smallest}{untimed}."
     )
 
 
 def rounding(result: Result) -> str:
-    """Return how much bfloat16 changes, and the accuracy shown for it."""
-    halves = [one for one in result.networks if one.runs == "bfloat16" and one.ms]
-    if not halves:
-        return "bfloat16 did not run on this machine."
-    off = [f"{100 * one.difference:.1f} % for {one.network}" for one in halves]
+    """Return how much bfloat16 and int8 change, and the accuracy shown for them."""
+    told = []
+    for runs in ("bfloat16", "int8"):
+        ran = [one for one in result.networks if one.runs == runs and one.ms]
+        off = [f"{100 * one.difference:.1f} % for {one.network}" for one in ran]
+        if any(one.runs == runs for one in result.networks):
+            told.append(f"in {runs} by up to {_joined(off)}" if off else f"{runs} did not run here")
     return (
-        "The paper gives no accuracy in bfloat16, and the plot takes that of float32; with these "
-        f"random weights logits differ by up to {_joined(off)}, of the largest."
+        "The sources give accuracies in float32, and the plot takes those for bfloat16 and int8, "
+        f"too. With these random weights logits differ, of the largest: {'; '.join(told)}."
     )
 
 

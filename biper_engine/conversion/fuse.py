@@ -3,12 +3,13 @@
 Parameters are folded in float64 here and rounded once, in `lower`. An operator is absorbed if the
 convolution's value has no other user and the epilogue's order (see `biper_engine.ops.epilogue`)
 allows it: scale and bias, then one gate, then one residual, then one activation, then a shift. A
-scale and an offset behind the gate become those of the convolution and the gate's. The rows
-[..., C] of a linear layer are fused like the map [N, C, 1, 1] that they are made of. A max pool
-moves before the whole epilogue, onto the accumulators, because the epilogue is monotone in them: it
-takes the maximum if the multiplier is >= 0 and the minimum if it is negative. If the residual is
-another binary convolution without other users, as for a weight of two terms, a scale of the sum
-scales both, and a second residual becomes the residual of that convolution.
+scale and an offset behind the gate become those of the convolution and the gate's. The rows [...,
+C] of a linear layer are fused like the map [N, C, 1, 1] that they are made of. A max pool moves
+before the whole epilogue, onto the accumulators, because the epilogue is monotone in them: it takes
+the maximum if the multiplier is >= 0 and the minimum if it is negative. If the residual is another
+binary convolution without other users, as for a weight of two terms, a scale of the sum scales
+both, and a second residual becomes the residual of that convolution. Convolutions of the same bits
+whose results are concatenated become one (see `merge`).
 
 In float layers, BatchNorm and scales are folded into the convolution or linear layer before or
 after them, and a clamp moves after a max pool, which leaves it at most a quarter of the values.
@@ -26,6 +27,7 @@ from torch import Tensor, fx
 from biper_engine.conversion import ir
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.layers import insert
+from biper_engine.conversion.merge import merge
 from biper_engine.conversion.piecewise import two_slopes
 from biper_engine.conversion.weights import analyse_weight
 from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
@@ -48,7 +50,7 @@ def fuse(graph_module: fx.GraphModule) -> None:
     _collapse_reshapes(graph_module)
     for node in list(graph_module.graph.nodes):
         if is_call(node, ir.binary_conv):
-            while (grown := _absorb(graph_module, node)) is not None:
+            while (grown := _absorb(graph_module, node) or merge(graph_module, node)) is not None:
                 node = grown
     _fold_scales(graph_module)
     _fold_batch_norms(graph_module)

@@ -21,6 +21,7 @@ from biper_engine.graph.shapes import result_without_data
 from biper_engine.runtime import (
     steps_arithmetic,
     steps_binary,
+    steps_joins,
     steps_maps,
     steps_matrices,
     steps_moves,
@@ -45,6 +46,7 @@ _HANDLERS: dict[str, Handler] = {
     **steps_arithmetic.HANDLERS,
     **steps_moves.HANDLERS,
     **steps_repeats.HANDLERS,
+    **steps_joins.HANDLERS,
 }
 """The native step of each operator that has one, by the name of its declaration."""
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from biper_engine.geometry import Pool2dGeometry
+from biper_engine.bits import WORD_BITS
+from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.graph.choice import prepack_node
 from biper_engine.graph.reading import biper_op
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Map
 from biper_engine.ops.registration import split_options
-from biper_engine.runtime.placement import place_map, place_packed
+from biper_engine.runtime.placement import Placed, place_map, place_packed
 from biper_engine.runtime.runs import RunMaps, Unsupported
 from biper_engine.runtime.steps_maps import is_pointwise
 
@@ -45,7 +46,7 @@ def _bconv(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     written = run.emit(
         "conv",
         bits=source,
-        residual=None if residual is None else run.pixels(residual),
+        residual=None if residual is None else _residual(run, residual, geometry),
         gate=None if named.get("gate") is None else _gate(run, named["gate"], images),
         geometry=geometry,
         prepacked=prepack_node(node, weight),
@@ -65,6 +66,16 @@ def _gate(run: RunMaps, node: fx.Node, images: int) -> Map:
     if gate.sizes[0] != images:
         raise Unsupported(f"takes {node}, which has not one row for each image")
     return run.seen(run.natural(gate), gate.sizes[1], images, 1)
+
+
+def _residual(run: RunMaps, x: Placed, geometry: Conv2dGeometry) -> Map:
+    """Return the map that is added: of fewer channels, if it is added to several runs of them."""
+    # csrc/cpu/step_conv.cpp: vectors of output channels must not see the end of the map.
+    if x.shape is not None and x.image.dim() == 5 and x.image.stride(1) == 0:
+        once = x.viewed(x.image[:, 0], x.batch)
+        if once.sizes[1] % WORD_BITS == 0 and geometry.groups == 1:
+            return run.pixels(once)
+    return run.pixels(x)
 
 
 def _binarize(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:

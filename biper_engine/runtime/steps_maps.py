@@ -25,7 +25,8 @@ from biper_engine.runtime.placement import (
 )
 from biper_engine.runtime.runs import RunMaps, Unsupported
 from biper_engine.runtime.steps_arithmetic import apply
-from biper_engine.runtime.steps_moves import join, shape_of, taken, zero_channels
+from biper_engine.runtime.steps_joins import join
+from biper_engine.runtime.steps_moves import shape_of, taken, zero_channels
 
 __all__ = ["HANDLERS", "add_linear", "is_pointwise"]
 

@@ -19,9 +19,9 @@ from biper_engine.runtime.placement import (
     place_map,
     reshaped,
 )
-from biper_engine.runtime.runs import RunMaps, Unsupported, count_of, leading
+from biper_engine.runtime.runs import RunMaps, Unsupported
 
-__all__ = ["HANDLERS", "join", "shape_of", "taken", "zero_channels"]
+__all__ = ["HANDLERS", "rank_of", "shape_of", "taken", "within_image", "zero_channels"]
 
 Handler = Callable[[RunMaps, fx.Node, dict[str, Any]], None]
 View = Callable[[Tensor, dict[str, Any]], Tensor]
@@ -55,19 +55,20 @@ def _view(view: View, batch_of: Moved) -> Handler:
     return handler
 
 
-def _rank(x: Placed) -> int:
+def rank_of(x: Placed) -> int:
+    """Return the number of dimensions."""
     return len(x.sizes)
 
 
 def _permuted_batch(x: Placed, named: dict[str, Any]) -> int:
     assert x.batch is not None
-    dims: list[int] = [dim % _rank(x) for dim in named["dims"]]
+    dims: list[int] = [dim % rank_of(x) for dim in named["dims"]]
     return dims.index(x.batch)
 
 
 def _unsqueezed_batch(x: Placed, named: dict[str, Any]) -> int:
     assert x.batch is not None
-    return x.batch + int(named["dim"] % (_rank(x) + 1) <= x.batch)
+    return x.batch + int(named["dim"] % (rank_of(x) + 1) <= x.batch)
 
 
 def _squeezed(image: Tensor, named: dict[str, Any]) -> Tensor:
@@ -76,15 +77,15 @@ def _squeezed(image: Tensor, named: dict[str, Any]) -> Tensor:
 
 def _squeezed_batch(x: Placed, named: dict[str, Any]) -> int:
     assert x.batch is not None
-    gone = [dim % _rank(x) for dim in named["dim"]]
+    gone = [dim % rank_of(x) for dim in named["dim"]]
     if x.batch in gone:
         raise Unsupported("removes the batch")
     return x.batch - len([dim for dim in gone if dim < x.batch and x.sizes[dim] == 1])
 
 
-def _within_image(x: Placed, dim: int) -> int:
+def within_image(x: Placed, dim: int) -> int:
     """Return a dimension from the front, which must not be the batch."""
-    found = dim % _rank(x)
+    found = dim % rank_of(x)
     if found == x.batch:
         raise Unsupported("takes a part of the batch")
     return found
@@ -92,7 +93,7 @@ def _within_image(x: Placed, dim: int) -> int:
 
 def _selected_batch(x: Placed, named: dict[str, Any]) -> int:
     assert x.batch is not None
-    return x.batch - (_within_image(x, named["dim"]) < x.batch)
+    return x.batch - (within_image(x, named["dim"]) < x.batch)
 
 
 def _sliced(image: Tensor, named: dict[str, Any]) -> Tensor:
@@ -108,9 +109,9 @@ def _sliced_batch(x: Placed, named: dict[str, Any]) -> int:
     assert x.batch is not None
     start, end = named["start"], named["end"]
     whole = start in (None, 0) and (end is None or (type(end) is int and end >= 1 << 31))
-    if named["dim"] % _rank(x) == x.batch and whole and named["step"] == 1:
+    if named["dim"] % rank_of(x) == x.batch and whole and named["step"] == 1:
         return x.batch
-    _within_image(x, named["dim"])
+    within_image(x, named["dim"])
     if isinstance(start, fx.Node) or isinstance(end, fx.Node):
         raise Unsupported("takes a part whose size is computed")
     return x.batch
@@ -122,13 +123,13 @@ def _unfolded(image: Tensor, named: dict[str, Any]) -> Tensor:
 
 def _unfolded_batch(x: Placed, named: dict[str, Any]) -> int:
     assert x.batch is not None
-    _within_image(x, named["dimension"])
+    within_image(x, named["dimension"])
     return x.batch
 
 
 def _diagonal_batch(x: Placed, named: dict[str, Any]) -> int:
     assert x.batch is not None
-    gone = [_within_image(x, named[name]) for name in ("dim1", "dim2")]
+    gone = [within_image(x, named[name]) for name in ("dim1", "dim2")]
     return x.batch - sum(dim < x.batch for dim in gone)
 
 
@@ -137,7 +138,7 @@ def _parts(split: Callable[[Tensor, dict[str, Any]], Sequence[Tensor]], *, drops
 
     def handler(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
         x = _moving(run.placed(named["self"]))
-        dim = _within_image(x, named["dim"])
+        dim = within_image(x, named["dim"])
         assert x.batch is not None
         batch = x.batch - (drops and dim < x.batch)
         settled = run.settled(x)
@@ -191,7 +192,7 @@ def taken(
 def _whole_images(run: RunMaps, value: Any, dims: Sequence[int]) -> tuple[Placed, list[int]]:
     """Return a value, and dimensions of it from the front, none of them the batch."""
     x = run.flowing(value)
-    return x, [_within_image(x, dim) for dim in dims]
+    return x, [within_image(x, dim) for dim in dims]
 
 
 def _flip(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
@@ -240,7 +241,7 @@ def _index(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
 
 def _pad(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     x = run.flowing(named["self"])
-    pads = _pairs(named["pad"], _rank(x))
+    pads = _pairs(named["pad"], rank_of(x))
     if 0 in pads and pads[0] != (0, 0):
         raise Unsupported("pads the batch")
     channels = zero_channels(node)
@@ -281,7 +282,7 @@ def _edge_pad(position: Callable[[int, int], int]) -> Handler:
         x = run.flowing(named["self"])
         positions = {
             dim: [position(at, x.sizes[dim]) for at in range(-before, x.sizes[dim] + after)]
-            for dim, (before, after) in _pairs(named["padding"], _rank(x)).items()
+            for dim, (before, after) in _pairs(named["padding"], rank_of(x)).items()
         }
         run.set(node, taken(run, x, positions) if positions else x)
 
@@ -339,42 +340,6 @@ def _channel_shuffle(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None
     _regrouped(run, node, named, split, (0, 2, 1, *range(3, len(split))))
 
 
-# -- joins -----------------------------------------------------------------------------------------
-
-
-def join(run: RunMaps, parts: Sequence[Placed], dim: int) -> Placed:
-    """Add a step that puts values one after the other along a dimension."""
-    parts = [run.settled(x) for x in parts]
-    largest = max(parts, key=lambda x: count_of(x.sizes))
-    order = leading([largest], largest.sizes)
-    at = order.index(dim)
-    first = parts[0].sizes
-    count = count_of([first[d] for d in order[:at]])
-    inner = count_of([first[d] for d in order[at + 1 :]])
-    (made,) = run.emit(
-        "join",
-        maps=[run.in_order(x, order) for x in parts],
-        lengths=[x.sizes[dim] * inner for x in parts],
-        count=count,
-    )
-    total = sum(x.sizes[dim] for x in parts)
-    sizes = (*first[:dim], total, *first[dim + 1 :])
-    return Placed(made, dense_image(sizes, order))
-
-
-def _cat(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
-    parts = [run.flowing(value) for value in named["tensors"]]
-    run.set(node, join(run, parts, _within_image(parts[0], named["dim"])))
-
-
-def _stack(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
-    parts = [run.settled(run.flowing(value)) for value in named["tensors"]]
-    dim = named["dim"] % (_rank(parts[0]) + 1)
-    if dim == 0:
-        raise Unsupported("stacks batches")
-    run.set(node, join(run, [x.viewed(x.image.unsqueeze(dim), 0) for x in parts], dim))
-
-
 # -- resizing --------------------------------------------------------------------------------------
 
 
@@ -423,8 +388,6 @@ HANDLERS: dict[str, Handler] = {
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
     "channel_shuffle": _channel_shuffle,
-    "cat": _cat,
-    "stack": _stack,
     **{f"upsample_nearest{d}d": _nearest for d in (1, 2, 3)},
 }
 """The native steps of moves, by the names of their declarations."""

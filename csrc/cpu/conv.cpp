@@ -374,6 +374,7 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) 
   plan.group_outputs = l.group_outputs;
   plan.group_vectors = l.group_vectors;
   plan.group_blocks = l.group_blocks;
+  plan.residual_channels = g.out_channels;
   plan.in_words = ceil_div(g.in_channels, kWordBits);
   plan.out_words = ceil_div(g.out_channels, kWordBits);
   plan.depth = l.depth;

@@ -270,13 +270,15 @@ BIPER_INLINE void tile_of(int64_t pixels, const uint32_t* const* windows,
 
 // Counts P windows against J whole vectors and takes them through a plain epilogue without leaving
 // the registers.
-template <class I, int P, int J>
+template <class I, int P, int J, bool kSloped>
 static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
                        const int32_t* const* borders, const Strip& strip, const Block& block,
                        int64_t first_pixel) {
   typename I::Sum sums[P * J];
   count_words<I, P, J>(windows, strip.offsets, 0, plan.depth, block.weights, sums);
   const TileGates gates = gates_of(plan, first_pixel, P);
+  const float* const added = static_cast<const float*>(plan.residual);
+  float* const out = static_cast<float*>(plan.out_float);
   const int64_t outputs = plan.geometry.out_channels;
   const int64_t index = first_pixel * outputs + block.channel;
   uint64_t masks[P] = {};
@@ -284,11 +286,14 @@ static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
   for (int j = 0; j < J; ++j) {
     const int64_t channel = block.channel + j * I::kLanes;
     const PlainChannels<I> constants = plain_channels<I>(plan.epilogue, channel);
+    const int64_t residual = residual_at(plan, first_pixel, channel);
     BIPER_UNROLL
     for (int p = 0; p < P; ++p) {
       const typename I::Float dot = I::float_dots(borders[p] + j * I::kLanes, sums[p * J + j]);
-      const uint64_t bits = finish_plain<I>(plan, constants, dot, gates.of_pixel[p], channel,
-                                            index + p * outputs + j * I::kLanes);
+      const uint64_t bits =
+          finish_plain<I, kSloped>(plan, constants, dot, gates.of_pixel[p], channel,
+                                   added ? added + residual + p * plan.residual_channels : nullptr,
+                                   out ? out + index + p * outputs + j * I::kLanes : nullptr);
       masks[p] |= bits << (j * I::kLanes);
     }
   }
@@ -322,6 +327,7 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
   int32_t sums[kPixels], valid[kPixels];
   const bool summed = !keep && has_sums(plan.epilogue);
   const bool plain = !keep && is_plain(plan) && block.channels == block.lanes;
+  const bool sloped = is_sloped(plan.epilogue);
   const int64_t step = plan.geometry.stride_w * plan.group_words;
   const int64_t row_step = plan.geometry.stride_h * strip.row_words;
   const int64_t total = (last - first) * plan.conv_w;
@@ -348,7 +354,9 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
     }
     if constexpr (I::kSumsFitFloats) {
       if (plain && pixels == kPixels) {
-        plain_tile<I, kPixels, J>(plan, windows, borders, strip, block, first_pixel + pixel);
+        const auto run =
+            sloped ? &plain_tile<I, kPixels, J, true> : &plain_tile<I, kPixels, J, false>;
+        run(plan, windows, borders, strip, block, first_pixel + pixel);
         continue;
       }
     }

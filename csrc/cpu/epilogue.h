@@ -105,6 +105,11 @@ BIPER_INLINE typename I::Float factors_of(const ConvPlan& plan, const float* gat
   return load_channels<I, kFull>(gate, channel, count);
 }
 
+// Where the residual has what is added to `channel` of an output pixel.
+BIPER_INLINE int64_t residual_at(const ConvPlan& plan, int64_t pixel, int64_t channel) {
+  return pixel * plan.residual_channels + channel % plan.residual_channels;
+}
+
 // Takes one vector of a tile, `count` <= kFloats channels from the tile's `offset` on, to the
 // output; leaves its bits in `masks`, one for each pixel. Any epilogue.
 template <class I, bool kFull>
@@ -132,7 +137,8 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, const Ti
       v = I::fma(v, factors_of<I, kFull>(plan, gates.of_pixel[p], channel, count), offset_behind);
     }
     if (plan.residual) {
-      v = I::add(v, load_stream<I, kFull>(plan.residual, plan.residual_type, index, count));
+      const int64_t added = residual_at(plan, tile.first_pixel + p, channel);
+      v = I::add(v, load_stream<I, kFull>(plan.residual, plan.residual_type, added, count));
     }
     v = I::at_most_or(I::at_least_or(v, low), high);
     if (e.slope || e.gain) {
@@ -145,11 +151,12 @@ BIPER_INLINE void finish_vector(const ConvPlan& plan, const Tile& tile, const Ti
   }
 }
 
-// Most layers have a plain epilogue: float32 maps, no slope, gain or shift, bits for v >=
-// threshold. Where every channel of a tile counts, its constants for one vector are these.
+// Most layers have a plain epilogue: float32 maps, a clamp or a slope and a shift, bits for v >=
+// threshold. Where every channel of a tile counts, its constants for one vector are these. Without
+// a slope it is 1, without a shift it is -0.0, which change no value.
 template <class I>
 struct PlainChannels {
-  typename I::Float multiplier, bias, offset, low, high, threshold;
+  typename I::Float multiplier, bias, offset, low, high, slope, shift, threshold;
 };
 
 template <class I>
@@ -160,28 +167,35 @@ BIPER_INLINE PlainChannels<I> plain_channels(const Epilogue& e, int64_t channel)
           behind_gate<I, true>(e, channel, I::kFloats),
           low,
           I::broadcast(e.clamp_max),
+          e.slope ? I::load(e.slope + channel) : I::broadcast(1.0f),
+          e.shift ? I::load(e.shift + channel) : I::broadcast(-0.0f),
           e.threshold ? I::load(e.threshold + channel) : low};
 }
 
-// Takes kFloats accumulators from `channel` on, as floats, to element `index` of the maps; returns
-// their bits. `gate` is null or for the pixel.
-template <class I>
+// Takes kFloats accumulators from `channel` on, as floats, to `out`; returns their bits. `gate` is
+// null or for the pixel. kSloped: with slope and shift, without clamp.
+template <class I, bool kSloped>
 BIPER_INLINE uint32_t finish_plain(const ConvPlan& plan, const PlainChannels<I>& c,
                                    typename I::Float dot, const float* gate, int64_t channel,
-                                   int64_t index) {
-  const float* const residual = static_cast<const float*>(plan.residual);
-  float* const out = static_cast<float*>(plan.out_float);
+                                   const float* residual, float* out) {
   typename I::Float v = I::fma(c.multiplier, dot, c.bias);
   if (gate) v = I::fma(v, factors_of<I, true>(plan, gate, channel, I::kFloats), c.offset);
-  if (residual) v = I::add(v, I::load(residual + index));
-  v = I::at_most_or(I::at_least_or(v, c.low), c.high);
-  if (out) I::store(out + index, v);
+  if (residual) v = I::add(v, I::load(residual));
+  if constexpr (kSloped) {
+    v = I::add(I::where_negative(v, I::multiply(v, c.slope), v), c.shift);
+  } else {
+    v = I::at_most_or(I::at_least_or(v, c.low), c.high);
+  }
+  if (out) I::store(out, v);
   return I::at_least(v, c.threshold);
 }
 
+BIPER_INLINE bool is_sloped(const Epilogue& e) { return e.slope || e.shift; }
+
 BIPER_INLINE bool is_plain(const ConvPlan& plan) {
   const Epilogue& e = plan.epilogue;
-  return !plan.out_dots && !has_sums(e) && !e.slope && !e.gain && !e.shift && !e.sense &&
+  const bool clamped = e.clamp_min != -__builtin_inff() || e.clamp_max != __builtin_inff();
+  return !plan.out_dots && !has_sums(e) && !e.gain && !e.sense && !(is_sloped(e) && clamped) &&
          (!plan.residual || plan.residual_type == FloatType::kFloat32) &&
          (!plan.out_float || plan.out_type == FloatType::kFloat32);
 }
@@ -202,19 +216,25 @@ BIPER_INLINE void put_masks(const ConvPlan& plan, const Tile& tile, const uint64
   }
 }
 
-template <class I>
+template <class I, bool kSloped>
 static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
+  const float* const added = static_cast<const float*>(plan.residual);
+  float* const out = static_cast<float*>(plan.out_float);
   const int64_t outputs = plan.geometry.out_channels;
   const TileGates gates = gates_of(plan, tile.first_pixel, tile.pixels);
   uint64_t masks[kMostPixels] = {};
   for (int64_t at = 0; at < tile.channels; at += I::kFloats) {
     const int64_t channel = tile.channel + at;
     const PlainChannels<I> constants = plain_channels<I>(plan.epilogue, channel);
-    int64_t index = tile.first_pixel * outputs + channel;
-    for (int64_t p = 0; p < tile.pixels; ++p, index += outputs) {
+    const int64_t index = tile.first_pixel * outputs + channel;
+    const int64_t residual = residual_at(plan, tile.first_pixel, channel);
+    for (int64_t p = 0; p < tile.pixels; ++p) {
       const typename I::Float dot = I::to_float(tile.dots + p * tile.stride + at);
-      const float* gate = gates.of_pixel[p];
-      masks[p] |= uint64_t{finish_plain<I>(plan, constants, dot, gate, channel, index)} << at;
+      const uint64_t bits =
+          finish_plain<I, kSloped>(plan, constants, dot, gates.of_pixel[p], channel,
+                                   added ? added + residual + p * plan.residual_channels : nullptr,
+                                   out ? out + index + p * outputs : nullptr);
+      masks[p] |= bits << at;
     }
   }
   if (plan.out_bits) put_masks(plan, tile, masks);
@@ -247,7 +267,10 @@ template <class I>
 BIPER_INLINE void finish(const ConvPlan& plan, const Tile& tile) {
   static_assert(I::kLanes * I::kVectors <= 64, "the bits of a block fit a mask");
   if (plan.out_dots) return copy_dots(plan, tile);
-  if (is_plain(plan) && tile.channels % I::kFloats == 0) return finish_plain_tile<I>(plan, tile);
+  if (is_plain(plan) && tile.channels % I::kFloats == 0) {
+    return is_sloped(plan.epilogue) ? finish_plain_tile<I, true>(plan, tile)
+                                    : finish_plain_tile<I, false>(plan, tile);
+  }
   finish_any_tile<I>(plan, tile);
 }
 

@@ -130,6 +130,9 @@ struct ConvPlan {
   const uint32_t* weights;    // the ISA's own layout
   const void* residual;       // [N, out_h, out_w, O] or null
   FloatType residual_type;
+  // Channels of the residual: O, or fewer, which are added to several runs of as many. Then they
+  // are whole words, and there is one group.
+  int64_t residual_channels;
   const float* gate;      // [images of the gate, gate_channels] or null
   int64_t gate_channels;  // O, or 1: a number for all channels
   int64_t gate_pixels;    // output pixels that an image of the gate is for

@@ -1,9 +1,10 @@
 // "conv": a binary convolution with its epilogue.
 //
-// Reads `bits`, and `residual` and `gate`, which may be missing. A gate has a pixel for as many
-// output pixels as any other of its pixels, in the same order, and one channel or those of the
-// output. Writes the epilogue's float map where `want_float`, then its bits where `want_bits`. The
-// convolution keeps the address of `prepacked`.
+// Reads `bits`, and `residual` and `gate`, which may be missing. A residual may have a part of the
+// output's channels, which then repeats. A gate has a pixel for as many output pixels as any other
+// of its pixels, in the same order, and one channel or those of the output. Writes the epilogue's
+// float map where `want_float`, then its bits where `want_bits`. The convolution keeps the address
+// of `prepacked`.
 #include <limits>
 
 #include "steps.h"
@@ -39,7 +40,15 @@ class ConvStep : public Step {
     require_shape("bits", in_, in_.height, in_.width, conv_->geometry().in_channels);
     const ConvPlan plan = conv_->plan_for(1, in_.height, in_.width, false);
     if (residual_ != kNoMap) {
-      require_shape("residual", program.floats(residual_), plan.out_h, plan.out_w, outputs);
+      const int64_t channels = program.floats(residual_).channels;
+      require_shape("residual", program.floats(residual_), plan.out_h, plan.out_w, channels);
+      if (channels != outputs &&
+          (outputs % channels != 0 || channels % kWordBits != 0 || conv_->geometry().groups != 1)) {
+        fail("`residual` has " + std::to_string(channels) +
+             " channels, but the channels of the output, or a part of them that repeats, are " +
+             "wanted.");
+      }
+      residual_channels_ = channels;
     }
     if (gate_ != kNoMap) take_gate(program.floats(gate_), plan);
     if (gate_ == kNoMap && conv_->has_offset()) fail("`offset` is given, but there is no `gate`.");
@@ -52,13 +61,15 @@ class ConvStep : public Step {
     if (want_bits) out_bits_ = add_map(true);
     reads = wanted_maps({bits_, residual_, gate_});
     writes = wanted_maps({out_float_, out_bits_});
-    if (want_float) in_place = residual_;  // each value is read, then written
+    // Each value is read, then written.
+    if (want_float && residual_channels_ == outputs) in_place = residual_;
   }
 
   std::unique_ptr<PreparedStep> prepare(const CallShape& shape) const override {
     ConvPlan plan = conv_->plan_for(shape.batch, in_.height, in_.width, false);
     conv_->prepare(plan, shape.threads);
     plan.residual_type = FloatType::kFloat32;
+    if (residual_ != kNoMap) plan.residual_channels = residual_channels_;
     plan.out_type = FloatType::kFloat32;
     plan.gate_channels = gate_channels_;
     plan.gate_pixels = gate_pixels_;
@@ -90,7 +101,7 @@ class ConvStep : public Step {
   }
 
   int64_t bits_, residual_, gate_;
-  int64_t gate_channels_ = 0, gate_pixels_ = 0;
+  int64_t gate_channels_ = 0, gate_pixels_ = 0, residual_channels_ = 0;
   MapShape in_;
   int64_t out_float_ = kNoMap, out_bits_ = kNoMap;
 };

@@ -8,6 +8,7 @@ import frontier
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from biper_engine.bench import Budget, Rival
 from biper_engine.conversion.twin import folded_network
@@ -25,11 +26,11 @@ def net() -> frontier.FloatNet:
 
 
 def rivals(half: Rival) -> Callable[..., list[Rival]]:
-    """Stand for OpenVINO: PyTorch itself in float32, and what is given in bfloat16."""
+    """Stand for OpenVINO: PyTorch itself in float32 and int8, and what is given in bfloat16."""
 
     def made(graph: object, model: nn.Module, images: Tensor, threads: int) -> list[Rival]:
         full = Rival(name="f32", how="", call=model, wanted=model, agreed=(8, 8), rest_ms=0.1)
-        return [full, half]
+        return [full, half, Rival(name="int8", how="", call=model)]
 
     return made
 
@@ -41,13 +42,14 @@ def test_every_network_is_timed_in_turn_and_alone(monkeypatch: pytest.MonkeyPatc
     with torch.inference_mode():
         values = frontier.contest({"B, bits": classifier()}, {"S": found}, IMAGES, 1, ONCE)
     values = json.loads(json.dumps(values))
-    wanted = ["B, bits", "S, float32", "S, bfloat16"]
+    wanted = ["B, bits", "S, float32", "S, bfloat16", "S, int8"]
     assert values["batch"] == 2
     assert list(values["contestants"]) == list(values["alone_ms"]) == wanted
     assert all(len(taken["samples_ms"]) == 2 for taken in values["contestants"].values())
     assert values["largest_relative_difference"] == {
         "S, float32": 0.0,
         "S, bfloat16": pytest.approx(0.5),
+        "S, int8": 0.0,
     }
     assert values["images_agreed"] == {"S, float32": [8, 8]}
     assert values["did_not_run"] == {}
@@ -57,13 +59,13 @@ def test_without_bfloat16_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     half = Rival(name="bf16", how="", reason="no such instructions")
     monkeypatch.setattr(frontier, "openvino_float_rivals", rivals(half))
     values = frontier.contest({}, {"S": net()}, IMAGES, 1, ONCE)
-    assert list(values["contestants"]) == ["S, float32"]
+    assert list(values["contestants"]) == ["S, float32", "S, int8"]
     assert values["did_not_run"] == {"S, bfloat16": "no such instructions"}
 
 
 def test_nothing_is_timed_where_float32_does_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Rival(name="f32", how="", reason="it agrees on 0 of 8 images only")
-    monkeypatch.setattr(frontier, "openvino_float_rivals", lambda *_: [wrong, wrong])
+    monkeypatch.setattr(frontier, "openvino_float_rivals", lambda *_: [wrong, wrong, wrong])
     with pytest.raises(RuntimeError, match=r"Nothing was timed\. S, float32: it agrees on 0"):
         frontier.contest({"B, bits": classifier()}, {"S": net()}, IMAGES, 1, ONCE)
 
@@ -82,6 +84,7 @@ def test_small_on_openvino_gives_pytorchs_logits() -> None:
     assert [(one.runs, one.bytes) for one in entries] == [
         ("float32", 4 * 2_542_856),
         ("bfloat16", 2 * 2_542_856),
+        ("int8", 2_542_856),
     ]
     assert {one.top1 for one in entries} == {67.4}
 
@@ -101,7 +104,7 @@ def test_networks_have_the_statistics_of_what_they_see_and_leave_the_generator_a
     torch.testing.assert_close(outputs.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.1)
 
 
-def test_the_networks_on_bits_are_those_of_biper_for_imagenet_with_a_reported_accuracy() -> None:
+def test_the_networks_on_bits_are_those_of_biper_and_two_more_with_a_reported_accuracy() -> None:
     from biper_engine.models import registry
     from tests.golden.networks import BIPER
 
@@ -110,4 +113,21 @@ def test_the_networks_on_bits_are_those_of_biper_for_imagenet_with_a_reported_ac
         for name in BIPER
         if name.startswith("imagenet/") and registry.architecture(name).reported_top1 is not None
     }
-    assert set(frontier.BINARY.values()) == reported
+    others = {"imagenet/reactnet_a", "imagenet/bnext_tiny"}
+    assert all(registry.architecture(name).reported_top1 is not None for name in others)
+    assert set(frontier.BINARY.values()) == reported | others
+
+
+@pytest.mark.parametrize(
+    ("label", "parameters", "macs"),
+    [("EfficientNet-B0", 5_288_548, 0.39e9), ("ResNet-50", 25_557_032, 4.1e9)],
+)
+def test_float_networks_have_the_published_parameters_and_work(
+    label: str, parameters: int, macs: float
+) -> None:
+    network = frontier.FLOAT[label][0]().eval()
+    assert frontier.parameters(network) == parameters  # of the usual PyTorch model
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logits = network(torch.zeros(1, *frontier.INPUT_SHAPE))
+    assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=0.03)  # of the papers
+    assert logits.shape == (1, 1000)

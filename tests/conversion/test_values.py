@@ -153,6 +153,22 @@ def test_a_scaled_value_with_another_use_stays() -> None:
     assert found.source.op == "placeholder"
 
 
+def test_a_shifted_value_that_is_used_otherwise_stays_the_source() -> None:
+    def run(self: nn.Module, x: Tensor) -> Tensor:
+        shifted = x + 0.25
+        return torch.sign(shifted + 0.5) * shifted
+
+    graph_module = capture(Functional(run), (X,)).graph_module
+    simplify(graph_module)
+    (value,) = graph_module.graph.output_node().args[0]
+    found = find_steps(graph_module, value.args[0], 1)
+    assert isinstance(found, Steps), found
+    assert found.source is value.args[1]
+    (rule,) = found.rules
+    assert rule.uniform
+    assert rule.threshold[0] == -0.5
+
+
 def test_a_third_value_at_the_step_lies_between_the_levels() -> None:
     def run(self: nn.Module, x: Tensor) -> Tensor:
         return torch.where(x == 0.3, 7.0, torch.sign(x - 0.3))

@@ -55,7 +55,7 @@ def deployed_rivals(
 def openvino_float_rivals(
     network: fx.GraphModule, model: nn.Module, images: Tensor, threads: int
 ) -> list[Rival]:
-    """Return a float network on OpenVINO in float32, checked, and in bfloat16; none is timed.
+    """Return a float network on OpenVINO: float32, checked, bfloat16, int8; none is timed.
 
     Args:
         network: the model with its constants folded (`folded_network`).
@@ -64,7 +64,7 @@ def openvino_float_rivals(
         threads: of each.
     """
     with tempfile.TemporaryDirectory() as folder:
-        recipes = _openvino_float(OnnxFiles(Path(folder), network, images), threads)
+        recipes = _openvino(OnnxFiles(Path(folder), network, images), threads)
         return [
             rival_of(replace(recipe, wanted=model, beside="PyTorch"), images) for recipe in recipes
         ]

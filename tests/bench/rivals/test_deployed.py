@@ -119,12 +119,13 @@ def test_a_float_network_must_agree_with_pytorch(installed: None, images: Tensor
     model = float_model()
     network = folded_network(model, images)
     with torch.inference_mode():
-        full, half = openvino_float_rivals(network, model, images, 1)
+        full, half, small = openvino_float_rivals(network, model, images, 1)
         assert (full.name, full.agreed, full.beside) == ("OpenVINO f32", (9, 9), "PyTorch")
         torch.testing.assert_close(full.bound(images)(), model(images), rtol=1e-5, atol=1e-5)
         assert half.name == "OpenVINO bf16"
         assert (half.call is None) == ("bfloat16" in half.reason)
-        wrong, _ = openvino_float_rivals(network, nn.Sequential(model, nn.Tanh()), images, 1)
+        assert small.name == "OpenVINO int8"
+        wrong, *_ = openvino_float_rivals(network, nn.Sequential(model, nn.Tanh()), images, 1)
     assert "agrees with PyTorch on 0 of 9 images only" in wrong.reason
 
 
