@@ -94,12 +94,21 @@ def _drop_aliases(graph_module: fx.GraphModule) -> None:
             if isinstance(value, fx.Node) and _same_value_type(value, node):
                 substitute(node, value)
             continue
-        same = node.target in _ALIASES and not is_read_as_memory(node)
+        same = node.target in _ALIASES or _keeps_order(node)
+        same = same and not is_read_as_memory(node)
         if node.target == aten._to_copy.default or node.target == aten.to.dtype:
             same = node.meta["val"].dtype == source.meta["val"].dtype
             same = same and not is_read_as_memory(node)
         if same:
             substitute(node, source)
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    """Whether a node permutes dimensions into the order that they have, as `einsum` does."""
+    if not is_call(node, aten.permute.default):
+        return False
+    rank = len(shape(node))
+    return [dim % rank for dim in _integers(node.args[1])] == list(range(rank))  # type: ignore[arg-type]
 
 
 def _single_results(graph_module: fx.GraphModule) -> None:

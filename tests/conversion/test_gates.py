@@ -98,6 +98,7 @@ FUSED: dict[str, Any] = {
     "after a pool": lambda s, x: F.max_pool2d(s.c(x), 2) * s.se(x),
     "expanded": lambda s, x: (lambda v: v * s.se(x).sigmoid().expand_as(v))(s.c(x)),
     "a view": lambda s, x: s.c(x) * s.se(x).flatten(1)[:, :, None, None].sigmoid(),
+    "einsum": lambda s, x: torch.einsum("nchw,nc->nchw", s.c(x), s.se(x).flatten(1)),
     "negated": lambda s, x: -(s.c(x) * s.se(x)) / 3.0 - 0.25,
     "one for an image": lambda s, x: s.c(x) * scale(x),
     "one for an image, shifted": lambda s, x: s.norm(1.5 + s.c(x) * scale(x)) + wide(x),

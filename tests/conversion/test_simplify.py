@@ -34,6 +34,7 @@ X = images_of((4, 6, 6))
         (lambda self, x: x.view(x.size(0), -1), ["reshape"]),
         (lambda self, x: x.flatten(1).unsqueeze(2).squeeze(2), ["reshape"]),
         (lambda self, x: x.transpose(1, 2), ["permute"]),
+        (lambda self, x: x.permute(0, 1, -2, 3).abs(), ["abs"]),
         (lambda self, x: x.transpose(1, 2).transpose(2, 1).abs(), ["abs"]),
         (lambda self, x: x.permute(0, 2, 3, 1).transpose(1, 3), ["permute"]),
         (lambda self, x: x.unsqueeze(1).transpose(1, 2).flatten(1, 2).abs(), ["abs"]),

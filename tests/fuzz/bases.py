@@ -51,7 +51,7 @@ def exact_classifier() -> Engine:
 
 
 def binary_network(dtype: torch.dtype = torch.float32) -> Engine:
-    """Residuals, groups, dilation, fused and separate pools, every epilogue; in one dtype."""
+    """Residuals, a gate, groups, dilation, fused and separate pools; in one dtype."""
     g = ExactBuilder(5)
     x = g.input("x")
     if dtype != torch.float32:
@@ -88,6 +88,8 @@ def binary_network(dtype: torch.dtype = torch.float32) -> Engine:
         _biper.bconv2d_float.default,
         *(third, *g.operands("e", 70, 40, bits=False)),
         dtype=dtype,
+        gate=g.call("gate", _aten.mean.dim, floats, [2, 3], True),
+        offset=g.constant("e.offset", g.normal(40)),
         in_channels=70,
         **_SAME,
     )

@@ -241,6 +241,12 @@ BAD_EDITS: list[tuple[Edit, str]] = [
     (_set("layer1_0", "stride", 1), "`stride` must be 2 integers"),
     (_set("layer1_0", "pool_stride", [1, 1 << 31]), "`pool_stride` must be 2 integers"),
     (_set("layer1_0", "residual", {"node": "stem_bits"}), "`residual` is a packed map"),
+    (_set("layer1_0", "gate", {"node": "stem_bits"}), "`gate` is a packed map"),
+    (_set("layer1_0", "gate", {"node": "stem"}), "`gate` .* for each image and channel, or for"),
+    (
+        _set("layer1_0", "offset", {"node": "layer1_0_conv1_multiplier"}),
+        "`offset` needs a gate",
+    ),
     (_set("stem", "groups", True), "`groups` must be an integer"),
     (_set("stem", "stride", [1 << 40, 1]), "`stride` must be 1 or 2 or 3 integers"),
     (_set("pool", "padding", [2, 2]), "'pool' .*`padding` .* half of `kernel_size`"),
