@@ -116,20 +116,8 @@ def _best(axes: Any, result: Result, batch: int) -> None:
 
 
 def _label(axes: Any, points: list[Network], batch: int) -> None:
-    """Write a network's name and times: below a single point, or around several."""
-
-    def text(words: str, ms: float, offset: tuple[int, int], **looks: Any) -> None:
-        looks = {"ha": "center", "fontsize": 9, "color": INK, "zorder": 4} | looks
-        place = (ms, points[0].top1)
-        axes.annotate(words, place, offset, textcoords="offset points", **looks)
-
+    """Write a network's name above its points; the table has the times."""
     times = [one.ms[batch] for one in points]
-    small = {"fontsize": 8, "color": SOFT_INK}
-    if len(points) == 1:
-        text(points[0].network, times[0], (0, -18))
-        text(f"{times[0]:.2f} ms", times[0], (0, -30), **small)
-        return
-    text(points[0].network, (times[0] * times[-1]) ** 0.5, (0, 9))
-    for ms in times:
-        # To the right of the step, which goes down from the point.
-        text(f"{ms:.2f} ms", ms, (5, -15), ha="left", **small)
+    place = ((times[0] * times[-1]) ** 0.5, points[0].top1)
+    looks = {"ha": "center", "fontsize": 8, "color": INK, "zorder": 4}
+    axes.annotate(points[0].network, place, (0, 7), textcoords="offset points", **looks)

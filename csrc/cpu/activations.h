@@ -51,6 +51,40 @@ BIPER_INLINE double bounded_exponential(double x, double most) {
   return exponential(x > most ? most : x);
 }
 
+// Arguments of `exponential_below_zero` are kept above this limit, whose exp rounds to 0.
+BIPER_INLINE float least_exponent() {
+  static const volatile float kLeast = -104.0f;  // volatile as in exponent_limit
+  return kLeast;
+}
+
+// exp(x) for x <= 0 in float, to a relative error below 2^-23 where the result is no denormal: 0
+// from `least` on, NaN at NaN.
+//
+// As `exponential`, up to r^7, which leaves r^8 / 8! < 2^-27 of it. ln 2 is in two parts, of which
+// k times the first is exact; 2^k, which may be no float, is the product of two powers.
+BIPER_INLINE float exponential_below_zero(float x, float least) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23, of the bits 0x4b400000
+  x = x < least ? least : x;
+  const float shifted = x * 1.44269504f + kRound, k = shifted - kRound;
+  const float r = x - k * 0.693359375f + k * 2.12194440e-4f;
+  float sum = 1.0f / 5040;
+  sum = sum * r + 1.0f / 720;
+  sum = sum * r + 1.0f / 120;
+  sum = sum * r + 1.0f / 24;
+  sum = sum * r + 1.0f / 6;
+  sum = sum * r + 0.5f;
+  sum = sum * r * r + r + 1.0f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  const int32_t whole = static_cast<int32_t>(bits - 0x4b400000u), half = whole >> 1;
+  const uint32_t low_bits = static_cast<uint32_t>(half + 127) << 23;
+  const uint32_t high_bits = static_cast<uint32_t>(whole - half + 127) << 23;
+  float low, high;
+  __builtin_memcpy(&low, &low_bits, sizeof low);
+  __builtin_memcpy(&high, &high_bits, sizeof high);
+  return sum * low * high;
+}
+
 // ln(x) for normal x > 0, to a relative error below 2^-45.
 //
 // x = 2^k m with m in [sqrt(1/2), sqrt(2)), and ln(m) = 2 artanh(s) with s = (m - 1) / (m + 1), so

@@ -21,7 +21,7 @@ struct NamedFunction {
 constexpr NamedFunction kFunctions[] = {
     {"log_softmax", RowFunction::kLogSoftmax, true, 24},
     {"normalize", RowFunction::kNormalize, true, 6},
-    {"softmax", RowFunction::kSoftmax, true, 24},
+    {"softmax", RowFunction::kSoftmax, true, 4},
     {"log_sum_exp", RowFunction::kLogSumExp, false, 24},
     {"maximum", RowFunction::kMaximum, false, 2},
     {"mean", RowFunction::kMean, false, 2},

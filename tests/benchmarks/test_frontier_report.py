@@ -142,7 +142,6 @@ def test_the_picture_has_a_panel_for_each_batch_with_every_network(
         assert sorted(places) == sorted((ms, ENTRIES[name][2]) for name, ms in taken.items())
         words = {text.get_text() for text in axes.texts}
         assert {ENTRIES[name][0] for name in taken} <= words
-        assert {f"{ms:.2f} ms" for ms in taken.values()} <= words
         assert axes.get_xscale() == "log"
 
 

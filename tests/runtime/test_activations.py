@@ -229,3 +229,57 @@ def test_a_step_without_its_map_is_refused(options: dict[str, Any]) -> None:
     program.add_map(1, 1, 1)
     with pytest.raises(ValueError, match="`x` is missing"):
         program.add("binarize", **options)
+
+
+def row_step(function: str, x: Tensor) -> Tensor:
+    """Run a program that applies a function to each row of `x` [rows, length]."""
+    program = CpuProgram()
+    source = program.add_map(x.shape[1], 1, x.shape[0])
+    (made,) = program.add("rows", x=source, length=x.shape[1], function=function)
+    program.finish([source], [made])
+    given = x.t()[None, :, None].contiguous(memory_format=torch.channels_last)
+    return program(given)[0].permute(0, 2, 3, 1).flatten()
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 33, 196])
+def test_a_softmax_is_near_the_exact_one_with_the_same_bytes_everywhere(
+    on_every_isa: Callable[[Callable[[], Tensor]], list[Tensor]], length: int
+) -> None:
+    scales = torch.tensor([1e-4, 1.0, 10.0, 100.0, 1e4])[:, None]
+    x = torch.cat(
+        [
+            scales * torch.randn(5, length, generator=torch.Generator().manual_seed(2)),
+            torch.full((1, length), -3.0),
+        ]
+    )
+    x[1, 1:2] = -math.inf
+    exact = torch.softmax(x.double(), 1)
+    below = x.double().amax(1, keepdim=True) - x.double()
+    first, *others = on_every_isa(lambda: row_step("softmax", x).view(x.shape))
+    assert all(torch.equal(first, other) for other in others)
+    # A difference d is rounded to d 2^-24 of it; its exponential to 2^-23, all of them in the sum.
+    bound = (2.0**-22 + below.clamp_max(110) * 2.0**-24) * exact + 2.0**-126
+    assert bool(((first.double() - exact).abs() <= bound).all())
+    assert bool((first[x == -math.inf] == 0).all())
+
+
+@pytest.mark.parametrize("at", [0, 5, 15, 16, 20])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_softmax_of_nan_and_infinity_is_nan(
+    on_every_isa: Callable[[Callable[[], Tensor]], list[Tensor]], at: int, value: float
+) -> None:
+    x = torch.linspace(-2, 2, 21)[None].clone()
+    x[0, at] = value
+    for got in on_every_isa(lambda: row_step("softmax", x)):
+        assert bool(got.isnan().all())
+
+
+@pytest.mark.parametrize("at", [0, 5, 15, 16, 20])
+def test_extremes_of_rows_are_torchs(
+    on_every_isa: Callable[[Callable[[], Tensor]], list[Tensor]], at: int
+) -> None:
+    x = torch.linspace(-2, 2, 21).roll(3).repeat(4, 1)
+    x[1, at], x[2, at], x[3, at] = math.nan, math.inf, -math.inf
+    for function, wanted in (("maximum", x.amax(1)), ("minimum", x.amin(1))):
+        for got in on_every_isa(lambda name=function: row_step(name, x)):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
