@@ -162,7 +162,9 @@ def _rows_of_a_later_batch(graph_module: fx.GraphModule, node: fx.Node) -> None:
     if apart is None or not is_call(rows, aten.reshape.default):
         return
     *front, outputs = shape(apart)
-    if len(shape(rows)) != 2 or outputs != shape(node)[-1] or not isinstance(front[0], int):
+    if len(shape(rows)) != 2 or outputs != shape(node)[-1]:
+        return
+    if not front or not isinstance(front[0], int):
         return
     if all(isinstance(size, int) for size in front) or isinstance(shape(rows)[1], torch.SymInt):
         return

@@ -144,6 +144,7 @@ def test_binary_weights_alone_stay_float_and_the_report_says_why() -> None:
     assert not rows["linear"].binary_weight
 
 
+@pytest.mark.deep
 def test_the_file_is_small_and_the_float_operators_are_the_fewest_possible(
     golden_file: Callable[..., Path],
 ) -> None:

@@ -87,7 +87,7 @@ def test_memory_of_another_size_is_an_error(native_conv: Any) -> None:
             "`dots` has 959 elements, but 960 are wanted",
         ),
         (lambda: conv.accumulate(1, 5, 6, memory(bits), memory(dots), 0), "`threads` .=0."),
-        (lambda: conv.run(1, 5, 6, memory(bits), None, None, None, 1), "without an epilogue"),
+        (lambda: conv.run(1, 5, 6, memory(bits), *[None] * 4, (0, 0), 1), "without an epilogue"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

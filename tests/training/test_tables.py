@@ -174,6 +174,7 @@ def test_webdataset_without_streaming_has_an_index(tmp_path):
     assert found.num_classes == 2
 
 
+@pytest.mark.deep
 def test_a_stream_is_trained_on_and_resumed(tmp_path, monkeypatch, one_thread):
     for number in range(4):
         webdataset(tmp_path / f"train-{number}.tar", 10 * number, 10)
