@@ -1,5 +1,6 @@
 """What all tests share: settings of hypothesis, every backend in turn, images, networks."""
 
+import gc
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from biper_engine.ops.backends import _REGISTERED, PREFERENCE, Backend, backends
 from tests.emulated_cuda import emulated_backend
 from tests.golden import networks
 from tests.images import images
+
+# Tracing makes many objects, most of which live on: fewer collections save a tenth of the time.
+gc.set_threshold(20_000, 20, 50)
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("fixed", deadline=None, derandomize=True)

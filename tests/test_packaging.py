@@ -18,8 +18,9 @@ from tests.native.builds import run as attempt
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_BEHIND = (".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "dist", "*.egg-info")
 MODULE = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-# The CUDA kernels take minutes; tests/native/test_cuda_build.py builds them.
-WITHOUT_CUDA = {"BIPER_CUDA": "0"}
+# The CUDA kernels take minutes; tests/native/test_cuda_build.py builds them. What is built here is
+# only called once, so it need not be fast.
+WITHOUT_CUDA = {"BIPER_CUDA": "0", "CXXFLAGS": "-O1"}
 
 PIP_INSTALL = (
     *(sys.executable, "-m", "pip", "--disable-pip-version-check", "install"),
@@ -97,12 +98,15 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "biper_engine").rglob("*.py")}
     kernels = {f"biper_engine/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
-    assert package | kernels | {"biper_engine/py.typed"} <= names
+    recipes = {str(p.relative_to(ROOT)) for p in (ROOT / "biper_engine").rglob("*.yaml")}
+    data = {"biper_engine/py.typed"} | recipes
+    assert recipes
+    assert package | kernels | data <= names
     (info,) = {name.split("/")[0] for name in names} - {"biper_engine"}
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/licenses/pybind11.txt"} <= names
     others = {name for name in names if name.startswith("biper_engine/") and name[-3:] != ".py"}
     built = set() if setup_functions()["obstacle"]() else {f"biper_engine/{MODULE}"}
-    assert others == {"biper_engine/py.typed"} | built
+    assert others == data | built
     assert {name for name in names if name.endswith(".py")} == package | kernels
 
 

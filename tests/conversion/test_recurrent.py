@@ -27,8 +27,8 @@ class Recurrent(nn.Module):
     "layer",
     [
         lambda: nn.LSTM(16, 6, 2, bidirectional=True, batch_first=True),
-        lambda: nn.LSTM(16, 6, bias=False, batch_first=True),
-        lambda: nn.LSTM(16, 6, proj_size=3, batch_first=True),
+        pytest.param(lambda: nn.LSTM(16, 6, bias=False, batch_first=True), marks=pytest.mark.deep),
+        pytest.param(lambda: nn.LSTM(16, 6, proj_size=3, batch_first=True), marks=pytest.mark.deep),
         lambda: nn.GRU(16, 6, 2, bidirectional=True, batch_first=True),
     ],
 )

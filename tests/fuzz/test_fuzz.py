@@ -54,7 +54,7 @@ def test_findings_are_summed_up() -> None:
 
 
 _LENGTHS = [
-    pytest.param(None, 20.0, marks=pytest.mark.deep, id="20 seconds"),
+    pytest.param(None, 10.0, marks=pytest.mark.deep, id="10 seconds"),
     pytest.param(20_000, None, marks=pytest.mark.weekly, id="20,000 seeds"),
 ]
 

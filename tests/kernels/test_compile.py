@@ -26,7 +26,13 @@ ALIKE = ("sm_89", "sm_100")
 ONE_EACH = ("float16, bits, residual", "groups of 16", "7x7 stem in float16", "maps", "tail")
 
 
-@pytest.mark.parametrize("target", [*TARGETS, *ALIKE])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=[pytest.mark.weekly] * (target not in ("sm_90", "gfx942")))
+        for target in (*TARGETS, *ALIKE)
+    ],
+)
 def test_kernels_use_the_right_instructions_and_no_local_memory(target: str) -> None:
     from tests.kernels import launches
     from tests.kernels.compiling import compiled

@@ -134,7 +134,7 @@ using Integers = std::vector<int64_t>;
 // Adds every function of the numbers of two maps of 21 values, and of their rows; returns them
 // joined, and how many values those are.
 int64_t numbers_of(Network& n, int64_t a, int64_t b);
-constexpr int64_t kNumbers = 35 * 21 + 3 * 21 + 9 * 3;
+constexpr int64_t kNumbers = 40 * 21 + 3 * 21 + 9 * 3;
 
 // Adds a filter for each channel of a map [5, 4, 70], products of matrices, moves, a constant, and
 // the numbers of bits [5, 4, 70]; returns them joined.

@@ -203,13 +203,7 @@ def check_converted(network, images):
 
 QUICK = "cifar10/resnet20_1w1a"
 # A network of each kind; the others differ in widths.
-DEEP = (
-    "cifar10/resnet20_1w32a",
-    "cifar10/resnet18A_1w1a",
-    "cifar10/vgg_small_1w1a",
-    "imagenet/resnet18_1w1a",
-    "imagenet/mobilenet_1w1a",
-)
+DEEP = ("cifar10/resnet20_1w32a", "cifar10/vgg_small_1w1a", "imagenet/mobilenet_1w1a")
 
 
 def marks(name):
@@ -229,7 +223,9 @@ def test_networks_of_biper_train_convert_and_verify(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.weekly if n == "binaryvit" else pytest.mark.deep)
+        pytest.param(
+            n, marks=pytest.mark.deep if n in ("reactnet_a", "bnext") else pytest.mark.weekly
+        )
         for n in SMALL
     ],
 )

@@ -85,7 +85,7 @@ def test_workers_do_not_change_the_run(whole, tmp_path):
     assert differing(whole, tmp_path) == set()
 
 
-@pytest.mark.parametrize("start", ["torchrun", "lightning"])
+@pytest.mark.parametrize("start", ["torchrun", pytest.param("lightning", marks=pytest.mark.weekly)])
 @pytest.mark.deep
 def test_two_processes_equal_one_that_averages_their_batches(whole, tmp_path, start):
     program = [str(ROOT / "tests" / "training" / "two_processes.py")]
@@ -121,7 +121,7 @@ def test_half_precision_and_adam_train(tmp_path):
     assert all(value.isfinite().all() for value in load_checkpoint(result.stage2.path).parameters())
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 def test_a_compiled_run_is_near_the_eager_one(tmp_path, monkeypatch):
     # Traced and differentiated as for any compiler, but without the minutes of Inductor.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
