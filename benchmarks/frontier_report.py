@@ -101,14 +101,14 @@ def weights(result: Result) -> str:
 
 def rounding(result: Result) -> str:
     """Return how much bfloat16 and int8 change, and the accuracy shown for them."""
-    told = []
-    for runs in ("bfloat16", "int8"):
+    told, timed = [], {one.runs for one in result.networks}
+    narrow = [runs for runs in ("bfloat16", "int8") if runs in timed]
+    for runs in narrow:
         ran = [one for one in result.networks if one.runs == runs and one.ms]
         off = [f"{100 * one.difference:.1f} % for {one.network}" for one in ran]
-        if any(one.runs == runs for one in result.networks):
-            told.append(f"in {runs} by up to {_joined(off)}" if off else f"{runs} did not run here")
+        told.append(f"in {runs} by up to {_joined(off)}" if off else f"{runs} did not run here")
     return (
-        "The sources give accuracies in float32, and the plot takes those for bfloat16 and int8, "
+        f"The sources give accuracies in float32, and the plot takes those for {_joined(narrow)}, "
         f"too. With these random weights logits differ, of the largest: {'; '.join(told)}."
     )
 

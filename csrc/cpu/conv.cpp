@@ -395,7 +395,8 @@ int64_t Conv::prepare(ConvPlan& plan, int64_t threads) const {
   const int64_t reach = checked_product(
       "The receptive field",
       {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
-       std::max(plan.direct ? plan.width : plan.strip_w, plan.pair_w), plan.group_words});
+       std::max(plan.direct ? plan.width : plan.strip_w, plan.paired ? plan.pair_w : 0),
+       plan.group_words});
   if (reach > kMost) {
     fail("The receptive field spans " + std::to_string(reach) +
          " words of a strip, but fewer than 2^31 are wanted.");

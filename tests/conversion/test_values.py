@@ -139,10 +139,7 @@ def test_scales_before_a_sign_are_part_of_the_threshold(name: str) -> None:
     ],
 )
 def test_other_scales_before_a_sign_stay(run: Callable[..., Tensor]) -> None:
-    try:
-        found, _ = steps_behind(run)
-    except AssertionError:
-        return  # no sign at all
+    found, _ = steps_behind(run)
     assert found.source.op == "call_function"
 
 
