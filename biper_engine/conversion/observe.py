@@ -349,9 +349,9 @@ def _is_rounding(before: Any, after: Any) -> bool:
     """Whether weights differ by rounding, which may also flip the sign of a few."""
     if not isinstance(after, Tensor) or before.shape != after.shape:
         return False
-    largest = before.abs().max() if before.numel() else 0
-    beyond = (after - before).abs() > 2.0**-20 * largest
-    return bool(beyond.sum() <= 1e-4 * beyond.numel())
+    limit = 2.0**-20 * before.abs().max() if before.numel() else 0.0
+    near, turned = (after - before).abs() <= limit, (after + before).abs() <= limit
+    return bool((near | turned).all() and (~near).sum() <= 1e-4 * near.numel())
 
 
 class _TakenAway:

@@ -226,6 +226,18 @@ def test_weights_that_are_centred_in_place_are_the_models_own_in_every_call(
     call_three_times(model)
 
 
+def count_in_a_weight(s: Layer, x: Tensor) -> Tensor:
+    s.weight.data[0] += 1
+    return x * s.weight[0]
+
+
+def test_a_counter_among_many_weights_is_refused() -> None:
+    model = Around(Layer(count_in_a_weight))
+    model.layer.weight = nn.Parameter(torch.ones(20_000))
+    with pytest.raises(ConversionError, match=r"changes its parameter `layer.weight`"):
+        call_three_times(model)
+
+
 def test_weights_that_are_changed_by_the_input_are_refused() -> None:
     model = Around(Layer(centre_with_the_input))
     model.layer.weight = nn.Parameter(torch.randn(64))
