@@ -114,8 +114,9 @@ def _only_tells(statement: ast.stmt) -> bool:
         return False
     called, *inner = (part for part in ast.walk(statement) if isinstance(part, ast.Call))
     words = ast.unparse(called.func).removeprefix("self.").split(".")
-    # A call inside of it could change a tensor in place, as `x.add_(1)` does.
-    changes = any(ast.unparse(part.func).endswith("_") for part in inner)
+    # A call inside of it could change a tensor in place, as `x.add_(1)` does, or the model.
+    names = [ast.unparse(part.func) for part in inner]
+    changes = any(name.endswith("_") or name.startswith("self.") for name in names)
     return words[0].lstrip("_") in _TELLING and not changes
 
 

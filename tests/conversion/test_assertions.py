@@ -43,7 +43,13 @@ REFUSED = (
         checks.counts,
         checks.chooses,
     ),
-    *(checks.prints_or_changes, checks.prints_a_change, checks.keeps, checks.asks_a_number),
+    *(
+        checks.prints_or_changes,
+        checks.prints_a_change,
+        checks.prints_its_calls,
+        checks.keeps,
+        checks.asks_a_number,
+    ),
 )
 
 
