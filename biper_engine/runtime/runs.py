@@ -69,6 +69,7 @@ class RunMaps:
         module: a converted network.
         value_of: returns the value of a node outside the run as a tensor without data, for BATCH
             images; None if it is not known.
+        program: an empty program.
 
     Attributes:
         nodes: nodes that the run computes, with views of its values, in order.
@@ -76,13 +77,18 @@ class RunMaps:
         inputs: nodes outside the run, and their values in the run.
     """
 
-    def __init__(self, module: fx.GraphModule, value_of: Callable[[fx.Node], Any]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        value_of: Callable[[fx.Node], Any],
+        program: CpuProgram,
+    ) -> None:
         self.nodes: list[fx.Node] = []
         self.steps: list[NativeStep] = []
         self.inputs: dict[fx.Node, Placed] = {}
         self._module = module
         self._value_of = value_of
-        self._program = CpuProgram()
+        self._program = program
         self._values: dict[fx.Node, Any] = {}  # Placed, or a tuple of Placed and None
         self._computed: dict[fx.Node, Tensor] = {}  # values that come from constants alone
         self._expected: Any = None  # what the node at work returns for BATCH images, without data

@@ -310,19 +310,17 @@ def test_bits_of_a_float_convolution_are_those_of_its_map() -> None:
 def counted(program: CpuProgram, bits: Any) -> Any:
     """Add a binary 1x1 convolution whose output o tells the channels below o from the others."""
     from biper_engine.bits import pack_weight
-    from biper_engine.ops import functional
     from biper_engine.ops.epilogue import Epilogue
 
     channels = bits.channels
     geometry = Conv2dGeometry(in_channels=channels, out_channels=channels, kernel_size=(1, 1))
     signs = torch.ones(channels, channels).tril()[:, :, None, None] > 0
     epilogue = Epilogue(multiplier=torch.ones(channels), bias=torch.zeros(channels))
-    prepacked = functional.prepack(pack_weight(signs), geometry, backend="cpu")
     (counts,) = program.add(
         "conv",
         bits=bits,
         geometry=geometry,
-        prepacked=prepacked,
+        weight=pack_weight(signs),
         want_float=True,
         want_bits=False,
         **epilogue.values(),
