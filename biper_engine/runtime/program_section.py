@@ -53,6 +53,8 @@ def program_section(
         constants: its tensors by their names in the file, each contiguous in memory of its own.
         prefix: with which the names of other tensors begin.
     """
+    if not constants:
+        return _without("it has no tensors, and runs operator by operator")
     isolate_outputs(module)
     try:
         with use_backend("cpu"):
@@ -68,7 +70,7 @@ def program_section(
         "version": _VERSION,
         "steps": [writer.added(each) for each in program.added],
         "inputs": [
-            {**_form(form, spec.name), "planar": planar}
+            {**_form(form, spec.name), "planar": planar and form.channels_last}
             for (form, planar), spec in zip(program.sources, signature.inputs, strict=True)
         ],
         "outputs": [

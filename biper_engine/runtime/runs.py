@@ -117,7 +117,7 @@ class RunMaps:
     def left_out(self, wanted: Sequence[fx.Node]) -> list[fx.Node]:
         """Return the nodes whose values are `wanted` that no program can return.
 
-        These are constants, bools, and views whose first dimension is not the batch.
+        These are constants, bools, empty values, and views whose first dimension is not the batch.
         """
         left: dict[fx.Node, None] = {}
         remaining = list(wanted)
@@ -129,7 +129,7 @@ class RunMaps:
                 remaining.extend(node.all_input_nodes)
             if node in left or value is None or node in self.inputs:
                 continue
-            if not isinstance(value, Placed) or value.truth or value.batch != 0:
+            if not isinstance(value, Placed) or value.truth or value.batch != 0 or 0 in value.sizes:
                 left[node] = None
                 remaining.extend(node.all_input_nodes)
         return list(left)

@@ -97,13 +97,25 @@ def test_inputs_and_outputs_have_names_and_shapes(tmp_path: Path) -> None:
 
 def test_a_network_that_is_not_one_program_has_the_reason(tmp_path: Path) -> None:
     g = GraphBuilder(1)
-    pair = g.call("pair", torch.ops.aten.sort.default, g.input("x"), 1)
+    total = g.call("sum", torch.ops.aten.add.Tensor, g.input("x"), g.constant("c", torch.ones(5)))
+    pair = g.call("pair", torch.ops.aten.sort.default, total, 1)
     values = g.call("values", operator.getitem, pair, 0)
     engine = engine_of(g.module(values), signature({"x": (5,)}, (0,), {}, 0))
     section, _ = saved(engine, tmp_path)
     assert set(section) == {"version", "reason"}
     assert "sort" in section["reason"]
-    assert torch.equal(load(tmp_path / "net.biper")(torch.eye(5)), torch.eye(5).sort(1).values)
+    wanted = (torch.eye(5) + 1).sort(1).values
+    assert torch.equal(load(tmp_path / "net.biper")(torch.eye(5)), wanted)
+
+
+def test_a_network_without_tensors_has_no_program_as_it_has_none_in_python(tmp_path: Path) -> None:
+    g = GraphBuilder(1)
+    made = g.call("made", torch.ops.aten.exp.default, g.input("x"))
+    engine = engine_of(g.module(made), signature({"x": (5,)}, (0,), {}, 0))
+    section, _ = saved(engine, tmp_path)
+    assert section == {
+        "version": 1, "reason": "it has no tensors, and runs operator by operator"
+    }  # fmt: skip
 
 
 def turned_convolution() -> Engine:
