@@ -24,6 +24,7 @@ from biper_engine.serialization.native_program import (
     PREFIX,
     MakeProgram,
     add_program,
+    check_program,
     drop_program,
     plain_tensors,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "NodeReport",
     "ProofReport",
     "check_backend",
+    "check_program",
     "example_inputs",
     "read",
     "replay",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,18 @@ from torch import Tensor, fx
 from biper_engine.converted import ProgramSection
 from biper_engine.errors import FileFormatError
 from biper_engine.graph.signature import Signature
+from biper_engine.serialization import container
+from biper_engine.serialization.graph_decoding import decode
+from biper_engine.serialization.header import header_values
 
-__all__ = ["PREFIX", "MakeProgram", "add_program", "drop_program", "plain_tensors"]
+__all__ = [
+    "PREFIX",
+    "MakeProgram",
+    "add_program",
+    "check_program",
+    "drop_program",
+    "plain_tensors",
+]
 
 MakeProgram = Callable[[fx.GraphModule, Signature, Mapping[str, Tensor], str], ProgramSection]
 """Returns the program of a graph with constants; the names of its other tensors have a prefix."""
@@ -70,3 +81,33 @@ def drop_program(header: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
         raise FileFormatError(
             f"The file's header has a wrong entry `program`: {entry!r:.100}; the file was edited."
         )
+
+
+def check_program(path: str | os.PathLike[str], make_program: MakeProgram) -> bool | None:
+    """Tell whether the program in a file is the one that its graph gives, number for number.
+
+    Args:
+        path: a file that `read` reads.
+        make_program: makes the program of the graph.
+
+    Returns:
+        None for a file without a program, or with one of another version.
+
+    Raises:
+        FileFormatError, OSError: as `read`.
+    """
+    header, tensors = container.read(path)
+    entry = header.get("program", {})
+    own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
+    graph = {node["tensor"] for node in header["graph"] if "tensor" in node}
+    constants = {name: tensor for name, tensor in tensors.items() if name in graph}
+    signature = header_values(header)["signature"]
+    module = decode(header["graph"], constants, signature.inputs)
+    wanted = make_program(module, signature, constants, PREFIX)
+    if "steps" not in entry or entry.get("version") != wanted.entry["version"]:
+        return None
+    same = own.keys() == wanted.tensors.keys() and entry == wanted.entry
+    return same and all(
+        own[name].dtype == tensor.dtype and own[name].equal(tensor)
+        for name, tensor in wanted.tensors.items()
+    )
