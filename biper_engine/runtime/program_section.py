@@ -12,9 +12,10 @@ added to the program, in order:
 Maps are numbers, counted in the order in which they come to be. Arguments are JSON values,
 `{"float": "inf"}` for floats that JSON cannot write, and `{"tensor": name}` for the values of a
 tensor of the file, in the order of its dimensions; with `sizes`, `strides` and `offset`, counted in
-values, for a view of it. An input or output has a `name`, the `map`, the tensor's `sizes` for one
-image, and `channels_last`, which says how its values lie; an input also says whether its values may
-be `planar` instead.
+values, for a view of it. With `low`, `high` and `channels` besides, the tensor is packed weights
+and the view one of what `biper::unpack_weight` makes of them. An input or output has a `name`, the
+`map`, the tensor's `sizes` for one image, and `channels_last`, which says how its values lie; an
+input also says whether its values may be `planar` instead.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor, fx
 from biper_engine.converted import ProgramSection
 from biper_engine.errors import BackendUnavailableError
 from biper_engine.graph.memory import isolate_outputs
+from biper_engine.graph.reading import arguments, biper_op, constant
 from biper_engine.graph.signature import Signature
 from biper_engine.graph.structure import Leaf, marked_structure
 from biper_engine.ops.backends import use_backend
@@ -65,7 +67,7 @@ def program_section(
         return _without(str(plan))
     program = plan.runs[0].program
     assert isinstance(program, RecordedProgram)
-    writer = _Writer(constants, prefix)
+    writer = _Writer(constants, _unpacked(module), prefix)
     entry = {
         "version": _VERSION,
         "steps": [writer.added(each) for each in program.added],
@@ -127,9 +129,15 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 class _Writer:
     """Writes what was added to a program."""
 
-    def __init__(self, constants: Mapping[str, Tensor], prefix: str) -> None:
+    def __init__(
+        self,
+        constants: Mapping[str, Tensor],
+        unpacked: Mapping[bytes, dict[str, Any]],
+        prefix: str,
+    ) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._prefix = prefix
+        self._unpacked = unpacked
         self._constants = {
             tensor.untyped_storage().data_ptr(): (name, tensor)
             for name, tensor in constants.items()
@@ -156,22 +164,55 @@ class _Writer:
 
     def _tensor(self, tensor: Tensor) -> dict[str, Any]:
         name, constant = self._constants.get(tensor.untyped_storage().data_ptr(), ("", tensor))
+        unpacked = self._unpacked.get(_storage_bytes(tensor)) if not name else None
+        if unpacked is not None:
+            return {**unpacked, **_view(tensor)}
         if not name or constant.dtype != tensor.dtype or not 0 < tensor.numel() <= constant.numel():
             return {"tensor": self._new(tensor)}
         if tensor.is_contiguous() and tensor.numel() == constant.numel():
             return {"tensor": name}
-        return {
-            "tensor": name,
-            "sizes": list(tensor.shape),
-            "strides": list(tensor.stride()),
-            "offset": int(tensor.storage_offset()),
-        }
+        return {"tensor": name, **_view(tensor)}
 
     def _new(self, tensor: Tensor) -> str:
         """Return the name of a tensor that the file gets beside the constants, one for equals."""
         plain = tensor.detach().contiguous().clone()
-        key = (plain.dtype, plain.shape, bytes(plain.flatten().view(torch.uint8).numpy()))
+        key = (plain.dtype, plain.shape, _storage_bytes(plain))
         if key not in self._written:
             self._written[key] = f"{self._prefix}{len(self._written)}"
             self.tensors[self._written[key]] = plain
         return self._written[key]
+
+
+def _view(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "sizes": list(tensor.shape),
+        "strides": list(tensor.stride()),
+        "offset": int(tensor.storage_offset()),
+    }
+
+
+def _storage_bytes(tensor: Tensor) -> bytes:
+    """Return all bytes that a tensor may be a view of."""
+    values = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return bytes(values.numpy())
+
+
+def _unpacked(module: fx.GraphModule) -> dict[bytes, dict[str, Any]]:
+    """Return how to make each unpacked weight of a graph from its constants, by its bytes."""
+    found: dict[bytes, dict[str, Any]] = {}
+    for node in module.graph.nodes:
+        if biper_op(node) != "unpack_weight":
+            continue
+        named = arguments(node)
+        tensors = {name: constant(module, named[name]) for name in ("weight", "low", "high")}
+        if None in tensors.values() or named["dtype"] != torch.float32:
+            continue
+        made = torch.ops.biper.unpack_weight(
+            *tensors.values(), channels=named["channels"], dtype=torch.float32
+        )
+        weight, low, high = (str(named[name].target) for name in tensors)
+        found[_storage_bytes(made)] = {
+            **{"tensor": weight, "low": low, "high": high},
+            "channels": named["channels"],
+        }
+    return found

@@ -61,14 +61,17 @@ class Tensors {
     if (found == file_.tensors.end()) {
       fail("The file has no tensor '" + name.substr(0, 100) + "'.");
     }
-    const FileTensor& tensor = found->second;
+    const bool is_unpacked = value.find("channels") != nullptr;
+    const FileTensor tensor = is_unpacked ? unpacked(value, found->second) : found->second;
     const Type type = type_named(name, tensor.type);
     if (value.items.size() == 1) {
       const bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % type.bytes == 0;
       const char* data = aligned ? tensor.data : copy(tensor, type, {tensor.values}, {1}, 0);
       return {reinterpret_cast<int64_t>(data), tensor.values, type.number};
     }
-    if (value.items.size() != 4) fail("A view of a tensor has sizes, strides and an offset.");
+    if (value.items.size() != (is_unpacked ? 7 : 4)) {
+      fail("A view of a tensor has sizes, strides and an offset.");
+    }
     const std::vector<int64_t> sizes = integers_of(item(value, "sizes", Kind::kArray));
     const std::vector<int64_t> strides = integers_of(item(value, "strides", Kind::kArray));
     const int64_t offset = item(value, "offset", Kind::kInteger).integer;
@@ -91,6 +94,44 @@ class Tensors {
     if (type == "I32") return {type_of<uint32_t>(), 4};
     if (type == "BOOL") return {type_of<uint8_t>(), 1};
     fail("The tensor '" + name.substr(0, 100) + "' is " + type + ", which no step takes.");
+  }
+
+  // The values of an output channel's weights, which are where bits are 0 or 1.
+  const float* channel_values(const Json& value, const char* key, int64_t outputs) {
+    const auto found = file_.tensors.find(item(value, key, Kind::kString).text);
+    if (found == file_.tensors.end() || found->second.type != "F32" ||
+        found->second.values != outputs) {
+      fail("`" + std::string(key) + "` is no tensor of a float for each output channel.");
+    }
+    const Type type = type_named(key, "F32");
+    return reinterpret_cast<const float*>(copy(found->second, type, {outputs}, {1}, 0));
+  }
+
+  // What biper::unpack_weight makes of packed weights: [O, channels, KH, KW].
+  FileTensor unpacked(const Json& value, const FileTensor& weight) {
+    const int64_t channels = item(value, "channels", Kind::kInteger).integer;
+    if (weight.type != "I32" || weight.sizes.size() != 4 || weight.values == 0) {
+      fail("Packed weights are [O, KH, KW, words] int32.");
+    }
+    const int64_t outputs = weight.sizes[0], taps = weight.sizes[1] * weight.sizes[2],
+                  words = weight.sizes[3];
+    require_range("channels", channels, (words - 1) * kWordBits + 1, words * kWordBits);
+    const float* low = channel_values(value, "low", outputs);
+    const float* high = channel_values(value, "high", outputs);
+    const int64_t values = checked_product("The weight", {outputs, channels, taps});
+    copies_.emplace_back(static_cast<size_t>(values) * sizeof(float));
+    float* out = reinterpret_cast<float*>(copies_.back().data());
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          uint32_t word = 0;
+          const int64_t at = (o * taps + tap) * words + c / kWordBits;
+          std::memcpy(&word, weight.data + at * 4, sizeof word);
+          *out++ = (word >> (c % kWordBits) & 1u) != 0 ? high[o] : low[o];
+        }
+      }
+    }
+    return {"F32", {}, values, copies_.back().data()};
   }
 
   // Copies the values at some places, all of which the tensor has.

@@ -17,10 +17,11 @@ from biper_engine.engine import load
 from biper_engine.errors import FileFormatError
 from biper_engine.serialization import container
 from tests.c.library import ROOT
-from tests.fuzz.bases import BASES, call_networks, write_bases
+from tests.fuzz.bases import call_networks, write_bases
 from tests.fuzz.cases import Cases, sealed
 from tests.fuzz.mutations import mutate_program
 from tests.native import builds
+from tests.runtime.test_program_section import unpacked_weights
 
 _FIRST = 2_000_000
 _FILES_AT_ONCE = 250
@@ -48,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the files that are changed: the bases, and calls of operators that are one program."""
     folder = tmp_path_factory.mktemp("bases")
     write_bases(folder)
+    unpacked_weights().save(folder / "unpacked.biper")
     for position, (_, engine) in enumerate(call_networks()):
         engine.save(folder / f"call{position}.biper", program=True)
     return folder
@@ -67,7 +69,8 @@ class ProgramCases:
     def __getitem__(self, seed: int) -> bytes | None:
         r = random.Random(seed)
         names = list(self._bases)
-        name = r.choices(names, [20 if name in BASES else 1 for name in names])[0]
+        weights = [1 if name.startswith("call") else 20 for name in names]
+        name = r.choices(names, weights)[0]
         text, tensors = self._bases[name]
         header, tensors = json.loads(text), dict(tensors)
         mutate_program(r, header, tensors)

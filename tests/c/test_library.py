@@ -24,6 +24,7 @@ from tests.fuzz.bases import BASES, call_networks
 from tests.golden.networks import BIPER
 from tests.native.builds import run, setup_functions, succeed
 from tests.networks_by_hand import classifier
+from tests.runtime.test_program_section import unpacked_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +74,13 @@ def test_networks_give_the_bytes_that_python_gives(
     name: str, library: Library, golden_file: Callable[..., Path]
 ) -> None:
     require_same(library, golden_file(name), (1, 3))
+
+
+def test_weights_that_stay_packed_in_a_file_give_the_bytes_that_python_gives(
+    library: Library, tmp_path: Path
+) -> None:
+    unpacked_weights().save(tmp_path / "net.biper")
+    require_same(library, tmp_path / "net.biper", (1, 3))
 
 
 @pytest.mark.parametrize("name", ["classifier", "binary", "float", "two"])

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from biper_engine.bits import pack_weight
 from biper_engine.engine import Engine, load
 from biper_engine.errors import FileFormatError
 from biper_engine.ops.cpu_program import CpuProgram, Form, Map
+from biper_engine.ops.matrix_functional import unpack_weight
 from biper_engine.serialization import container
 from tests.fuzz.bases import float_network
 from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature, two_inputs
@@ -58,6 +60,10 @@ class Remade:
         match value:
             case {"float": text}:
                 return float(text)
+            case {"tensor": name, "low": low, "high": high, "channels": channels}:
+                packed, values = self._tensors[name], [self._tensors[x] for x in (low, high)]
+                made = unpack_weight(packed, *values, channels)
+                return made.as_strided(value["sizes"], value["strides"], value["offset"])
             case {"tensor": name, "sizes": sizes, "strides": strides, "offset": offset}:
                 return self._tensors[name].as_strided(sizes, strides, offset)
             case {"tensor": name}:
@@ -137,6 +143,26 @@ def test_a_program_with_large_tensors_of_its_own_is_left_out(tmp_path: Path) -> 
     (got,) = Remade(section, tensors).run(x)
     assert torch.equal(got, engine(x))
     assert torch.equal(load(tmp_path / "net.biper")(x), got)
+
+
+def unpacked_weights() -> Engine:
+    """A convolution of floats with weights that are bits in the file."""
+    g = GraphBuilder(1)
+    packed = g.constant("weight", pack_weight(g.normal(70, 40, 3, 3) >= 0))
+    low, high = g.constant("low", g.normal(70)), g.constant("high", g.normal(70))
+    unpack = torch.ops.biper.unpack_weight.default
+    weight = g.call("unpacked", unpack, packed, low, high, channels=40)
+    options = [None, [1, 1], [1, 1], [1, 1], 1]
+    made = g.call("conv", torch.ops.aten.conv2d.default, g.input("x"), weight, *options)
+    return engine_of(g.module(made), signature({"x": (40, 5, 5)}, (0,), {}, 0))
+
+
+def test_weights_that_the_graph_unpacks_stay_packed_in_a_file(tmp_path: Path) -> None:
+    engine, x = unpacked_weights(), torch.randn(2, 40, 5, 5)
+    section, tensors = saved(engine, tmp_path)
+    assert not any(name.startswith("program/") for name in tensors)
+    (got,) = Remade(section, tensors).run(x)
+    assert torch.equal(got, engine(x))
 
 
 def test_a_wrong_entry_is_refused(tmp_path: Path) -> None:
