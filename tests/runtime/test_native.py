@@ -381,3 +381,10 @@ def test_pools_that_torch_cuts_to_size(target: Any, options: tuple[Any, ...]) ->
     assert engine.execution == "one native program of 1 step"
     images = noise(3, 5, 9, 7)
     torch.testing.assert_close(engine(images), target(images, *options), rtol=1e-6, atol=1e-6)
+
+
+def test_a_view_that_cannot_be_counted_is_refused() -> None:
+    program = CpuProgram()
+    x = program.add_map(3, 4, 5)
+    with pytest.raises(ValueError, match=r"`size of a map` \(=9223372036854775807\) must"):
+        program.view(x, 64, 2**63 - 1, 1)
