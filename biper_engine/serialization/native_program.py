@@ -98,13 +98,15 @@ def check_program(path: str | os.PathLike[str], make_program: MakeProgram) -> bo
     """
     header, tensors = container.read(path)
     entry = header.get("program", {})
+    if "steps" not in entry:
+        return None
     own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
     graph = {node["tensor"] for node in header["graph"] if "tensor" in node}
     constants = {name: tensor for name, tensor in tensors.items() if name in graph}
     signature = header_values(header)["signature"]
     module = decode(header["graph"], constants, signature.inputs)
     wanted = make_program(module, signature, constants, PREFIX)
-    if "steps" not in entry or entry.get("version") != wanted.entry["version"]:
+    if entry["version"] != wanted.entry["version"]:
         return None
     same = own.keys() == wanted.tensors.keys() and entry == wanted.entry
     return same and all(
