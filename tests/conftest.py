@@ -111,6 +111,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = _emulated_capability(item) in EMULATED_CAPABILITIES[1:]
         if others and not item.name.startswith("test_accumulators"):
             item.add_marker(pytest.mark.weekly)
+    _mark_others_deep(items)
+
+
+def _mark_others_deep(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked `some(count)`, leave `count` to the quick tests."""
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        slow = item.get_closest_marker("deep") or item.get_closest_marker("weekly")
+        if item.get_closest_marker("some") and not slow:
+            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for family in families.values():
+        (count,) = family[0].get_closest_marker("some").args  # type: ignore[union-attr]
+        quick = {index * len(family) // count for index in range(count)}
+        for index in set(range(len(family))) - quick:
+            family[index].add_marker(pytest.mark.deep)
 
 
 @contextmanager

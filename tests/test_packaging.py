@@ -208,7 +208,7 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_native()
     checkout = tmp_path_factory.mktemp("native") / "checkout"
     copy_checkout(checkout, "*.so")
-    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1", **WITHOUT_CUDA}
+    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1", "BIPER_CUDA": "0"}
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, env=environment)
     return checkout
 

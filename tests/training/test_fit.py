@@ -76,6 +76,7 @@ def test_losses_are_logged_by_epoch(uninterrupted):
     assert [row["epoch"] for row in rows] == ["0", "1"]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("stage", "epoch"), [(1, 1), (2, 0), (2, 1)])
 def test_interrupted_run_resumes_to_the_same_weights(
     uninterrupted, tmp_path, monkeypatch, stage, epoch

@@ -51,6 +51,7 @@ def whole(few_digits, one_thread, tmp_path_factory):
     return folder
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("stage", "epoch", "batch"), [(1, 0, 3), (1, 1, 5), (2, 1, 2)])
 def test_a_run_that_stops_within_an_epoch_goes_on_there(
     whole, tmp_path, monkeypatch, stage, epoch, batch
