@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from biper_engine.cli.console import command_line, shown_warnings, status
 from biper_engine.errors import ConversionError
+from biper_engine.training.result import write_json
 
 if TYPE_CHECKING:
     from biper_engine import ConversionReport, VerifyReport
@@ -17,6 +20,7 @@ __all__ = ["Packed", "pack", "summary"]
 
 _VERIFIED_IMAGES = 256
 _FILE = "model.biper"
+_VERIFIED = "verify.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +83,23 @@ def pack(result: TrainingResult) -> Packed:
     with status("Measuring the engine"):
         cpu = torch.device("cpu")
         accuracy = None if part is None else result.feed.accuracy(engine, part, cpu)
-    return Packed(
+    packed = Packed(
         path=path, report=engine.report, verified=verified, images=len(images), accuracy=accuracy
     )
+    _record(packed)
+    return packed
+
+
+def _record(packed: Packed) -> None:
+    """Write what was found beside the file, with its checksum: a later file is another one."""
+    values = {
+        **packed.to_dict(),
+        "path": packed.path.name,
+        "sha256": hashlib.sha256(packed.path.read_bytes()).hexdigest(),
+        "summary": packed.verified.summary(),
+        "report": json.loads(packed.verified.to_json()),
+    }
+    write_json(packed.path.with_name(_VERIFIED), values)
 
 
 def summary(result: TrainingResult, packed: Packed | None) -> tuple[list[str], dict[str, Any]]:
