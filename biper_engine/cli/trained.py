@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from biper_engine.cli.console import command_line, shown_warnings, status
 from biper_engine.errors import ConversionError
-from biper_engine.training.result import write_json
 
 if TYPE_CHECKING:
     from biper_engine import ConversionReport, VerifyReport
@@ -92,6 +91,8 @@ def pack(result: TrainingResult) -> Packed:
 
 def _record(packed: Packed) -> None:
     """Write what was found beside the file, with its checksum: a later file is another one."""
+    from biper_engine.training.result import write_json
+
     values = {
         **packed.to_dict(),
         "path": packed.path.name,

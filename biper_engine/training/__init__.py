@@ -14,6 +14,7 @@ from biper_engine.training.config import (
 from biper_engine.training.directory import is_first_process
 from biper_engine.training.fit import export_official, fit
 from biper_engine.training.recipe import read_recipe, recipe_for, shipped, to_yaml
+from biper_engine.training.report import write_report
 from biper_engine.training.result import StageResult, TrainingResult
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "recipe_for",
     "shipped",
     "to_yaml",
+    "write_report",
 ]

@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,25 +16,21 @@ from PIL import Image
 from biper_engine.metadata import Metadata
 from biper_engine.models import load_checkpoint
 from biper_engine.nn import binary_layers, weight_errors
-from biper_engine.training import RunOptions, StageConfig, TrainingConfig, fit
+from biper_engine.training import RunOptions, fit
 from biper_engine.training.layer_history import _packed, _unpacked
 from biper_engine.training.module import learning_rate_factor
 from biper_engine.training.predictions import Predictions
+from tests.training.conftest import SMALL_CONFIG, SMALL_STAGE
 from tests.training.few_images import few_images
 
 QUIET = RunOptions(progress_bar=False, accelerator="cpu")
-STAGE = StageConfig(epochs=2, lr=0.05, weight_decay=1e-3, tau=0.02)
-CONFIG = TrainingConfig(stage1=STAGE, stage2=STAGE, batch_size=16)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("run")
-    with few_images():
-        fit(config=CONFIG, output_dir=path, options=QUIET)
-        yield path
+@pytest.fixture(name="run")
+def the_small_run(small_run: Path) -> Path:
+    return small_run
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -75,7 +70,7 @@ def test_an_epoch_has_loss_accuracy_rate_and_means_of_the_layers(run: Path) -> N
             round(float(row["train_accuracy"]) * 48), abs=1e-4
         )
         factor = learning_rate_factor(3 * (epoch + 1) - 1, 3, 6)
-        assert float(row["lr"]) == pytest.approx(STAGE.lr * factor)
+        assert float(row["lr"]) == pytest.approx(SMALL_STAGE.lr * factor)
         layers = [
             one
             for one in rows(run / "logs" / "stage1" / "layers.csv")
@@ -98,8 +93,8 @@ def test_the_predictions_are_those_of_the_accuracy(run: Path) -> None:
 
 
 def test_a_network_of_another_paper_has_flips_only(tmp_path: Path) -> None:
-    stage = dataclasses.replace(STAGE, epochs=1)
-    config = dataclasses.replace(CONFIG, architecture="cifar10/adabin_resnet20", stage1=stage)
+    stage = dataclasses.replace(SMALL_STAGE, epochs=1)
+    config = dataclasses.replace(SMALL_CONFIG, architecture="cifar10/adabin_resnet20", stage1=stage)
     with few_images():
         fit(config=dataclasses.replace(config, stage2=stage), output_dir=tmp_path, options=QUIET)
     told = rows(tmp_path / "logs" / "stage2" / "layers.csv")

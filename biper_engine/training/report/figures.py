@@ -1,0 +1,319 @@
+"""The report's plots, as SVG to be put into a page. Text stays text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from biper_engine.nn import binary_layers, laplace_error
+from biper_engine.nn.quantization import weight_wave
+from biper_engine.plotting import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
+from biper_engine.training.report.run import Run, Stage
+
+__all__ = ["comparison", "curves", "flips", "histograms", "quantization"]
+
+_COLORS = {1: COMPILED, 2: ENGINE}
+_BINS = 40
+_WIDTH = 10.0
+_WAVES = {
+    "periodic": "sin(w0*w)",
+    "sawtooth": "sawtooth(w0*w)",
+    "triangle": "triangle(w0*w)",
+    "sign": "clamp(w, -1, 1)",
+}
+
+
+def _svg(figure: Any, name: str, label: str) -> str:
+    """Return a figure as an element with a text for screen readers, and ids of its own."""
+    import matplotlib
+
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    file = io.StringIO()
+    with matplotlib.rc_context(settings):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    # The page gives the width; matplotlib's font is not on every machine.
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r"(font:[^;\"]*px) [^;\"]*", r"\1 system-ui, sans-serif", text)
+    text = re.sub(r"\n\s+", "\n", text)
+    text = re.sub(r' d="[^"]*"', lambda found: _shorter(found[0]), text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _shorter(path: str) -> str:
+    """Return a path with coordinates of a hundredth of a point."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", path)
+
+
+def _quiet(axes: Any) -> None:
+    axes.tick_params(labelsize=8, labelcolor=SOFT_INK)
+    axes.grid(axis="y", color=GRID, linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def curves(run: Run) -> str:
+    """Draw loss, accuracy and learning rate over the epochs of both stages."""
+    figure = new_figure(_WIDTH, 3.0)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    for axes, text, subtitle in (
+        (loss, "Loss", "mean of the training images"),
+        (accuracy, "Accuracy", "percent of images right"),
+        (rate, "Learning rate", "at the end of the epoch"),
+    ):
+        title(axes, text, subtitle)
+        _quiet(axes)
+        axes.set_xlabel("epoch", fontsize=8, color=SOFT_INK)
+        _epochs(axes, run)
+    for stage, color in _staged(run):
+        _curve(loss, run, stage, "train_loss", 1, f"stage {stage.number}", color, "-")
+        _curve(accuracy, run, stage, "train_accuracy", 100, "", color, ":")
+        _curve(accuracy, run, stage, "val_accuracy", 100, "", color, "-")
+        _curve(rate, run, stage, "lr", 1, "", color, "-")
+        _final(accuracy, run, stage, color)
+    loss.set_ylim(bottom=0)
+    rate.set_ylim(bottom=0)
+    loss.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _styles(accuracy, run)
+    return _svg(figure, "curves", "Loss, accuracy and learning rate by epoch, for both stages")
+
+
+def _staged(run: Run) -> Iterator[tuple[Stage, str]]:
+    for stage in run.stages:
+        yield stage, _COLORS[stage.number]
+
+
+def _offset(run: Run, stage: Stage) -> int:
+    return 0 if stage.number == 1 else run.stages[0].wanted
+
+
+def _epochs(axes: Any, run: Run) -> None:
+    """Give the axis the epochs of the whole recipe, and a line between the stages."""
+    total = sum(stage.wanted for stage in run.stages)
+    axes.set_xlim(0.5, total + 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    axes.axvline(run.stages[0].wanted + 0.5, color=GRID, linewidth=1)
+
+
+def _curve(
+    axes: Any, run: Run, stage: Stage, key: str, factor: float, label: str, color: str, style: str
+) -> None:
+    points = [
+        (epoch + 1 + _offset(run, stage), factor * row[key])
+        for epoch, row in sorted(stage.metrics.items())
+        if key in row
+    ]
+    if points:
+        marker = "o" if len(points) < 3 else None
+        axes.plot(*zip(*points, strict=True), style, color=color, label=label or None,
+                  linewidth=1.6, marker=marker, markersize=3)  # fmt: skip
+
+
+def _final(axes: Any, run: Run, stage: Stage, color: str) -> None:
+    """Mark the accuracy that was measured at the end of a stage."""
+    result = stage.result
+    if result is None:
+        return
+    for value in (result.test_accuracy, result.validation_accuracy):
+        if value is not None:
+            place = stage.wanted + _offset(run, stage)
+            axes.plot([place], [100 * value], "D", color=color, markersize=5, clip_on=False)
+            axes.annotate(f"{100 * value:.1f}", (place, 100 * value), (-6, -11), fontsize=8,
+                          textcoords="offset points", ha="right", color=color)  # fmt: skip
+
+
+def _styles(axes: Any, run: Run) -> None:
+    """Explain the kinds of lines that are in use."""
+    from matplotlib.lines import Line2D
+
+    used = {name for stage in run.stages for row in stage.metrics.values() for name in row}
+    kinds: list[tuple[Any, str, str]] = []
+    if "train_accuracy" in used:
+        kinds.append((":", "", "training, augmented"))
+    if "val_accuracy" in used:
+        kinds.append(("-", "", "validation"))
+    if any(stage.result is not None for stage in run.stages):
+        kinds.append(("none", "D", "at the end of a stage"))
+    handles = [
+        Line2D([], [], linestyle=style, marker=marker, markersize=5, color=SOFT_INK, label=label)
+        for style, marker, label in kinds
+    ]
+    if handles:
+        axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+
+
+def quantization(run: Run) -> str:
+    """Draw the quantization error over b*w0 and by layer, beside the closed form."""
+    figure = new_figure(_WIDTH, 3.6)
+    form, layers, official = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    title(form, "Over the frequency", "the paper's measure; line: Laplace weights, closed form")
+    title(layers, "By layer", "the paper's measure; rings: closed form")
+    title(official, "By layer", "the official code's measure")
+    _closed_form(form, run)
+    for stage, color in _staged(run):
+        places = range(1, len(stage.errors) + 1)
+        found = list(stage.errors.values())
+        known = [(n, one.closed_form) for n, one in enumerate(found, 1) if one.closed_form]
+        if known:
+            layers.plot(*zip(*known, strict=True), "o", color=color, fillstyle="none", markersize=6)
+        label = f"stage {stage.number}"
+        layers.plot(places, [one.error for one in found], ".-", color=color, linewidth=0.8,
+                    label=label)  # fmt: skip
+        official.plot(places, [one.official for one in found], ".-", color=color, linewidth=0.8)
+    for axes in (form, layers, official):
+        _quiet(axes)
+        axes.set_ylim(0, 1.06 * axes.dataLim.y1)
+    for axes in (layers, official):
+        axes.set_xlabel("binary layer, from the input on", fontsize=8, color=SOFT_INK)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    layers.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    return _svg(figure, "quantization", "Quantization error of each layer beside its closed form")
+
+
+def _closed_form(axes: Any, run: Run) -> None:
+    frequency = run.config.frequency
+    points = {
+        stage.number: [(one.spread * frequency, one.error) for one in stage.errors.values()]
+        for stage in run.stages
+    }
+    scales = [u for pairs in points.values() for u, _ in pairs if u > 0]
+    low, high = min([0.05, *scales]) / 1.2, max([20.0, *scales]) * 1.2
+    grid = [low * (high / low) ** (n / 200) for n in range(201)]
+    axes.plot(grid, [laplace_error(u) for u in grid], color=FLOAT, linewidth=1.6)
+    for stage, color in _staged(run):
+        if points[stage.number]:
+            axes.plot(*zip(*points[stage.number], strict=True), ".", color=color)
+    axes.set_xscale("log")
+    axes.set_xlabel("b*w0, with b = mean |w|", fontsize=8, color=SOFT_INK)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def flips(run: Run) -> str:
+    """Draw the share of signs that change, by epoch, and by epoch and layer."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    names = next(list(stage.layers) for stage in run.stages if stage.layers)
+    height = 1.1 + min(4.0, 0.12 * len(names))
+    figure = new_figure(_WIDTH, 2.4 + height)
+    total, every = figure.subplots(2, 1, height_ratios=(2.4, height))
+    title(total, "Sign flips", "percent of all weights whose sign changed in an epoch")
+    title(every, "By layer", "the same for each layer, logarithmic; rows from the input on")
+    for stage, color in _staged(run):
+        _curve(total, run, stage, "sign_flips", 100, f"stage {stage.number}", color, "-")
+    _quiet(total)
+    total.set_ylim(bottom=0)
+    total.legend(frameon=False, fontsize=8, labelcolor=INK)
+    wanted = sum(stage.wanted for stage in run.stages)
+    shares = np.full((len(names), wanted), np.nan)
+    for stage in run.stages:
+        for row, name in enumerate(names):
+            for one in stage.layers.get(name, []):
+                shares[row, one.epoch + _offset(run, stage)] = 100 * one.flips / one.weights
+    logs = np.log10(np.maximum(shares, 1e-3))
+    colors = LinearSegmentedColormap.from_list("flips", ["#ffffff", ENGINE, "#0b1f4d"])
+    extent = (0.5, wanted + 0.5, len(names) + 0.5, 0.5)
+    image = every.imshow(logs, colors, aspect="auto", interpolation="none", extent=extent,
+                         vmin=-3, vmax=2)  # fmt: skip
+    bar = figure.colorbar(image, ax=every, pad=0.01, aspect=12)
+    bar.set_ticks([-3, -2, -1, 0, 1, 2], labels=["0", "0.01", "0.1", "1", "10", "100 %"])
+    bar.ax.tick_params(labelsize=8, length=0, labelcolor=SOFT_INK)
+    bar.outline.set_visible(False)
+    every.tick_params(labelsize=8, labelcolor=SOFT_INK)
+    every.yaxis.get_major_locator().set_params(integer=True)
+    every.set_xlabel("epoch", fontsize=8, color=SOFT_INK)
+    for axes in (total, every):
+        _epochs(axes, run)
+    return _svg(figure, "flips", "Sign flips by epoch and layer")
+
+
+def histograms(run: Run) -> str:
+    """Draw how the wave of the weights is distributed in each layer, after each stage."""
+    waves = {stage.number: _counted(stage) for stage in run.stages if stage.network is not None}
+    names = list(next(iter(waves.values())))
+    columns = 6
+    rows = -(-len(names) // columns)
+    figure = new_figure(_WIDTH, 0.6 + 1.15 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    centres = [(n + 0.5) * 2 / _BINS - 1 for n in range(_BINS)]
+    for number, (name, axes) in enumerate(zip(names, panels, strict=False)):
+        for stage, shares in waves.items():
+            if stage == 2:
+                axes.fill_between(centres, shares[name], step="mid", color=ENGINE, alpha=0.35, lw=0)
+            axes.step(centres, shares[name], where="mid", color=_COLORS[stage], linewidth=0.9,
+                      label=f"stage {stage}")  # fmt: skip
+        axes.set_title(f"{number + 1}  {name}", loc="left", fontsize=8, color=INK)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(GRID)
+        last_row = number >= len(names) - columns
+        axes.set_xticks([-1, 0, 1], ["-1", "0", "1"] if last_row else ["", "", ""])
+        axes.tick_params(length=0, labelsize=8, labelcolor=SOFT_INK)
+        axes.set_yticks([])
+        axes.set_ylim(bottom=0)
+    for axes in list(figure.axes)[len(names) :]:
+        axes.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=8,
+                  labelcolor=INK)  # fmt: skip
+    binarizer = _WAVES[run.config.weight_binarizer]
+    return _svg(figure, "histograms", f"Histogram of {binarizer} in each layer")
+
+
+def _counted(stage: Stage) -> dict[str, list[float]]:
+    """Return the share of each bin of [-1, 1], by layer."""
+    assert stage.network is not None
+    found = {}
+    for name, layer in binary_layers(stage.network):
+        values = weight_wave(layer)  # type: ignore[arg-type]
+        if values is not None:
+            counts = torch.histc(values.float(), _BINS, -1, 1)
+            found[name] = (counts / values.numel()).tolist()
+    return found
+
+
+def comparison(
+    key: str, series: Mapping[str, Mapping[Any, Sequence[float]]], kinds: Mapping[str, str]
+) -> str:
+    """Draw measurements of several runs over one setting, with all runs as dots.
+
+    Args:
+        key: the setting.
+        series: for each measurement, the values of the runs by the setting's value.
+        kinds: what each measurement is, for the subtitle.
+    """
+    figure = new_figure(_WIDTH, 3.0)
+    panels = figure.subplots(1, len(series), squeeze=False).flat
+    for axes, (name, found) in zip(panels, series.items(), strict=True):
+        title(axes, name, kinds[name])
+        _quiet(axes)
+        values = list(found)
+        places = _places(axes, values)
+        means = [sum(runs) / len(runs) for runs in found.values()]
+        axes.plot(places, means, "-", color=FLOAT, linewidth=1.2)
+        for place, runs in zip(places, found.values(), strict=True):
+            axes.plot([place] * len(runs), runs, "o", color=ENGINE, markersize=5)
+        axes.set_xlabel(key, fontsize=8, color=SOFT_INK)
+        axes.margins(y=0.15)
+    return _svg(figure, "comparison", f"Measurements of the runs over {key}")
+
+
+def _places(axes: Any, values: Sequence[Any]) -> list[float]:
+    """Return where values lie on the axis: as numbers, in logarithms if far apart, or in turn."""
+    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+    if not numbers:
+        axes.set_xticks(range(len(values)), [str(one) for one in values])
+        axes.set_xlim(-0.5, len(values) - 0.5)
+        return [float(one) for one in range(len(values))]
+    if min(values) > 0 and max(values) >= 8 * min(values):
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    formatter: Callable[[float], str] = lambda value: f"{value:g}"  # noqa: E731
+    axes.set_xticks(values, [formatter(one) for one in values])
+    return [float(one) for one in values]
