@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biper_engine.cli.console import print_json, results, shown_warnings, status
+from biper_engine.cli.sweep import run_sweep, show_sweep
 from biper_engine.cli.trained import Packed, pack, summary
 
 if TYPE_CHECKING:
@@ -47,6 +48,15 @@ def train(
             "--set",
             metavar="KEY=VALUE",
             help="Change the recipe, as optimizer.lr=0.01; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="KEY=VALUE,VALUE",
+            help="Train once with each value, as frequency=5,10,20; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -114,6 +124,7 @@ def train(
     biper train --data photos -o run
     biper train fashion_mnist --set optimizer.lr=0.05 --set augment.flip=false
     biper train cifar10_resnet18 --data-dir cifar-10-batches-bin --devices 2
+    biper train --sweep frequency=5,10,20,40 -o sweep
     biper train --resume --output biper-train --export-official
     """
     from biper_engine import training
@@ -132,7 +143,10 @@ def train(
         "hold_out": hold_out or None,
     }
     config = _config(recipe, given, settings or [])
-    _require_biper(config, frequency is not None, export_official)
+    runs = training.sweep_configs(config, sweep) if sweep else {}
+    swept = any(one.partition("=")[0].strip() == "frequency" for one in sweep or ())
+    for one in (config, *runs.values()):
+        _require_biper(one, frequency is not None or swept, export_official)
     if print_recipe:
         typer.echo(training.to_yaml(config), nl=False)
         return
@@ -152,12 +166,23 @@ def train(
         results(json_output=json_output).print(
             training.to_yaml(config), markup=False, soft_wrap=True
         )
-    with shown_warnings():
-        result = fit_quietly(config, output, resume=resume, options=options)
-    if first:
+
+    def one_run(config: TrainingConfig, output: Path) -> tuple[TrainingResult, list[str], Any]:
+        with shown_warnings():
+            result = fit_quietly(config, output, resume=resume, options=options)
+        if not first:
+            return result, [], None
         exported = training.export_official(result) if export_official else ()
-        packed = pack(result) if convert else None
-        _show(result, list(map(str, exported)), packed, config, json_output)
+        return result, list(map(str, exported)), pack(result) if convert else None
+
+    if runs:
+        values = run_sweep(runs, output, one_run, resume=resume, convert=convert)
+        if first:
+            show_sweep(values, output, json_output)
+        return
+    result, exported, packed = one_run(config, output)
+    if first:
+        _show(result, exported, packed, config, json_output)
 
 
 def _config(recipe: str | None, given: dict[str, Any], settings: list[str]) -> TrainingConfig:

@@ -20,8 +20,8 @@ from biper_engine.training import RunOptions, fit
 from biper_engine.training.layer_history import _packed, _unpacked
 from biper_engine.training.module import learning_rate_factor
 from biper_engine.training.predictions import Predictions
-from tests.training.conftest import SMALL_CONFIG, SMALL_STAGE
 from tests.training.few_images import few_images
+from tests.training.small_run import SMALL_CONFIG, SMALL_STAGE
 
 QUIET = RunOptions(progress_bar=False, accelerator="cpu")
 

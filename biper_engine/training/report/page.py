@@ -102,7 +102,7 @@ def _compared(folder: Path, runs: Sequence[Path], target: Path) -> str:
     }
     return _rendered(
         "comparison.html",
-        title=f"{len(runs)} training runs compared",
+        title=f"{len(runs)} training run{'s' * (len(runs) != 1)} compared",
         subtitle=f"Folder {folder.absolute().name}; settings that differ: "
         + (", ".join(compared.keys) or "none"),
         svg=compared.plot(),
