@@ -121,6 +121,7 @@ def summary(result: TrainingResult, packed: Packed | None) -> tuple[list[str], d
         lines += _stage_lines(number, stage)
     if packed is not None:
         lines += _file_lines(packed, result.stage2)
+    lines.append(f"for a page of it: {command_line('report', result.output_dir)}")
     return [*lines, f"next: {following}"], values
 
 

@@ -141,6 +141,26 @@ def test_a_run_that_is_not_finished(small_run: Path, tmp_path: Path) -> None:
     assert "There is no model.biper" in text
 
 
+def test_a_run_within_stage_2_has_the_names_of_its_classes(small_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    results = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({"stage1": results["stage1"]}))
+    (folder / "stage2.pt").unlink()
+    run = read_run(folder)
+    assert run.state == "not finished: stage 2, 2 of 2 epochs"
+    assert run.stages[1].network is not None
+    assert run.stages[1].network.metadata is None
+    state = models.load_checkpoint(small_run / "stage2.pt").state_dict()
+    for name, value in run.stages[1].network.state_dict().items():
+        assert value.equal(state[name])
+    assert run.class_name(3) == "3"
+    network = run.stages[0].network
+    assert network is not None
+    assert network.metadata is not None
+    network.metadata = dataclasses.replace(network.metadata, class_names=("cat", "dog"))
+    assert (run.class_name(1), run.class_name(2)) == ("dog", "2")
+
+
 def test_a_run_without_an_epoch(small_run: Path, tmp_path: Path) -> None:
     text = write_report(unfinished(small_run, tmp_path / "run", epochs=False)).read_text("utf-8")
     assert Page(text).headings == TITLES
@@ -208,10 +228,22 @@ def test_a_folder_that_is_no_run(tmp_path: Path, name: str, message: str) -> Non
     assert not list(tmp_path.rglob("*.html"))
 
 
-def test_a_damaged_file_of_a_run_is_named(small_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.csv", "epoch,step,lr\n0,1,fast\n", "could not convert string to float"),
+        ("metrics.csv", "epoch,step,lr\n2,1,0.1\n", "epoch 2 is none of the 2 of the recipe"),
+        ("layers.csv", "epoch,layer\n0,conv1\n", "KeyError"),
+        ("predictions.json", "{}", "KeyError"),
+        ("predictions.json", "[]", "has a list, wanted a JSON object"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(
+    small_run: Path, tmp_path: Path, name: str, text: str, message: str
+) -> None:
     folder = shutil.copytree(small_run, tmp_path / "run")
-    (folder / "logs" / "stage1" / "metrics.csv").write_text("epoch,step,lr\n0,1,fast\n")
-    with pytest.raises(CheckpointError, match=r"Stage 1 of .* could not convert string to float"):
+    (folder / "logs" / "stage1" / name).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
         write_report(folder)
 
 

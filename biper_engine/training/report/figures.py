@@ -61,7 +61,7 @@ def _quiet(axes: Any) -> None:
 
 def curves(run: Run) -> str:
     """Draw loss, accuracy and learning rate over the epochs of both stages."""
-    figure = new_figure(_WIDTH, 3.0)
+    figure = new_figure(_WIDTH, 3.3)
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, text, subtitle in (
         (loss, "Loss", "mean of the training images"),
@@ -78,10 +78,9 @@ def curves(run: Run) -> str:
         _curve(accuracy, run, stage, "val_accuracy", 100, "", color, "-")
         _curve(rate, run, stage, "lr", 1, "", color, "-")
         _final(accuracy, run, stage, color)
-    loss.set_ylim(bottom=0)
-    rate.set_ylim(bottom=0)
-    loss.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _styles(accuracy, run)
+    for axes in (loss, rate):
+        axes.set_ylim(0, 1.06 * axes.dataLim.y1)
+    _styles(figure, loss, run)
     return _svg(figure, "curves", "Loss, accuracy and learning rate by epoch, for both stages")
 
 
@@ -129,24 +128,31 @@ def _final(axes: Any, run: Run, stage: Stage, color: str) -> None:
                           textcoords="offset points", ha="right", color=color)  # fmt: skip
 
 
-def _styles(axes: Any, run: Run) -> None:
-    """Explain the kinds of lines that are in use."""
+def _styles(figure: Any, loss: Any, run: Run) -> None:
+    """Explain colours and kinds of lines, below the panels."""
     from matplotlib.lines import Line2D
 
     used = {name for stage in run.stages for row in stage.metrics.values() for name in row}
     kinds: list[tuple[Any, str, str]] = []
     if "train_accuracy" in used:
-        kinds.append((":", "", "training, augmented"))
+        kinds.append((":", "", "accuracy: training, augmented"))
     if "val_accuracy" in used:
-        kinds.append(("-", "", "validation"))
+        kinds.append(("-", "", "accuracy: validation"))
     if any(stage.result is not None for stage in run.stages):
-        kinds.append(("none", "D", "at the end of a stage"))
-    handles = [
+        kinds.append(("none", "D", "accuracy: at the end of the stage"))
+    styles = [
         Line2D([], [], linestyle=style, marker=marker, markersize=5, color=SOFT_INK, label=label)
         for style, marker, label in kinds
     ]
-    if handles:
-        axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    stages, _ = loss.get_legend_handles_labels()
+    figure.legend(
+        handles=[*stages, *styles],
+        loc="outside lower left",
+        ncols=5,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+    )
 
 
 def quantization(run: Run) -> str:

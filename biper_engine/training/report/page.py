@@ -78,7 +78,7 @@ def _page(run: Run) -> str:
     return _rendered(
         "run.html",
         title=f"{run.config.architecture} on {run.config.dataset}",
-        subtitle=f"Training run {run.path.absolute().name}, {run.state}",
+        subtitle=f"Training run in the folder {run.path.absolute().name}, {run.state}",
         facts=_facts(run),
         sections=[
             _curves(run),
@@ -222,10 +222,10 @@ def _quantization(run: Run) -> _Section:
         return _Section(**base, note=reason)
     binarizer = run.config.weight_binarizer
     note = (
-        "With s the wave of the weights and q its sign, the paper's measure is the least "
-        "mean of (s-c·q)² over all scales c; the official code's is the mean of |s-q|. The "
+        "With s the wave of the weights and q its sign, the paper's measure is the least mean "
+        "square of s - c·q over all scales c; the official code's is the mean of |s - q|. The "
         "closed form is the paper's measure of Laplace weights of scale b = mean |w|; it is "
-        "largest, 0.1028, at b*w0 = 0.955."
+        "largest, 0.1028, at b·w0 = 0.955."
     )
     if binarizer != "periodic":
         note += (

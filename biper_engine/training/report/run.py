@@ -15,7 +15,7 @@ import torch
 from biper_engine import models
 from biper_engine.errors import CheckpointError
 from biper_engine.models import Network, registry
-from biper_engine.nn import WeightError, binary_layers, weight_errors
+from biper_engine.nn import WeightError, weight_errors
 from biper_engine.training.config import TrainingConfig
 from biper_engine.training.predictions import Predictions
 from biper_engine.training.result import StageResult, read_json
@@ -120,9 +120,12 @@ class Run:
 
     def class_name(self, label: int) -> str:
         """Return the name of a class, or its number."""
-        metadata = None if self.network is None else self.network.metadata
-        names = None if metadata is None else metadata.class_names
-        return names[label] if names is not None and label < len(names) else str(label)
+        networks = [stage.network for stage in self.stages if stage.network is not None]
+        for metadata in (network.metadata for network in networks):
+            names = None if metadata is None else metadata.class_names
+            if names is not None and label < len(names):
+                return names[label]
+        return str(label)
 
 
 def is_run(path: Path) -> bool:
@@ -182,15 +185,16 @@ def _stage(path: Path, number: int, config: TrainingConfig, results: Mapping[str
     logs, checkpoint = path / "logs" / f"stage{number}", path / f"stage{number}.pt"
     finished = results.get(f"stage{number}") if checkpoint.exists() else None
     network = _network(path, number, config, finished is not None)
-    predictions = read_json(logs / "predictions.json") if finished else None
+    predictions = None if finished is None else read_json(logs / "predictions.json")
+    wanted = config.stage(number).epochs
     try:
         return Stage(
             number=number,
-            wanted=config.stage(number).epochs,
-            metrics=_metrics(logs / "metrics.csv"),
-            layers=_layers(logs / "layers.csv"),
-            result=StageResult.from_dict(finished, checkpoint) if finished else None,
-            predictions=Predictions.from_dict(predictions) if predictions else None,
+            wanted=wanted,
+            metrics=_metrics(logs / "metrics.csv", wanted),
+            layers=_layers(logs / "layers.csv", wanted),
+            result=None if finished is None else StageResult.from_dict(finished, checkpoint),
+            predictions=None if predictions is None else Predictions.from_dict(predictions),
             network=network,
             errors={} if network is None else weight_errors(network),
         )
@@ -201,28 +205,35 @@ def _stage(path: Path, number: int, config: TrainingConfig, results: Mapping[str
         ) from error
 
 
-def _metrics(path: Path) -> dict[int, dict[str, float]]:
+def _metrics(path: Path, wanted: int) -> dict[int, dict[str, float]]:
     """Return the values of each epoch; validation and training have rows of their own."""
     found: dict[int, dict[str, float]] = {}
     for row in _rows(path):
         values = {name: float(value) for name, value in row.items() if value}
-        epoch, _ = int(values.pop("epoch")), values.pop("step")
+        epoch, _ = _epoch(values.pop("epoch"), wanted), values.pop("step")
         found.setdefault(epoch, {}).update(values)
     return found
 
 
-def _layers(path: Path) -> dict[str, list[LayerEpoch]]:
+def _layers(path: Path, wanted: int) -> dict[str, list[LayerEpoch]]:
     found: dict[str, list[LayerEpoch]] = {}
     for row in _rows(path):
         error = row["quantization_error"]
         one = LayerEpoch(
-            epoch=int(row["epoch"]),
+            epoch=_epoch(row["epoch"], wanted),
             weights=int(row["weights"]),
             flips=int(row["flips"]),
             error=float(error) if error else None,
         )
         found.setdefault(row["layer"], []).append(one)
     return found
+
+
+def _epoch(value: str | float, wanted: int) -> int:
+    epoch = int(value)
+    if not 0 <= epoch < wanted:
+        raise ValueError(f"epoch {epoch} is none of the {wanted} of the recipe")
+    return epoch
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -261,6 +272,4 @@ def _unfinished(path: Path, number: int, config: TrainingConfig) -> Network:
         network.load_state_dict(held)
     except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"'{path}' cannot be read as the state of a run: {error}") from error
-    for _, layer in binary_layers(network):
-        layer.stage = number
     return network.eval()
