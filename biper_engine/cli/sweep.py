@@ -40,6 +40,7 @@ def run_sweep(
     Returns:
         For each name why it has no result, or an empty text.
     """
+    from biper_engine.models.registry import architecture
     from biper_engine.training import is_first_process
     from biper_engine.training.directory import check_claim
 
@@ -51,7 +52,8 @@ def run_sweep(
         check_claim(output / name, config, resume=resume)
     problems = {}
     for number, (name, config) in enumerate(runs.items(), start=1):
-        done = _is_done(output / name, convert)
+        binary = architecture(config.architecture).is_binary
+        done = _is_done(output / name, convert and binary)
         if is_first_process():
             text = f"run {number} of {len(runs)}: {name}{', finished before' if done else ''}"
             results(json_output=True).print(text, markup=False)

@@ -173,7 +173,8 @@ def train(
         if not first:
             return result, [], None
         exported = training.export_official(result) if export_official else ()
-        return result, list(map(str, exported)), pack(result) if convert else None
+        packed = pack(result) if convert and _is_binary(config) else None
+        return result, list(map(str, exported)), packed
 
     if runs:
         values = run_sweep(runs, output, one_run, resume=resume, convert=convert)
@@ -218,6 +219,12 @@ def _require_biper(config: TrainingConfig, frequency: bool, export_official: boo
         )
 
 
+def _is_binary(config: TrainingConfig) -> bool:
+    from biper_engine.models.registry import architecture
+
+    return architecture(config.architecture).is_binary
+
+
 def fit_quietly(
     config: TrainingConfig | None, output: Path, *, resume: bool, options: RunOptions
 ) -> TrainingResult:
@@ -237,7 +244,7 @@ def _show(
     config: TrainingConfig,
     json_output: bool,
 ) -> None:
-    lines, values = summary(result, packed)
+    lines, values = summary(result, packed, is_binary=_is_binary(config))
     if json_output:
         print_json({**values, "official": exported, "recipe": config.to_dict()})
         return

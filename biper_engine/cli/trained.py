@@ -103,12 +103,15 @@ def _record(packed: Packed) -> None:
     write_json(packed.path.with_name(_VERIFIED), values)
 
 
-def summary(result: TrainingResult, packed: Packed | None) -> tuple[list[str], dict[str, Any]]:
-    """Return a run's lines, of which the last one is the next command, and its JSON values."""
-    if packed is None:
-        following = command_line("convert", result.stage2.path)
-    else:
+def summary(
+    result: TrainingResult, packed: Packed | None, *, is_binary: bool = True
+) -> tuple[list[str], dict[str, Any]]:
+    """Return a run's lines, of which the last one says what follows, and its JSON values."""
+    following: str | None = None
+    if packed is not None:
         following = command_line("run", packed.path, "IMAGE")
+    elif is_binary:
+        following = command_line("convert", result.stage2.path)
     stages = (result.stage1, result.stage2)
     values: dict[str, Any] = {
         f"stage{number}": {"path": str(stage.path), **stage.to_dict()}
@@ -122,7 +125,8 @@ def summary(result: TrainingResult, packed: Packed | None) -> tuple[list[str], d
     if packed is not None:
         lines += _file_lines(packed, result.stage2)
     lines.append(f"for a page of it: {command_line('report', result.output_dir)}")
-    return [*lines, f"next: {following}"], values
+    last = f"next: {following}" if following else "No engine: the network has no binary layer."
+    return [*lines, last], values
 
 
 def _stage_lines(number: int, stage: StageResult) -> list[str]:

@@ -64,6 +64,14 @@ def test_a_finished_run_is_not_repeated(biper: Biper, trained: list[str]) -> Non
     assert "frequency=5, finished before" in done.err
 
 
+def test_a_float_network_is_finished_without_a_file(biper: Biper, trained: list[str]) -> None:
+    words = ("train", "--sweep", "architecture=cifar10/resnet20", "-o", "sweep")
+    for more in ((), ("--resume",)):
+        done = biper(*words, *more)
+        assert done.code == 0, done.err
+    assert trained == ["architecture=cifar10-resnet20"]
+
+
 def test_a_run_that_was_begun_needs_resume(biper: Biper, trained: list[str]) -> None:
     sweep(biper, "20")
     done = sweep(biper, "5,20")

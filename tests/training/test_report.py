@@ -18,11 +18,13 @@ from PIL import Image
 from biper_engine import models
 from biper_engine.errors import CheckpointError
 from biper_engine.models import Network
-from biper_engine.training import write_report
+from biper_engine.training import RunOptions, fit, write_report
 from biper_engine.training.predictions import Predictions, WrongImage
 from biper_engine.training.report import page
 from biper_engine.training.report.compare import Comparison, runs_in
 from biper_engine.training.report.run import LayerEpoch, Run, Stage, read_run
+from tests.training.few_images import few_images
+from tests.training.small_run import SMALL_CONFIG, SMALL_STAGE
 
 MOST_BYTES = 1_000_000
 TITLES = [
@@ -180,12 +182,20 @@ def changed(run: Run, network: Network, **config: str) -> Run:
     )
 
 
-def test_a_float_network_has_no_word_about_bits(small_run: Path) -> None:
-    run = changed(read_run(small_run), Network())
-    for part in (page._quantization, page._flips, page._histograms):
+def test_a_float_network_has_no_word_about_bits(tmp_path: Path) -> None:
+    stage = dataclasses.replace(SMALL_STAGE, epochs=1)
+    config = dataclasses.replace(SMALL_CONFIG, architecture="cifar10/resnet20", stage1=stage)
+    with few_images():
+        options = RunOptions(progress_bar=False, accelerator="cpu")
+        fit(config=dataclasses.replace(config, stage2=stage), output_dir=tmp_path, options=options)
+    run = read_run(tmp_path)
+    for part in (page._quantization, page._flips, page._histograms, page._engine):
         section = part(run)
         assert section.note == "Left out: this network has no binary layers."
         assert not section.svg
+    assert page._curves(run).svg
+    assert page._confusion(run).kind == "matrix"
+    assert Comparison([run]).rows[0][4:] == ["", "", "finished"]
 
 
 def test_a_network_of_another_paper_has_no_waves(small_run: Path) -> None:

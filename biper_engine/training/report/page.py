@@ -20,6 +20,7 @@ _FILE = "report.html"
 # Up to so many classes, all pairs are shown.
 _MATRIX_CLASSES = 20
 _CONFUSIONS = 20
+_FLOAT = "Left out: this network has no binary layers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ def _without_waves(run: Run) -> str:
     if run.network is None:
         return "There are no weights yet: the first epoch is not finished."
     if next(iter(binary_layers(run.network)), None) is None:
-        return "Left out: this network has no binary layers."
+        return _FLOAT
     if not any(stage.errors for stage in run.stages):
         return (
             "Left out: it is defined for BiPer's layers, whose weights pass through a wave. The "
@@ -255,7 +256,7 @@ def _flips(run: Run) -> _Section:
     if not any(stage.layers for stage in run.stages):
         is_float = run.network is not None and not list(binary_layers(run.network))
         reason = (
-            "Left out: this network has no binary layers."
+            _FLOAT
             if is_float
             else "Not recorded: no epoch is finished, or an older version trained this run."
         )
@@ -373,6 +374,8 @@ def _wrong(run: Run) -> _Section:
 
 def _engine(run: Run) -> _Section:
     base: dict[str, Any] = {"anchor": "engine", "title": "Engine"}
+    if run.network is not None and next(iter(binary_layers(run.network)), None) is None:
+        return _Section(**base, note=_FLOAT)
     if run.file is None:
         return _Section(
             **base, note="There is no model.biper: the run is not finished, or was not converted."
