@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biper_engine.cli.console import print_json, results, shown_warnings, status
+from biper_engine.cli.console import command_line, print_json, results, shown_warnings, status
 from biper_engine.cli.sweep import run_sweep, show_sweep
 from biper_engine.cli.trained import Packed, pack, summary
 
@@ -168,7 +169,7 @@ def train(
         )
 
     def one_run(config: TrainingConfig, output: Path) -> tuple[TrainingResult, list[str], Any]:
-        with shown_warnings():
+        with shown_warnings(), _interruptible():
             result = fit_quietly(config, output, resume=resume, options=options)
         if not first:
             return result, [], None
@@ -223,6 +224,19 @@ def _is_binary(config: TrainingConfig) -> bool:
     from biper_engine.models.registry import architecture
 
     return architecture(config.architecture).is_binary
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say after Ctrl-C how to go on, and end with the shell's code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        console = results(json_output=True)  # stderr
+        console.print("Interrupted; the latest state is saved. To go on:", markup=False)
+        console.print(f"  {command_line(*words, '--resume')}", soft_wrap=True, markup=False)
+        raise typer.Exit(130) from None
 
 
 def fit_quietly(
