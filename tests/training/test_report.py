@@ -18,6 +18,7 @@ from PIL import Image
 from biper_engine import models
 from biper_engine.errors import CheckpointError
 from biper_engine.models import Network
+from biper_engine.nn import set_binarizers, weight_errors
 from biper_engine.training import RunOptions, fit, write_report
 from biper_engine.training.predictions import Predictions, WrongImage
 from biper_engine.training.report import page
@@ -206,12 +207,25 @@ def test_a_network_of_another_paper_has_no_waves(small_run: Path) -> None:
     assert "Not recorded" in page._flips(run).note
 
 
-def test_another_wave_is_named(small_run: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale"), [("triangle", "the triangle wave"), ("sign", "each on its own scale")]
+)
+def test_another_wave_is_named(small_run: Path, name: str, scale: str) -> None:
     run = read_run(small_run)
-    config = dataclasses.replace(run.config, weight_binarizer="triangle")
-    run = dataclasses.replace(run, config=config)
-    assert "nothing about this run's triangle" in page._quantization(run).note
-    assert "triangle" in page._histograms(run).note
+    stages = []
+    for stage in run.stages:
+        assert stage.network is not None
+        set_binarizers(stage.network, weight=name)
+        errors = weight_errors(stage.network)
+        stages.append(dataclasses.replace(stage, errors=errors))
+    config = dataclasses.replace(run.config, weight_binarizer=name)
+    run = dataclasses.replace(run, config=config, stages=(stages[0], stages[1]))
+    section = page._quantization(run)
+    assert f"left out for this run's {name}" in section.note
+    assert "Over the frequency" not in section.svg
+    assert {row[3] for row in section.rows} == {""}
+    assert scale in page._histograms(run).note
+    assert page._histograms(run).svg
 
 
 @pytest.mark.parametrize(

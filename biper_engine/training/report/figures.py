@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from biper_engine.nn import binary_layers, laplace_error
+from biper_engine.nn import laplace_error
 from biper_engine.nn.quantization import weight_wave
 from biper_engine.plotting import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
 from biper_engine.training.report.run import Run, Stage
@@ -156,13 +157,17 @@ def _styles(figure: Any, loss: Any, run: Run) -> None:
 
 
 def quantization(run: Run) -> str:
-    """Draw the quantization error over b*w0 and by layer, beside the closed form."""
+    """Draw the quantization error by layer; of a sine beside its closed form, also over b*w0."""
     figure = new_figure(_WIDTH, 3.6)
-    form, layers, official = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    title(form, "Over the frequency", "the paper's measure; line: Laplace weights, closed form")
-    title(layers, "By layer", "the paper's measure; rings: closed form")
+    sine = run.config.weight_binarizer == "periodic"
+    if sine:
+        form, layers, official = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+        title(form, "Over the frequency", "the paper's measure; line: Laplace weights, closed form")
+        _closed_form(form, run)
+    else:
+        layers, official = figure.subplots(1, 2)
+    title(layers, "By layer", f"the paper's measure{'; rings: closed form' if sine else ''}")
     title(official, "By layer", "the official code's measure")
-    _closed_form(form, run)
     for stage, color in _staged(run):
         places = range(1, len(stage.errors) + 1)
         found = list(stage.errors.values())
@@ -173,14 +178,14 @@ def quantization(run: Run) -> str:
         layers.plot(places, [one.error for one in found], ".-", color=color, linewidth=0.8,
                     label=label)  # fmt: skip
         official.plot(places, [one.official for one in found], ".-", color=color, linewidth=0.8)
-    for axes in (form, layers, official):
+    for axes in figure.axes:
         _quiet(axes)
         axes.set_ylim(0, 1.06 * axes.dataLim.y1)
     for axes in (layers, official):
         axes.set_xlabel("binary layer, from the input on", fontsize=8, color=SOFT_INK)
         axes.xaxis.get_major_locator().set_params(integer=True)
     layers.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
-    return _svg(figure, "quantization", "Quantization error of each layer beside its closed form")
+    return _svg(figure, "quantization", "Quantization error of each layer, after each stage")
 
 
 def _closed_form(axes: Any, run: Run) -> None:
@@ -242,46 +247,52 @@ def flips(run: Run) -> str:
 
 def histograms(run: Run) -> str:
     """Draw how the wave of the weights is distributed in each layer, after each stage."""
-    waves = {stage.number: _counted(stage) for stage in run.stages if stage.network is not None}
+    waves = {stage.number: _waves(stage) for stage in run.stages if stage.network is not None}
     names = list(next(iter(waves.values())))
     columns = 6
     rows = -(-len(names) // columns)
-    figure = new_figure(_WIDTH, 0.6 + 1.15 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    centres = [(n + 0.5) * 2 / _BINS - 1 for n in range(_BINS)]
+    # Clamped weights are far from 1: each layer has its own scale.
+    clamped = run.config.weight_binarizer == "sign"
+    figure = new_figure(_WIDTH, 0.6 + (1.3 if clamped else 1.15) * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for number, (name, axes) in enumerate(zip(names, panels, strict=False)):
-        for stage, shares in waves.items():
-            if stage == 2:
-                axes.fill_between(centres, shares[name], step="mid", color=ENGINE, alpha=0.35, lw=0)
-            axes.step(centres, shares[name], where="mid", color=_COLORS[stage], linewidth=0.9,
-                      label=f"stage {stage}")  # fmt: skip
+        values = {stage: found[name] for stage, found in waves.items()}
+        limit = max(float(one.abs().max()) for one in values.values()) if clamped else 1.0
+        _histogram(axes, values, limit or 1.0)
         axes.set_title(f"{number + 1}  {name}", loc="left", fontsize=8, color=INK)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
-        last_row = number >= len(names) - columns
-        axes.set_xticks([-1, 0, 1], ["-1", "0", "1"] if last_row else ["", "", ""])
-        axes.tick_params(length=0, labelsize=8, labelcolor=SOFT_INK)
-        axes.set_yticks([])
-        axes.set_ylim(bottom=0)
-    for axes in list(figure.axes)[len(names) :]:
+        if number < len(names) - columns and not clamped:
+            axes.set_xticklabels(["", "", ""])
+    for axes in panels[len(names) :]:
         axes.set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=8,
                   labelcolor=INK)  # fmt: skip
     binarizer = _WAVES[run.config.weight_binarizer]
     return _svg(figure, "histograms", f"Histogram of {binarizer} in each layer")
 
 
-def _counted(stage: Stage) -> dict[str, list[float]]:
-    """Return the share of each bin of [-1, 1], by layer."""
+def _histogram(axes: Any, values: Mapping[int, Tensor], limit: float) -> None:
+    """Draw the shares of equal parts of [-limit, limit], for each stage."""
+    centres = [limit * ((n + 0.5) * 2 / _BINS - 1) for n in range(_BINS)]
+    for stage, found in values.items():
+        shares = (torch.histc(found, _BINS, -limit, limit) / found.numel()).tolist()
+        color = _COLORS[stage]
+        if stage == 2:
+            axes.fill_between(centres, shares, step="mid", color=color, alpha=0.35, lw=0)
+        label = f"stage {stage}"
+        axes.step(centres, shares, where="mid", color=color, linewidth=0.9, label=label)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.set_xticks([-limit, 0, limit], [f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    axes.tick_params(length=0, labelsize=8, labelcolor=SOFT_INK)
+    axes.set_yticks([])
+    axes.set_ylim(bottom=0)
+
+
+def _waves(stage: Stage) -> dict[str, Tensor]:
     assert stage.network is not None
-    found = {}
-    for name, layer in binary_layers(stage.network):
-        values = weight_wave(layer)  # type: ignore[arg-type]
-        if values is not None:
-            counts = torch.histc(values.float(), _BINS, -1, 1)
-            found[name] = (counts / values.numel()).tolist()
-    return found
+    found = {name: weight_wave(layer) for name, layer in stage.network.named_modules()}
+    return {name: values.float() for name, values in found.items() if values is not None}
 
 
 def comparison(

@@ -224,15 +224,16 @@ def _quantization(run: Run) -> _Section:
     binarizer = run.config.weight_binarizer
     note = (
         "With s the wave of the weights and q its sign, the paper's measure is the least mean "
-        "square of s - c·q over all scales c; the official code's is the mean of |s - q|. The "
-        "closed form is the paper's measure of Laplace weights of scale b = mean |w|; it is "
-        "largest, 0.1028, at b·w0 = 0.955."
+        "square of s - c·q over all scales c; the official code's is the mean of |s - q|. "
     )
-    if binarizer != "periodic":
-        note += (
-            f" It is for the sine, so that it says nothing about this run's {binarizer}: the line "
-            "in the first plot is only for comparison."
-        )
+    note += (
+        "The closed form is the paper's measure of Laplace weights of scale b = mean |w|; it is "
+        "largest, 0.1028, at b·w0 = 0.955."
+        if binarizer == "periodic"
+        else f"The closed form is for the sine, and left out for this run's {binarizer}."
+    )
+    if binarizer == "sign":
+        note += " The measures depend on the size of the weights, so that they cannot be compared."
     rows = [
         [
             str(stage.number),
@@ -291,7 +292,8 @@ def _histograms(run: Run) -> _Section:
     wave = {"periodic": "sin(w0*w)", "sign": "w, clamped to [-1, 1]"}
     name = run.config.weight_binarizer
     note = (
-        f"Histograms of {wave.get(name, f'the {name} wave of w0*w')} in each layer, from -1 to 1. "
+        f"Histograms of {wave.get(name, f'the {name} wave of w0*w')} in each layer"
+        f"{', each on its own scale' if name == 'sign' else ', from -1 to 1'}. "
         "Where a stage is not finished, they are of its latest epoch."
     )
     return _Section(**base, note=note, svg=figures.histograms(run))
