@@ -175,6 +175,14 @@ def golden_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return partial(networks.converted_file, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished training run, for tests that only read it."""
+    from tests.training.small_run import train_small
+
+    return train_small(tmp_path_factory.mktemp("small") / "run")
+
+
 @pytest.fixture(params=[*RUNS, *EMULATED])
 def run(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
