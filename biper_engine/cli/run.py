@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.engines import ENGINE_HELP, engine_file
 from biper_engine.cli.images import find_images, image_batches, preprocessing_of
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["run"]
 
 
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .biper file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=ENGINE_HELP)],
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or directories of them.")
     ],
@@ -42,8 +43,8 @@ def run(
 
     import biper_engine
 
-    with status("Loading"):
-        engine = biper_engine.load(file)
+    with status("Loading"), engine_file(file) as path:
+        engine = biper_engine.load(path)
     metadata = preprocessing_of(engine, file)
     rows: list[dict[str, Any]] = []
     with biper_engine.use_backend(backend) if backend else nullcontext(), torch.inference_mode():
