@@ -12,7 +12,8 @@ import torch
 import biper_engine
 from biper_engine import models
 from biper_engine.models import ModelCard
-from biper_engine.serialization import replay
+from biper_engine.runtime import program_section
+from biper_engine.serialization import check_program, replay
 from biper_engine.training import read_recipe
 from biper_engine.training.data import DIGITS_METADATA, digits, tensors
 
@@ -53,6 +54,11 @@ def test_an_engine_is_whole(name: str) -> None:
     assert engine.metadata is not None
     assert engine.metadata.class_names == card.classes
     assert (engine.report.packed, len(engine.report.layers)) == (card.packed, card.layers)
+
+
+@pytest.mark.parametrize("name", models.shipped())
+def test_the_c_library_can_run_an_engine(name: str) -> None:
+    assert check_program(FOLDER / f"{name}.biper", program_section) is True
 
 
 def test_the_digits_are_as_right_as_the_card_says() -> None:
