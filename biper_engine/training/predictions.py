@@ -91,10 +91,32 @@ class Predictions:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Predictions:
-        """Build from `to_dict`."""
+        """Build from `to_dict`.
+
+        Raises:
+            ValueError, KeyError, TypeError: these are no such values.
+        """
         counts = {(label, found): count for label, found, count in values["confusion"]}
+        numbers = [number for pair, count in counts.items() for number in (*pair, count)]
+        if not counts or not all(_is_count(number) for number in numbers) or 0 in counts.values():
+            raise ValueError("`confusion` must have rows of two classes and a number of images")
         wrong = [WrongImage(**one) for one in values["wrong"]]
+        if not all(_is_whole(one) for one in wrong):
+            raise ValueError("an entry of `wrong` has values of other types than training writes")
         return cls(confusion=Counter(counts), wrong=wrong)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_whole(one: WrongImage) -> bool:
+    counts, texts = (one.index, one.label, one.predicted), (one.picture, one.media_type)
+    return (
+        all(map(_is_count, counts))
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(one.probability, float | int)
+    )
 
 
 def _picture(image: Tensor, metadata: Metadata) -> tuple[str, str]:

@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # also of text that is not UTF-8
         raise CheckpointError(
             f"'{path}' is not JSON: {error}. It was not written by a training; use another "
             "output_dir, or delete it."

@@ -252,6 +252,15 @@ def test_a_folder_that_is_no_run(tmp_path: Path, name: str, message: str) -> Non
     assert not list(tmp_path.rglob("*.html"))
 
 
+_LAYER = "epoch,layer,weights,flips,quantization_error\n"
+
+
+def _wrong_image(**values: object) -> str:
+    """Return predictions of one wrong image, with other values than training writes."""
+    image = {"index": 0, "label": 0, "predicted": 1, "probability": 0.5, "picture": "", **values}
+    return json.dumps({"confusion": [[0, 1, 1]], "wrong": [{"media_type": "image/png", **image}]})
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -260,6 +269,16 @@ def test_a_folder_that_is_no_run(tmp_path: Path, name: str, message: str) -> Non
         ("layers.csv", "epoch,layer\n0,conv1\n", "KeyError"),
         ("predictions.json", "{}", "KeyError"),
         ("predictions.json", "[]", "has a list, wanted a JSON object"),
+        ("predictions.json", '{"a": ' + "[" * 5000, "predictions.json' is not JSON"),
+        ("predictions.json", '{"confusion": [], "wrong": []}', "`confusion` must have rows"),
+        ("predictions.json", '{"confusion": [["a", 0, 1]], "wrong": []}', "`confusion` must have"),
+        ("predictions.json", '{"confusion": [[0, 0, -1]], "wrong": []}', "`confusion` must have"),
+        ("predictions.json", _wrong_image(label="x"), "an entry of `wrong` has values of other"),
+        ("predictions.json", _wrong_image(probability="x"), "an entry of `wrong` has values"),
+        ("predictions.json", _wrong_image(picture=None), "an entry of `wrong` has values"),
+        ("metrics.csv", "epoch,step,lr\ninf,1,0.1\n", "epoch inf is none of the 2"),
+        ("layers.csv", _LAYER + "0,conv1,0,0,0.1\n", "0 of 0 weights changed"),
+        ("layers.csv", _LAYER + "0,conv1,4,5,0.1\n", "5 of 4 weights changed"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(

@@ -225,15 +225,17 @@ def _layers(path: Path, wanted: int) -> dict[str, list[LayerEpoch]]:
             flips=int(row["flips"]),
             error=float(error) if error else None,
         )
+        if not 0 <= one.flips <= one.weights or one.weights == 0:
+            raise ValueError(f"{one.flips} of {one.weights} weights changed their sign")
         found.setdefault(row["layer"], []).append(one)
     return found
 
 
 def _epoch(value: str | float, wanted: int) -> int:
-    epoch = int(value)
-    if not 0 <= epoch < wanted:
-        raise ValueError(f"epoch {epoch} is none of the {wanted} of the recipe")
-    return epoch
+    epoch = float(value)
+    if not (0 <= epoch < wanted and epoch.is_integer()):
+        raise ValueError(f"epoch {epoch:g} is none of the {wanted} of the recipe")
+    return int(epoch)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
