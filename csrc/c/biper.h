@@ -118,7 +118,7 @@ typedef struct biper_buffer {
 } biper_buffer;
 
 /* Runs the network on a batch of any size. Reads `inputs` and writes `outputs`, one for each input
- * and output of the network, which may not overlap. */
+ * and output of the network. An output in the memory of another buffer is refused. */
 BIPER_API biper_status biper_run(const biper_model* model, int64_t batch,
                                  const biper_buffer* inputs, int64_t input_count,
                                  const biper_buffer* outputs, int64_t output_count);

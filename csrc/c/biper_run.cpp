@@ -153,6 +153,10 @@ class Model {
     if (is_npy(contents)) {
       array = read_npy(path, contents);
       if (array.is_bytes) return prepared(path, array);
+    } else if (const std::string kind = image_kind(contents); !kind.empty()) {
+      throw std::runtime_error("'" + path + "' is " + kind +
+                               ", which biper-run does not read; convert it to .ppm, or to bytes "
+                               "[H, W, C] in an .npy file.");
     } else {
       array.values = contents;
     }

@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <stdexcept>
 
@@ -261,6 +263,9 @@ void require_sum(const std::string& name, const Json& header, std::string_view b
 
 Bytes::Bytes(size_t size) : memory_(nullptr, std::free), size_(size) {
   constexpr size_t kLine = 64;
+  if (size > static_cast<size_t>(std::numeric_limits<std::ptrdiff_t>::max()) - kLine) {
+    throw std::bad_alloc();
+  }
   const size_t whole = size / kLine * kLine + kLine;
   memory_.reset(static_cast<char*>(std::aligned_alloc(kLine, whole)));
   if (!memory_) throw std::bad_alloc();

@@ -1,5 +1,6 @@
 // The functions of biper.h.
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -167,6 +168,7 @@ class CallMemory {
       require_memory(name.c_str(), buffers[i].data, buffers[i].values, wanted, 4);
       const bool as_is = !form.is_turned() || (planar && form.planar);
       void* data = buffers[i].data;
+      given.emplace_back(data, wanted);
       if (!as_is) {
         own_.emplace_back(static_cast<size_t>(wanted) * 4);
         data = own_.back().data();
@@ -195,6 +197,7 @@ class CallMemory {
   }
 
   std::vector<MapMemory> maps;
+  std::vector<std::pair<const void*, int64_t>> given;  // memory of the caller, and its values
 
  private:
   int64_t images(size_t i) const { return batch_ * forms_[i].sizes[0]; }
@@ -206,12 +209,43 @@ class CallMemory {
   std::vector<Bytes> own_;
 };
 
+// Throws where an output lies in the memory of an input or of another output.
+void require_apart(const CallMemory& inputs, const CallMemory& outputs) {
+  struct Range {
+    std::uintptr_t first, end;
+    bool is_output;
+  };
+  std::vector<Range> ranges;
+  for (const CallMemory* memory : {&inputs, &outputs}) {
+    for (const auto& [data, values] : memory->given) {
+      const auto first = reinterpret_cast<std::uintptr_t>(data);
+      if (values > 0) {
+        ranges.push_back(
+            {first, first + static_cast<std::uintptr_t>(values) * 4, memory == &outputs});
+      }
+    }
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.first < b.first; });
+  std::uintptr_t end = 0, output_end = 0;  // of what begins before
+  for (const Range& range : ranges) {
+    if (range.first < (range.is_output ? end : output_end)) {
+      fail(
+          "The memory of an output overlaps that of an input or of another output; give each "
+          "output memory of its own.");
+    }
+    end = std::max(end, range.end);
+    if (range.is_output) output_end = std::max(output_end, range.end);
+  }
+}
+
 void run(const biper_model& model, int64_t batch, const biper_buffer* inputs, int64_t input_count,
          const biper_buffer* outputs, int64_t output_count) {
   require_range("batch", batch, 0, std::numeric_limits<int32_t>::max());
   CallMemory from(model.loaded.inputs, batch), to(model.loaded.outputs, batch);
   from.take("input", inputs, input_count, true);
   to.take("output", outputs, output_count, false);
+  require_apart(from, to);
   from.turn_in();
   model.loaded.program->run(batch, from.maps, to.maps, model.threads);
   to.turn_out();

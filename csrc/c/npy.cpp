@@ -8,6 +8,7 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 
 namespace {
 
@@ -74,6 +75,19 @@ int64_t number_in(const std::string& path, const std::string& text, size_t& at) 
   return value;
 }
 
+// Whether it begins as an image of Netpbm: "P5" and white space, for example.
+bool is_netpbm(const std::string& contents) {
+  return contents.size() > 2 && contents[0] == 'P' && contents[1] >= '1' && contents[1] <= '7' &&
+         (std::isspace(static_cast<unsigned char>(contents[2])) != 0 || contents[2] == '#');
+}
+
+// What the header of a BMP image says of its size.
+size_t bitmap_bytes(const std::string& contents) {
+  size_t bytes = 0;
+  for (size_t i = 6; i-- > 2;) bytes = bytes << 8 | static_cast<uint8_t>(contents[i]);
+  return bytes;
+}
+
 }  // namespace
 
 std::string read_file(const std::string& path) {
@@ -90,7 +104,28 @@ std::string read_file(const std::string& path) {
 bool is_npy(const std::string& contents) { return contents.compare(0, 6, "\x93NUMPY") == 0; }
 
 bool is_pixmap(const std::string& contents) {
-  return contents.compare(0, 2, "P5") == 0 || contents.compare(0, 2, "P6") == 0;
+  return is_netpbm(contents) && (contents[1] == '5' || contents[1] == '6');
+}
+
+std::string image_kind(const std::string& contents) {
+  const auto has = [&](size_t at, std::string_view start) {
+    return contents.size() > at && contents.compare(at, start.size(), start) == 0;
+  };
+  if (has(0, "\x89PNG")) return "a PNG image";
+  // The fourth byte is that of a marker; no image begins with so large a float.
+  if (has(0, "\xFF\xD8\xFF") && contents.size() > 3 && static_cast<uint8_t>(contents[3]) >= 0xDB) {
+    return "a JPEG image";
+  }
+  if (has(0, "GIF8")) return "a GIF image";
+  if (has(0, "RIFF") && has(8, "WEBP")) return "a WebP image";
+  if (has(0, {"II*\0", 4}) || has(0, {"MM\0*", 4})) return "a TIFF image";
+  if (has(4, "ftyp")) return "a HEIF or AVIF image, or a film";
+  if (has(0, "BM") && contents.size() >= 6 && bitmap_bytes(contents) == contents.size()) {
+    return "a BMP image";
+  }
+  if (is_netpbm(contents)) return "a PBM, PGM, PPM or PAM image that is not of bytes (P5 or P6)";
+  if (has(0, "PK\x03\x04")) return "a zip archive";
+  return "";
 }
 
 Array read_npy(const std::string& path, const std::string& contents) {

@@ -18,6 +18,9 @@ struct Array {
 bool is_npy(const std::string& contents);
 bool is_pixmap(const std::string& contents);
 
+// What contents of another known kind are, as "a PNG image"; empty for raw values.
+std::string image_kind(const std::string& contents);
+
 // Each throws std::runtime_error where the contents are of another kind than it reads.
 Array read_npy(const std::string& path, const std::string& contents);
 Array read_pixmap(const std::string& path, const std::string& contents);  // [H, W, C] of bytes

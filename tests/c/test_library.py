@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from ctypes import byref, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from biper_engine.engine import Engine, load
 from biper_engine.metadata import Metadata
 from biper_engine.preprocessing import image_to_tensor
 from biper_engine.serialization import container
-from tests.c.library import CError, Library, installed, library_in
+from tests.c.library import Buffer, CError, Library, buffers, installed, library_in
 from tests.fuzz.bases import BASES, call_networks
 from tests.golden.networks import BIPER
 from tests.native.builds import run, setup_functions, succeed
@@ -136,6 +137,13 @@ def test_a_file_in_memory_loads(library: Library, classifier_file: Path) -> None
     assert model.inputs == [("image", [1, *engine.input_shape])]
 
 
+def test_a_size_that_no_memory_has_is_refused(library: Library) -> None:
+    for size in (2**64 - 1, 2**64 - 64, 2**63):
+        with pytest.raises(CError, match="not enough memory") as error:
+            library.check(library.calls.biper_load_memory(b"x", size, None, byref(c_void_p())))
+        assert error.value.args[0] == 5
+
+
 # -- images ---------------------------------------------------------------------------------------
 
 
@@ -223,6 +231,20 @@ def test_wrong_calls_are_refused(library: Library, classifier_file: Path) -> Non
         library.load(classifier_file, threads=2000)
     with pytest.raises(CError, match="`model` is null"):
         library.check(library.calls.biper_run(None, 1, None, 1, None, 1))
+
+
+def test_an_output_in_the_memory_of_an_input_is_refused(
+    library: Library, classifier_file: Path
+) -> None:
+    model, engine = library.load(classifier_file), load(classifier_file)
+    memory = inputs_of(engine, 2)[0].numpy()
+    before, classes = memory.copy(), model.outputs[0][1][1]
+    given = buffers([memory])
+    for first in (0, 5, memory.size - 1):
+        inside = (Buffer * 1)(Buffer(memory.ctypes.data + 4 * first, 2 * classes))
+        with pytest.raises(CError, match="memory of an output overlaps that of an input"):
+            library.check(library.calls.biper_run(model.handle, 2, given, 1, inside, 1))
+    assert np.array_equal(memory, before)
 
 
 def test_files_that_cannot_be_used_are_named(
@@ -365,3 +387,30 @@ def test_biper_run_says_what_is_wrong(
     done = run(prefix / "bin/biper-run", *named, env=dict(os.environ))
     assert done.returncode == status, done.stderr
     assert said in (done.stdout if status == 0 else done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+        (b"\xff\xd8\xff\xe0", "a JPEG image"),
+        (b"GIF89a", "a GIF image"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "a WebP image"),
+        (b"II*\0", "a TIFF image"),
+        (b"MM\0*", "a TIFF image"),
+        (b"\0\0\0\x20ftypavif", "a HEIF or AVIF image"),
+        (b"BM", "a BMP image"),
+        (b"P3\n2 2\n", "a PBM, PGM, PPM or PAM image that is not of bytes"),
+        (b"PK\x03\x04", "a zip archive"),
+    ],
+)
+def test_biper_run_takes_no_other_image_for_raw_values(
+    start: bytes, kind: str, prefix: Path, classifier_file: Path, tmp_path: Path
+) -> None:
+    size = 4 * int(np.prod(load(classifier_file).input_shape))
+    start += size.to_bytes(4, "little") if start == b"BM" else b""
+    (tmp_path / "photo").write_bytes(start + bytes(size - len(start)))
+    done = run(prefix / "bin/biper-run", classifier_file, tmp_path / "photo")
+    assert done.returncode == 1
+    assert f"photo' is {kind}" in done.stderr
+    assert "convert it to .ppm" in done.stderr
