@@ -211,6 +211,11 @@ class Model {
 void print_classes(const Model& model, const std::string& name, const float* logits,
                    long long top) {
   const size_t count = static_cast<size_t>(model.outputs[0].values);
+  if (!std::all_of(logits, logits + count, [](float x) { return std::isfinite(x); })) {
+    throw std::runtime_error("'" + name +
+                             "' has no class: an output of the network is NaN or infinite. Look at "
+                             "the values of the image.");
+  }
   std::vector<size_t> order(count);
   for (size_t i = 0; i < count; ++i) order[i] = i;
   std::stable_sort(order.begin(), order.end(),

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "biper.h"
+#include "dispatch.h"
 #include "errors.h"
 #include "file.h"
 #include "images.h"
@@ -122,6 +123,7 @@ void load(const std::string& name, Bytes bytes, const biper_options* options, bi
   auto model = std::make_unique<biper_model>();
   model->threads = threads_of(options);
   const File file = open_file(name, std::move(bytes));
+  kernels();  // where BIPER_CPU_ISA is wrong, that is no fault of the file
   model->loaded = load_program(name, file);
   take_metadata(file.header, *model);
   *to = model.release();

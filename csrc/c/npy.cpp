@@ -95,7 +95,7 @@ std::string read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream contents;
   if (file) contents << file.rdbuf();
-  if (!file || file.bad()) {
+  if (!file || file.bad() || contents.str().empty()) {
     refuse(path, errno != 0 ? std::strerror(errno) : "it is empty, or no regular file");
   }
   return contents.str();

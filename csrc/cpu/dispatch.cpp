@@ -57,7 +57,7 @@ const Kernels& find(const std::string& name, const char* source) {
                               (is_known
                                    ? "names an instruction set that this processor lacks"
                                    : "names no instruction set of this build (" + known + ")") +
-                              "; those that run here: " + usable);
+                              "; those that run here: " + usable + ".");
 }
 
 std::atomic<const Kernels*> chosen{nullptr};

@@ -272,6 +272,26 @@ def test_files_that_cannot_be_used_are_named(
         library.load(tmp_path)
 
 
+def test_a_wrong_instruction_set_is_no_fault_of_the_file(
+    prefix: Path, classifier_file: Path
+) -> None:
+    environment = {**os.environ, "BIPER_CPU_ISA": "avx1024"}
+    done = run(prefix / "bin/biper-run", classifier_file, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("biper-run: BIPER_CPU_ISA (='avx1024') names no instruction set")
+    assert "edited" not in done.stderr
+
+
+def test_biper_run_names_no_class_where_an_output_is_not_finite(
+    prefix: Path, classifier_file: Path, tmp_path: Path
+) -> None:
+    size = int(np.prod(load(classifier_file).input_shape))
+    np.full(size, np.nan, np.float32).tofile(tmp_path / "nan.raw")
+    done = run(prefix / "bin/biper-run", classifier_file, tmp_path / "nan.raw")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "nan.raw' has no class: an output of the network is NaN or infinite." in done.stderr
+
+
 def test_a_file_without_a_program_says_how_to_get_one(library: Library, tmp_path: Path) -> None:
     classifier().save(tmp_path / "net.biper", program=False)
     with pytest.raises(CError, match=r"has no native program: save it again") as error:
@@ -377,6 +397,8 @@ def _classes() -> int:
         (("--top",), 2, "--top needs a value."),
         (("missing.biper", "x.npy"), 1, "Cannot read 'missing.biper': there is no such file."),
         (("FILE", "missing.npy"), 1, "Cannot read 'missing.npy': "),
+        (("FILE", "."), 1, "Cannot read '.': "),
+        (("FILE", "/dev/null"), 1, "Cannot read '/dev/null': it is empty"),
         (("FILE", "FILE"), 1, "but the network takes [N, 3, "),
     ],
 )
