@@ -63,8 +63,12 @@ def program_section(
             plan = native_plan(module, torch.device("cpu"), signature.inputs, RecordedProgram)
     except BackendUnavailableError as error:
         return _without(str(error))
-    if isinstance(plan, str) or not plan.is_whole:
+    if isinstance(plan, str) or plan.reasons or len(plan.runs) != 1:
         return _without(str(plan))
+    if not plan.is_whole:
+        return _without(
+            "it leaves an input out, returns one as it is, or returns a tensor several times"
+        )
     program = plan.runs[0].program
     assert isinstance(program, RecordedProgram)
     writer = _Writer(constants, _unpacked(module), prefix)

@@ -114,6 +114,15 @@ def test_a_network_that_is_not_one_program_has_the_reason(tmp_path: Path) -> Non
     assert torch.equal(load(tmp_path / "net.biper")(torch.eye(5)), wanted)
 
 
+def test_a_network_that_returns_a_tensor_twice_has_the_reason(tmp_path: Path) -> None:
+    g = GraphBuilder(1)
+    total = g.call("sum", torch.ops.aten.add.Tensor, g.input("x"), g.constant("c", torch.ones(5)))
+    engine = engine_of(g.module(total, total), signature({"x": (5,)}, (0,), {}, (0, 1)))
+    section, _ = saved(engine, tmp_path)
+    assert set(section) == {"version", "reason"}
+    assert section["reason"].endswith("or returns a tensor several times")
+
+
 def test_a_network_without_tensors_has_no_program_as_it_has_none_in_python(tmp_path: Path) -> None:
     g = GraphBuilder(1)
     made = g.call("made", torch.ops.aten.exp.default, g.input("x"))
