@@ -19,7 +19,7 @@ from biper_engine import models
 from biper_engine.errors import CheckpointError
 from biper_engine.models import Network
 from biper_engine.nn import set_binarizers, weight_errors
-from biper_engine.training import RunOptions, fit, write_report
+from biper_engine.training import RunOptions, TrainingConfig, fit, write_report
 from biper_engine.training.predictions import Predictions, WrongImage
 from biper_engine.training.report import page
 from biper_engine.training.report.compare import Comparison, runs_in
@@ -288,6 +288,27 @@ def test_a_damaged_file_of_a_run_is_named(
     (folder / "logs" / "stage1" / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [({}, "sha256"), ({"bytes": "x"}, "bytes"), ({"accuracy": []}, "accuracy"),
+     ({"verified": None}, "verified")],
+)  # fmt: skip
+def test_a_damaged_verification_is_named(
+    tmp_path: Path, values: dict[str, object], wrong: str
+) -> None:
+    whole = {
+        **dict.fromkeys(("sha256", "path", "summary"), ""),
+        **dict.fromkeys(("bytes", "bytes_before", "packed", "layers", "verified_images"), 1),
+        "verified": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(TrainingConfig().to_dict()))
+    (tmp_path / "verify.json").write_text(json.dumps({**whole, **values} if values else {}))
+    with pytest.raises(CheckpointError, match=f"verify.json' has no {wrong} as this version"):
+        read_run(tmp_path)
+    (tmp_path / "verify.json").write_text(json.dumps(whole))
+    assert read_run(tmp_path).verified == whole
 
 
 def test_many_classes_are_told_by_their_confusions(small_run: Path) -> None:

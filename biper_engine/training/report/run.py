@@ -149,16 +149,16 @@ def read_run(path: Path) -> Run:
             f"'{path / _CONFIG}' has no settings of this version of biper_engine: {error}"
         ) from error
     results = read_json(path / "result.json") or {}
-    verified = read_json(path / "verify.json")
+    verified = _verified(path / "verify.json")
     file = path / "model.biper"
-    same = file.exists() and verified is not None
+    same = file.is_file() and verified is not None
     return Run(
         path=path,
         config=config,
         versions=read_json(path / "versions.json") or {},
         stages=(_stage(path, 1, config, results), _stage(path, 2, config, results)),
         verified=verified,
-        file=file if file.exists() else None,
+        file=file if file.is_file() else None,
         file_is_verified=same and verified is not None and _digest(file) == verified.get("sha256"),
     )
 
@@ -175,6 +175,26 @@ def _no_run(path: Path) -> CheckpointError:
         f"'{path}' is not the folder of a training run: it has no {_CONFIG}, and no folder in it "
         f"has one. {hint}"
     )
+
+
+_VERIFIED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("sha256", "path", "summary"), str),
+    **dict.fromkeys(("bytes", "bytes_before", "packed", "layers", "verified_images"), int),
+    **{"verified": bool, "accuracy": (float, int, type(None))},
+}
+
+
+def _verified(path: Path) -> dict[str, Any] | None:
+    values = read_json(path)
+    wrong = [] if values is None else [
+        name for name, kind in _VERIFIED.items() if not isinstance(values.get(name), kind)
+    ]  # fmt: skip
+    if wrong:
+        raise CheckpointError(
+            f"'{path}' has no {wrong[0]} as this version of biper_engine writes it. Restore the "
+            "file, or delete it: the page then says that the engine is not verified."
+        )
+    return values
 
 
 def _digest(path: Path) -> str:
