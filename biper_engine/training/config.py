@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -206,6 +207,8 @@ class TrainingConfig:
         for name in ("accumulate", "steps_per_epoch", "num_classes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be 1 or more.")
+        if not 0 < self.frequency < math.inf:
+            raise ValueError(f"`frequency` (={self.frequency}) must be above 0 and finite.")
         if self.seed < 0:
             raise ValueError(f"`seed` (={self.seed}) must be 0 or more.")
         if not 0 < self.test_share < 1:

@@ -55,6 +55,9 @@ def test_a_name_is_no_path() -> None:
         (["seed=1,2", "seed=3"], "has 'seed' twice"),
         (["seed=1,-2"], "`seed` .=-2. must be 0 or more"),
         (["augment.crop_area=[0.5,1"], "is not YAML"),
+        (["frequency=10,0"], "`frequency` .=0.0. must be above 0 and finite"),
+        (["frequency=10,.nan"], "`frequency` .=nan. must be above 0 and finite"),
+        (["frequency=10,.inf"], "`frequency` .=inf. must be above 0 and finite"),
     ],
 )
 def test_mistakes(axes: list[str], message: str) -> None:
