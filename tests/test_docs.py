@@ -1,6 +1,5 @@
 """The pages in docs agree with the code and with the measurements."""
 
-import re
 import runpy
 from itertools import combinations
 from pathlib import Path
@@ -24,8 +23,17 @@ def test_a_row_of_the_networks_is_what_converting_finds() -> None:
     assert tables["network"]("cifar10/resnet20_1w1a") in NETWORKS.read_text("utf-8")
 
 
+def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
+    tables = runpy.run_path(str(DOCS.parent / "benchmarks/tables.py"))
+    page = (DOCS / "speed.md").read_text("utf-8")
+    for name in ("networks", "deployed", "one_thread", "streams", "avx2", "grouped", "layers"):
+        assert tables[name]() in page
+    for name in ("outside", "peak"):
+        assert tables[name]() in " ".join(page.split())
+
+
 def test_the_comparison_with_float_networks_is_that_of_the_recorded_result() -> None:
-    page, result = NETWORKS.read_text("utf-8"), Result.read()
+    page, result = (DOCS / "choose.md").read_text("utf-8"), Result.read()
     assert table(result) in page
     for told in (rounding, verdict, weights):
         assert told(result) in " ".join(page.split())
@@ -51,11 +59,3 @@ def test_no_words_overlap_in_the_picture() -> None:
 @pytest.mark.weekly
 def test_the_networks_are_what_converting_finds() -> None:
     assert runpy.run_path(str(DOCS / "tables.py"))["networks"]() in NETWORKS.read_text("utf-8")
-
-
-@pytest.mark.deep
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = re.search(r"^```python\n(.*?)^```$", NETWORKS.read_text("utf-8"), re.M | re.S)
-    assert example is not None
-    exec(compile(example[1], str(NETWORKS), "exec"), {})
-    assert "16 of 21 layers packed" in capsys.readouterr().out
