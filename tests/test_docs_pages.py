@@ -1,8 +1,11 @@
 """The pages' code runs, the links lead somewhere, and quoted messages are those of the code."""
 
 import ast
+import os
 import re
 import runpy
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -138,3 +141,21 @@ def test_every_public_name_is_in_the_reference() -> None:
             is_module = isinstance(value, type(models))
             is_error = isinstance(value, type) and issubclass(value, Exception)
             assert is_module or is_error or name in listed, f"{package.__name__}.{name}"
+
+
+@pytest.mark.deep
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="`make docs` installs it")
+    command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet")
+    done = subprocess.run(
+        (*command, "--site-dir", tmp_path),
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    loaded = re.compile(r'<(?:link|script|img|iframe)[^>]+(?:href|src)="?(?:https?:)?//')
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > len(PAGES)  # and 404.html
+    assert [page.name for page in pages if loaded.search(page.read_text("utf-8"))] == []
