@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from biper_engine.graph.portable import from_portable, release_source, to_portab
 from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
 from biper_engine.runtime import Plan, PlanSlot, ProfileReport, is_watched, profile
+
+if TYPE_CHECKING:
+    from biper_engine.export import ExportReport
 
 __all__ = ["Engine", "load"]
 
@@ -221,6 +224,36 @@ class Engine(nn.Module):
             OSError: the file cannot be written; an existing file does not change.
         """
         serialization.write(self.network, path)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: str | None = None,
+        *,
+        batch: int | None = None,
+    ) -> ExportReport:
+        """Write the network for another program, and compare its answers with the engine's.
+
+        The file is written only if the other program, where it is installed, agrees up to bits
+        within rounding of their thresholds; the report has the differences. Inputs are flat, in the
+        order of `signature.inputs`.
+
+        Args:
+            path: the file to write.
+            format: "onnx", in standard operators; "qonnx", with signs and binary weights as
+                QONNX's BipolarQuant; "openvino", on BinaryConvolution; "aoti", a package of
+                `torch._inductor.aoti_compile_and_package`. None takes it from the name: .onnx, .xml
+                or .pt2.
+            batch: batch size of an OpenVINO file; 1 if None. In the other formats it is free.
+
+        Raises:
+            ExportError: an operator has no such form, a package is missing, or the answers differ;
+                no file is written.
+            OSError: the file cannot be written; an existing file does not change.
+        """
+        from biper_engine.export import export  # loads PyTorch's exporter
+
+        return export(self.network, path, format, batch)
 
     def train(self, mode: bool = True) -> Self:
         """Do nothing: an engine is always in evaluation mode, also inside a model in training."""

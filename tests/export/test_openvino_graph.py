@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine import bits as contract
-from biper_engine.bench.rivals.binary_convolution import (
-    UnsupportedGraphError,
-    binary_model,
-    strict_threshold,
-)
+from biper_engine.errors import ExportError
+from biper_engine.export.openvino_graph import binary_model, strict_threshold
 from tests.networks_by_hand import GraphBuilder, classifier_graph
 
 biper, aten = torch.ops.biper, torch.ops.aten
@@ -138,12 +135,12 @@ def test_what_openvino_lacks_is_reported() -> None:
     operands = [g.constant(f"conv.{name}", g.normal(4)) for name in ("multiplier", "bias")]
     options = {"in_channels": 4, "groups": 4}
     conv = g.call("conv", biper.bconv2d_float.default, g.bits(4), weight, *operands, **options)
-    with pytest.raises(UnsupportedGraphError, match="no binary convolution with groups"):
+    with pytest.raises(ExportError, match="no binary convolution with groups"):
         binary_model(g.module(conv), (1, 4, 5, 5))
-    with pytest.raises(UnsupportedGraphError, match="do not fill bytes; this one has 33"):
+    with pytest.raises(ExportError, match="do not fill bytes; this one has 33"):
         binary_model(classifier_graph(), (1, 3, 8, 8))
     g = Graph()
-    with pytest.raises(UnsupportedGraphError, match=r"aten\.sin\.default is not translated"):
+    with pytest.raises(ExportError, match=r"'sin' is not translated to OpenVINO"):
         binary_model(g.module(g.call("sin", aten.sin.default, g.input("x"))), (1, 4, 5, 5))
 
 
