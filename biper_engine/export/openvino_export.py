@@ -27,12 +27,12 @@ _CALLS = 4
 
 def write(network: ConvertedNetwork, path: Path, batch: int = 1) -> ExportReport:
     """Write NAME.xml and NAME.bin with binary layers as BinaryConvolution, for one batch size."""
-    require_modules("OpenVINO", "openvino")
     if path.suffix != ".xml":
         raise ExportError(f"OpenVINO's files end in .xml (and .bin), but `path` is '{path}'.")
     for spec in network.signature.inputs:
         if spec.dtype != torch.float32:
             raise ExportError(f"OpenVINO's files take float32, but the input is {spec}.")
+    require_modules("OpenVINO", "openvino")
     import openvino
 
     shapes = [
