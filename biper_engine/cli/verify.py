@@ -12,7 +12,15 @@ import typer
 
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.images import find_images, image_batches, preprocessing_of
-from biper_engine.cli.sources import Arch, Frequency, ModelSource, Stage, Weights, load_model
+from biper_engine.cli.sources import (
+    Arch,
+    Backend,
+    Frequency,
+    ModelSource,
+    Stage,
+    Weights,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +54,7 @@ def verify(
         int | None,
         typer.Option(min=1, help="Compare at most this many images.", show_default=False),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Check this backend, not the usual one.", show_default=False)
-    ] = None,
+    backend: Backend = None,
     arch: Arch = None,
     frequency: Frequency = None,
     stage: Stage = None,
@@ -165,6 +171,11 @@ def _against(
     if images is None:
         batches: Iterable[Any] = _random_batches(engine)
     else:
+        if len(engine.signature.inputs) != 1:
+            raise ValueError(
+                f"'{file}' takes {len(engine.signature.inputs)} tensors ({engine.signature}), so "
+                "images do not fit it; leave out --images to compare on random inputs."
+            )
         metadata = preprocessing_of(engine, file)
         paths = find_images([images])[:limit]
         batches = (batch for _, batch in image_batches(paths, metadata, _BATCH))

@@ -139,7 +139,9 @@ def test_a_format_is_known_or_refused(tmp_path: Path) -> None:
     engine = classifier()
     with pytest.raises(ExportError, match=r"`format` \(='tflite'\) is no format .* onnx, qonnx"):
         engine.export(tmp_path / "a", "tflite")
-    with pytest.raises(ExportError, match=r"the name '.*a.bin' is no format .* \.onnx, \.xml, \.pt2"):
+    with pytest.raises(
+        ExportError, match=r"the name '.*a.bin' is no format .* \.onnx, \.xml, \.pt2"
+    ):
         engine.export(tmp_path / "a.bin")
     with pytest.raises(ExportError, match=r"`batch` \(=2\) is for openvino"):
         engine.export(tmp_path / "a.onnx", batch=2)
