@@ -89,9 +89,9 @@ def _name(operator: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the advice that ONNX's packages print about themselves."""
+    """Silence what the exporters print about themselves and their attempts; errors still raise."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
