@@ -259,6 +259,17 @@ class Engine(nn.Module):
         """Do nothing: an engine is always in evaluation mode, also inside a model in training."""
         return self
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse `torch.jit.script`, which compiles Python code; an engine has a graph.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "torch.jit.script cannot compile an engine: use engine.export(path, format='aoti') for "
+            "a program in C++, torch.export.export, or engine.save."
+        )
+
     def extra_repr(self) -> str:
         """Return the number of packed layers, the bytes and the inputs."""
         report = self.report
