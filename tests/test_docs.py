@@ -59,3 +59,29 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert example is not None
     exec(compile(example[1], str(NETWORKS), "exec"), {})
     assert "16 of 21 layers packed" in capsys.readouterr().out
+
+
+@pytest.mark.deep
+def test_the_examples_of_exports_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(name, reason='pip install "biper-engine[export]"')
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    page = (DOCS / "export.md").read_text("utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(compile(block, "docs/export.md", "exec"), names)
+    assert names["logits"].shape == (7, 10)  # type: ignore[attr-defined]
+    assert "top-1 agreement" in str(names["report"])
+
+
+def test_every_format_of_exports_has_a_row() -> None:
+    from biper_engine.export import FORMATS
+
+    page = (DOCS / "export.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(FORMATS)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target

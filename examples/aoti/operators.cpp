@@ -96,9 +96,19 @@ biper::ConvGeometry geometry(const Call& call, const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 4, "biper: `weight` must be [O, KH, KW, words]");
   const auto stride = call.integers("stride"), padding = call.integers("padding");
   const auto dilation = call.integers("dilation");
-  return {call.integer("in_channels"), weight.size(0), call.integer("groups"), weight.size(1),
-          weight.size(2), stride.at(0), stride.at(1), padding.at(0), padding.at(1), padding.at(2),
-          padding.at(3), dilation.at(0), dilation.at(1)};
+  return {call.integer("in_channels"),
+          weight.size(0),
+          call.integer("groups"),
+          weight.size(1),
+          weight.size(2),
+          stride.at(0),
+          stride.at(1),
+          padding.at(0),
+          padding.at(1),
+          padding.at(2),
+          padding.at(3),
+          dilation.at(0),
+          dilation.at(1)};
 }
 
 Tensor prepack(const biper::ConvGeometry& geometry, const Tensor& weight) {
@@ -158,8 +168,7 @@ void bconv2d(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const Tensor prepacked = prepack(shape, weight);
   const biper::Conv conv(shape, span<const uint32_t>(prepacked));
   const biper::ConvPlan plan = conv.plan_for(bits.size(0), bits.size(1), bits.size(2), true);
-  const Tensor dots =
-      empty_map(bits.size(0), shape.out_channels, plan.out_h, plan.out_w, at::kInt);
+  const Tensor dots = empty_map(bits.size(0), shape.out_channels, plan.out_h, plan.out_w, at::kInt);
   conv.accumulate(bits.size(0), bits.size(1), bits.size(2), span<const uint32_t>(bits),
                   {static_cast<int32_t*>(dots.data_ptr()), dots.numel()}, at::get_num_threads());
   torch::jit::push(*stack, dots);
@@ -202,11 +211,11 @@ void fused(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if constexpr (kBits) {
     packed = empty_words(bits.size(0), plan.out_h, plan.out_w, words(channels));
   }
-  conv.run({bits.size(0), bits.size(1), bits.size(2), span<const uint32_t>(bits),
-            float_span(residual), float_span(floats), span<uint32_t>(packed),
-            span<const float>(gate), gate.defined() ? gate.size(0) : 0,
-            gate.defined() ? gate.size(1) : 0},
-           at::get_num_threads());
+  conv.run(
+      {bits.size(0), bits.size(1), bits.size(2), span<const uint32_t>(bits), float_span(residual),
+       float_span(floats), span<uint32_t>(packed), span<const float>(gate),
+       gate.defined() ? gate.size(0) : 0, gate.defined() ? gate.size(1) : 0},
+      at::get_num_threads());
   if constexpr (kFloats) torch::jit::push(*stack, floats);
   if constexpr (kBits) torch::jit::push(*stack, packed);
 }
@@ -261,6 +270,19 @@ void weight_linear(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   torch::jit::push(*stack, out.to(x.scalar_type()));
 }
 
+void unpack_weight(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const Call call(op, stack);
+  const Tensor weight = call.tensor("weight");
+  TORCH_CHECK(weight.dim() == 4, "biper: `weight` must be [O, KH, KW, words]");
+  const Tensor lanes = weight.unsqueeze(-1).bitwise_right_shift(at::arange(kWordBits, at::kInt));
+  const Tensor flat = lanes.bitwise_and(1).flatten(3).slice(3, 0, call.integer("channels"));
+  const auto one = [&](const char* name) {
+    return call.tensor(name).to(call.dtype()).view({-1, 1, 1, 1});
+  };
+  const Tensor set = flat.permute({0, 3, 1, 2}).to(at::kBool);
+  torch::jit::push(*stack, at::where(set, one("high"), one("low")).contiguous());
+}
+
 using Kernel = void(const c10::OperatorHandle&, torch::jit::Stack*);
 
 template <Kernel* kKernel>
@@ -287,4 +309,5 @@ TORCH_LIBRARY_IMPL(biper, CPU, m) {
   m.impl("bmatmul", boxed<&bmatmul<false>>());
   m.impl("bmatmul_float", boxed<&bmatmul<true>>());
   m.impl("weight_linear", boxed<&weight_linear>());
+  m.impl("unpack_weight", boxed<&unpack_weight>());
 }
