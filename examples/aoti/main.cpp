@@ -31,6 +31,7 @@ at::Tensor read_images(const std::string& path, const std::vector<int64_t>& size
 }
 
 void run(const std::string& package, const at::Tensor& images) {
+  TORCH_CHECK(std::ifstream(package).good(), "cannot read ", package);
   const c10::InferenceMode no_gradients;
   torch::inductor::AOTIModelPackageLoader loader(package);
   for (const at::Tensor& output : loader.run({images})) {
@@ -52,6 +53,9 @@ int main(int count, char** arguments) {
   }
   try {
     run(arguments[1], read_images(arguments[2], sizes_of(arguments[3])));
+  } catch (const c10::Error& error) {  // its own words, without the stack
+    std::fprintf(stderr, "error: %s\n", error.what_without_backtrace());
+    return 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 1;
