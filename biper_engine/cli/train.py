@@ -156,7 +156,7 @@ def train(
         result = fit_quietly(config, output, resume=resume, options=options)
     if first:
         exported = training.export_official(result) if export_official else ()
-        packed = pack(result) if convert else None
+        packed = pack(result) if convert and _is_binary(config) else None
         _show(result, list(map(str, exported)), packed, config, json_output)
 
 
@@ -193,6 +193,12 @@ def _require_biper(config: TrainingConfig, frequency: bool, export_official: boo
         )
 
 
+def _is_binary(config: TrainingConfig) -> bool:
+    from biper_engine.models.registry import architecture
+
+    return architecture(config.architecture).is_binary
+
+
 def fit_quietly(
     config: TrainingConfig | None, output: Path, *, resume: bool, options: RunOptions
 ) -> TrainingResult:
@@ -212,7 +218,7 @@ def _show(
     config: TrainingConfig,
     json_output: bool,
 ) -> None:
-    lines, values = summary(result, packed)
+    lines, values = summary(result, packed, is_binary=_is_binary(config))
     if json_output:
         print_json({**values, "official": exported, "recipe": config.to_dict()})
         return

@@ -84,12 +84,15 @@ def pack(result: TrainingResult) -> Packed:
     )
 
 
-def summary(result: TrainingResult, packed: Packed | None) -> tuple[list[str], dict[str, Any]]:
-    """Return a run's lines, of which the last one is the next command, and its JSON values."""
-    if packed is None:
-        following = command_line("convert", result.stage2.path)
-    else:
+def summary(
+    result: TrainingResult, packed: Packed | None, *, is_binary: bool = True
+) -> tuple[list[str], dict[str, Any]]:
+    """Return a run's lines, of which the last one says what follows, and its JSON values."""
+    following: str | None = None
+    if packed is not None:
         following = command_line("run", packed.path, "IMAGE")
+    elif is_binary:
+        following = command_line("convert", result.stage2.path)
     stages = (result.stage1, result.stage2)
     values: dict[str, Any] = {
         f"stage{number}": {"path": str(stage.path), **stage.to_dict()}
@@ -102,7 +105,8 @@ def summary(result: TrainingResult, packed: Packed | None) -> tuple[list[str], d
         lines += _stage_lines(number, stage)
     if packed is not None:
         lines += _file_lines(packed, result.stage2)
-    return [*lines, f"next: {following}"], values
+    last = f"next: {following}" if following else "No engine: the network has no binary layer."
+    return [*lines, last], values
 
 
 def _stage_lines(number: int, stage: StageResult) -> list[str]:

@@ -441,11 +441,15 @@ def network_name(model: nn.Module) -> str:
 def common_settings(model: nn.Module) -> tuple[float | None, int]:
     """Return frequency, or None if there is none, and stage of all binary layers.
 
+    A float network of `models.build` has the stage with which it was built.
+
     Raises:
-        ValueError: they differ, or there is no binary layer.
+        ValueError: they differ, or there is no binary layer and no such stage.
     """
     layers = (layer for _, layer in binary_layers(model))
     settings = {(getattr(layer, "frequency", None), layer.stage) for layer in layers}
+    if not settings and isinstance(model, Network) and model.provenance.stage is not None:
+        return None, model.provenance.stage
     if len(settings) != 1:
         raise ValueError(
             f"`model` mixes (frequency, stage) pairs: {sorted(settings)}; a checkpoint stores one."
@@ -460,7 +464,7 @@ def common_binarizer(model: nn.Module) -> str | None:
         ValueError: they differ.
     """
     layers = (layer for _, layer in binary_layers(model))
-    found = {getattr(layer, "weight_binarizer", None) for layer in layers}
+    found = {getattr(layer, "weight_binarizer", None) for layer in layers} or {None}
     if len(found) != 1:
         listing = ", ".join(sorted(map(str, found)))
         raise ValueError(f"`model` mixes weight binarizers: {listing}; a checkpoint stores one.")

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets of BiPer: ResNet-20 and ResNet-18 with binary 3x3 convolutions.
+"""The CIFAR ResNets of BiPer, with binary 3x3 convolutions, and ResNet-20 without them.
 
 The first convolution and the classifier stay real. Parameter names and shapes equal those of the
 official cifar10/models_cifar/resnet.py (ResNet-20) and resnet2.py (ResNet-18).
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from biper_engine.models.network import Network
 from biper_engine.nn import BinaryConv2d, BinaryWeightConv2d
 
-__all__ = ["ResNet18", "ResNet20", "ResNet20BinaryWeights"]
+__all__ = ["FloatResNet20", "ResNet18", "ResNet20", "ResNet20BinaryWeights"]
 
 
 class PaddingShortcut(nn.Module):
@@ -38,7 +38,7 @@ class PaddingShortcut(nn.Module):
 class _Block(nn.Module):
     """Two 3x3 convolutions, each with BatchNorm, and the parameters that all blocks share."""
 
-    convolution: type[BinaryConv2d] = BinaryConv2d
+    convolution: Callable[..., nn.Conv2d] = BinaryConv2d
     beta = True  # official checkpoints of networks with binary activations have it
 
     def __init__(
@@ -78,6 +78,20 @@ class BinaryWeightBlock(DenseShortcutBlock):
 
     convolution = BinaryWeightConv2d
     beta = False
+    activation = staticmethod(F.relu)
+
+
+def _real_convolution(
+    in_channels: int, channels: int, kernel_size: int, stride: int = 1, *, padding: int, **_: Any
+) -> nn.Conv2d:
+    """Take the arguments of `BinaryConv2d`, and use those that concern real weights."""
+    return nn.Conv2d(in_channels, channels, kernel_size, stride, padding, bias=False)
+
+
+class FloatBlock(DenseShortcutBlock):
+    """The same block with real weights and real activations, after ReLU."""
+
+    convolution = staticmethod(_real_convolution)
     activation = staticmethod(F.relu)
 
 
@@ -147,6 +161,15 @@ class ResNet20BinaryWeights(ResNet20):
     """ResNet-20 with binary weights and real activations, W1A32; ReLU in place of hardtanh."""
 
     block = BinaryWeightBlock
+
+
+class FloatResNet20(ResNet20):
+    """The float twin of ResNet-20: real weights and activations, ReLU. Both stages are the same."""
+
+    block = FloatBlock
+
+    def __init__(self, num_classes: int = 10, *, stage: int = 2) -> None:
+        super().__init__(num_classes, stage=stage)
 
 
 class ResNet18(Network):

@@ -16,7 +16,12 @@ from biper_engine.models.adabin import AdaBinResNet20
 from biper_engine.models.binaryvit import BinaryViT
 from biper_engine.models.birealnet import BiRealNet18, ReActResNet18
 from biper_engine.models.bnext import BNext
-from biper_engine.models.cifar_resnet import ResNet18, ResNet20, ResNet20BinaryWeights
+from biper_engine.models.cifar_resnet import (
+    FloatResNet20,
+    ResNet18,
+    ResNet20,
+    ResNet20BinaryWeights,
+)
 from biper_engine.models.imagenet_resnet import ImageNetResNet
 from biper_engine.models.mobilenet import MobileNet
 from biper_engine.models.network import Network
@@ -73,6 +78,7 @@ class Architecture:
         frequency: w0 unless the caller says otherwise; None if it is not a network of BiPer.
         published_stage: stage of a checkpoint that does not say its own; None if it could be
             either one.
+        is_binary: False for a float twin, which has no binary layer to convert.
     """
 
     name: str
@@ -85,6 +91,7 @@ class Architecture:
     source: str = _OFFICIAL_README
     frequency: float | None = 20.0
     published_stage: int | None = None
+    is_binary: bool = True
 
 
 _TASKS = {"cifar10": (_CIFAR10, 10), "imagenet": (_IMAGENET, 1000)}
@@ -158,6 +165,10 @@ _ARCHITECTURES = {
             "imagenet/resnet34_1w1a", ImageNetResNet, "fc", reported_top1=65.73, blocks=(3, 4, 6, 3)
         ),
         _network("imagenet/mobilenet_1w1a", MobileNet, "fc"),
+        # The float twin that binary networks are compared with, trained alike.
+        replace(
+            _network("cifar10/resnet20", FloatResNet20, "linear"), frequency=None, is_binary=False
+        ),
         _published("cifar10/birealnet18", BiRealNet18, _BIREAL, None),
         _published("cifar10/adabin_resnet20", AdaBinResNet20, _ADABIN, 88.1, classifier="linear"),
         # Its two steps of training write the same names and shapes.

@@ -106,10 +106,18 @@ def test_json_is_all_of_stdout(biper: Biper, fit: FakeFit) -> None:
     assert values["next"] == "biper convert biper-train/stage2.pt"
 
 
+def test_a_float_twin_gets_no_engine(biper: Biper, fit: FakeFit) -> None:
+    done = biper("train", "--model", "cifar10/resnet20")
+    assert done.code == 0
+    assert done.out.splitlines()[-1] == "No engine: the network has no binary layer."
+    values = json.loads(biper("train", "--model", "cifar10/resnet20", "--json").out)
+    assert (values["file"], values["next"]) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "cifar10/resnet20"], "Did you mean 'cifar10/resnet20_1w1a'?"),
+        (["--model", "cifar10/resnet20_1w1b"], "Did you mean 'cifar10/resnet20_1w1a'?"),
         (["--data", "digit"], "Did you mean 'digits'?"),
     ],
 )

@@ -29,7 +29,7 @@ from tests.models.published_equations import Published
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PUBLISHED = tuple(name for name in available() if name not in BIPER)
+PUBLISHED = tuple(n for n in available() if n not in BIPER and architecture(n).is_binary)
 ADABIN = "cifar10/adabin_resnet20"
 TINY = "imagenet/bnext_of_these_tests"
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from biper_engine.metadata import Provenance
-from biper_engine.models import available, build
+from biper_engine.models import available, build, load_checkpoint, save_checkpoint
 from biper_engine.models.registry import state_dict_shapes
 from biper_engine.nn import BinaryConv2d, binary_layers
 from tests.fresh import fresh_run
@@ -31,6 +31,38 @@ def test_networks_have_their_binary_convolutions_and_logits(name):
     assert logits.shape == (1, 7)
     assert len(list(binary_layers(network))) == BINARY[name]
     assert state_dict_shapes(name, 7).keys() == network.state_dict().keys()
+
+
+def test_the_float_twin_differs_in_its_convolutions_alone():
+    twin, binary = build("cifar10/resnet20"), build("cifar10/resnet20_1w1a")
+    assert not list(binary_layers(twin))
+    own = {"alpha", "beta", "tau"}
+    wanted = {k: v.shape for k, v in binary.state_dict().items() if k.split(".")[-1] not in own}
+    assert {key: value.shape for key, value in twin.state_dict().items()} == wanted
+
+
+def test_the_float_twin_is_the_resnet_of_its_equations():
+    torch.manual_seed(0)
+    twin, x = build("cifar10/resnet20").eval().double(), torch.randn(2, 3, 32, 32).double()
+
+    def block(x, block):
+        y = torch.relu(block.bn1(block.conv1(x)) + block.shortcut(x))
+        return torch.relu(block.bn2(block.conv2(y)) + y)
+
+    y = torch.relu(twin.bn1(twin.conv1(x)))
+    for layer in (twin.layer1, twin.layer2, twin.layer3):
+        for one in layer:
+            y = block(y, one)
+    torch.testing.assert_close(twin(x), twin.linear(twin.bn2(y.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_float_twin_keeps_its_stage_in_a_checkpoint(tmp_path, stage):
+    twin = build("cifar10/resnet20", stage=stage)
+    save_checkpoint(tmp_path / "twin.pt", twin)
+    loaded = load_checkpoint(tmp_path / "twin.pt")
+    assert loaded.provenance == twin.provenance
+    assert all(map(torch.equal, loaded.state_dict().values(), twin.state_dict().values()))
 
 
 def test_networks_of_imagenet_know_its_images():
