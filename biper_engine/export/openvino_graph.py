@@ -209,6 +209,14 @@ class _Translation:
             aten.avg_pool2d.default: self._avg_pool,
             aten.mean.dim: self._mean,
             aten.add.Tensor: self._add,
+            aten.sub.Tensor: self._subtract,
+            aten.mul.Tensor: self._binary(opset.multiply),
+            aten.div.Tensor: self._binary(opset.divide),
+            aten.maximum.default: self._binary(opset.maximum),
+            aten.cat.default: lambda tensors, dim=0: opset.concat(
+                [self._operand(x) for x in tensors], dim
+            ),
+            aten.sigmoid.default: lambda x: opset.sigmoid(x),
             aten.hardtanh.default: self._clamp,
             aten.clamp.default: self._clamp,
             aten.relu.default: lambda x: opset.relu(x),
@@ -321,11 +329,22 @@ class _Translation:
     def _mean(self, x: Any, dim: Sequence[int], keepdim: bool = False) -> Any:
         return self._opset.reduce_mean(x, self._integers(dim), keepdim)
 
+    def _operand(self, value: Any) -> Any:
+        """Return a node, a tensor or a number as a node."""
+        if isinstance(value, int | float):
+            value = torch.tensor(float(value))
+        return self._constant(value) if isinstance(value, Tensor) else value
+
+    def _binary(self, node: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+        return lambda x, other: node(self._operand(x), self._operand(other))
+
     def _add(self, x: Any, other: Any, alpha: float = 1) -> Any:
-        if alpha != 1 or isinstance(x, int | float) or isinstance(other, int | float):
-            raise ExportError("a sum with a number is not translated to OpenVINO")
-        terms = [self._constant(t) if isinstance(t, Tensor) else t for t in (x, other)]
-        return self._opset.add(*terms)
+        term = self._operand(other)
+        term = term if alpha == 1 else self._opset.multiply(term, self._operand(alpha))
+        return self._opset.add(self._operand(x), term)
+
+    def _subtract(self, x: Any, other: Any, alpha: float = 1) -> Any:
+        return self._add(x, other, -alpha)
 
     def _clamp(self, x: Any, min: float | None = None, max: float | None = None) -> Any:
         low = -_LARGEST if min is None else builtins.max(min, -_LARGEST)
