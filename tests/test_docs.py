@@ -48,6 +48,13 @@ def test_no_words_overlap_in_the_picture() -> None:
         assert all(box.y0 >= frame.y0 and box.y1 <= frame.y1 for box in inside)
 
 
+def test_the_example_of_a_trained_network_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (DOCS / "training.md").read_text("utf-8")
+    (example,) = re.findall(r"^```python\n(import.*?)^```$", page, re.M | re.S)
+    exec(compile(example, "training.md", "exec"), {})
+    assert "% of 500 test images" in capsys.readouterr().out
+
+
 @pytest.mark.weekly
 def test_the_networks_are_what_converting_finds() -> None:
     assert runpy.run_path(str(DOCS / "tables.py"))["networks"]() in NETWORKS.read_text("utf-8")

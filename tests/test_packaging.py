@@ -98,9 +98,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "biper_engine").rglob("*.py")}
     kernels = {f"biper_engine/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
-    recipes = {str(p.relative_to(ROOT)) for p in (ROOT / "biper_engine").rglob("*.yaml")}
-    data = {"biper_engine/py.typed"} | recipes
-    assert recipes
+    folder = ROOT / "biper_engine"
+    recipes, pages = folder.rglob("*.yaml"), folder.rglob("*.html")
+    shipped = [p for p in (folder / "shipped").rglob("*") if p.suffix in (".biper", ".json")]
+    kinds = [list(recipes), list(pages), shipped]
+    assert all(kinds)
+    data = {str(p.relative_to(ROOT)) for kind in kinds for p in kind} | {"biper_engine/py.typed"}
     assert package | kernels | data <= names
     (info,) = {name.split("/")[0] for name in names} - {"biper_engine"}
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/licenses/pybind11.txt"} <= names
@@ -208,7 +211,7 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_native()
     checkout = tmp_path_factory.mktemp("native") / "checkout"
     copy_checkout(checkout, "*.so")
-    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1", **WITHOUT_CUDA}
+    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1", "BIPER_CUDA": "0"}
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, env=environment)
     return checkout
 

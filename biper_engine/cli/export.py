@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.engines import ENGINE_HELP, engine_file
 
 __all__ = ["export"]
 
@@ -31,7 +32,7 @@ _SUFFIXES = {
 
 
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .biper file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=ENGINE_HELP)],
     format: Annotated[
         Format | None,
         typer.Option(
@@ -74,9 +75,10 @@ def export(
 
     if output is None:
         format = format or Format.ONNX
-        output = file.with_name(file.stem + _SUFFIXES[format])
-    with status("Loading"):
-        engine = biper_engine.load(file)
+        beside = file if file.exists() else Path(file.name)  # a network's name has no folder
+        output = beside.with_name(beside.stem + _SUFFIXES[format])
+    with status("Loading"), engine_file(file) as path:
+        engine = biper_engine.load(path)
     with status(f"Writing {output}"):
         report = engine.export(output, None if format is None else format.value, batch=batch)
     if json_output:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.engines import ENGINE_HELP, engine_file
 from biper_engine.cli.images import Preparation, find_images, image_batches, preprocessing_of
 from biper_engine.cli.sources import Backend
 
@@ -21,7 +22,7 @@ __all__ = ["run"]
 
 
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .biper file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=ENGINE_HELP)],
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or directories of them.")
     ],
@@ -69,8 +70,8 @@ def run(
 
     import biper_engine
 
-    with status("Loading"):
-        engine = biper_engine.load(file)
+    with status("Loading"), engine_file(file) as path:
+        engine = biper_engine.load(path)
     said = Preparation(mean=mean, std=std, size=size, labels=labels)
     metadata = preprocessing_of(engine, file, said)
     rows: list[dict[str, Any]] = []

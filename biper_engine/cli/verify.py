@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.engines import ENGINE_HELP, engine_file
 from biper_engine.cli.images import find_images, image_batches, preprocessing_of
 from biper_engine.cli.sources import (
     Arch,
@@ -35,7 +36,7 @@ _RANDOM_BATCHES = 4  # of two images
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .biper file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=ENGINE_HELP)],
     against: Annotated[
         str | None,
         typer.Option(
@@ -87,8 +88,8 @@ def verify(
         raise typer.BadParameter(
             "--images, --limit, --arch, --frequency, --stage and --weights are for --against."
         )
-    with status("Loading"):
-        engine = biper_engine.load(file)
+    with status("Loading"), engine_file(file) as path:
+        engine = biper_engine.load(path)
     if source is None:
         ok = _alone(engine, file, backend, verbose, json_output)
     else:

@@ -116,6 +116,7 @@ def test_against_is_for_files(biper: Biper, user_directory: Path) -> None:
     assert "--against is for .biper files" in " ".join(done.err.split())
 
 
+@pytest.mark.deep
 def test_a_known_network_takes_random_weights(biper: Biper) -> None:
     done = biper(
         *("bench", "cifar10/resnet20_1w1a", "--no-compile", "--rounds", "2"),
