@@ -15,6 +15,7 @@ import biper_engine
 from biper_engine import ExportError
 from biper_engine.cli import main
 from biper_engine.export import FORMATS, onnx_export, openvino_export
+from biper_engine.shipped import shipped_file
 from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature, two_inputs
 
 aten = torch.ops.aten
@@ -62,6 +63,28 @@ def test_onnx_runs_with_any_batch_and_gives_the_engines_logits(format: str, tmp_
     assert (counts["Where"] > 0) == (format == "onnx")
     # Three maps of signs, and the weights of three binary layers.
     assert counts["BipolarQuant"] == (6 if format == "qonnx" else 0)
+
+
+def test_a_trained_network_has_the_same_answer_everywhere(tmp_path: Path) -> None:
+    needs("onnx", "onnxscript", "onnxruntime", "openvino")
+    import openvino
+
+    with shipped_file("digits/resnet20_1w1a") as path:
+        engine = biper_engine.load(path)
+    for name in ("a.onnx", "a.xml"):
+        report = engine.export(tmp_path / name)
+        assert report.agreement is not None
+        assert report.agreement.bits_differ == 0
+    image = torch.rand(1, *engine.input_shape, generator=torch.Generator().manual_seed(1))
+    wanted = engine(image)
+    compiled = openvino.Core().compile_model(
+        tmp_path / "a.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    for logits in (in_runtime(tmp_path / "a.onnx", image)[0], compiled([image.numpy()])[0]):
+        # Sums of floats in another order, over some 20 layers.
+        assert torch.allclose(
+            torch.from_numpy(logits), wanted, atol=1e-5 * float(wanted.abs().max())
+        )
 
 
 def test_the_exports_inputs_and_outputs_have_names(tmp_path: Path) -> None:
