@@ -22,7 +22,14 @@ from biper_engine.graph.memory import align_weights, create_on, isolate_outputs
 from biper_engine.graph.portable import from_portable, release_source, to_portable
 from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
-from biper_engine.runtime import Plan, PlanSlot, ProfileReport, is_watched, profile
+from biper_engine.runtime import (
+    Plan,
+    PlanSlot,
+    ProfileReport,
+    is_watched,
+    profile,
+    program_section,
+)
 
 if TYPE_CHECKING:
     from biper_engine.export import ExportReport
@@ -215,15 +222,23 @@ class Engine(nn.Module):
                 call=partial(self, *args, **kwargs),
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, program: bool | None = None) -> None:
         """Write a `.biper` file atomically; `biper_engine.load` reads it.
+
+        Args:
+            path: a new file, or one to replace.
+            program: whether the file also has the network's native program, which the C library
+                runs (see docs/c.md). None leaves out one whose tensors are not those of the graph
+                and add more than an eighth to the file. A network that is not one native program
+                is saved with the reason for that instead.
 
         Raises:
             FileFormatError: the network has an operator, an argument or a structure of inputs or
                 outputs that files cannot hold; no file is written.
             OSError: the file cannot be written; an existing file does not change.
         """
-        serialization.write(self.network, path)
+        make_program = None if program is False else program_section
+        serialization.write(self.network, path, make_program=make_program, any_size=program is True)
 
     def export(
         self,

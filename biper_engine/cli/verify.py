@@ -66,7 +66,8 @@ def verify(
     """Prove that a .biper file computes what it should; exit code 0 only if it does.
 
     Without --against, no model is needed: each operator is compared with the
-    reference, and the proof stored in the file is replayed. With --against,
+    reference, the proof stored in the file is replayed, and its native program
+    for C is compared with the graph's. With --against,
     every layer is compared with the model that the file was made from, on
     your images, or on random inputs if you pass none.
 
@@ -102,13 +103,15 @@ def verify(
 def _alone(
     engine: Engine, file: Path, backend: str | None, verbose: bool, json_output: bool
 ) -> bool:
-    from biper_engine.serialization import check_backend, replay
+    from biper_engine.runtime import program_section
+    from biper_engine.serialization import check_backend, check_program, replay
 
     with status("Comparing each operator with the reference"):
         operators = check_backend(engine.network, backend)
     with status("Replaying the proof"):
         proof = replay(engine.network, backend=backend)
-    ok = operators.ok and proof.ok
+    program = check_program(file, program_section)
+    ok = operators.ok and proof.ok and program is not False
     if json_output:
         print_json(
             {
@@ -116,6 +119,7 @@ def _alone(
                 "ok": ok,
                 "operators": operators.to_dict(),
                 "proof": proof.to_dict(),
+                "program": program,
             }
         )
         return ok
@@ -124,6 +128,11 @@ def _alone(
         console.print(operators.table(), markup=False, soft_wrap=True)
         console.print(proof.table(), markup=False, soft_wrap=True)
     verdict = _verdict(operators, proof)
+    if program is False:
+        verdict += (
+            "; but its native program, for C, is NOT what this version makes of its graph: save it "
+            "again"
+        )
     console.print(f"{file}: {verdict}", markup=False, soft_wrap=True, style="" if ok else "red")
     return ok
 
