@@ -16,7 +16,7 @@ INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c co
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(SOURCES) $(foreach end,h cuh cpp cu,\
-  $(wildcard tests/native/*.$(end) tests/native/*/*.$(end)))
+  $(wildcard tests/native/*.$(end) tests/native/*/*.$(end) tests/c/*.$(end) examples/*/*.$(end)))
 # The extensions are rebuilt when a source changed; without a compiler, each run tries again.
 BUILT := $(VENV)/built
 # The tests of the Triton kernels also need the newest supported Triton, which constraints.txt pins; the

@@ -8,8 +8,8 @@ from typing import Any
 
 from frontier_result import Network, Result
 
-from biper_engine.bench.plot import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
 from biper_engine.files import write_atomically
+from biper_engine.plotting import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
 
 __all__ = ["digest", "draw", "write_plot"]
 

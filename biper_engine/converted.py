@@ -15,7 +15,7 @@ from biper_engine.graph.signature import Signature
 from biper_engine.metadata import Metadata, Provenance
 from biper_engine.report import ConversionReport
 
-__all__ = ["BYTES", "ConvertedNetwork", "Proof"]
+__all__ = ["BYTES", "ConvertedNetwork", "ProgramSection", "Proof"]
 
 BYTES = 256
 
@@ -82,3 +82,16 @@ class ConvertedNetwork:
         """Device of its tensors; None for a network without tensors."""
         tensors = chain(self.graph_module.buffers(), self.graph_module.parameters())
         return next((tensor.device for tensor in tensors), None)
+
+
+@dataclass(frozen=True)
+class ProgramSection:
+    """What a file holds of a network's native program, for loaders without Python.
+
+    Attributes:
+        entry: JSON values; see `biper_engine.runtime.program_section`.
+        tensors: those of the program that are no views of a tensor of the graph, by name.
+    """
+
+    entry: dict[str, Any]
+    tensors: dict[str, Tensor]

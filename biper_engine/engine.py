@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,17 @@ from biper_engine.graph.memory import align_weights, create_on, isolate_outputs
 from biper_engine.graph.portable import from_portable, release_source, to_portable
 from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
-from biper_engine.runtime import Plan, PlanSlot, ProfileReport, is_watched, profile
+from biper_engine.runtime import (
+    Plan,
+    PlanSlot,
+    ProfileReport,
+    is_watched,
+    profile,
+    program_section,
+)
+
+if TYPE_CHECKING:
+    from biper_engine.export import ExportReport
 
 __all__ = ["Engine", "load"]
 
@@ -212,19 +222,68 @@ class Engine(nn.Module):
                 call=partial(self, *args, **kwargs),
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, program: bool | None = None) -> None:
         """Write a `.biper` file atomically; `biper_engine.load` reads it.
+
+        Args:
+            path: a new file, or one to replace.
+            program: whether the file also has the network's native program, which the C library
+                runs (see docs/c.md). None leaves out one whose tensors are not those of the graph
+                and add more than an eighth to the file. A network that is not one native program
+                is saved with the reason for that instead.
 
         Raises:
             FileFormatError: the network has an operator, an argument or a structure of inputs or
                 outputs that files cannot hold; no file is written.
             OSError: the file cannot be written; an existing file does not change.
         """
-        serialization.write(self.network, path)
+        make_program = None if program is False else program_section
+        serialization.write(self.network, path, make_program=make_program, any_size=program is True)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: str | None = None,
+        *,
+        batch: int | None = None,
+    ) -> ExportReport:
+        """Write the network for another program, and compare its answers with the engine's.
+
+        The file is written only if the other program, where it is installed, agrees up to bits
+        within rounding of their thresholds; the report has the differences. Inputs are flat, in the
+        order of `signature.inputs`.
+
+        Args:
+            path: the file to write.
+            format: "onnx", in standard operators; "qonnx", with signs and binary weights as
+                QONNX's BipolarQuant; "openvino", on BinaryConvolution; "aoti", a package of
+                `torch._inductor.aoti_compile_and_package`. None takes it from the name: .onnx, .xml
+                or .pt2.
+            batch: batch size of an OpenVINO file; 1 if None. In the other formats it is free.
+
+        Raises:
+            ExportError: an operator has no such form, a package is missing, or the answers differ;
+                no file is written.
+            OSError: the file cannot be written; an existing file does not change.
+        """
+        from biper_engine.export import export  # loads PyTorch's exporter
+
+        return export(self.network, path, format, batch)
 
     def train(self, mode: bool = True) -> Self:
         """Do nothing: an engine is always in evaluation mode, also inside a model in training."""
         return self
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse `torch.jit.script`, which compiles Python code; an engine has a graph.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "torch.jit.script cannot compile an engine: use engine.export(path, format='aoti') for "
+            "a program in C++, torch.export.export, or engine.save."
+        )
 
     def extra_repr(self) -> str:
         """Return the number of packed layers, the bytes and the inputs."""

@@ -111,6 +111,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = _emulated_capability(item) in EMULATED_CAPABILITIES[1:]
         if others and not item.name.startswith("test_accumulators"):
             item.add_marker(pytest.mark.weekly)
+    _mark_others_deep(items)
+
+
+def _mark_others_deep(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that is marked `some(count)`, leave `count` to the quick tests."""
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        slow = item.get_closest_marker("deep") or item.get_closest_marker("weekly")
+        if item.get_closest_marker("some") and not slow:
+            families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for family in families.values():
+        (count,) = family[0].get_closest_marker("some").args  # type: ignore[union-attr]
+        quick = {index * len(family) // count for index in range(count)}
+        for index in set(range(len(family))) - quick:
+            family[index].add_marker(pytest.mark.deep)
 
 
 @contextmanager
@@ -158,6 +173,14 @@ def three_images() -> Tensor:
 def golden_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return `networks.converted_file`: a network's name, then its dtype if not float32."""
     return partial(networks.converted_file, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished training run, for tests that only read it."""
+    from tests.training.small_run import train_small
+
+    return train_small(tmp_path_factory.mktemp("small") / "run")
 
 
 @pytest.fixture(params=[*RUNS, *EMULATED])

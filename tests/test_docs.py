@@ -1,5 +1,6 @@
 """The pages in docs agree with the code and with the measurements."""
 
+import re
 import runpy
 from itertools import combinations
 from pathlib import Path
@@ -56,6 +57,33 @@ def test_no_words_overlap_in_the_picture() -> None:
         assert all(box.y0 >= frame.y0 and box.y1 <= frame.y1 for box in inside)
 
 
+def test_the_example_of_a_trained_network_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (DOCS / "training.md").read_text("utf-8")
+    (example,) = re.findall(r"^```python\n(import.*?)^```$", page, re.M | re.S)
+    exec(compile(example, "training.md", "exec"), {})
+    assert "% of 500 test images" in capsys.readouterr().out
+
+
 @pytest.mark.weekly
 def test_the_networks_are_what_converting_finds() -> None:
     assert runpy.run_path(str(DOCS / "tables.py"))["networks"]() in NETWORKS.read_text("utf-8")
+
+
+@pytest.mark.deep
+def test_the_examples_of_exports_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(name, reason='pip install "biper-engine[export]"')
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    page = (DOCS / "export.md").read_text("utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(compile(block, "docs/export.md", "exec"), names)
+    assert names["logits"].shape == (7, 10)  # type: ignore[attr-defined]
+    assert "top-1 agreement" in str(names["report"])
+
+
+def test_every_format_of_exports_has_a_row() -> None:
+    from biper_engine.export import FORMATS
+
+    page = (DOCS / "export.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(FORMATS)

@@ -19,10 +19,10 @@ MAX_LINES = 500
 
 # A unit is a module or a subpackage right below biper_engine. Each column is ordered from the
 # bottom up; a unit may import the units before it in its own column, and those of the base.
-BASE = ("errors", "files", "metadata", "preprocessing")
+BASE = ("errors", "files", "metadata", "plotting", "preprocessing")
 INFERENCE = (
     *("bits", "geometry", "kernels", "_cpu", "_cuda", "ops", "graph", "report", "converted"),
-    *("serialization", "runtime", "engine", "conversion", "bench"),
+    *("serialization", "runtime", "export", "engine", "shipped", "conversion", "bench"),
 )
 TRAINING = ("nn", "models", "training")
 # The public names (biper_engine/__init__.py) gather both columns; the command line stands on top.
@@ -30,7 +30,8 @@ ROOT_UNIT = "__init__"
 TOP = (ROOT_UNIT, "cli", "__main__")
 
 # Where the two columns meet, apart from TOP.
-MEETINGS = {"conversion": {"nn", "models"}}
+# `models.load` gives the trained networks that come with the package; they are engines.
+MEETINGS = {"conversion": {"nn", "models"}, "models": {"shipped"}}
 
 # Units side by side, though a column has to put one before the other.
 APART = {"runtime": {"serialization"}}

@@ -98,9 +98,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "biper_engine").rglob("*.py")}
     kernels = {f"biper_engine/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
-    recipes = {str(p.relative_to(ROOT)) for p in (ROOT / "biper_engine").rglob("*.yaml")}
-    data = {"biper_engine/py.typed"} | recipes
-    assert recipes
+    folder = ROOT / "biper_engine"
+    recipes, pages = folder.rglob("*.yaml"), folder.rglob("*.html")
+    shipped = [p for p in (folder / "shipped").rglob("*") if p.suffix in (".biper", ".json")]
+    kinds = [list(recipes), list(pages), shipped]
+    assert all(kinds)
+    data = {str(p.relative_to(ROOT)) for kind in kinds for p in kind} | {"biper_engine/py.typed"}
     assert package | kernels | data <= names
     (info,) = {name.split("/")[0] for name in names} - {"biper_engine"}
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/licenses/pybind11.txt"} <= names
@@ -208,7 +211,7 @@ def native_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need_native()
     checkout = tmp_path_factory.mktemp("native") / "checkout"
     copy_checkout(checkout, "*.so")
-    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1", **WITHOUT_CUDA}
+    environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "1", "BIPER_CUDA": "0"}
     run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=checkout, env=environment)
     return checkout
 
@@ -258,3 +261,10 @@ def test_only_the_files_of_an_instruction_set_use_its_registers(objects: dict[st
             assert max(wide[name]) in used, name
         else:  # AVX also has forms for the registers of the baseline; their names begin with v
             assert set(re.findall(r"^\s+[0-9a-f]+:\s+(v\w+)", code, re.MULTILINE)) == set(), name
+
+
+def test_an_installed_wheel_passes_what_ci_tries_on_each(site: Path) -> None:
+    need_native()
+    out = run_installed(site, ROOT / ".ci/smoke.py")
+    assert str(site) in out
+    assert "one native program" in out

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from biper_engine.bench.plot import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
+from biper_engine.plotting import COMPILED, ENGINE, FLOAT, GRID, INK, SOFT_INK, new_figure, title
 
 _TEAL = "#0d9488"
 # Colour, marker, line and label, in the order of the legend.

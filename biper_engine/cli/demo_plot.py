@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from biper_engine.bench.plot import COMPILED, ENGINE, FLOAT, INK, new_figure, title
 from biper_engine.files import write_atomically
+from biper_engine.plotting import COMPILED, ENGINE, FLOAT, INK, new_figure, title
 
 if TYPE_CHECKING:
     from biper_engine.cli.demo import DemoResult

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.engines import engine_file
 from biper_engine.cli.layers import float_reasons, layer_table
 from biper_engine.cli.sources import (
     Arch,
@@ -34,7 +35,8 @@ def inspect(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A .biper file, a checkpoint, module:callable, or a network's name.",
+            help="A .biper file, a checkpoint, module:callable, or the name of a network; "
+            "digits/resnet20_1w1a is trained.",
         ),
     ],
     arch: Arch = None,
@@ -56,12 +58,13 @@ def inspect(
     biper inspect cifar10/resnet18_1w1a
     """
     wanted = ModelSource(text=source, weights=weights, arch=arch, frequency=frequency, stage=stage)
-    if Path(source).suffix == ".biper":
-        if wanted != ModelSource(text=source) or input_shape:
+    with engine_file(Path(source)) as path:
+        if path.suffix != ".biper":
+            engine, file_facts = _convert(wanted, input_shape), dict.fromkeys(_FILE_FACTS)
+        elif wanted != ModelSource(text=source) or input_shape:
             raise typer.BadParameter("A .biper file takes no further options.")
-        engine, file_facts = _load(Path(source))
-    else:
-        engine, file_facts = _convert(wanted, input_shape), dict.fromkeys(_FILE_FACTS)
+        else:
+            engine, file_facts = _load(path)
     facts = {"source": source, **file_facts, **_facts(engine)}
     if json_output:
         metadata = engine.metadata.to_dict() if engine.metadata is not None else None

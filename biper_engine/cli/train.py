@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from biper_engine.cli.console import print_json, results, shown_warnings, status
+from biper_engine.cli.console import command_line, print_json, results, shown_warnings, status
+from biper_engine.cli.sweep import run_sweep, show_sweep
 from biper_engine.cli.trained import Packed, pack, summary
 
 if TYPE_CHECKING:
@@ -47,6 +49,15 @@ def train(
             "--set",
             metavar="KEY=VALUE",
             help="Change the recipe, as optimizer.lr=0.01; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="KEY=VALUE,VALUE",
+            help="Train once with each value, as frequency=5,10,20; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -114,6 +125,7 @@ def train(
     biper train --data photos -o run
     biper train fashion_mnist --set optimizer.lr=0.05 --set augment.flip=false
     biper train cifar10_resnet18 --data-dir cifar-10-batches-bin --devices 2
+    biper train --sweep frequency=5,10,20,40 -o sweep
     biper train --resume --output biper-train --export-official
     """
     from biper_engine import training
@@ -132,7 +144,10 @@ def train(
         "hold_out": hold_out or None,
     }
     config = _config(recipe, given, settings or [])
-    _require_biper(config, frequency is not None, export_official)
+    runs = training.sweep_configs(config, sweep) if sweep else {}
+    swept = any(one.partition("=")[0].strip() == "frequency" for one in sweep or ())
+    for one in (config, *runs.values()):
+        _require_biper(one, frequency is not None or swept, export_official)
     if print_recipe:
         typer.echo(training.to_yaml(config), nl=False)
         return
@@ -152,12 +167,24 @@ def train(
         results(json_output=json_output).print(
             training.to_yaml(config), markup=False, soft_wrap=True
         )
-    with shown_warnings():
-        result = fit_quietly(config, output, resume=resume, options=options)
-    if first:
+
+    def one_run(config: TrainingConfig, output: Path) -> tuple[TrainingResult, list[str], Any]:
+        with shown_warnings(), _interruptible():
+            result = fit_quietly(config, output, resume=resume, options=options)
+        if not first:
+            return result, [], None
         exported = training.export_official(result) if export_official else ()
         packed = pack(result) if convert and _is_binary(config) else None
-        _show(result, list(map(str, exported)), packed, config, json_output)
+        return result, list(map(str, exported)), packed
+
+    if runs:
+        values = run_sweep(runs, output, one_run, resume=resume, convert=convert)
+        if first:
+            show_sweep(values, output, json_output)
+        return
+    result, exported, packed = one_run(config, output)
+    if first:
+        _show(result, exported, packed, config, json_output)
 
 
 def _config(recipe: str | None, given: dict[str, Any], settings: list[str]) -> TrainingConfig:
@@ -197,6 +224,19 @@ def _is_binary(config: TrainingConfig) -> bool:
     from biper_engine.models.registry import architecture
 
     return architecture(config.architecture).is_binary
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say after Ctrl-C how to go on, and end with the shell's code for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        console = results(json_output=True)  # stderr
+        console.print("Interrupted; the latest state is saved. To go on:", markup=False)
+        console.print(f"  {command_line(*words, '--resume')}", soft_wrap=True, markup=False)
+        raise typer.Exit(130) from None
 
 
 def fit_quietly(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ __all__ = ["Packed", "pack", "summary"]
 
 _VERIFIED_IMAGES = 256
 _FILE = "model.biper"
+_VERIFIED = "verify.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,25 @@ def pack(result: TrainingResult) -> Packed:
     with status("Measuring the engine"):
         cpu = torch.device("cpu")
         accuracy = None if part is None else result.feed.accuracy(engine, part, cpu)
-    return Packed(
+    packed = Packed(
         path=path, report=engine.report, verified=verified, images=len(images), accuracy=accuracy
     )
+    _record(packed)
+    return packed
+
+
+def _record(packed: Packed) -> None:
+    """Write what was found beside the file, with its checksum: a later file is another one."""
+    from biper_engine.training.result import write_json
+
+    values = {
+        **packed.to_dict(),
+        "path": packed.path.name,
+        "sha256": hashlib.sha256(packed.path.read_bytes()).hexdigest(),
+        "summary": packed.verified.summary(),
+        "report": json.loads(packed.verified.to_json()),
+    }
+    write_json(packed.path.with_name(_VERIFIED), values)
 
 
 def summary(
@@ -105,6 +124,7 @@ def summary(
         lines += _stage_lines(number, stage)
     if packed is not None:
         lines += _file_lines(packed, result.stage2)
+    lines.append(f"for a page of it: {command_line('report', result.output_dir)}")
     last = f"next: {following}" if following else "No engine: the network has no binary layer."
     return [*lines, last], values
 

@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biper_engine.cli.console import print_json, results, status
+from biper_engine.cli.engines import ENGINE_HELP, engine_file
 from biper_engine.cli.images import find_images, image_batches, preprocessing_of
-from biper_engine.cli.sources import Arch, Frequency, ModelSource, Stage, Weights, load_model
+from biper_engine.cli.sources import (
+    Arch,
+    Backend,
+    Frequency,
+    ModelSource,
+    Stage,
+    Weights,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +36,7 @@ _RANDOM_BATCHES = 4  # of two images
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .biper file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help=ENGINE_HELP)],
     against: Annotated[
         str | None,
         typer.Option(
@@ -46,9 +55,7 @@ def verify(
         int | None,
         typer.Option(min=1, help="Compare at most this many images.", show_default=False),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Check this backend, not the usual one.", show_default=False)
-    ] = None,
+    backend: Backend = None,
     arch: Arch = None,
     frequency: Frequency = None,
     stage: Stage = None,
@@ -59,7 +66,8 @@ def verify(
     """Prove that a .biper file computes what it should; exit code 0 only if it does.
 
     Without --against, no model is needed: each operator is compared with the
-    reference, and the proof stored in the file is replayed. With --against,
+    reference, the proof stored in the file is replayed, and its native program
+    for C is compared with the graph's. With --against,
     every layer is compared with the model that the file was made from, on
     your images, or on random inputs if you pass none.
 
@@ -81,8 +89,8 @@ def verify(
         raise typer.BadParameter(
             "--images, --limit, --arch, --frequency, --stage and --weights are for --against."
         )
-    with status("Loading"):
-        engine = biper_engine.load(file)
+    with status("Loading"), engine_file(file) as path:
+        engine = biper_engine.load(path)
     if source is None:
         ok = _alone(engine, file, backend, verbose, json_output)
     else:
@@ -95,13 +103,15 @@ def verify(
 def _alone(
     engine: Engine, file: Path, backend: str | None, verbose: bool, json_output: bool
 ) -> bool:
-    from biper_engine.serialization import check_backend, replay
+    from biper_engine.runtime import program_section
+    from biper_engine.serialization import check_backend, check_program, replay
 
     with status("Comparing each operator with the reference"):
         operators = check_backend(engine.network, backend)
     with status("Replaying the proof"):
         proof = replay(engine.network, backend=backend)
-    ok = operators.ok and proof.ok
+    program = check_program(file, program_section)
+    ok = operators.ok and proof.ok and program is not False
     if json_output:
         print_json(
             {
@@ -109,6 +119,7 @@ def _alone(
                 "ok": ok,
                 "operators": operators.to_dict(),
                 "proof": proof.to_dict(),
+                "program": program,
             }
         )
         return ok
@@ -117,6 +128,11 @@ def _alone(
         console.print(operators.table(), markup=False, soft_wrap=True)
         console.print(proof.table(), markup=False, soft_wrap=True)
     verdict = _verdict(operators, proof)
+    if program is False:
+        verdict += (
+            "; but its native program, for C, is NOT what this version makes of its graph: save it "
+            "again"
+        )
     console.print(f"{file}: {verdict}", markup=False, soft_wrap=True, style="" if ok else "red")
     return ok
 
@@ -165,6 +181,11 @@ def _against(
     if images is None:
         batches: Iterable[Any] = _random_batches(engine)
     else:
+        if len(engine.signature.inputs) != 1:
+            raise ValueError(
+                f"'{file}' takes {len(engine.signature.inputs)} tensors ({engine.signature}), so "
+                "images do not fit it; leave out --images to compare on random inputs."
+            )
         metadata = preprocessing_of(engine, file)
         paths = find_images([images])[:limit]
         batches = (batch for _, batch in image_batches(paths, metadata, _BATCH))

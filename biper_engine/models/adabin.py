@@ -81,6 +81,10 @@ class AdaptiveConv2d(BinaryLayer, nn.Conv2d):
         surrogate = max(1 / self.sharpness, 1.0) * torch.tanh(self.sharpness * scaled)
         return straight_through(scaled.detach().sign(), surrogate) * deviation + mean
 
+    def weight_bits(self) -> Tensor:
+        """Return which weights have the larger of their two values in stage 2."""
+        return self.weight >= self.weight.mean((1, 2, 3), keepdim=True)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the binarized [N, in_channels, H, W]."""
         output: Tensor = self._conv_forward(self.binary_a(input), self.quantized_weight(), None)

@@ -14,6 +14,7 @@ from biper_engine.nn.layers import (
     set_binarizers,
     set_tau,
 )
+from biper_engine.nn.quantization import WeightError, laplace_error, weight_errors
 from biper_engine.nn.sign_layers import (
     FlatSignConv2d,
     RPReLU,
@@ -34,11 +35,14 @@ __all__ = [
     "Shift",
     "SignConv2d",
     "SignLinear",
+    "WeightError",
     "binarize_activation",
     "binarize_weight",
     "binary_layers",
+    "laplace_error",
     "regularizer",
     "set_binarizers",
     "set_tau",
     "straight_through",
+    "weight_errors",
 ]

@@ -35,6 +35,10 @@ class BinaryLayer:
         """Return the weights that the forward pass multiplies with."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its weights become.")
 
+    def weight_bits(self) -> Tensor:
+        """Return which weights are positive in stage 2, in the shape of `latent`."""
+        return self.latent() >= 0
+
     @staticmethod
     def _checked(stage: int) -> int:
         if stage not in (1, 2):

@@ -50,6 +50,10 @@ class _Periodic(BinaryLayer):
             binarizer=self.weight_binarizer,
         )
 
+    def weight_bits(self) -> Tensor:
+        """Return which weights are positive in stage 2."""
+        return wave(self.weight, self.frequency, self.weight_binarizer) >= 0
+
     def extra_repr(self) -> str:
         """Add frequency, stage and what differs from BiPer to PyTorch's description of a layer."""
         described: str = super().extra_repr()  # type: ignore[misc]

@@ -160,6 +160,10 @@ class SignLinear(BinaryLayer, nn.Linear):
         """Return the weights that the forward pass multiplies with."""
         return self.weight if self.stage == 1 else scaled_sign(self.weight, centred=True)
 
+    def weight_bits(self) -> Tensor:
+        """Return which weights are positive in stage 2."""
+        return self.weight >= self.weight.mean(1, keepdim=True)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the product of [..., in_features]."""
         return F.linear(input, self.quantized_weight())

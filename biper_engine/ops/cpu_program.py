@@ -100,7 +100,6 @@ class CpuProgram:
 
     def __init__(self) -> None:
         self._program = native().Program()
-        self._kept: list[Tensor] = []
 
     # -- maps and steps ---------------------------------------------------------------------------
 
@@ -119,8 +118,7 @@ class CpuProgram:
             step: its kind, one of those of csrc/cpu/steps.cpp.
             arguments: as the file of the step describes them: maps, tensors, geometries, pools,
                 numbers, names, lists of maps or integers; None stands for what is missing. The
-                program copies what tensors hold, but for `prepacked`, which it keeps: nobody else
-                may write to that.
+                program copies what tensors hold.
 
         Raises:
             ValueError: an argument is missing, unknown, of another type or does not fit; nothing
@@ -129,8 +127,6 @@ class CpuProgram:
         held = dense(arguments)
         values = {name: _numbered(value) for name, value in native_values(held).items()}
         written = self._program.add(step, values)
-        if "prepacked" in held:
-            self._kept.append(held["prepacked"])
         return tuple(map(self._map, written))
 
     def _map(self, index: int) -> Map:

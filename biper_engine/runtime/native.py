@@ -10,7 +10,7 @@ a convolution is not worth its own call, and the operator runs in between.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from biper_engine.graph.reading import biper_op, get_constant, is_bconv2d, is_ca
 from biper_engine.graph.shapes import input_without_data, result_without_data, without_data
 from biper_engine.graph.signature import InputSpec
 from biper_engine.ops.backends import select
+from biper_engine.ops.cpu_program import CpuProgram
 from biper_engine.runtime.runs import NativeRun, NativeStep, Unsupported
 from biper_engine.runtime.steps import RunBuilder
 
@@ -66,7 +67,10 @@ class NativePlan:
 
 
 def native_plan(
-    module: fx.GraphModule, device: torch.device | None, inputs: Sequence[InputSpec] | None
+    module: fx.GraphModule,
+    device: torch.device | None,
+    inputs: Sequence[InputSpec] | None,
+    make_program: Callable[[], CpuProgram] = CpuProgram,
 ) -> NativePlan | str:
     """Build the programs of a network.
 
@@ -74,6 +78,7 @@ def native_plan(
         module: a converted network.
         device: device of its tensors.
         inputs: its inputs; None if they are not known.
+        make_program: returns an empty program.
 
     Returns:
         The plan, or the reason why there is no program at all.
@@ -92,7 +97,7 @@ def native_plan(
         return "the cpu backend is not available here"
     # A plan outlives the mode of the call that makes it, so it must not hold inference tensors.
     with torch.inference_mode(False), torch.no_grad():
-        return _Partition(module, inputs).plan()
+        return _Partition(module, inputs, make_program).plan()
 
 
 class _Partition:
@@ -103,8 +108,14 @@ class _Partition:
     of level 0, then run 1, and so on.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[InputSpec]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[InputSpec],
+        make_program: Callable[[], CpuProgram],
+    ) -> None:
         self._module = module
+        self._make_program = make_program
         self._specs = inputs
         self._runs: dict[int, RunBuilder] = {}
         self._levels: dict[fx.Node, int] = {}
@@ -159,7 +170,7 @@ class _Partition:
             self._leave(node)
             return
         if level not in self._runs:
-            self._runs[level] = RunBuilder(self._module, self._value)
+            self._runs[level] = RunBuilder(self._module, self._value, self._make_program())
         try:
             added = self._runs[level].add(node)
         except Unsupported as reason:

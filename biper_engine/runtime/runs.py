@@ -69,6 +69,7 @@ class RunMaps:
         module: a converted network.
         value_of: returns the value of a node outside the run as a tensor without data, for BATCH
             images; None if it is not known.
+        program: an empty program.
 
     Attributes:
         nodes: nodes that the run computes, with views of its values, in order.
@@ -76,13 +77,18 @@ class RunMaps:
         inputs: nodes outside the run, and their values in the run.
     """
 
-    def __init__(self, module: fx.GraphModule, value_of: Callable[[fx.Node], Any]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        value_of: Callable[[fx.Node], Any],
+        program: CpuProgram,
+    ) -> None:
         self.nodes: list[fx.Node] = []
         self.steps: list[NativeStep] = []
         self.inputs: dict[fx.Node, Placed] = {}
         self._module = module
         self._value_of = value_of
-        self._program = CpuProgram()
+        self._program = program
         self._values: dict[fx.Node, Any] = {}  # Placed, or a tuple of Placed and None
         self._computed: dict[fx.Node, Tensor] = {}  # values that come from constants alone
         self._expected: Any = None  # what the node at work returns for BATCH images, without data
@@ -111,7 +117,7 @@ class RunMaps:
     def left_out(self, wanted: Sequence[fx.Node]) -> list[fx.Node]:
         """Return the nodes whose values are `wanted` that no program can return.
 
-        These are constants, bools, and views whose first dimension is not the batch.
+        These are constants, bools, empty values, and views whose first dimension is not the batch.
         """
         left: dict[fx.Node, None] = {}
         remaining = list(wanted)
@@ -123,7 +129,7 @@ class RunMaps:
                 remaining.extend(node.all_input_nodes)
             if node in left or value is None or node in self.inputs:
                 continue
-            if not isinstance(value, Placed) or value.truth or value.batch != 0:
+            if not isinstance(value, Placed) or value.truth or value.batch != 0 or 0 in value.sizes:
                 left[node] = None
                 remaining.extend(node.all_input_nodes)
         return list(left)

@@ -10,7 +10,6 @@ from torch import fx
 
 from biper_engine.bits import WORD_BITS
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
-from biper_engine.graph.choice import prepack_node
 from biper_engine.graph.reading import biper_op
 from biper_engine.ops.checks import check_epilogue
 from biper_engine.ops.cpu_program import Map
@@ -49,7 +48,7 @@ def _bconv(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
         residual=None if residual is None else _residual(run, residual, geometry),
         gate=None if named.get("gate") is None else _gate(run, named["gate"], images),
         geometry=geometry,
-        prepacked=prepack_node(node, weight),
+        weight=weight,
         want_float=want_float,
         want_bits=want_bits,
         macs=geometry.macs(source.height, source.width),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -218,7 +219,7 @@ def _spread_out(
 def add_linear(run: RunMaps, x: Placed, weight: Tensor, bias: Tensor | None) -> Placed:
     """Add a product of each row of `x` [..., C] with a weight [O, C]."""
     weight, x, rows = _columns_in_memory(run, x, weight)
-    inputs, outputs = weight.shape[1], weight.shape[0]
+    inputs, outputs = math.prod(weight.shape[1:]), weight.shape[0]
     (made,) = run.emit(
         "float_conv",
         x=run.seen(rows, inputs, rows.values // inputs, 1),
@@ -245,8 +246,7 @@ def _columns_in_memory(run: RunMaps, x: Placed, weight: Tensor) -> tuple[Tensor,
         if isinstance(source, Map) and fills(inner) and without_gaps(x.image):
             order = [dim for dim in memory_order(x.image) if dim != 0]
             columns = weight.view(-1, *x.image.shape[1:])
-            flat = columns.permute(0, *order).flatten(1)
-            return flat, replace(inner, image=dense_image(x.shape)), source
+            return columns.permute(0, *order), replace(inner, image=dense_image(x.shape)), source
     x = run.settled(x)
     last = x.image.dim() - 1
     order = [*(dim for dim in memory_order(x.image) if dim != last), last]

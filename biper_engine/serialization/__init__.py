@@ -1,8 +1,9 @@
 """`.biper` files: one converted network in one safetensors file, with a proof of what it computes.
 
 The header entry `biper` has `format`, `graph`, `signature`, `report`, `metadata`, `provenance`,
-`options`, `proof` and `sha256`. Nothing is pickled; every name, shape and value is checked when a
-file is read. The format is 0, and may change, until release 1.0.
+`options`, `proof`, `sha256`, and `program` for loaders without Python. Nothing is pickled; every
+name, shape and value is checked when a file is read. The format is 0, and may change, until release
+1.0.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from biper_engine.serialization.backend_check import check_backend
 from biper_engine.serialization.graph_decoding import decode
 from biper_engine.serialization.header import header_entries, header_values
 from biper_engine.serialization.json_text import canonical_json
+from biper_engine.serialization.native_program import (
+    PREFIX,
+    MakeProgram,
+    add_program,
+    check_program,
+    drop_program,
+    plain_tensors,
+)
 from biper_engine.serialization.proof import (
     example_inputs,
     make_proof,
@@ -34,6 +43,7 @@ __all__ = [
     "NodeReport",
     "ProofReport",
     "check_backend",
+    "check_program",
     "example_inputs",
     "read",
     "replay",
@@ -43,11 +53,23 @@ __all__ = [
 SEED = 0
 
 
-def write(network: ConvertedNetwork, path: str | os.PathLike[str]) -> None:
+def write(
+    network: ConvertedNetwork,
+    path: str | os.PathLike[str],
+    *,
+    make_program: MakeProgram | None = None,
+    any_size: bool = False,
+) -> None:
     """Write a network to a `.biper` file, atomically and with a new proof.
 
     Writing twice gives the same bytes. The network may be on any device; the proof is computed on
     the CPU by the reference backend.
+
+    Args:
+        network: what to write.
+        path: a new file, or one to replace.
+        make_program: makes the network's native program; without it, the file has none.
+        any_size: whether the file gets the program also where its tensors are large.
 
     Raises:
         FileFormatError: the network has an operator, an argument or a form of inputs or outputs
@@ -61,7 +83,11 @@ def write(network: ConvertedNetwork, path: str | os.PathLike[str]) -> None:
     with torch.inference_mode(False):
         tensors = {name: tensor.detach().cpu() for name, tensor in constants.items()}
         proof = make_proof(decode(nodes, tensors, inputs), inputs, SEED)
-    entries["proof"] = proof_entry(proof)
+        entries["proof"] = proof_entry(proof)
+        if make_program is not None:
+            own = plain_tensors(tensors)
+            section = make_program(decode(nodes, own, inputs), network.signature, own, PREFIX)
+            add_program(entries, tensors, section, any_size=any_size)
     container.write(path, entries, {**tensors, **proof_tensors(proof)})
 
 
@@ -84,6 +110,7 @@ def _network(header: dict[str, object], tensors: dict[str, torch.Tensor]) -> Con
     known = header_values(header)
     signature = known["signature"]
     proof = read_proof(header.get("proof"), tensors)
+    drop_program(header, tensors)
     module = decode(header.get("graph"), tensors, signature.inputs)
     outputs = len(output_values(module.graph))
     if outputs != signature.out_spec.num_leaves or outputs != len(proof.outputs):

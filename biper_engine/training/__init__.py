@@ -14,7 +14,9 @@ from biper_engine.training.config import (
 from biper_engine.training.directory import is_first_process
 from biper_engine.training.fit import export_official, fit
 from biper_engine.training.recipe import read_recipe, recipe_for, shipped, to_yaml
+from biper_engine.training.report import write_report
 from biper_engine.training.result import StageResult, TrainingResult
+from biper_engine.training.sweep import sweep_configs
 
 __all__ = [
     "AugmentConfig",
@@ -31,5 +33,7 @@ __all__ = [
     "read_recipe",
     "recipe_for",
     "shipped",
+    "sweep_configs",
     "to_yaml",
+    "write_report",
 ]

@@ -15,6 +15,7 @@ from biper_engine.training.config import RunOptions, TrainingConfig
 from biper_engine.training.draws import stage_seed
 from biper_engine.training.examples import Examples, MemoryExamples
 from biper_engine.training.loader import Batch, BatchOrder, Preparation, loader
+from biper_engine.training.predictions import Predictions
 from biper_engine.training.tables import Stream
 
 __all__ = ["Feed"]
@@ -100,18 +101,22 @@ class Feed:
             )
         return steps * config.accumulate
 
-    @torch.no_grad()
     def accuracy(self, network: nn.Module, part: Examples | Stream, device: torch.device) -> float:
         """Return the share of images in `part` that the network classifies correctly."""
+        return self.predictions(network, part, device).accuracy
+
+    @torch.no_grad()
+    def predictions(
+        self, network: nn.Module, part: Examples | Stream, device: torch.device
+    ) -> Predictions:
+        """Return what the network predicts on the images in `part`."""
         network.to(device).eval()
-        correct = total = 0
+        found = Predictions()
         for images, labels, _ in self._measured(part):
-            predicted = network(images.to(device)).argmax(1).cpu()
-            correct += int((predicted == labels).sum())
-            total += len(labels)
-        if not total:
+            found.add(images, labels, network(images.to(device)).cpu(), self.metadata)
+        if not found.images:
             raise DataError("There is no image to measure the accuracy on.")
-        return correct / total
+        return found
 
     def sample(self, count: int) -> Batch:
         """Return the first images that are measured or, if none are, trained on."""

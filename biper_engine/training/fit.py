@@ -8,7 +8,9 @@ Files in `output_dir`:
     official/stage1/, .../stage2/   the same in the official format, by `export_official`
     result.json                     measurements of finished stages
     checkpoints/stage1.ckpt, ...    Lightning's latest state
-    logs/stage1/metrics.csv, ...    losses by epoch
+    logs/stage1/metrics.csv, ...    loss, accuracies, learning rate, flips by epoch
+    logs/stage1/layers.csv, ...     sign flips and quantization error by epoch and layer
+    logs/stage1/predictions.json    confusions and some wrong images of a finished stage
 
 Each file is complete at any time, in its old or its new version; only TensorBoard's logs grow.
 """
@@ -306,16 +308,19 @@ def _run_stage(
             )
     if trainer.is_global_zero:  # the others wait
         device = trainer.strategy.root_device
-        parts = (feed.held_out, feed.test)
         measured = [
-            None if part is None else feed.accuracy(network, part, device) for part in parts
+            None if part is None else feed.predictions(network, part, device)
+            for part in (feed.held_out, feed.test)
         ]
+        accuracies = [None if found is None else found.accuracy for found in measured]
+        for found in filter(None, measured):  # one of them at most
+            write_json(directory / "logs" / f"stage{number}" / "predictions.json", found.to_dict())
         result = StageResult(
             path=directory / f"stage{number}.pt",
             epochs=config.stage(number).epochs,
             seconds=round(module.seconds, 3),
-            validation_accuracy=measured[0],
-            test_accuracy=measured[1],
+            validation_accuracy=accuracies[0],
+            test_accuracy=accuracies[1],
             skipped=tuple(module.skipped),
         )
         _record(result, number, network.cpu(), directory, config)
@@ -365,11 +370,13 @@ def _trainer(number: int, feed: Feed, directory: Path) -> Trainer:
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+    from biper_engine.training.layer_history import LayerHistory
     from biper_engine.training.lightning_files import AtomicCheckpoints, MetricsFile
     from biper_engine.training.module import LatestState
 
     config, options = feed.config, feed.options
-    loggers: list[Logger] = [MetricsFile(directory / "logs" / f"stage{number}" / "metrics.csv")]
+    logs = directory / "logs" / f"stage{number}"
+    loggers: list[Logger] = [MetricsFile(logs / "metrics.csv")]
     if options.tensorboard:
         loggers.append(
             TensorBoardLogger(directory / "logs", name=f"stage{number}", version="tensorboard")
@@ -388,7 +395,10 @@ def _trainer(number: int, feed: Feed, directory: Path) -> Trainer:
         **settings,
         max_epochs=config.stage(number).epochs,
         accumulate_grad_batches=config.accumulate,
-        callbacks=[LatestState(latest, options.save_every_steps)],
+        callbacks=[
+            LayerHistory(logs / "layers.csv"),
+            LatestState(latest, options.save_every_steps),
+        ],
         logger=loggers,
         log_every_n_steps=1,
         num_sanity_val_steps=0,

@@ -60,6 +60,10 @@ class StageModule(lightning.LightningModule):
         # Epoch and number of the next batch.
         self.position = (0, 0)
         self._loss_sum = torch.zeros((), dtype=torch.float64)
+        # Of the images of the epoch so far: those classified correctly, and all.
+        self._right = torch.zeros((), dtype=torch.int64)
+        self._images = 0
+        self._rate: Callable[[int], float] = lambda step: 1.0
         self._started = 0.0
         self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
         set_tau(network, self.settings.tau)
@@ -82,16 +86,18 @@ class StageModule(lightning.LightningModule):
         self._report(skipped)
         step = (self.current_epoch << 32) + batch_index * self.trainer.world_size + self.global_rank
         torch.manual_seed(stage_seed(self.config.seed, self.stage_number) ^ step)  # for dropout
-        loss = self._loss(images, labels) + regularizer(self.network)
+        logits = self._forward(images)
+        loss = self._loss(logits, images, labels) + regularizer(self.network)
         self.position = (self.current_epoch, batch_index + 1)
+        self._right = self._right.to(loss.device) + (logits.detach().argmax(1) == labels).sum()
+        self._images += len(labels)
         self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
         look = 1 if loss.device.type == "cpu" else _LOOK_EVERY
         if batch_index % look == 0 and not torch.isfinite(self._loss_sum):
             raise not_finite(self.network, images, loss, self.stage_number, self.position)
         return loss
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits = self._forward(images)
+    def _loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         for teacher in self._teacher:
             with torch.no_grad():
                 wanted = teacher(images)
@@ -116,9 +122,8 @@ class StageModule(lightning.LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(self.settings.warmup_epochs * total / self.settings.epochs)
         kind = self.config.optimizer.schedule
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, warmup, total, kind)
-        )
+        self._rate = lambda step: learning_rate_factor(step, warmup, total, kind)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -156,12 +161,16 @@ class StageModule(lightning.LightningModule):
         self._started = self._started or perf_counter()
 
     def on_train_epoch_end(self) -> None:
-        """Log the mean loss, and add the epoch to the training time."""
+        """Log the means of the epoch and its last rate, and add it to the training time."""
         mean = self._loss_sum / self.position[1]
         if not torch.isfinite(mean):
             raise not_finite(self.network, None, mean, self.stage_number, self.position)
         self.log("train_loss", mean.float(), prog_bar=True, sync_dist=True)
-        self._loss_sum = torch.zeros_like(mean)
+        right = self._right.double() / self._images
+        self.log("train_accuracy", right.float(), sync_dist=True)
+        self.log("lr", self.settings.lr * self._rate(self.trainer.global_step - 1))
+        self._loss_sum, self._right = torch.zeros_like(mean), torch.zeros_like(self._right)
+        self._images = 0
         self.position = (self.current_epoch + 1, 0)
         self._stop_clock()
 
@@ -185,6 +194,7 @@ class StageModule(lightning.LightningModule):
             "seconds": self.seconds,
             "position": list(self.position),
             "loss_sum": self._loss_sum.item(),
+            "right": [int(self._right), self._images],
             "skipped": list(self.skipped),
         }
 
@@ -194,6 +204,8 @@ class StageModule(lightning.LightningModule):
         self.seconds = state["seconds"]
         self.position = (state["position"][0], state["position"][1])
         self._loss_sum = torch.tensor(state["loss_sum"], dtype=torch.float64)
+        right, self._images = state.get("right", (0, 0))
+        self._right = torch.tensor(right)
         self.skipped = dict.fromkeys(state["skipped"])
 
 

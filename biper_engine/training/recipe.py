@@ -16,7 +16,15 @@ from typing import Any, get_args, get_type_hints
 
 from biper_engine.training.config import AugmentConfig, TrainingConfig
 
-__all__ = ["read_recipe", "recipe_for", "shipped", "to_yaml", "with_settings"]
+__all__ = [
+    "read_recipe",
+    "recipe_for",
+    "shipped",
+    "to_yaml",
+    "with_settings",
+    "with_values",
+    "yaml_value",
+]
 
 _BOTH_STAGES = ("lr", "weight_decay", "warmup_epochs")
 # Words that people may try for a key.
@@ -61,7 +69,7 @@ def read_recipe(recipe: str, settings: Sequence[str] = ()) -> TrainingConfig:
             the nearest one) or a value of another type.
     """
     text, where = _text(recipe)
-    values = _yaml(text, where)
+    values = yaml_value(text, where)
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} has a {type(values).__name__}; wanted `key: value` lines.")
     base = TrainingConfig().to_dict()
@@ -74,6 +82,11 @@ def read_recipe(recipe: str, settings: Sequence[str] = ()) -> TrainingConfig:
 def with_settings(config: TrainingConfig, settings: Sequence[str]) -> TrainingConfig:
     """Return the config with some `key=value` changed; raises as `read_recipe`."""
     return _config(config.to_dict(), (), "", settings)
+
+
+def with_values(config: TrainingConfig, values: Mapping[str, Any], where: str) -> TrainingConfig:
+    """Return the config with some values changed, by dotted key; raises as `read_recipe`."""
+    return _config(config.to_dict(), tuple(values.items()), where, ())
 
 
 def to_yaml(config: TrainingConfig) -> str:
@@ -93,7 +106,7 @@ def _config(
         key, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"'{setting}' is no setting; wanted key=value, as optimizer.lr=0.01.")
-        _set(base, key.strip(), _yaml(text, f"The value of '{setting}'"), f"'{setting}'")
+        _set(base, key.strip(), yaml_value(text, f"The value of '{setting}'"), f"'{setting}'")
     return TrainingConfig.from_dict(base)
 
 
@@ -119,7 +132,8 @@ def _folder() -> Any:
     return files("biper_engine.training") / "recipes"
 
 
-def _yaml(text: str, where: str) -> Any:
+def yaml_value(text: str, where: str) -> Any:
+    """Return the value of a YAML text; `where` is what an error calls it."""
     try:
         import yaml
     except ImportError as error:

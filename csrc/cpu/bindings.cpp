@@ -117,7 +117,10 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init([](const GeometryValues& g, const Memory& prepacked) {
         return std::make_shared<Conv>(geometry(g), span<const uint32_t>("prepacked", prepacked));
       }))
-      .def(py::init([](const Arguments::Values& values) { return fused_conv(Arguments(values)); }))
+      .def(py::init([](const Arguments::Values& values) {
+        const Arguments arguments(values);
+        return fused_conv(arguments, arguments.span<uint32_t>("prepacked"));
+      }))
       .def(
           "accumulate",
           [](const Conv& conv, int64_t batch, int64_t height, int64_t width, const Memory& bits,

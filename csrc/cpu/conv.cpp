@@ -262,12 +262,19 @@ int64_t prepacked_words(const ConvGeometry& geometry) {
   return layout_of(geometry, conv_kernels(kernels(), geometry).blocking).words;
 }
 
-void prepack(const ConvGeometry& g, Span<const uint32_t> weight, Span<uint32_t> prepacked) {
+void require_weight(const ConvGeometry& g, Span<const uint32_t> weight) {
   require_geometry(g);
+  const int64_t group_words = ceil_div(g.in_channels / g.groups, kWordBits);
+  const int64_t words =
+      checked_product("The weight", {g.out_channels, g.kernel_h, g.kernel_w, group_words});
+  require_memory("weight", weight.data, weight.size, words, 4);
+}
+
+void prepack(const ConvGeometry& g, Span<const uint32_t> weight, Span<uint32_t> prepacked) {
+  require_weight(g, weight);
   const Kernels& isa = kernels();
   const ConvKernels& own = conv_kernels(isa, g);
   const Layout l = layout_of(g, own.blocking);
-  require_memory("weight", weight.data, weight.size, g.out_channels * l.depth, 4);
   require_memory("prepacked", prepacked.data, prepacked.size, l.words, 4);
   std::vector<uint32_t> used(weight.data, weight.data + weight.size);
   const int64_t last_bits = l.group_channels - (l.group_words - 1) * kWordBits;

@@ -29,6 +29,9 @@ struct FloatSpan {
 // 32-bit words that prepack writes for the kernels in use.
 int64_t prepacked_words(const ConvGeometry& geometry);
 
+// Throws unless `weight` has the words of canonical weights.
+void require_weight(const ConvGeometry& geometry, Span<const uint32_t> weight);
+
 // Re-lays canonical weights [O, KH, KW, words] for the kernels in use.
 void prepack(const ConvGeometry& geometry, Span<const uint32_t> weight, Span<uint32_t> prepacked);
 

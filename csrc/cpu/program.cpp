@@ -37,6 +37,14 @@ void pause_processor() {
 #endif
 }
 
+// Throws unless the values of a map can be counted.
+void require_map(const MapShape& shape) {
+  for (const int64_t size : {shape.height, shape.width, shape.channels}) {
+    require_range("size of a map", size, 1, std::numeric_limits<int32_t>::max());
+  }
+  checked_product("The map", {shape.height, shape.width, shape.channels});
+}
+
 struct alignas(64) Counter {
   std::atomic<int64_t> value{0};
 };
@@ -111,16 +119,14 @@ Program::~Program() = default;
 
 int64_t Program::add_map(const MapShape& shape) {
   if (finished_) fail("The program is finished.");
-  for (const int64_t size : {shape.height, shape.width, shape.channels}) {
-    require_range("size of a map", size, 1, std::numeric_limits<int32_t>::max());
-  }
-  checked_product("The map", {shape.height, shape.width, shape.channels});
+  require_map(shape);
   const int64_t map = static_cast<int64_t>(maps_.size());
   maps_.push_back({shape, map});
   return map;
 }
 
 int64_t Program::add_view(int64_t map, const MapShape& shape) {
+  require_map(shape);
   const MapShape& old = shape_of(map, shape.packed);
   if (old.values() != shape.values()) {
     fail("A view has " + std::to_string(shape.values()) + " values an image, its map " +

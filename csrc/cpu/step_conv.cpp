@@ -3,15 +3,17 @@
 // Reads `bits`, and `residual` and `gate`, which may be missing. A residual may have a part of the
 // output's channels, which then repeats. A gate has a pixel for as many output pixels as any other
 // of its pixels, in the same order, and one channel or those of the output. Writes the epilogue's
-// float map where `want_float`, then its bits where `want_bits`. The convolution keeps the address
-// of `prepacked`.
+// float map where `want_float`, then its bits where `want_bits`. The step re-lays the canonical
+// `weight`, [O, KH, KW, words], for the kernels in use, in memory of its own.
+#include <cstdlib>
 #include <limits>
+#include <new>
 
 #include "steps.h"
 
 namespace biper {
 
-std::shared_ptr<Conv> fused_conv(const Arguments& a) {
+std::shared_ptr<Conv> fused_conv(const Arguments& a, Span<const uint32_t> prepacked) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   EpilogueSpans epilogue;
   for (size_t i = 0; i < std::size(kEpilogueVectors); ++i) {
@@ -21,16 +23,36 @@ std::shared_ptr<Conv> fused_conv(const Arguments& a) {
   epilogue.pool_min = a.optional_span<uint8_t>("pool_min");
   epilogue.clamp_min = a.number("clamp_min", -kInfinity);
   epilogue.clamp_max = a.number("clamp_max", kInfinity);
-  return std::make_shared<Conv>(a.geometry("geometry"), a.span<uint32_t>("prepacked"),
-                                a.window("pool"), epilogue);
+  return std::make_shared<Conv>(a.geometry("geometry"), prepacked, a.window("pool"), epilogue);
 }
 
 namespace {
 
+// Prepacked weights in aligned memory, so that kernels load whole cache lines.
+class Prepacked {
+ public:
+  Prepacked(const ConvGeometry& geometry, Span<const uint32_t> weight) {
+    require_weight(geometry, weight);  // the memory below is then no more than some times as large
+    size_ = prepacked_words(geometry);
+    const size_t bytes = (static_cast<size_t>(size_) * 4 + kLine - 1) / kLine * kLine;
+    words_.reset(static_cast<uint32_t*>(std::aligned_alloc(kLine, bytes)));
+    if (!words_) throw std::bad_alloc();
+    prepack(geometry, weight, {words_.get(), size_});
+  }
+
+  Span<const uint32_t> span() const { return {words_.get(), size_}; }
+
+ private:
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<uint32_t, void (*)(void*)> words_{nullptr, std::free};
+  int64_t size_ = 0;
+};
+
 class ConvStep : public Step {
  public:
   ConvStep(Program& program, const Arguments& a)
-      : conv_(fused_conv(a)),
+      : prepacked_(a.geometry("geometry"), a.span<uint32_t>("weight")),
+        conv_(fused_conv(a, prepacked_.span())),
         bits_(a.map("bits")),
         residual_(a.optional_map("residual")),
         gate_(a.optional_map("gate")),
@@ -87,7 +109,6 @@ class ConvStep : public Step {
   }
 
  private:
-  std::shared_ptr<const Conv> conv_;
   void take_gate(const MapShape& gate, const ConvPlan& plan) {
     const int64_t outputs = conv_->geometry().out_channels, pixels = plan.out_h * plan.out_w;
     const int64_t rows = gate.height * gate.width;
@@ -100,6 +121,8 @@ class ConvStep : public Step {
     gate_pixels_ = pixels / rows;
   }
 
+  Prepacked prepacked_;
+  std::shared_ptr<const Conv> conv_;
   int64_t bits_, residual_, gate_;
   int64_t gate_channels_ = 0, gate_pixels_ = 0, residual_channels_ = 0;
   MapShape in_;

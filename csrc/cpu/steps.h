@@ -30,7 +30,7 @@ std::vector<int64_t> add_step(Program& program, const std::string& name,
                               const Arguments& arguments);
 
 // A convolution with the epilogue that the arguments name as biper_engine/ops/epilogue.py does.
-std::shared_ptr<Conv> fused_conv(const Arguments& arguments);
+std::shared_ptr<Conv> fused_conv(const Arguments& arguments, Span<const uint32_t> prepacked);
 
 // -- shared by step_*.cpp -------------------------------------------------------------------------
 

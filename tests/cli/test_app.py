@@ -12,7 +12,7 @@ from biper_engine.cli import main
 
 from .conftest import Biper
 
-COMMANDS = ("demo", "train", "convert", "verify", "run", "bench", "inspect", "backends")
+COMMANDS = ("demo", "train", "report", "convert", "verify", "run", "bench", "inspect", "backends")
 
 
 def test_version(biper: Biper) -> None:

@@ -116,6 +116,7 @@ def test_against_is_for_files(biper: Biper, user_directory: Path) -> None:
     assert "--against is for .biper files" in " ".join(done.err.split())
 
 
+@pytest.mark.deep
 def test_a_known_network_takes_random_weights(biper: Biper) -> None:
     done = biper(
         *("bench", "cifar10/resnet20_1w1a", "--no-compile", "--rounds", "2"),
@@ -327,3 +328,10 @@ def test_the_table_fits_80_columns_and_the_largest_difference_is_noted() -> None
     assert "engine on: cpu (avx512, 2 threads)" in lines[0]
     (note,) = bench_notes(comparison)
     assert "outputs within 2.6e-05 of eager's" in note
+
+
+def test_the_help_fits_on_one_screen(biper: Biper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = biper("bench", "--help").out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80

@@ -99,6 +99,20 @@ def test_an_export_is_asked_for(
     assert values["official"] == ["official/1", "official/2"]
 
 
+def test_an_interrupted_run_says_how_to_go_on(
+    biper: Biper, fit: FakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(**_: Any) -> TrainingResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit", interrupted)
+    monkeypatch.setattr(sys, "argv", ["biper", "train", "-o", "my run"])
+    done = biper("train", "-o", "my run")
+    assert done.code == 130
+    assert done.err.endswith("To go on:\n  biper train -o 'my run' --resume\n")
+    assert "Traceback" not in done.err
+
+
 def test_json_is_all_of_stdout(biper: Biper, fit: FakeFit) -> None:
     values = json.loads(biper("train", "--json").out)
     assert values["stage2"]["path"] == "biper-train/stage2.pt"

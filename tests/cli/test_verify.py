@@ -12,6 +12,7 @@ import torch
 
 import biper_engine
 from biper_engine import serialization
+from biper_engine.serialization import container
 
 from .conftest import Biper, tiny_network
 
@@ -28,6 +29,22 @@ def test_json(biper: Biper, tiny: Path) -> None:
     values = json.loads(done.out)
     assert done.code == 0
     assert values["ok"] is values["operators"]["ok"] is values["proof"]["bit_identical"] is True
+
+
+def test_a_native_program_that_is_not_the_graphs_is_found(
+    biper: Biper, tiny: Path, tmp_path: Path
+) -> None:
+    header, tensors = container.read(tiny)
+    steps = header["program"]["steps"]
+    sums = next(step["args"] for step in steps if "clamp_max" in step.get("args", {}))
+    sums["clamp_max"] = 0.125
+    kept = {key: value for key, value in header.items() if key not in ("format", "sha256")}
+    container.write(tmp_path / "edited.biper", kept, tensors)
+    done = biper("verify", tmp_path / "edited.biper")
+    assert done.code == 1
+    assert "its native program, for C, is NOT what this version makes of its graph" in done.out
+    assert json.loads(biper("verify", tmp_path / "edited.biper", "--json").out)["program"] is False
+    assert json.loads(biper("verify", tiny, "--json").out)["program"] is True
 
 
 def damage(monkeypatch: pytest.MonkeyPatch, name: str, changes: Any) -> None:

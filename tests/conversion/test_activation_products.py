@@ -83,6 +83,7 @@ PROBABILITIES = {
 }
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", PROBABILITIES)
 def test_both_products_of_binary_attention_are_packed(name: str) -> None:
     model = seeded(lambda: Heads(48, 3, PROBABILITIES[name]))

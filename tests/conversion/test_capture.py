@@ -165,7 +165,7 @@ def test_rows_after_a_norm_over_transposed_tokens_are_captured() -> None:
     assert engine.report.packed == 2
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 def test_an_environment_behind_a_symbolic_link(tmp_path: Path) -> None:
     packages = Path(torch.__file__).parent.parent
     link = tmp_path / "packages"

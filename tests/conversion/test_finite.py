@@ -68,6 +68,7 @@ def test_random_images_that_give_nan_are_replaced_by_those_of_the_example() -> N
     assert verify(engine, model, images).ok
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("value", [-1.0, math.nan])
 def test_images_that_give_nan_are_refused_in_one_sentence(value: float) -> None:
     model = seeded(Logarithm)

@@ -44,6 +44,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_other_people(name: str) -> None:
     build, shape, count = NETWORKS[name]

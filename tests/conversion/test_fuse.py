@@ -39,6 +39,7 @@ POOL_BEHIND = ["clamp", "max_pool2d"]
 BITS = ["binarize", "bconv2d_bits", "bconv2d_float"]
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize(
     ("run", "wanted"),
     [

@@ -148,6 +148,7 @@ def assert_same_everywhere(
             assert torch.equal(loaded(x[:batch]), wanted[:batch]), isa
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_gate_is_fused_with_what_follows(
     name: str, tmp_path: Path, isas: Callable[[str], None]
@@ -165,6 +166,7 @@ def test_a_gate_is_fused_with_what_follows(
         assert_same_everywhere(engine, images_of((6, 8, 8), 5), isas, tmp_path)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", SEPARATE)
 def test_other_products_stay_operators(name: str) -> None:
     run = SEPARATE[name]

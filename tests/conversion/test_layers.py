@@ -142,6 +142,7 @@ EXACT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 }
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     shape, sizes, run = EXACT[name]
@@ -161,6 +162,7 @@ TRANSPOSED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_transposed(name: str, bias: bool) -> None:

@@ -30,14 +30,14 @@ PACKED = {
 }
 
 
-# The others, which differ in widths or take larger images, are for `make test-deep`; the largest is
-# for `make test-weekly`.
+# Of the others, which differ in widths or take larger images, two are for `make test-deep`, and the
+# rest for `make test-weekly`.
 QUICK = ("cifar10/resnet20_1w1a", "cifar10/vgg_small_1w1a")
-LARGEST = "imagenet/resnet34_1w1a"
+DEEP = ("cifar10/resnet18_1w1a", "imagenet/resnet18_1w1a")
 CASES = [
-    pytest.param(
-        n, marks=[pytest.mark.weekly if n == LARGEST else pytest.mark.deep] * (n not in QUICK)
-    )
+    pytest.param(n, marks=[pytest.mark.deep if n in DEEP else pytest.mark.weekly])
+    if n not in QUICK
+    else n
     for n in PACKED
 ]
 
@@ -99,11 +99,10 @@ def test_every_binary_convolution_is_exact_on_every_backend(
     assert report.ok, report.table()
 
 
-# The quick tests have one network with one dtype; the deep ones have one of each kind.
-HALVES = ((torch.float16, "cpu"),)
+# The deep tests have one of each kind.
 KINDS = [
+    (QUICK[0], torch.float16, "cpu"),
     (QUICK[0], torch.bfloat16, "reference"),
-    ("cifar10/resnet18A_1w1a", torch.bfloat16, "cpu"),
     ("cifar10/vgg_small_1w1a", torch.float16, "cpu"),
     ("imagenet/resnet18_1w1a", torch.float16, "cpu"),
 ]
@@ -111,9 +110,7 @@ EVERY = product(PACKED, (torch.float16, torch.bfloat16), ("cpu", "reference"))
 HALF = [
     pytest.param(*case, marks=pytest.mark.deep if case in KINDS else pytest.mark.weekly)
     for case in EVERY
-    if case not in [(QUICK[0], *half) for half in HALVES]
 ]
-HALF += [pytest.param(QUICK[0], *half) for half in HALVES]
 
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), HALF)
@@ -169,7 +166,10 @@ def test_the_file_is_small_and_the_float_operators_are_the_fewest_possible(
 
 @pytest.mark.parametrize(
     "name",
-    ["cifar10/resnet20_1w1a", pytest.param("imagenet/resnet18_1w1a", marks=pytest.mark.deep)],
+    [
+        pytest.param("cifar10/resnet20_1w1a", marks=pytest.mark.deep),
+        pytest.param("imagenet/resnet18_1w1a", marks=pytest.mark.weekly),
+    ],
 )
 def test_a_fresh_network_and_a_zero_image(name: str) -> None:
     """BatchNorm without an offset makes zeros of zeros; of ImageNet's, the scales are 1e-8."""

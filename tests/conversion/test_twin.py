@@ -72,6 +72,7 @@ def test_weights_of_layers_that_were_binary_have_a_norm_of_one_half() -> None:
     torch.testing.assert_close(stem, (model[0].weight * scale.view(-1, 1, 1, 1)).detach())  # type: ignore[operator]
 
 
+@pytest.mark.deep
 def test_differences_of_rounding_stay_small_through_many_layers() -> None:
     torch.manual_seed(0)
     model = models.build("cifar10/resnet20_1w1a").eval()

@@ -54,6 +54,7 @@ def tamper(name: str, value: Tensor) -> None:
         value[first] += 1e-3
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     "name",
     [

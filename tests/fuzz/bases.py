@@ -7,7 +7,7 @@ order, so that native programs and the reference must agree bit for bit.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,22 @@ class _CallBuilder(ExactBuilder):
         else:
             self.outputs.append(node)
 
+    def add_constant(self) -> None:
+        """Also return the sum of an input and a constant, so that the network has a tensor."""
+        constant = self.constant("added", self.normal(3))
+        self.outputs.append(self.call("sum", _aten.add.Tensor, self._images, constant))
+
+    def engine(self) -> Engine:
+        """Return the network."""
+        taken = {spec.name: spec for spec in self.specs}
+        specs = [taken[node.name] for node in self.graph.find_nodes(op="placeholder")]
+        form = Signature(
+            in_spec=pytree.tree_structure(((0,) * len(specs), {})),
+            out_spec=pytree.tree_structure([0] * len(self.outputs)),
+            inputs=tuple(specs),
+        )
+        return engine_of(self.module(*self.outputs), form)
+
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Flowing):
             return self.flowing(value)
@@ -236,15 +252,16 @@ def operator_network(part: int) -> Engine:
     first = part * _CALLS_PER_NETWORK
     for position, (name, arguments) in enumerate(CALLS[first : first + _CALLS_PER_NETWORK]):
         builder.add(first + position, name, arguments)
-    taken = {spec.name: spec for spec in builder.specs}
-    specs = [taken[node.name] for node in builder.graph.find_nodes(op="placeholder")]
-    count = len(specs)
-    form = Signature(
-        in_spec=pytree.tree_structure(((0,) * count, {})),
-        out_spec=pytree.tree_structure([0] * len(builder.outputs)),
-        inputs=tuple(specs),
-    )
-    return engine_of(builder.module(*builder.outputs), form)
+    return builder.engine()
+
+
+def call_networks() -> Iterator[tuple[str, Engine]]:
+    """Yield a network for each call, which also adds a constant to an input, and its name."""
+    for position, (name, arguments) in enumerate(CALLS):
+        builder = _CallBuilder()
+        builder.add(position, name, arguments)
+        builder.add_constant()
+        yield name, builder.engine()
 
 
 _PARTS = range(-(-len(CALLS) // _CALLS_PER_NETWORK))

@@ -53,7 +53,7 @@ class Cases:
             return Case(base, ("bytes",), _bytes(r, data))
         header, tensors = json.loads(text), dict(tensors)
         names = mutate(r, header, tensors)
-        return Case(base, tuple(names), _sealed(header, tensors))
+        return Case(base, tuple(names), sealed(header, tensors))
 
     def _base(self, name: str) -> tuple[str, Tensors, bytes]:
         if name not in self._known:
@@ -63,7 +63,8 @@ class Cases:
         return self._known[name]
 
 
-def _sealed(header: Header, tensors: Tensors) -> bytes | None:
+def sealed(header: Header, tensors: Tensors) -> bytes | None:
+    """Return the bytes of a file with a correct checksum, None where they cannot be expressed."""
     try:
         text = json.dumps({**header, "sha256": "0" * 64}, sort_keys=True, separators=(",", ":"))
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}

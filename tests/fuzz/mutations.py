@@ -44,6 +44,9 @@ STRINGS = (
     ),
     *("training", "proof/output/0", "a'b", "a." * 400 + "b", "class", "0", "nan"),
 )
+_INAPPLICABLE = (
+    *(AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError),
+)
 NAMED_FLOATS = ("nan", "inf", "-inf")
 
 
@@ -316,6 +319,82 @@ def entry(r: random.Random, h: Header, t: Tensors) -> None:
     holder(h[key], way)[way[-1]] = value(r, h)
 
 
+# -- the native program ----------------------------------------------------------------------------
+
+
+def program_value(r: random.Random, h: Header, t: Tensors) -> None:
+    """Change something in the native program, mostly a number a little."""
+    tree = h["program"]
+    ways = leaves(tree)
+    whole = [w for w in ways if type(holder(tree, w)[w[-1]]) is int]
+    for way in r.sample(whole, min(len(whole), r.choice((1, 1, 2, 5)))):
+        old = holder(tree, way)[way[-1]]
+        near = (old + 1, old - 1, -old, old * 2, 0, 1, 2, 3, old + 32, r.choice(INTEGERS))
+        holder(tree, way)[way[-1]] = r.choice(near)
+    if r.random() < 0.3:
+        way = r.choice(ways)
+        holder(tree, way)[way[-1]] = value(r, h)
+
+
+def program_steps(r: random.Random, h: Header, t: Tensors) -> None:
+    """Move, copy or leave out steps, or let them swap kinds or arguments."""
+    steps = h["program"]["steps"]
+    i, j, kind = r.randrange(len(steps)), r.randrange(len(steps)), r.randint(0, 5)
+    if kind == 0:
+        steps[i], steps[j] = steps[j], steps[i]
+    elif kind == 1:
+        steps.insert(i, copy.deepcopy(steps[j]))
+    elif kind == 2:
+        del steps[i]
+    elif kind == 3:
+        steps[i]["step"] = steps[j]["step"]
+    elif kind == 4:
+        del steps[i]["args"][r.choice(list(steps[i]["args"]))]
+    else:
+        name = r.choice(list(steps[j]["args"]))
+        steps[i]["args"][name] = copy.deepcopy(steps[j]["args"][name])
+
+
+def program_tensors(r: random.Random, h: Header, t: Tensors) -> None:
+    """Let steps read other tensors, other views of them, or other maps."""
+    steps = [s for s in h["program"]["steps"] if "args" in s]
+    named = [a for s in steps for a in s["args"].values() if isinstance(a, dict) and "tensor" in a]
+    if named and r.random() < 0.7:
+        chosen = r.choice(named)
+        if r.random() < 0.5:
+            chosen["tensor"] = r.choice(list(t))
+        else:
+            rank = r.randint(1, 4)
+            chosen["sizes"] = [r.choice((1, 2, 3, 32, 64, 1 << 31)) for _ in range(rank)]
+            chosen["strides"] = [r.choice((0, 1, 2, 9, 64, -1)) for _ in range(rank)]
+            chosen["offset"] = r.choice((0, 0, 1, 5, -1, 1 << 40))
+    forms = [*h["program"]["inputs"], *h["program"]["outputs"]]
+    form = r.choice(forms)
+    key = r.choice(list(form))
+    old = form[key]
+    if key == "sizes":
+        form[key] = r.choice((old[::-1], [1, *old], old[1:], [*old, 1], [2, *old[1:]]))
+    else:
+        form[key] = not old if isinstance(old, bool) else r.choice(INTEGERS[:12])
+
+
+_PROGRAM_MUTATIONS = (program_value, program_value, program_steps, program_tensors)
+_FILE_MUTATIONS = (tensor_values, tensor_shape, tensor_dtype, inputs)
+
+
+def mutate_program(r: random.Random, header: Header, tensors: Tensors) -> None:
+    """Change a file's native program, and sometimes the tensors that it reads."""
+    for _ in range(r.choice((1, 1, 1, 2, 3))):
+        other = r.random() < 0.15
+        mutation = r.choice(_FILE_MUTATIONS if other else _PROGRAM_MUTATIONS)
+        try:
+            mutation(r, header, tensors)
+        except _INAPPLICABLE:
+            continue
+
+
+# -- all -------------------------------------------------------------------------------------------
+
 MUTATIONS: tuple[tuple[Mutation, int], ...] = (
     *((any_leaf, 8), (integer, 10), (geometry, 18), (drop_argument, 4), (add_argument, 8)),
     *((other_operator, 8), (new_call, 16), (rewire, 9), (nodes, 5), (swap_tensors, 5)),
@@ -332,14 +411,6 @@ def mutate(r: random.Random, header: Header, tensors: Tensors) -> list[str]:
         names.append(mutation.__name__)
         try:
             mutation(r, header, tensors)
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            OverflowError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ):
+        except _INAPPLICABLE:
             continue  # nothing in this file to change so, perhaps after what came before
     return names

@@ -66,14 +66,9 @@ def test_seeds(seeds: int | None, seconds: float | None) -> None:
     assert summary.outcomes["runs"] > 0
 
 
-@pytest.mark.parametrize(
-    ("seeds", "seconds"),
-    [_LENGTHS[0], pytest.param(2_000, None, marks=pytest.mark.weekly, id="2,000 seeds")],
-)
-def test_seeds_under_sanitizers(
-    seeds: int | None, seconds: float | None, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@pytest.mark.weekly
+def test_seeds_under_sanitizers(tmp_path_factory: pytest.TempPathFactory) -> None:
     environment = builds.sanitizer_environment()
     extension = builds.sanitized_cpu_module(tmp_path_factory)
-    summary = fuzz(_FIRST, seeds, seconds, extension=str(extension), environment=environment)
+    summary = fuzz(_FIRST, 2_000, None, extension=str(extension), environment=environment)
     assert summary.findings == {}, str(summary)

@@ -84,21 +84,23 @@ def _train(directory: Path) -> None:
     fit(config=_CONFIG, output_dir=directory, resume=True, options=_OPTIONS)
 
 
-def _result(directory: Path) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
-    """Return both stages' weights and accuracies."""
+def _result(directory: Path) -> tuple[list[dict[str, torch.Tensor]], list[object]]:
+    """Return both stages' weights, and their accuracies and logs."""
     states = [load_checkpoint(directory / f"stage{n}.pt").state_dict() for n in (1, 2)]
     measured = json.loads((directory / "result.json").read_text())
-    return states, [measured[f"stage{n}"]["test_accuracy"] for n in (1, 2)]
+    logs = sorted((directory / "logs").rglob("*.csv"))
+    accuracies = [measured[f"stage{n}"]["test_accuracy"] for n in (1, 2)]
+    return states, [*accuracies, *(path.read_text() for path in logs)]
 
 
 def _compare(got: object, wanted: object, run: Path) -> None:
-    (states, accuracies), (wanted_states, wanted_accuracies) = got, wanted  # type: ignore[misc]
+    (states, measured), (wanted_states, wanted_measured) = got, wanted  # type: ignore[misc]
     for stage, (state, other) in enumerate(zip(states, wanted_states, strict=True), 1):
         for name, value in other.items():
             if state[name].numpy().tobytes() != value.numpy().tobytes():
                 raise FailedError(f"{run.name}: {name} of stage {stage} has other bits")
-    if accuracies != wanted_accuracies:
-        raise FailedError(f"{run.name}: accuracies {accuracies}, wanted {wanted_accuracies}")
+    if measured != wanted_measured:
+        raise FailedError(f"{run.name}: accuracies and logs {measured}, wanted {wanted_measured}")
     if left := leftovers(run):
         raise FailedError(f"temporary files stay after the run: {left}")
 
@@ -114,10 +116,23 @@ def _check_whole(run: Path) -> None:
             elif path.suffix == ".json":
                 json.loads(path.read_text())
             elif path.suffix == ".csv":
-                with path.open(newline="") as file:
-                    steps = [int(row["step"]) for row in csv.DictReader(file)]
-                if not steps or steps != sorted(set(steps)):
-                    raise ValueError(f"steps {steps}")
+                _check_rows(path)
         except Exception as error:
             size = path.stat().st_size
             raise FailedError(f"a kill tore '{path}' ({size} bytes): {error}") from error
+
+
+def _check_rows(path: Path) -> None:
+    """Check that steps ascend, or, in a file of layers, that each epoch has all of them."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if path.name == "layers.csv":
+        layers = list(dict.fromkeys(row["layer"] for row in rows))
+        epochs = sorted({int(row["epoch"]) for row in rows})
+        wanted = [(str(epoch), layer) for epoch in epochs for layer in layers]
+        if not rows or [(row["epoch"], row["layer"]) for row in rows] != wanted:
+            raise ValueError(f"epochs {epochs}, {len(rows)} rows, {len(layers)} layers")
+        return
+    steps = [int(row["step"]) for row in rows]
+    if not steps or steps != sorted(set(steps)):
+        raise ValueError(f"steps {steps}")

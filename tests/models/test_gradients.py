@@ -30,8 +30,13 @@ USUAL = (4, 32)
 # Networks whose two steps take a second; the weekly test has all steps. From the second one on,
 # alpha has the whole of float64's digits, as any trained one has of its type's.
 QUICK = ("cifar10/resnet20_1w1a", "cifar10/resnet20_1w32a", "cifar10/vgg_small_1w1a")
+DEEP = ("cifar10/resnet18_1w1a", "imagenet/resnet18_1w1a")
 CASES = [
-    pytest.param(n, marks=() if n in QUICK else (pytest.mark.deep,)) for n in BIPER if "34" not in n
+    pytest.param(n, marks=[pytest.mark.deep if n in DEEP else pytest.mark.weekly])
+    if n not in QUICK
+    else n
+    for n in BIPER
+    if "34" not in n
 ]
 
 
@@ -93,6 +98,7 @@ def compare(network: Network, gradients: dict[str, Tensor]) -> None:
         assert (got - wanted).norm() <= bound, key
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_equations(name: str, stage: int) -> None:

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <limits>
 #include <string>
 #include <vector>
@@ -82,14 +81,11 @@ class Network {
     for (size_t w = static_cast<size_t>(words) - 1; w < weight.size(); w += words) {
       if (used < 32) weight[w] &= (1u << used) - 1;
     }
-    kept_words_.emplace_back(static_cast<size_t>(prepacked_words(g)));
-    std::vector<uint32_t>& prepacked = kept_words_.back();
-    prepack(g, span(weight), {prepacked.data(), static_cast<int64_t>(prepacked.size())});
     const std::vector<float> multiplier = numbers.values(g.out_channels, 0.05f);
     const std::vector<float> bias = numbers.values(g.out_channels, 0.3f);
     const std::vector<float> threshold = numbers.values(g.out_channels, 0.2f);
     more.insert({{"geometry", geometry(g)},
-                 {"prepacked", memory(prepacked)},
+                 {"weight", memory(weight)},
                  {"pool", pool(kNoPool)},
                  {"multiplier", memory(multiplier)},
                  {"bias", memory(bias)},
@@ -119,9 +115,6 @@ class Network {
 
   Numbers numbers;
   Program program;
-
- private:
-  std::deque<std::vector<uint32_t>> kept_words_;
 };
 
 inline ConvGeometry square(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad,

@@ -218,6 +218,7 @@ def test_every_operator_is_covered() -> None:
     assert set(MODULES) == set(ALL_SCHEMAS)
 
 
+@pytest.mark.some(4)
 def test_opcheck_passes(module: Call) -> None:
     for batch in (2, 0):
         torch.library.opcheck(module.op, (), module.arguments(*inputs_of(module, batch)))
@@ -236,6 +237,7 @@ def test_arguments_have_the_defaults_of_the_schema(op: str) -> None:
     torch.library.opcheck(module.op, (), minimal, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.some(4)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_a_graph_break(module: Call) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

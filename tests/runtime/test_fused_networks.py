@@ -36,11 +36,12 @@ NETWORKS = {
 }
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.deep)]
 )
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.deep] * ("imagenet" in n)) for n in NETWORKS]
+    "name", [pytest.param(n, marks=[pytest.mark.weekly] * ("imagenet" in n)) for n in NETWORKS]
 )
 def test_the_ends_of_the_packages_networks_are_fused(
     name: str, dtype: torch.dtype, golden_file: Callable[..., Path]

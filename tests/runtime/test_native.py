@@ -310,19 +310,17 @@ def test_bits_of_a_float_convolution_are_those_of_its_map() -> None:
 def counted(program: CpuProgram, bits: Any) -> Any:
     """Add a binary 1x1 convolution whose output o tells the channels below o from the others."""
     from biper_engine.bits import pack_weight
-    from biper_engine.ops import functional
     from biper_engine.ops.epilogue import Epilogue
 
     channels = bits.channels
     geometry = Conv2dGeometry(in_channels=channels, out_channels=channels, kernel_size=(1, 1))
     signs = torch.ones(channels, channels).tril()[:, :, None, None] > 0
     epilogue = Epilogue(multiplier=torch.ones(channels), bias=torch.zeros(channels))
-    prepacked = functional.prepack(pack_weight(signs), geometry, backend="cpu")
     (counts,) = program.add(
         "conv",
         bits=bits,
         geometry=geometry,
-        prepacked=prepacked,
+        weight=pack_weight(signs),
         want_float=True,
         want_bits=False,
         **epilogue.values(),
@@ -383,3 +381,10 @@ def test_pools_that_torch_cuts_to_size(target: Any, options: tuple[Any, ...]) ->
     assert engine.execution == "one native program of 1 step"
     images = noise(3, 5, 9, 7)
     torch.testing.assert_close(engine(images), target(images, *options), rtol=1e-6, atol=1e-6)
+
+
+def test_a_view_that_cannot_be_counted_is_refused() -> None:
+    program = CpuProgram()
+    x = program.add_map(3, 4, 5)
+    with pytest.raises(ValueError, match=r"`size of a map` \(=9223372036854775807\) must"):
+        program.view(x, 64, 2**63 - 1, 1)

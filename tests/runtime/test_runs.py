@@ -359,3 +359,15 @@ def test_the_profile_tells_programs_from_what_runs_outside() -> None:
     assert str(report).endswith(f"native programs: 2, steps: 2, 4\noutside: {reason}")
     row = report.to_dict()["nodes"][2]
     assert (row["program"], row["reason"]) == (None, reason)
+
+
+def test_an_empty_value_leaves_no_program() -> None:
+    g = Network(3)
+    x = g.input("x")
+    total = g.call("total", _aten.add.Tensor, x, g.constant("c", g.normal(4)))
+    parts = g.call("parts", _aten.split_with_sizes.default, x, [1, 0, 3], 1)
+    nothing = g.call("nothing", operator.getitem, parts, 1)
+    engine = engine_of(g.module(total, nothing), signature({"x": (4,)}, (0,), {}, (0, 0)))
+    sums, empty = engine(torch.ones(3, 4))
+    assert torch.equal(sums[0], 1 + engine.graph_module.c)
+    assert empty.shape == (3, 0)

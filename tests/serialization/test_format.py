@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from biper_engine.engine import Engine, load
 from biper_engine.errors import FileFormatError
 from biper_engine.graph.signature import Signature
-from biper_engine.serialization import container, write
+from biper_engine.serialization import container
 from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature, two_inputs
 
 _aten = torch.ops.aten
@@ -56,7 +56,7 @@ def test_equal_engines_give_equal_files(tmp_path: Path, images: Tensor) -> None:
     engine = classifier()
     engine.save(tmp_path / "a.biper")
     engine(images)
-    write(engine.network, tmp_path / "b.biper")
+    engine.save(tmp_path / "b.biper")
     load(tmp_path / "a.biper").save(tmp_path / "c.biper")
     first = (tmp_path / "a.biper").read_bytes()
     assert first == (tmp_path / "b.biper").read_bytes() == (tmp_path / "c.biper").read_bytes()

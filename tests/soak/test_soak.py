@@ -50,6 +50,7 @@ def test_a_row_with_another_byte_is_a_difference() -> None:
     assert difference(wanted.double(), wanted) is not None
 
 
+@pytest.mark.deep
 def test_a_subject_refuses_other_logits(tmp_path: Path) -> None:
     subject = Subject(NETWORK, tmp_path, (1,))
     batch = Batch((0, 3, 3), "strided")

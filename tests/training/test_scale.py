@@ -51,6 +51,7 @@ def whole(few_digits, one_thread, tmp_path_factory):
     return folder
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("stage", "epoch", "batch"), [(1, 0, 3), (1, 1, 5), (2, 1, 2)])
 def test_a_run_that_stops_within_an_epoch_goes_on_there(
     whole, tmp_path, monkeypatch, stage, epoch, batch
@@ -76,8 +77,9 @@ def test_a_run_that_stops_within_an_epoch_goes_on_there(
     assert seen[0] == (stage, epoch, batch // 2 * 2)
     assert differing(whole, tmp_path) == set()
     for number in (1, 2):
-        logs = [folder / "logs" / f"stage{number}" / "metrics.csv" for folder in (whole, tmp_path)]
-        assert logs[0].read_text() == logs[1].read_text()
+        logs = [folder / "logs" / f"stage{number}" for folder in (whole, tmp_path)]
+        for file in ("metrics.csv", "layers.csv", "predictions.json"):
+            assert (logs[0] / file).read_text() == (logs[1] / file).read_text()
 
 
 def test_workers_do_not_change_the_run(whole, tmp_path):

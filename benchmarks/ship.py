@@ -1,0 +1,193 @@
+"""Put a trained network into the package, with its card, and record its training.
+
+    python benchmarks/ship.py RUN NAME --machine NAME
+
+RUN is the folder of a finished `biper train`, NAME what `models.load` calls it, such as
+"digits/resnet20_1w1a". Writes
+
+    biper_engine/shipped/NAME.biper, NAME.json         the engine and its card
+    benchmarks/results/trained-NAME-MACHINE.json       card, machine, commit, and every epoch
+
+The engine is first compared with the reference, operator by operator, and its proof replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from recording import RESULTS, ROOT, record
+
+import biper_engine
+from biper_engine.bench.machine import machine_facts
+from biper_engine.bench.threads import common_threads, torch_threads
+from biper_engine.bench.timer import Budget, Samples, interleave
+from biper_engine.files import write_atomically
+from biper_engine.serialization import check_backend, replay
+from biper_engine.shipped import Latency, ModelCard
+from biper_engine.training import to_yaml
+from biper_engine.training.report import Run, read_run
+
+SHIPPED = ROOT / "biper_engine" / "shipped"
+
+# What a card says about a data set that can be trained on by its name.
+DATA: dict[str, dict[str, str]] = {
+    "digits": {
+        "data": (
+            "Handwritten digits of scikit-learn (UCI, 8x8 pixels of 17 grey levels, resized to "
+            "32x32): the first 1,297 for training, the last 500 for the test."
+        ),
+        "data_licence": "CC BY 4.0",
+        "intended_use": (
+            "To try the engine. Digits of a few writers, centred and cut out; not a reader of "
+            "documents."
+        ),
+    },
+    "fashion-mnist": {
+        "data": (
+            "Fashion-MNIST (Zalando Research; 28x28 grey pixels, resized to 32x32): 60,000 images "
+            "for training, 10,000 for the test."
+        ),
+        "data_licence": "MIT",
+        "intended_use": (
+            "To try the engine. Articles of one shop, white on black, centred and cut out; not "
+            "for photos."
+        ),
+    },
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder that `biper train` wrote")
+    parser.add_argument("name", help='such as "digits/resnet20_1w1a"')
+    parser.add_argument("--machine", required=True, help="name of the machine, for the file")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine while it is timed")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long it is timed")
+    parser.add_argument("--package", type=Path, default=SHIPPED, help="folder of the networks")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    given = parser.parse_args(arguments)
+    run = read_run(given.run)
+    try:
+        file = checked(run, given.name)
+    except ValueError as error:
+        parser.error(str(error))
+    samples = timed(file, given.threads, given.seconds)
+    card = model_card(run, given.name, file, latency(samples, given.threads))
+    target = given.package / f"{given.name}.biper"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, lambda out: out.write(file.read_bytes()))
+    text = json.dumps(card.to_dict(), indent=2) + "\n"
+    write_atomically(target.with_suffix(".json"), lambda out: out.write(text.encode()))
+    told = given.results / f"trained-{given.name.replace('/', '-')}-{given.machine}.json"
+    record(history(run, card, samples), told)
+    print(card)
+    print(*(target, target.with_suffix(".json"), told), sep="\n")
+    return 0
+
+
+def checked(run: Run, name: str) -> Path:
+    """Return the run's file, if it may be shipped; else say why not."""
+    group, _, network = name.partition("/")
+    if not (group and network.isidentifier() and group.isidentifier()):
+        raise ValueError(f"`name` (={name!r}) must be data/network, as digits/resnet20_1w1a.")
+    if not run.is_finished or run.file is None or not run.file_is_verified:
+        raise ValueError(
+            f"'{run.path}' has no verified model.biper ({run.state}). Finish it with biper train "
+            "--resume."
+        )
+    if run.config.dataset not in DATA:
+        raise ValueError(f"Describe the data set '{run.config.dataset}' in DATA of this script.")
+    if run.stages[1].result is None or run.stages[1].result.test_accuracy is None:
+        raise ValueError(f"'{run.path}' was not measured on test images. Train without hold_out.")
+    engine = biper_engine.load(run.file)
+    operators, proof = check_backend(engine.network, None), replay(engine.network, backend=None)
+    if not (operators.ok and proof.ok):
+        raise ValueError(f"'{run.file}' is not right on this machine: {operators} {proof}")
+    return run.file
+
+
+def timed(file: Path, threads: int, seconds: float) -> Samples:
+    """Time calls of one image."""
+    engine = biper_engine.load(file)
+    assert engine.metadata is not None
+    image = torch.randn(1, *(engine.metadata.input_size or ()))
+    with torch.inference_mode(), torch_threads(common_threads(threads)):
+        budget = Budget(seconds=seconds, most=20_000, warmup=20)
+        return interleave({"engine": lambda: engine(image)}, budget)["engine"]
+
+
+def latency(samples: Samples, threads: int) -> Latency:
+    first, third = samples.quartiles_ms
+    return Latency(
+        median_ms=samples.median_ms,
+        quartile_1_ms=first,
+        quartile_3_ms=third,
+        batch=1,
+        threads=threads,
+        processor=machine_facts()["processor"],
+    )
+
+
+def model_card(run: Run, name: str, file: Path, time: Latency) -> ModelCard:
+    assert run.verified is not None
+    predictions = run.stages[1].predictions
+    assert predictions is not None
+    metadata = biper_engine.load(file).metadata
+    assert metadata is not None
+    return ModelCard(
+        name=name,
+        architecture=run.config.architecture,
+        **DATA[run.config.dataset],
+        accuracy=run.verified["accuracy"],
+        test_images=predictions.images,
+        classes=tuple(metadata.class_names or ()),
+        bytes=file.stat().st_size,
+        float_bytes=run.verified["bytes_before"],
+        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        packed=run.verified["packed"],
+        layers=run.verified["layers"],
+        verified=_verdict(run.verified),
+        latency=time,
+        recipe=to_yaml(run.config),
+        versions=run.versions,
+        seconds=sum(stage.result.seconds for stage in run.stages if stage.result is not None),
+    )
+
+
+def _verdict(verified: Mapping[str, Any]) -> str:
+    """Return the last line of the comparison, on the whole network."""
+    end = str(verified["summary"]).splitlines()[-1]
+    return f"on {verified['verified_images']} images: {end}"
+
+
+def history(run: Run, card: ModelCard, samples: Samples) -> dict[str, Any]:
+    """Return all that is recorded."""
+    stages = {
+        f"stage{stage.number}": {
+            "result": None if stage.result is None else stage.result.to_dict(),
+            "epochs": [stage.metrics[epoch] for epoch in sorted(stage.metrics)],
+            "quantization": {name: asdict(error) for name, error in stage.errors.items()},
+            "flips_per_weight": stage.flips_per_weight,
+            "confusion": None
+            if stage.predictions is None
+            else stage.predictions.to_dict()["confusion"],
+        }
+        for stage in run.stages
+    }
+    times = {"median_ms": samples.median_ms, "samples": len(samples.ms)}
+    return {"card": card.to_dict(), "machine": machine_facts(), "time": times, **stages,
+            "verify": run.verified}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The trained networks in the package are what their cards say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import biper_engine
+from biper_engine import models
+from biper_engine.models import ModelCard
+from biper_engine.serialization import replay
+from biper_engine.training import read_recipe
+from biper_engine.training.data import DIGITS_METADATA, digits, tensors
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "biper_engine" / "shipped"
+
+
+def test_each_file_has_a_card_and_a_record() -> None:
+    files = {path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.biper")}
+    cards = {path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.json")}
+    assert files == cards
+    assert set(models.shipped()) == {path.as_posix() for path in files}
+    listed = (ROOT / "benchmarks" / "results" / "README.md").read_text("utf-8")
+    for name in models.shipped():
+        (record,) = (ROOT / "benchmarks" / "results").glob(f"trained-{name.replace('/', '-')}-*")
+        assert json.loads(record.read_text("utf-8"))["card"] == models.card(name).to_dict()
+        assert f"`{record.name}`" in listed
+
+
+@pytest.mark.parametrize("name", models.shipped())
+def test_a_card_tells_of_its_file(name: str, tmp_path: Path) -> None:
+    card, file = models.card(name), FOLDER / f"{name}.biper"
+    assert card.name == name
+    assert ModelCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
+    assert card.bytes == file.stat().st_size < 200_000
+    assert card.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert card.architecture in models.available()
+    (tmp_path / "recipe.yaml").write_text(card.recipe)
+    assert read_recipe(str(tmp_path / "recipe.yaml")).architecture == card.architecture
+    text = str(card)
+    assert all(part in text for part in (f"{card.accuracy:.2%}", card.latency.processor))
+
+
+@pytest.mark.parametrize("name", models.shipped())
+def test_an_engine_is_whole(name: str) -> None:
+    engine, card = models.load(name), models.card(name)
+    assert replay(engine.network, backend=None).ok
+    assert engine.metadata is not None
+    assert engine.metadata.class_names == card.classes
+    assert (engine.report.packed, len(engine.report.layers)) == (card.packed, card.layers)
+
+
+def test_the_digits_are_as_right_as_the_card_says() -> None:
+    images, labels = tensors(digits()[1], DIGITS_METADATA)
+    with torch.inference_mode():
+        found = models.load("digits/resnet20_1w1a")(images).argmax(1)
+    card = models.card("digits/resnet20_1w1a")
+    assert len(labels) == card.test_images
+    assert int((found == labels).sum()) == round(card.accuracy * len(labels))
+
+
+@pytest.mark.parametrize("function", [models.load, models.card])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("digit/resnet20", r" Did you mean 'digits/resnet20_1w1a'"),
+        ("cifar10/resnet20_1w1a", r" Did you mean .*'digits/resnet20_1w1a'"),
+        ("../digits/resnet20_1w1a", r" Did you mean 'digits/resnet20_1w1a'"),
+        ("", r"\. There are: .*digits/resnet20_1w1a.* untrained"),
+    ],
+)
+def test_an_unknown_name(function: object, name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=rf"no trained network '{name}' in this package.*{hint}"):
+        function(name)  # type: ignore[operator]
+
+
+def test_the_device_is_passed_on() -> None:
+    assert models.load("digits/resnet20_1w1a", device="meta").device == torch.device("meta")
+    assert isinstance(models.load("digits/resnet20_1w1a"), biper_engine.Engine)
