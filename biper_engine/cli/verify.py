@@ -77,6 +77,8 @@ def verify(
     biper verify twoinputs.biper --against mynet:build --weights mynet.pt
     """
     import biper_engine
+    from biper_engine.runtime import program_section
+    from biper_engine.serialization import check_program
 
     source = None
     if against is not None:
@@ -91,8 +93,9 @@ def verify(
         )
     with status("Loading"), engine_file(file) as path:
         engine = biper_engine.load(path)
+        program = None if source is not None else check_program(path, program_section)
     if source is None:
-        ok = _alone(engine, file, backend, verbose, json_output)
+        ok = _alone(engine, file, program, backend, verbose, json_output)
     else:
         with biper_engine.use_backend(backend) if backend else nullcontext():
             ok = _against(engine, file, source, images, limit, verbose, json_output)
@@ -101,16 +104,19 @@ def verify(
 
 
 def _alone(
-    engine: Engine, file: Path, backend: str | None, verbose: bool, json_output: bool
+    engine: Engine,
+    file: Path,
+    program: bool | None,
+    backend: str | None,
+    verbose: bool,
+    json_output: bool,
 ) -> bool:
-    from biper_engine.runtime import program_section
-    from biper_engine.serialization import check_backend, check_program, replay
+    from biper_engine.serialization import check_backend, replay
 
     with status("Comparing each operator with the reference"):
         operators = check_backend(engine.network, backend)
     with status("Replaying the proof"):
         proof = replay(engine.network, backend=backend)
-    program = check_program(file, program_section)
     ok = operators.ok and proof.ok and program is not False
     if json_output:
         print_json(

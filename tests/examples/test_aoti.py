@@ -51,7 +51,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "biper-aoti"
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 def test_it_gives_what_pythons_package_gives_bit_for_bit(program: Path, tmp_path: Path) -> None:
     engine, package = classifier(), tmp_path / "network.pt2"
     engine.export(package)
@@ -98,7 +98,7 @@ def with_products() -> Engine:
     return engine_of(g.module(*outputs), signature({"image": (3, 8, 8)}, (0,), {}, [0] * 4))
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 @pytest.mark.parametrize("make", [weight_only, with_products])
 def test_it_has_every_other_operator(
     program: Path, tmp_path: Path, make: Callable[[], Engine]
@@ -114,7 +114,7 @@ def test_it_has_every_other_operator(
     assert torch.equal(got, torch.cat([x.flatten() for x in tensors]))
 
 
-@pytest.mark.deep
+@pytest.mark.weekly
 @pytest.mark.parametrize(
     ("words", "message"),
     [
