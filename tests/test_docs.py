@@ -24,6 +24,10 @@ def test_a_row_of_the_networks_is_what_converting_finds() -> None:
     assert tables["network"]("cifar10/resnet20_1w1a") in NETWORKS.read_text("utf-8")
 
 
+def test_the_cards_are_those_of_the_trained_networks() -> None:
+    assert runpy.run_path(str(DOCS / "tables.py"))["cards"]() in NETWORKS.read_text("utf-8")
+
+
 def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
     tables = runpy.run_path(str(DOCS.parent / "benchmarks/tables.py"))
     page = (DOCS / "speed.md").read_text("utf-8")
