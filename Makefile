@@ -16,7 +16,7 @@ INSTALL := $(RUN) pip --disable-pip-version-check -qq install --no-compile -c co
 STAMP := $(VENV)/installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 NATIVE := $(SOURCES) $(foreach end,h cuh cpp cu,\
-  $(wildcard tests/native/*.$(end) tests/native/*/*.$(end) tests/c/*.$(end)))
+  $(wildcard tests/native/*.$(end) tests/native/*/*.$(end) tests/c/*.$(end) examples/*/*.$(end)))
 # The extensions are rebuilt when a source changed; without a compiler, each run tries again.
 BUILT := $(VENV)/built
 # The tests of the Triton kernels also need the newest supported Triton, which constraints.txt pins; the
@@ -26,6 +26,9 @@ TRITON := $(VENV)/triton
 OLDEST_TRITON := $(VENV)/oldest-triton
 # A compiler for macOS, 100 MB, for two of the weekly tests.
 ZIG := $(VENV)/zig
+# MkDocs, for the pages only. The line about its future is not about this site.
+DOCS := $(VENV)/docs
+export NO_MKDOCS_2_WARNING := 1
 # Date and commit of the last run of the weekly tests in which all passed.
 WEEKLY := .ci/weekly
 export BIPER_REQUIRE_NATIVE ?= auto
@@ -37,7 +40,7 @@ endif
 export BIPER_CUDA
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-deep test-weekly lint format bench clean FORCE
+.PHONY: help setup demo test test-deep test-weekly lint format bench docs clean FORCE
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +91,11 @@ bench: $(BUILT)  ## Run the benchmarks
 	@$(RUN) pytest benchmarks --no-header --benchmark-only $(ARGS) || \
 	  { status=$$?; [ $$status -eq 5 ] && echo "No benchmark to run."; }
 
+docs: $(DOCS)  ## Write the documentation as a site to build/docs
+	@echo "==> mkdocs build"
+	@$(RUN) mkdocs build --quiet --strict $(ARGS)
+	@echo "build/docs/index.html"
+
 clean:  ## Remove builds and caches; .venv stays
 	@echo "==> Removing builds and caches"
 	@rm -rf build dist biper_engine/*.so $(BUILT) .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
@@ -126,6 +134,10 @@ $(OLDEST_TRITON): $(STAMP)
 $(ZIG): $(STAMP) constraints.txt
 	@echo "==> Installing ziglang"
 	@$(INSTALL) ziglang && touch $(ZIG) || echo "ziglang cannot be installed here."
+
+$(DOCS): $(STAMP) constraints.txt
+	@echo "==> Installing mkdocs"
+	@$(INSTALL) mkdocs-material "mkdocstrings[python]" && touch $(DOCS)
 
 ifeq ($(wildcard biper_engine/_cpu*.so),)
 $(BUILT): FORCE

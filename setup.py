@@ -14,7 +14,8 @@ These environment variables are read: CXX, CPPFLAGS, CXXFLAGS, LDFLAGS, ARCHFLAG
     1                       it fails
 
     BIPER_CUDA              the same for _cuda, which the variable above does not affect
-    unset                   built if nvcc is found; left out if that fails
+    unset                   built if nvcc is found and the installed PyTorch has CUDA; left out if
+                            that fails
     auto                    built if nvcc is found; an error fails the install
     1                       required
     0                       left out
@@ -31,6 +32,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -204,6 +206,28 @@ def cuda_link_command(objects: list[Path], target: Path) -> list[str]:
     return [nvcc() or "nvcc", *kind, *map(str, objects), *libraries, "-o", str(target)]
 
 
+def torch_folders() -> list[Path]:
+    """Return where an installed PyTorch may lie; pip builds in an environment that hides it."""
+    installed = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    places = [*sys.path, *installed, *site.getsitepackages(), site.getusersitepackages()]
+    return [Path(place, "torch") for place in dict.fromkeys(places)]
+
+
+def torch_obstacle() -> str | None:
+    """Return why the installed PyTorch has no use for CUDA kernels, or None if it has.
+
+    `torch/version.py` is read, not imported, as importing PyTorch takes seconds.
+    """
+    for folder in torch_folders():
+        try:
+            text = (folder / "version.py").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        version = re.search(r"^cuda\b[^=]*=\s*['\"]", text, re.MULTILINE)
+        return None if version else f"the PyTorch in {folder} has no CUDA"
+    return "no PyTorch is installed"
+
+
 def obstacle() -> str | None:
     """Return why this machine cannot build an extension and how to fix that, or None."""
     if sys.platform == "win32":
@@ -304,7 +328,14 @@ class BuildNative(build_ext):
         wanted = os.environ.get(variable, "")
         missing = cuda_obstacle() if ext.name == CUDA else obstacle()
         ext.optional = wanted in ("", "0") or (wanted == "auto" and missing is not None)
-        if ext.name == CUDA and wanted == "0":
+        unused = torch_obstacle() if ext.name == CUDA and not wanted else None
+        if unused:
+            self.announce(
+                f"{CUDA} is left out: {unused}. Install a PyTorch with CUDA first, or set "
+                f"BIPER_CUDA=1, then install again; biper-engine now has {WITHOUT[CUDA]}.",
+                level=logging.WARNING,
+            )
+        if unused or (ext.name == CUDA and wanted == "0"):
             leave_out(target, in_place)
             return
         try:

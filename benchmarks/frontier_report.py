@@ -1,4 +1,4 @@
-"""Print the texts of docs/networks.md and the README on `frontier.py`'s result, and plot it.
+"""Print the texts of docs/choose.md and the README on `frontier.py`'s result, and plot it.
 
     python benchmarks/frontier_report.py
 
@@ -143,7 +143,7 @@ def main() -> None:
     result = Result.read()
     write_plot(result, PICTURE, RESULT)
     pages = {
-        "docs/networks.md": [
+        "docs/choose.md": [
             table(result),
             *(_filled(told(result)) for told in (rounding, verdict, weights)),
         ],

@@ -1,8 +1,8 @@
-"""Print the README's tables of speed, in Markdown, from the recorded results.
+"""Print the tables of docs/speed.md and the README, in Markdown, from the recorded results.
 
     python benchmarks/tables.py
 
-tests/test_readme.py compares the README with them.
+tests/test_docs.py and tests/test_readme.py compare the pages with them.
 """
 
 import json
@@ -37,6 +37,10 @@ AVX2 = {
     "float, eager": "eager",
     "float, torch.compile": "`torch.compile`",
 }
+ONE_THREAD = (*NETWORKS.values(), "imagenet/resnet34_1w1a", "imagenet/mobilenet_1w1a")
+IN_README = ("resnet20", "resnet18", "imagenet-resnet18")
+# Channels of a group, inputs and outputs, in the table of grouped layers.
+GROUPED = (4, 8, 16, 32)
 LAYERS = ("64@56", "128@28", "256@14", "512@7")
 RIVALS = ("float, eager", "float, torch.compile")
 
@@ -70,6 +74,21 @@ def networks() -> str:
     return "\n".join(lines)
 
 
+def in_readme() -> str:
+    """Return the README's table: some of these networks with one image."""
+    lines = [
+        row("network", "eager", "`torch.compile`", "engine", "faster than them by"),
+        row("---", "--:", "--:", "--:", "--:"),
+    ]
+    for name in IN_README:
+        contest = read(f"{name}-epyc-zen4.json")["batches"][0]
+        taken, ratios = contest["contestants"], contest["engine_times_as_fast"]
+        times_ms = (f"{taken[who]['median_ms']:.2f} ms" for who in (*RIVALS, "engine"))
+        faster = ", ".join(f"{ratios[rival]:.1f}x" for rival in RIVALS)
+        lines.append(row(f"`{NETWORKS[name]}`", *times_ms, faster))
+    return "\n".join(lines)
+
+
 def outside() -> str:
     """Return the time outside steps in a call of small networks with one image."""
     cells = [
@@ -81,16 +100,41 @@ def outside() -> str:
     return f"{', '.join(cells[:-1])} and {cells[-1]}"
 
 
-def deployed() -> str:
+def deployed(networks: Iterable[str] = tuple(NETWORKS.values()), threads: int = 2) -> str:
     """Return the table of other programs: their times, also as multiples of ours."""
     lines = [
         row("network", "batch", "engine", *DEPLOYED.values()),
         row("---", *["--:"] * (len(DEPLOYED) + 2)),
     ]
-    for network in NETWORKS.values():
-        values = read(f"rivals-{network.replace('/', '-')}-2t-epyc-zen4.json")
+    for network in networks:
+        values = read(f"rivals-{network.replace('/', '-')}-{threads}t-epyc-zen4.json")
         lines += [row(f"`{network}`", *cells) for cells in times(values, DEPLOYED)]
     return "\n".join(lines)
+
+
+def one_thread() -> str:
+    """Return the same table for one thread, with more networks."""
+    return deployed(ONE_THREAD, 1)
+
+
+def grouped() -> str:
+    """Return the table of grouped 3x3 layers on a Xeon, on bits and in float."""
+    lines = [
+        row("channels of a group", "AVX-512, bits", "float", "AVX2, bits", "float"),
+        row("--:", *["--:"] * 4),
+    ]
+    files = [read(name)["rows"] for name in ("grouped-xeon.json", "grouped-avx2-xeon.json")]
+    for channels in GROUPED:
+        cells = []
+        for rows in files:
+            (found,) = [one for one in rows if _is_grouped(one, channels)]
+            cells += [f"{found['bits_us']:,.0f} us", f"{found['float_us']:,.0f} us"]
+        lines.append(row(str(channels), *cells))
+    return "\n".join(lines)
+
+
+def _is_grouped(measured: dict[str, Any], channels: int) -> bool:
+    return (measured["inputs"], measured["outputs"], measured["kernel"]) == (channels, channels, 3)
 
 
 def recorded(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -139,10 +183,16 @@ def avx2() -> str:
 
 
 def times(values: dict[str, Any], rivals: Iterable[str]) -> Iterator[list[str]]:
-    """Yield cells for each batch: its size, the engine's time, times and ratios of rivals."""
+    """Yield cells for each batch: its size, the engine's time, times and ratios of rivals.
+
+    A rival that was not measured has "-".
+    """
     for contest in values["batches"]:
         taken, ratios = contest["contestants"], contest["engine_times_as_fast"]
-        cells = [f"{taken[who]['median_ms']:.2f}, {ratios[who]:.1f}x" for who in rivals]
+        cells = [
+            f"{taken[who]['median_ms']:.2f}, {ratios[who]:.1f}x" if who in taken else "-"
+            for who in rivals
+        ]
         yield [str(contest["batch"]), f"{taken['engine']['median_ms']:.2f}", *cells]
 
 
@@ -185,4 +235,5 @@ def peak() -> str:
 
 
 if __name__ == "__main__":
-    print(networks(), outside(), deployed(), streams(), avx2(), layers(), peak(), sep="\n\n")
+    tables = (networks, outside, deployed, one_thread, streams, avx2, grouped, layers, peak)
+    print(*(table() for table in (*tables, in_readme)), sep="\n\n")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from biper_engine.runtime import (
     profile,
     program_section,
 )
+
+if TYPE_CHECKING:
+    from biper_engine.export import ExportReport
 
 __all__ = ["Engine", "load"]
 
@@ -237,9 +240,50 @@ class Engine(nn.Module):
         make_program = None if program is False else program_section
         serialization.write(self.network, path, make_program=make_program, any_size=program is True)
 
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: str | None = None,
+        *,
+        batch: int | None = None,
+    ) -> ExportReport:
+        """Write the network for another program, and compare its answers with the engine's.
+
+        The file is written only if the other program, where it is installed, agrees up to bits
+        within rounding of their thresholds; the report has the differences. Inputs are flat, in the
+        order of `signature.inputs`.
+
+        Args:
+            path: the file to write.
+            format: "onnx", in standard operators; "qonnx", with signs and binary weights as
+                QONNX's BipolarQuant; "openvino", on BinaryConvolution; "aoti", a package of
+                `torch._inductor.aoti_compile_and_package`. None takes it from the name: .onnx, .xml
+                or .pt2.
+            batch: batch size of an OpenVINO file; 1 if None. In the other formats it is free.
+
+        Raises:
+            ExportError: an operator has no such form, a package is missing, or the answers differ;
+                no file is written.
+            OSError: the file cannot be written; an existing file does not change.
+        """
+        from biper_engine.export import export  # loads PyTorch's exporter
+
+        return export(self.network, path, format, batch)
+
     def train(self, mode: bool = True) -> Self:
         """Do nothing: an engine is always in evaluation mode, also inside a model in training."""
         return self
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse `torch.jit.script`, which compiles Python code; an engine has a graph.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "torch.jit.script cannot compile an engine: use engine.export(path, format='aoti') for "
+            "a program in C++, torch.export.export, or engine.save."
+        )
 
     def extra_repr(self) -> str:
         """Return the number of packed layers, the bytes and the inputs."""

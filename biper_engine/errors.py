@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConversionError",
     "DataError",
+    "ExportError",
     "FileFormatError",
     "GeometryError",
     "NotFiniteError",
@@ -39,6 +40,10 @@ class CheckpointError(BiperError, ValueError):
 
 class DataError(BiperError, ValueError):
     """Training data is missing, damaged, or not what the settings say."""
+
+
+class ExportError(BiperError, ValueError):
+    """A network cannot be written in a format; the message names the operator and the reason."""
 
 
 class NotFiniteError(BiperError, ArithmeticError):

@@ -1,4 +1,4 @@
-"""Print the tables of docs/networks.md, in Markdown.
+"""Print the tables of docs/networks.md, in Markdown: of networks, of a footprint, and cards.
 
     python docs/tables.py
 
@@ -74,5 +74,29 @@ def footprint() -> str:
     return "\n".join([*lines, *(row(name, *cells) for name, cells in rows.items())])
 
 
+def card(name: str) -> str:
+    """Return the card of a trained network that comes with the package."""
+    found = biper_engine.models.card(name)
+    rows = {
+        "network": f"`{found.architecture}`, {found.packed} of {found.layers} layers on bits",
+        "data": found.data,
+        "licence of the data": found.data_licence,
+        "intended use": found.intended_use,
+        "accuracy": f"{found.accuracy:.2%} of {found.test_images:,} test images",
+        "classes": ", ".join(found.classes),
+        "file": f"{found.bytes:,} bytes; {found.float_bytes:,} in float",
+        "latency": str(found.latency),
+        "verified": found.verified,
+        "training": f"{found.seconds:,.0f} s",
+    }
+    lines = [row(f"`{name}`", ""), row("---", "---")]
+    return "\n".join([*lines, *(row(*cells) for cells in rows.items())])
+
+
+def cards() -> str:
+    """Return all cards."""
+    return "\n\n".join(map(card, biper_engine.models.shipped()))
+
+
 if __name__ == "__main__":
-    print(networks(), footprint(), sep="\n\n")
+    print(networks(), footprint(), cards(), sep="\n\n")

@@ -24,8 +24,21 @@ def test_a_row_of_the_networks_is_what_converting_finds() -> None:
     assert tables["network"]("cifar10/resnet20_1w1a") in NETWORKS.read_text("utf-8")
 
 
+def test_the_cards_are_those_of_the_trained_networks() -> None:
+    assert runpy.run_path(str(DOCS / "tables.py"))["cards"]() in NETWORKS.read_text("utf-8")
+
+
+def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
+    tables = runpy.run_path(str(DOCS.parent / "benchmarks/tables.py"))
+    page = (DOCS / "speed.md").read_text("utf-8")
+    for name in ("networks", "deployed", "one_thread", "streams", "avx2", "grouped", "layers"):
+        assert tables[name]() in page
+    for name in ("outside", "peak"):
+        assert tables[name]() in " ".join(page.split())
+
+
 def test_the_comparison_with_float_networks_is_that_of_the_recorded_result() -> None:
-    page, result = NETWORKS.read_text("utf-8"), Result.read()
+    page, result = (DOCS / "choose.md").read_text("utf-8"), Result.read()
     assert table(result) in page
     for told in (rounding, verdict, weights):
         assert told(result) in " ".join(page.split())
@@ -61,8 +74,20 @@ def test_the_networks_are_what_converting_finds() -> None:
 
 
 @pytest.mark.deep
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = re.search(r"^```python\n(.*?)^```$", NETWORKS.read_text("utf-8"), re.M | re.S)
-    assert example is not None
-    exec(compile(example[1], str(NETWORKS), "exec"), {})
-    assert "16 of 21 layers packed" in capsys.readouterr().out
+def test_the_examples_of_exports_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(name, reason='pip install "biper-engine[export]"')
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    page = (DOCS / "export.md").read_text("utf-8")
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
+        exec(compile(block, "docs/export.md", "exec"), names)
+    assert names["logits"].shape == (7, 10)  # type: ignore[attr-defined]
+    assert "top-1 agreement" in str(names["report"])
+
+
+def test_every_format_of_exports_has_a_row() -> None:
+    from biper_engine.export import FORMATS
+
+    page = (DOCS / "export.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == list(FORMATS)

@@ -338,6 +338,16 @@ def test_torch_compile_takes_pytrees() -> None:
     torch.testing.assert_close(result, net(image, extra={"mask": mask}))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_torch_script_is_refused_in_one_sentence(engine: Engine, inside: bool) -> None:
+    module = torch.nn.Sequential(engine, torch.nn.ReLU()) if inside else engine
+    with pytest.raises(
+        TypeError, match=r"torch\.jit\.script cannot compile an engine: use "
+    ) as caught:
+        torch.jit.script(module)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_torch_export_keeps_the_batch_dynamic(engine: Engine, images: Tensor, strict: bool) -> None:
     shapes = {"args": ({0: torch.export.Dim("batch")},)}

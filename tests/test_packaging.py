@@ -261,3 +261,10 @@ def test_only_the_files_of_an_instruction_set_use_its_registers(objects: dict[st
             assert max(wide[name]) in used, name
         else:  # AVX also has forms for the registers of the baseline; their names begin with v
             assert set(re.findall(r"^\s+[0-9a-f]+:\s+(v\w+)", code, re.MULTILINE)) == set(), name
+
+
+def test_an_installed_wheel_passes_what_ci_tries_on_each(site: Path) -> None:
+    need_native()
+    out = run_installed(site, ROOT / ".ci/smoke.py")
+    assert str(site) in out
+    assert "one native program" in out

@@ -41,13 +41,9 @@ def test_the_example_runs(
     assert (tmp_path / "resnet20.biper").exists()
 
 
-def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
+def test_the_table_of_speed_is_that_of_the_recorded_results() -> None:
     tables = runpy.run_path(str(README.parent / "benchmarks/tables.py"))
-    text = README.read_text("utf-8")
-    for name in ("networks", "deployed", "streams", "avx2", "layers"):
-        assert tables[name]() in text
-    for name in ("outside", "peak"):
-        assert tables[name]() in " ".join(text.split())
+    assert tables["in_readme"]() in README.read_text("utf-8")
 
 
 def test_the_sentence_on_equal_accuracy_is_that_of_the_recorded_result() -> None:

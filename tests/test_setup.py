@@ -135,6 +135,14 @@ def write_nvcc(home: Path, *archs: int) -> str:
     return str(path)
 
 
+def pretend_torch(folder: Path, cuda: str | None) -> Path:
+    """Put the version file of a PyTorch with or without CUDA into a folder of modules."""
+    (folder / "torch").mkdir(parents=True)
+    text = f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\n"
+    (folder / "torch/version.py").write_text(text, encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def cuda_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the project with two more sources, for a stand-in of nvcc that is in CUDA_HOME."""
@@ -149,6 +157,7 @@ def cuda_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (project / name).write_text(text, encoding="utf-8")
     write_nvcc(project / "toolkit", 80, 90)
     monkeypatch.setenv("CUDA_HOME", str(project / "toolkit"))
+    monkeypatch.setenv("PYTHONPATH", str(pretend_torch(project / "modules", "13.0")))
     for variable in ("BIPER_CUDA", "BIPER_CUDA_ARCHS", "NVCCFLAGS"):
         monkeypatch.delenv(variable, raising=False)
     return project
@@ -172,6 +181,34 @@ def test_an_install_has_the_extension_for_gpus(cuda_project: Path, tmp_path: Pat
     options = ("--no-deps", "--no-index", "--no-build-isolation", "--target", site)
     succeed(sys.executable, "-m", "pip", "install", *options, cuda_project, env=environment)
     assert {path.name for path in (site / "biper_engine").glob("*.so")} == {MODULE, CUDA_MODULE}
+
+
+@pytest.mark.parametrize("wanted", ["", "1", "auto"])
+def test_a_torch_without_cuda_gets_the_extension_only_on_demand(
+    cuda_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    compiled(cuda_project)
+    monkeypatch.setenv("PYTHONPATH", str(pretend_torch(tmp_path / "without", None)))
+    done = build(cuda_project, BIPER_CUDA=wanted)
+    assert done.returncode == 0
+    assert bool(list(cuda_project.rglob(CUDA_MODULE))) == bool(wanted)
+    assert ("BIPER_CUDA=1" in done.stdout + done.stderr) == (not wanted)
+
+
+def test_a_torch_that_pip_hides_from_the_build_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an isolated build the path has no PyTorch, and the interpreter's own folders have."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "overlay")])
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path / "packages")])
+    monkeypatch.setattr("site.getusersitepackages", lambda: str(tmp_path / "user"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
+    reason = setup_functions()["torch_obstacle"]
+    assert reason() == "no PyTorch is installed"
+    pretend_torch(tmp_path / "packages", "12.8")
+    assert reason() is None
+    pretend_torch(tmp_path / "platlib", None)
+    assert reason() == f"the PyTorch in {tmp_path / 'platlib' / 'torch'} has no CUDA"
 
 
 def test_zero_leaves_the_extension_for_gpus_out_and_none_behind(cuda_project: Path) -> None:

@@ -11,7 +11,15 @@ import typer
 from biper_engine.cli.bench_tables import bench_notes, bench_table, stream_notes, stream_table
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.contestants import Contestants, contestants, random_images
-from biper_engine.cli.sources import Arch, Frequency, InputShape, ModelSource, Stage, Weights
+from biper_engine.cli.sources import (
+    Arch,
+    Backend,
+    Frequency,
+    InputShape,
+    ModelSource,
+    Stage,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,8 +33,7 @@ def bench(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE",
-            help="A .biper file, a checkpoint, module:callable, or a network's name.",
+            metavar="SOURCE", help="A .biper file, checkpoint, module:callable or name."
         ),
     ],
     batch: Annotated[
@@ -35,20 +42,20 @@ def bench(
             "--batch",
             "-b",
             min=1,
-            help="Images per call, repeatable (default: 1, 64; with --streams 1).",
+            metavar="N",
+            help="Images per call, repeatable (1, 64).",
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Threads of each contestant; by default torch's.", show_default=False
-        ),
+        typer.Option(min=1, metavar="N", help="Threads of each (torch's).", show_default=False),
     ] = None,
     seconds: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Time per batch size (default: 5; with --rivals 20, --streams 60).",
+            metavar="S",
+            help="Seconds per batch size (5 to 60).",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +63,8 @@ def bench(
         int | None,
         typer.Option(
             min=1,
-            help="Calls of each (or slices of a second) instead of --seconds.",
+            metavar="N",
+            help="Calls of each, not --seconds.",
             show_default=False,
         ),
     ] = None,
@@ -65,21 +73,17 @@ def bench(
     ] = True,
     rivals: Annotated[
         bool,
-        typer.Option("--rivals", help="Also time ONNX Runtime, OpenVINO and bfloat16."),
+        typer.Option("--rivals", help="Also time ONNX Runtime, OpenVINO."),
     ] = False,
     streams: Annotated[
         bool,
-        typer.Option("--streams", help="Count images per second, with several calls at once."),
+        typer.Option("--streams", help="Images per second, calls at once."),
     ] = False,
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="SOURCE", help="The model that a .biper file was made from.", show_default=False
-        ),
+        typer.Option(metavar="SOURCE", help="The model of a .biper file.", show_default=False),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Time this backend, not the default one.", show_default=False)
-    ] = None,
+    backend: Backend = None,
     profile: Annotated[bool, typer.Option("--profile", help="Time every layer, too.")] = False,
     arch: Arch = None,
     frequency: Frequency = None,
@@ -88,29 +92,15 @@ def bench(
     input_shape: InputShape = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    r"""Compare the speed of an engine and its float network, eager and compiled.
+    """Compare the speed of an engine and its float network, eager and compiled.
 
-    The answers are checked first. Then all are called in turn in one run with
-    the same number of threads. A network's name, such as
-    cifar10/resnet18_1w1a, takes random weights.
-
-    --rivals adds torch.compile in bfloat16; the same layers in float on ONNX
-    Runtime and OpenVINO, in float32, bfloat16 and int8; and the engine's own
-    graph on OpenVINO's binary convolution. Rivals that are not installed are
-    listed: pip install "biper-engine\[bench]" installs all.
-
-    --streams counts images per second instead: of the engine, called from
-    --threads threads with one thread in each call; of OpenVINO in int8 and on
-    its binary convolution, with 1, 2 and more streams; of ONNX Runtime in
-    int8, with a session for each thread. Each gets slices of a second, in
-    turn.
+    Answers are checked first; then all are called in turn. A network's name takes
+    random weights. benchmarks/README.md says what --rivals and --streams run.
 
     [bold]Examples[/bold]
     biper bench digits.biper --against biper-train/stage2.pt
-    biper bench cifar10/resnet18_1w1a --batch 1 --batch 8 --threads 1
-    biper bench cifar10/vgg_small_1w1a --no-compile --profile
+    biper bench cifar10/vgg_small_1w1a --threads 1 --no-compile --profile
     biper bench imagenet/resnet18_1w1a --rivals --batch 1 --batch 8
-    biper bench imagenet/resnet18_1w1a --streams --threads 2 --seconds 120
     """
     import biper_engine
     from biper_engine.bench import common_threads, torch_threads

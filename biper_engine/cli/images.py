@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import floor, isfinite, nextafter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from biper_engine.cli.console import progress
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from biper_engine import Engine, Metadata
 
-__all__ = ["find_images", "image_batches", "preprocessing_of"]
+__all__ = ["Preparation", "find_images", "image_batches", "preprocessing_of"]
 
 _SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -45,20 +47,103 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def preprocessing_of(engine: Engine, file: Path) -> Metadata:
-    """Return the metadata of a file, which says how to prepare images.
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a user says about the images, instead of the file.
+
+    Attributes:
+        mean, std: a number for each channel, or one for all, with commas; of pixels in [0, 1].
+        size: length to which the shorter side is resized; the middle is then cut out.
+        labels: a file with the name of a class in each line.
+    """
+
+    mean: str | None = None
+    std: str | None = None
+    size: int | None = None
+    labels: Path | None = None
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything about pixels."""
+        return any(value is not None for value in (self.mean, self.std, self.size))
+
+    def applied(self, metadata: Metadata) -> Metadata:
+        """Return metadata with what the user said; its `input_size` must be known."""
+        assert metadata.input_size is not None
+        channels, height, width = metadata.input_size
+        changes: dict[str, Any] = {}
+        for name in ("mean", "std"):
+            text = getattr(self, name)
+            if text is not None:
+                changes[name] = _numbers(f"--{name}", text, channels)
+        if self.size is not None:
+            changes["crop_pct"] = _share(min(height, width), self.size)
+        if self.labels is not None:
+            changes["class_names"] = _lines(self.labels)
+        return replace(metadata, **changes)
+
+
+def _numbers(option: str, text: str, channels: int) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, channels) or not all(map(isfinite, values)):
+        raise ValueError(
+            f"{option} (={text}) must be {channels} numbers with commas between them, one for "
+            "each channel, or one number."
+        )
+    return values * (channels // len(values))
+
+
+def _share(cut: int, resized: int) -> float:
+    """Return the `crop_pct` that resizes to `resized` and cuts out `cut`."""
+    if resized < cut:
+        raise ValueError(
+            f"--size (={resized}) is less than the {cut} pixels that the network takes."
+        )
+    share = cut / resized
+    while floor(cut / share) != resized:
+        share = nextafter(share, 0.0)
+    return share
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"Cannot read --labels '{path}': {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels '{path}' is not text in UTF-8: {error}.") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def preprocessing_of(
+    engine: Engine, file: Path, preparation: Preparation | None = None
+) -> Metadata:
+    """Return how to prepare images: as the file says, or a user.
 
     Raises:
-        ValueError: the file does not say how its images are prepared.
+        ValueError: neither says it, or what the user says does not fit.
     """
-    metadata = engine.metadata
+    from biper_engine import Metadata
+
+    metadata, said = engine.metadata, preparation or Preparation()
     if metadata is None or metadata.input_size is None:
-        raise ValueError(
-            f"'{file}' does not say how its images are prepared (size, mean, std). Set "
-            "`model.metadata = biper_engine.Metadata(input_size=..., mean=..., std=...)` before "
-            "converting, and convert again."
+        if not said.is_given:
+            raise ValueError(
+                f"'{file}' does not say how its images are prepared: pass --mean and --std to "
+                "biper run, or set `model.metadata = biper_engine.Metadata(input_size=..., "
+                "mean=..., std=...)` before converting, and convert again."
+            )
+        shape = engine.input_shape
+        if len(shape) != 3:
+            raise ValueError(f"'{file}' takes {engine.signature}, which is no image.")
+        one = (0.0,) * shape[0]
+        metadata = replace(
+            metadata or Metadata(), input_size=shape, mean=one, std=(1.0,) * shape[0]
         )
-    return metadata
+    return said.applied(metadata)
 
 
 def image_batches(

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.engines import ENGINE_HELP, engine_file
-from biper_engine.cli.images import find_images, image_batches, preprocessing_of
+from biper_engine.cli.images import Preparation, find_images, image_batches, preprocessing_of
+from biper_engine.cli.sources import Backend
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from biper_engine import Metadata
 
 __all__ = ["run"]
 
@@ -28,16 +28,43 @@ def run(
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes to print per image.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
-    backend: Annotated[
-        str | None, typer.Option(help="Run on this backend only.", show_default=False)
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,G,B",
+            help="Mean of pixels in [0, 1], if the file lacks it.",
+            show_default=False,
+        ),
     ] = None,
+    std: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Their standard deviation.", show_default=False),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Resize the shorter side to this, and cut out the middle.",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Class names, one a line.", show_default=False),
+    ] = None,
+    backend: Backend = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    """Classify images with the preprocessing and the class names of a .biper file.
+    """Classify images; one line for each, the likeliest classes first.
+
+    Images are prepared as the .biper file says. What it lacks, or what you
+    want otherwise, are --mean, --std, --size and --labels.
 
     [bold]Examples[/bold]
     biper run digits.biper digits/7_0.png
     biper run digits.biper digits --top 1 --json
+    biper run net.biper photos --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --labels names.txt
     """
     import torch
 
@@ -45,12 +72,14 @@ def run(
 
     with status("Loading"), engine_file(file) as path:
         engine = biper_engine.load(path)
-    metadata = preprocessing_of(engine, file)
+    said = Preparation(mean=mean, std=std, size=size, labels=labels)
+    metadata = preprocessing_of(engine, file, said)
     rows: list[dict[str, Any]] = []
     with biper_engine.use_backend(backend) if backend else nullcontext(), torch.inference_mode():
         for paths, tensor in image_batches(find_images(images), metadata, batch):
             logits = engine(tensor)
             _require_logits(logits)
+            _require_names(labels, metadata, logits.shape[1])
             rows += [
                 {"image": str(path), "top": _top(values, top, metadata.class_names)}
                 for path, values in zip(paths, logits, strict=True)
@@ -60,8 +89,7 @@ def run(
         return
     console = results()
     for row in rows:
-        console.print(row["image"], style="bold", markup=False, soft_wrap=True)
-        console.print(_table(row["top"]))
+        console.print(_line(row), markup=False, soft_wrap=True)
 
 
 def _require_logits(logits: Any) -> None:
@@ -90,11 +118,14 @@ def _top(logits: Tensor, count: int, names: tuple[str, ...] | None) -> list[dict
     ]
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("class", overflow="fold", min_width=8)
-    table.add_column("softmax", justify="right")
-    table.add_column("logit", justify="right")
-    for row in rows:
-        table.add_row(escape(str(row["class"])), f"{row['probability']:.1%}", f"{row['logit']:.3f}")
-    return table
+def _line(row: dict[str, Any]) -> str:
+    found = ", ".join(f"{entry['class']} {entry['probability']:.1%}" for entry in row["top"])
+    return f"{row['image']}: {found}"
+
+
+def _require_names(labels: Path | None, metadata: Metadata, classes: int) -> None:
+    names = metadata.class_names
+    if labels is not None and names is not None and len(names) != classes:
+        raise ValueError(
+            f"--labels '{labels}' has {len(names)} names, but the network has {classes} classes."
+        )

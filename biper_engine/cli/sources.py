@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Arch",
+    "Backend",
     "Frequency",
     "InputShape",
     "ModelSource",
@@ -38,28 +39,38 @@ __all__ = [
 
 Arch = Annotated[
     str | None,
-    typer.Option(help="Network, if the checkpoint does not name it.", show_default=False),
+    typer.Option(metavar="NAME", help="Network, if the file lacks it.", show_default=False),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Only cuda, triton, cpu or reference; see biper backends.",
+        show_default=False,
+    ),
 ]
 Frequency = Annotated[
     float | None,
-    typer.Option(help="w0 of the training, if the file does not say it.", show_default=False),
+    typer.Option(metavar="W0", help="w0, if the file lacks it.", show_default=False),
 ]
 Stage = Annotated[
     int | None,
-    typer.Option(help="Training stage, if the file lacks it.", min=1, max=2, show_default=False),
+    typer.Option(
+        metavar="N", help="Stage, if the file lacks it.", min=1, max=2, show_default=False
+    ),
 ]
 InputShape = Annotated[
     list[str] | None,
     typer.Option(
         "--input",
         metavar="N,C,H,W",
-        help="Shape of the input; once for each input.",
+        help="Shape, once for each input.",
         show_default=False,
     ),
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="State dict for module:callable (.pt, .safetensors).", show_default=False),
+    typer.Option(metavar="FILE", help="State dict for module:callable.", show_default=False),
 ]
 
 _REFERENCE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")

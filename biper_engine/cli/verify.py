@@ -13,7 +13,15 @@ import typer
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.engines import ENGINE_HELP, engine_file
 from biper_engine.cli.images import find_images, image_batches, preprocessing_of
-from biper_engine.cli.sources import Arch, Frequency, ModelSource, Stage, Weights, load_model
+from biper_engine.cli.sources import (
+    Arch,
+    Backend,
+    Frequency,
+    ModelSource,
+    Stage,
+    Weights,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +55,7 @@ def verify(
         int | None,
         typer.Option(min=1, help="Compare at most this many images.", show_default=False),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Check this backend, not the usual one.", show_default=False)
-    ] = None,
+    backend: Backend = None,
     arch: Arch = None,
     frequency: Frequency = None,
     stage: Stage = None,
@@ -71,6 +77,8 @@ def verify(
     biper verify twoinputs.biper --against mynet:build --weights mynet.pt
     """
     import biper_engine
+    from biper_engine.runtime import program_section
+    from biper_engine.serialization import check_program
 
     source = None
     if against is not None:
@@ -85,8 +93,9 @@ def verify(
         )
     with status("Loading"), engine_file(file) as path:
         engine = biper_engine.load(path)
+        program = None if source is not None else check_program(path, program_section)
     if source is None:
-        ok = _alone(engine, file, backend, verbose, json_output)
+        ok = _alone(engine, file, program, backend, verbose, json_output)
     else:
         with biper_engine.use_backend(backend) if backend else nullcontext():
             ok = _against(engine, file, source, images, limit, verbose, json_output)
@@ -95,16 +104,19 @@ def verify(
 
 
 def _alone(
-    engine: Engine, file: Path, backend: str | None, verbose: bool, json_output: bool
+    engine: Engine,
+    file: Path,
+    program: bool | None,
+    backend: str | None,
+    verbose: bool,
+    json_output: bool,
 ) -> bool:
-    from biper_engine.runtime import program_section
-    from biper_engine.serialization import check_backend, check_program, replay
+    from biper_engine.serialization import check_backend, replay
 
     with status("Comparing each operator with the reference"):
         operators = check_backend(engine.network, backend)
     with status("Replaying the proof"):
         proof = replay(engine.network, backend=backend)
-    program = check_program(file, program_section)
     ok = operators.ok and proof.ok and program is not False
     if json_output:
         print_json(
@@ -175,6 +187,11 @@ def _against(
     if images is None:
         batches: Iterable[Any] = _random_batches(engine)
     else:
+        if len(engine.signature.inputs) != 1:
+            raise ValueError(
+                f"'{file}' takes {len(engine.signature.inputs)} tensors ({engine.signature}), so "
+                "images do not fit it; leave out --images to compare on random inputs."
+            )
         metadata = preprocessing_of(engine, file)
         paths = find_images([images])[:limit]
         batches = (batch for _, batch in image_batches(paths, metadata, _BATCH))

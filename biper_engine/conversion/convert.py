@@ -72,7 +72,7 @@ def convert(
         TypeError: `model` is not a module, or `example_inputs` has another type.
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> engine = biper_engine.convert(model, torch.randn(1, 3, 32, 32))
         >>> logits = engine(images)
     """

@@ -29,7 +29,7 @@ from biper_engine.graph import (
 )
 from biper_engine.graph.operator import Numbers, Operator, table
 
-__all__ = ["OPERATORS", "numbers_of", "operator_for", "operator_of"]
+__all__ = ["OPERATORS", "name_of", "numbers_of", "operator_for", "operator_of"]
 
 OPERATORS: dict[str, Operator] = table(
     binary.OPERATORS,
@@ -68,6 +68,12 @@ def operator_for(target: Any) -> Operator | None:
 def operator_of(node: fx.Node) -> Operator | None:
     """Return the declaration of the operator that a node calls, or None if there is none."""
     return _BY_TARGET.get(node.target) if node.op == "call_function" else None
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of the operator that a node calls: that in files, or PyTorch's."""
+    declared = operator_of(node)
+    return repr(declared.name if declared is not None else str(node.target))
 
 
 # Operators of captured graphs, which files do not hold.

@@ -123,8 +123,10 @@ def constant(module: torch.nn.Module, node: object) -> Tensor | None:
 @functools.cache
 def defaults_of(target: OpOverload) -> Mapping[str, Any]:
     """Return the default values of an operator's arguments, by the schema's names."""
+    # Our own operators return float32 unless they are given a dtype.
+    counted = {**_COUNTED_DTYPES, None: torch.float32 if target.namespace == "biper" else None}
     return {
-        a.name: _COUNTED_DTYPES.get(a.default_value, a.default_value)
+        a.name: counted.get(a.default_value, a.default_value)
         if str(a.real_type) in ("ScalarType", "Optional[ScalarType]")
         else a.default_value
         for a in target._schema.arguments

@@ -16,25 +16,24 @@ from biper_engine.ops.matrix_checks import (
     check_unpack_weight,
     check_weight_linear,
 )
-from biper_engine.ops.registration import empty_map, register
+from biper_engine.ops.registration import DTYPE, empty_map, register
 
 __all__ = ["MATRIX_SCHEMAS", "matrix_shape"]
 
 _SHAPE = "int channels, int groups=1, int low_a=-1, int low_b=-1"
-_DTYPE = "ScalarType dtype=float"
 
 MATRIX_SCHEMAS = {
     "bmatmul": f"(Tensor a, Tensor b, *, {_SHAPE}) -> Tensor",
     "bmatmul_float": (
         f"(Tensor a, Tensor b, *, float multiplier=1.0, float row_multiplier=0.0, "
-        f"float column_multiplier=0.0, float bias=0.0, {_DTYPE}, {_SHAPE}) -> Tensor"
+        f"float column_multiplier=0.0, float bias=0.0, {DTYPE}, {_SHAPE}) -> Tensor"
     ),
     "weight_linear": (
         "(Tensor x, Tensor weight, Tensor multiplier, Tensor? bias=None, Tensor? offset=None)"
         " -> Tensor"
     ),
     "unpack_weight": (
-        f"(Tensor weight, Tensor low, Tensor high, *, int channels, {_DTYPE}) -> Tensor"
+        f"(Tensor weight, Tensor low, Tensor high, *, int channels, {DTYPE}) -> Tensor"
     ),
 }
 

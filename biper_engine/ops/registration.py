@@ -24,7 +24,7 @@ from biper_engine.ops.readable import in_memory, refuse_tangents
 from biper_engine.ops.reference import ReferenceBackend
 from biper_engine.ops.triton import TritonBackend
 
-__all__ = ["LIBRARY", "SCHEMAS", "conv_geometry", "empty_map", "empty_packed", "register"]
+__all__ = ["DTYPE", "LIBRARY", "SCHEMAS", "conv_geometry", "empty_map", "empty_packed", "register"]
 
 _GEOMETRY = (
     "int in_channels, int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1, "
@@ -32,11 +32,13 @@ _GEOMETRY = (
 )
 _EPILOGUE = f"Tensor? residual=None, {SCHEMA}"
 _OPERANDS = "Tensor bits, Tensor weight, Tensor multiplier, Tensor bias"
-_DTYPE = "ScalarType dtype=float"
+# None is float32. With a dtype as its default, torch would drop that dtype from traced calls, and
+# AOTInductor would write its number, which it then refuses to load.
+DTYPE = "ScalarType? dtype=None"
 
 SCHEMAS = {
     "binarize": "(Tensor x, Tensor? threshold=None, Tensor? sense=None) -> Tensor",
-    "unbinarize": f"(Tensor bits, int channels, *, {_DTYPE}) -> Tensor",
+    "unbinarize": f"(Tensor bits, int channels, *, {DTYPE}) -> Tensor",
     "bmaxpool2d": (
         "(Tensor bits, int channels, int[2] kernel_size, *, int[2] stride, int[2] padding=0, "
         "Tensor? take_and=None) -> Tensor"
@@ -46,12 +48,12 @@ SCHEMAS = {
         "int groups=1, str backend) -> Tensor"
     ),
     "bconv2d": f"(Tensor bits, Tensor weight, *, {_GEOMETRY}) -> Tensor",
-    "bconv2d_float": f"({_OPERANDS}, *, {_DTYPE}, {_EPILOGUE}, {_GEOMETRY}) -> Tensor",
+    "bconv2d_float": f"({_OPERANDS}, *, {DTYPE}, {_EPILOGUE}, {_GEOMETRY}) -> Tensor",
     "bconv2d_bits": (
         f"({_OPERANDS}, Tensor threshold, Tensor sense, *, {_EPILOGUE}, {_GEOMETRY}) -> Tensor"
     ),
     "bconv2d_float_bits": (
-        f"({_OPERANDS}, Tensor threshold, Tensor sense, *, {_DTYPE}, {_EPILOGUE}, {_GEOMETRY})"
+        f"({_OPERANDS}, Tensor threshold, Tensor sense, *, {DTYPE}, {_EPILOGUE}, {_GEOMETRY})"
         " -> (Tensor, Tensor)"
     ),
 }

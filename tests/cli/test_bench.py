@@ -328,3 +328,10 @@ def test_the_table_fits_80_columns_and_the_largest_difference_is_noted() -> None
     assert "engine on: cpu (avx512, 2 threads)" in lines[0]
     (note,) = bench_notes(comparison)
     assert "outputs within 2.6e-05 of eager's" in note
+
+
+def test_the_help_fits_on_one_screen(biper: Biper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = biper("bench", "--help").out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,18 +12,55 @@ import pytest
 import torch
 
 import biper_engine
+from biper_engine.cli.images import _share
 from biper_engine.preprocessing import image_to_tensor
 
 from .conftest import Biper
 
 
-def test_a_table_per_image(biper: Biper, tiny: Path, photos: Path) -> None:
+def test_a_line_per_image(biper: Biper, tiny: Path, photos: Path) -> None:
     done = biper("run", tiny, photos / "a.png", photos / "deep", "--top", 2)
     assert done.code == 0
     assert done.err == ""
-    assert done.out.count("softmax") == 2
-    assert "photos/a.png" in done.out
-    assert "photos/deep/c.bmp" in done.out
+    first, second = done.out.splitlines()
+    assert re.fullmatch(r"photos/a\.png: \S+ \d+\.\d%, \S+ \d+\.\d%", first)
+    assert second.startswith("photos/deep/c.bmp: ")
+
+
+def logits_of(biper: Biper, *words: object) -> list[float]:
+    (image,) = json.loads(biper("run", *words, "--top", 9, "--json").out)["images"]
+    return [entry["logit"] for entry in sorted(image["top"], key=lambda entry: entry["index"])]
+
+
+def test_the_user_says_what_the_file_lacks(biper: Biper, tiny: Path, photos: Path) -> None:
+    engine = biper_engine.load(tiny)
+    wanted = biper_engine.Metadata(
+        input_size=(3, 16, 16), mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5), crop_pct=16 / 20
+    )
+    tensor = image_to_tensor(photos / "a.png", wanted)
+    engine.metadata = None
+    engine.save(tiny)
+    options = ("--mean", "0.1,0.2,0.3", "--std", 0.5, "--size", 20)
+    logits = logits_of(biper, tiny, photos / "a.png", *options)
+    assert logits == pytest.approx(engine(tensor[None])[0].tolist(), rel=1e-5)
+    (photos / "names.txt").write_text("one\ntwo words\n\n[three]\nfour\n")
+    done = biper("run", tiny, photos / "a.png", *options, "--labels", photos / "names.txt")
+    assert done.code == 0
+    assert all(name in done.out for name in ("one", "two words", "[three]", "four"))
+
+
+def test_the_user_may_want_otherwise_than_the_file(biper: Biper, tiny: Path, photos: Path) -> None:
+    before = logits_of(biper, tiny, photos / "a.png")
+    assert logits_of(biper, tiny, photos / "a.png", "--mean", "0,0,0") == before
+    assert logits_of(biper, tiny, photos / "a.png", "--mean", "0.9") != before
+    assert logits_of(biper, tiny, photos / "a.png", "--size", 16) == before
+
+
+@pytest.mark.parametrize("resized", range(16, 300, 7))
+def test_a_size_is_the_length_of_the_resized_side(resized: int) -> None:
+    share = _share(16, resized)
+    assert 0 < share <= 1
+    assert math.floor(16 / share) == resized
 
 
 def test_the_answer_is_the_engine_s(biper: Biper, tiny: Path, photos: Path) -> None:
@@ -72,6 +111,13 @@ def test_a_network_that_is_not_a_classifier_is_refused(
         (["photos/notes.txt"], "Cannot read an image from 'photos/notes.txt'"),
         (["gone.png"], "no image or directory 'gone.png'"),
         (["photos", "--backend", "triton"], "cannot run here"),
+        (["photos", "--mean", "0.1,0.2"], "--mean (=0.1,0.2) must be 3 numbers with commas"),
+        (["photos", "--std", "a,b,c"], "--std (=a,b,c) must be 3 numbers with commas"),
+        (["photos", "--std", "0"], "every standard deviation above 0"),
+        (["photos", "--size", "8"], "--size (=8) is less than the 16 pixels"),
+        (["photos", "--labels", "gone.txt"], "Cannot read --labels 'gone.txt': No such file"),
+        (["photos", "--labels", "photos/a.png"], "--labels 'photos/a.png' is not text in UTF-8"),
+        (["photos", "--labels", "photos/notes.txt"], "names, but the network has 4 classes"),
     ],
 )
 def test_errors(biper: Biper, tiny: Path, photos: Path, words: list[str], message: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from biper_engine.bench.rivals.binary_convolution import binary_model
 from biper_engine.bench.rivals.onnx_files import CALIBRATION_IMAGES
 from biper_engine.bench.rivals.onnx_runtime import REST_MS, OnnxRuntimeNetwork, OnnxRuntimeSessions
 from biper_engine.bench.rivals.open_vino import OpenVinoNetwork, OpenVinoStreams, has_bf16
@@ -19,6 +18,7 @@ from biper_engine.bench.rivals.pytorch import eager_twin_rival
 from biper_engine.bench.rivals.recipe import FloatNetworks, Network, OnnxFiles, Recipe, rival_of
 from biper_engine.bench.rivals.rival import Rival
 from biper_engine.engine import Engine
+from biper_engine.export.openvino_graph import binary_model
 
 __all__ = ["deployed_rivals", "openvino_float_rivals", "stream_rivals"]
 

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-__all__ = ["CALIBRATION_IMAGES", "INPUT", "OPSET", "export_float", "quantize"]
+from biper_engine.export.onnx_file import onnx_model, quiet
 
-CALIBRATION_IMAGES, INPUT, OPSET = 8, "images", 18
+__all__ = ["CALIBRATION_IMAGES", "INPUT", "export_float", "quantize"]
 
-
-class _Single(nn.Module):
-    """Turn a graph module that returns a tuple of one into a network that returns a tensor."""
-
-    def __init__(self, network: fx.GraphModule) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        result: Tensor = self.network(images)[0]
-        return result
+CALIBRATION_IMAGES, INPUT = 8, "images"
 
 
 def export_float(network: fx.GraphModule, images: Tensor, path: Path) -> None:
@@ -37,20 +24,10 @@ def export_float(network: fx.GraphModule, images: Tensor, path: Path) -> None:
         path: path of the file, which holds the weights, too.
 
     Raises:
-        torch.onnx.OnnxExporterError: PyTorch cannot export the network.
+        ExportError: PyTorch cannot export the network.
         OSError: the file cannot be written.
     """
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
-        torch.onnx.export(
-            _Single(network).eval(),
-            (torch.zeros(images.shape),),
-            str(path),
-            dynamo=True,
-            external_data=False,
-            input_names=[INPUT],
-            opset_version=OPSET,
-            verbose=False,
-        )
+    path.write_bytes(onnx_model(network, [images], [INPUT]).SerializeToString())
 
 
 def quantize(source: Path, target: Path, shape: tuple[int, ...]) -> None:
@@ -72,7 +49,7 @@ def quantize(source: Path, target: Path, shape: tuple[int, ...]) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = target.with_suffix(".prepared.onnx")
-    with _quiet():
+    with quiet():
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
@@ -101,18 +78,3 @@ def _images(shape: tuple[int, ...]) -> Any:
             return None if batch is None else {INPUT: batch}
 
     return Reader()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the advice that both packages print about themselves."""
-    import logging
-
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from biper_engine.bench.callers import Streams
-from biper_engine.bench.rivals.onnx_files import INPUT, OPSET
+from biper_engine.bench.rivals.onnx_files import INPUT
 from biper_engine.bench.rivals.onnx_runtime import OnnxRuntimeSessions
 from biper_engine.bench.rivals.open_vino import OpenVinoNetwork, OpenVinoStreams
+from biper_engine.export.onnx_file import OPSET
 
 IMAGES = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 

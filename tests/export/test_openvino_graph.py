@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from biper_engine import bits as contract
-from biper_engine.bench.rivals.binary_convolution import (
-    UnsupportedGraphError,
-    binary_model,
-    strict_threshold,
-)
+from biper_engine.errors import ExportError
+from biper_engine.export.openvino_graph import binary_model, strict_threshold, translate
 from tests.networks_by_hand import GraphBuilder, classifier_graph
 
 biper, aten = torch.ops.biper, torch.ops.aten
@@ -138,12 +135,12 @@ def test_what_openvino_lacks_is_reported() -> None:
     operands = [g.constant(f"conv.{name}", g.normal(4)) for name in ("multiplier", "bias")]
     options = {"in_channels": 4, "groups": 4}
     conv = g.call("conv", biper.bconv2d_float.default, g.bits(4), weight, *operands, **options)
-    with pytest.raises(UnsupportedGraphError, match="no binary convolution with groups"):
+    with pytest.raises(ExportError, match="no binary convolution with groups"):
         binary_model(g.module(conv), (1, 4, 5, 5))
-    with pytest.raises(UnsupportedGraphError, match="do not fill bytes; this one has 33"):
+    with pytest.raises(ExportError, match="do not fill bytes; this one has 33"):
         binary_model(classifier_graph(), (1, 3, 8, 8))
     g = Graph()
-    with pytest.raises(UnsupportedGraphError, match=r"aten\.sin\.default is not translated"):
+    with pytest.raises(ExportError, match=r"'sin' is not translated to OpenVINO"):
         binary_model(g.module(g.call("sin", aten.sin.default, g.input("x"))), (1, 4, 5, 5))
 
 
@@ -159,3 +156,54 @@ def test_a_strict_comparison_gives_the_engines_bit() -> None:
             assert limit.isfinite().all()
             wanted = contract.binarize(finite, one, sense)
             assert torch.equal((finite > limit) ^ sense, wanted), (threshold, inverted)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda g, x, held: g.call("r", aten.add.Tensor, x, held, alpha=2),
+        lambda g, x, held: g.call("r", aten.add.Tensor, x, 3),
+        lambda g, x, held: g.call("r", aten.sub.Tensor, held, x),
+        lambda g, x, held: g.call("r", aten.mul.Tensor, x, held),
+        lambda g, x, held: g.call("r", aten.mul.Tensor, x, 0.5),
+        lambda g, x, held: g.call("r", aten.div.Tensor, x, 4.0),
+        lambda g, x, held: g.call("r", aten.maximum.default, x, held),
+        lambda g, x, held: g.call("r", aten.cat.default, [x, x], 1),
+        lambda g, x, held: g.call("r", aten.sigmoid.default, x),
+    ],
+)
+def test_float_operators_around_binary_layers(call: Any) -> None:
+    g = Graph()
+    module = g.module(call(g, g.input("x"), g.constant("held", g.integers(1, 3, 1, 1))))
+    images = torch.randint(-4, 5, (2, 3, 4, 5), generator=g.random).float()
+    assert torch.allclose(run(module, images), module(images)[0], atol=1e-6)
+
+
+def test_a_layer_that_openvino_has_no_bits_for_is_a_float_convolution() -> None:
+    pytest.importorskip("openvino", reason='pip install "biper-engine[export]"')
+    import openvino
+
+    for channels, options in ((6, {}), (16, {"groups": 2})):
+        g = Graph()
+        bits = g.bits(channels)
+        weight = g.constant("w", contract.pack_weight(g.normal(8, channels // 2, 3, 3) >= 0))
+        if not options:
+            weight = g.constant("w", contract.pack_weight(g.normal(8, channels, 3, 3) >= 0))
+        vectors = [g.constant(f"v{i}", g.integers(8)) for i in range(2)]
+        conv = g.call(
+            *("conv", biper.bconv2d_float.default, bits, weight, *vectors),
+            in_channels=channels,
+            padding=[1, 0, 2, 1],
+            gate=g.input("gate"),
+            **options,
+        )
+        module = g.module(conv)
+        images = torch.randint(-4, 5, (2, channels, 5, 6), generator=g.random).float()
+        gate = g.integers(2, 8)
+        made = translate(module, [images.shape, gate.shape])
+        assert [line.partition(":")[0] for line in made.float_layers] == ["conv"]
+        compiled = openvino.Core().compile_model(
+            made.model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        )
+        got = torch.from_numpy(compiled([images.numpy(), gate.numpy()])[0])
+        assert torch.equal(got, module(images, gate)[0])

@@ -19,20 +19,18 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from biper_engine.bits import unpack_weight
+from biper_engine.errors import ExportError
 from biper_engine.geometry import Conv2dGeometry
-from biper_engine.graph.reading import interpret
+from biper_engine.graph.operators import name_of
+from biper_engine.graph.reading import interpret, output_values
 from biper_engine.ops.epilogue import SUMS, Epilogue
 from biper_engine.ops.registration import split_options
 
-__all__ = ["UnsupportedGraphError", "binary_model", "strict_threshold"]
+__all__ = ["Bits", "Translated", "binary_model", "strict_threshold", "translate"]
 
 _LARGEST, _SMALLEST_NORMAL = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _BYTE = 8
 _RENAMED = {"self": "x", "input": "x", "min_val": "min", "max_val": "max"}
-
-
-class UnsupportedGraphError(Exception):
-    """An operator of the engine's graph has no counterpart in this translation."""
 
 
 def strict_threshold(threshold: Tensor, sense: Tensor) -> Tensor:
@@ -58,7 +56,7 @@ def strict_threshold(threshold: Tensor, sense: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Bits:
+class Bits:
     """A packed map: a float map and the rule that turns it into bits.
 
     Attributes:
@@ -79,35 +77,106 @@ class _Bits:
         zero, one = (np.full((1, 1, 1, 1), value, np.float32) for value in (0, 1))
         return self.opset.fake_quantize(self.source, limit, limit, zero, one, 2)
 
-    def pooled(self, pool: Callable[[Any], Any], take_and: Tensor | None) -> _Bits:
+    @cached_property
+    def floats(self) -> Any:
+        """The map of -1 and 1, for convolutions in float.
+
+        OpenVINO's plugin turns a FakeQuantize of two levels into bits, whatever reads it.
+        """
+        limit = _channels(strict_threshold(self.threshold, self.sense))
+        above = _channels(torch.where(self.sense, -1.0, 1.0))
+        return self.opset.select(self.opset.greater(self.source, limit), above, -above)
+
+    def pooled(self, pool: Callable[[Any], Any], take_and: Tensor | None) -> Bits:
         """Return the bits of the pooled map: a step is monotonic, so the pool may come first."""
         lowest = self.sense if take_and is None else self.sense != take_and
         pooled = _signed_pool(self.opset, self.source, pool, lowest)
-        return _Bits(self.opset, pooled, self.threshold, self.sense)
+        return Bits(self.opset, pooled, self.threshold, self.sense)
 
 
-def binary_model(graph_module: fx.GraphModule, shape: Sequence[int]) -> Any:
-    """Return an `openvino.Model` that computes what an engine's graph does.
+@dataclass(frozen=True)
+class Translated:
+    """A graph as OpenVINO nodes.
+
+    Attributes:
+        model: an `openvino.Model` of the graph's inputs and outputs.
+        signs: what becomes packed maps, in order: float maps with the rules of their bits.
+        float_layers: a line for each binary convolution that OpenVINO has in float only.
+    """
+
+    model: Any
+    signs: Sequence[Bits]
+    float_layers: Sequence[str]
+
+
+def translate(
+    graph_module: fx.GraphModule, shapes: Sequence[Sequence[int]], *, bits_only: bool = False
+) -> Translated:
+    """Return what an engine's graph computes, as an OpenVINO model.
 
     The bits equal the engine's if the floats before them do. Everything except the binary
     convolutions is float32.
+
+    Args:
+        graph_module: the graph of an engine.
+        shapes: the shape of each input; -1 is any size.
+        bits_only: whether to refuse a binary convolution that OpenVINO does not support on bits, or
+            gets wrong: one with groups, or with channels that do not fill bytes.
+
+    Raises:
+        ExportError: the graph has an operator that is not translated.
+    """
+    import openvino as ov
+    from openvino import opset1
+
+    names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = [opset1.parameter(ov.PartialShape(list(shape)), np.float32) for shape in shapes]
+    for name, made in zip(names, inputs, strict=True):
+        made.set_friendly_name(name)
+        made.output(0).set_names({name})
+    translation = _Translation(ov, opset1, bits_only)
+    outputs = interpret(graph_module, inputs, translation)
+    results = [opset1.result(node) for node in outputs]
+    for at, result in enumerate(results):
+        result.output(0).set_names({"output" if len(results) == 1 else f"output_{at}"})
+    model = ov.Model(results, inputs, "engine")
+    return Translated(model, translation.signs, translation.float_layers)
+
+
+def binary_model(graph_module: fx.GraphModule, shape: Sequence[int]) -> Any:
+    """Return an `openvino.Model` whose binary convolutions all run on bits.
 
     Args:
         graph_module: the graph of an engine that takes one tensor and returns one.
         shape: the shape of the images, including the batch.
 
     Raises:
-        UnsupportedGraphError: the graph has an operator that is not translated, or a binary
-            convolution with groups or channels that OpenVINO does not support, or gets wrong.
+        ExportError: as for `translate`.
     """
-    import openvino as ov
-    from openvino import opset1
+    outputs = len(output_values(graph_module.graph))
+    if outputs != 1:
+        raise ExportError(f"the network returns {outputs} tensors, not one")
+    return translate(graph_module, [shape], bits_only=True).model
 
-    images = opset1.parameter(list(shape), np.float32)
-    outputs = interpret(graph_module, [images], _Translation(ov, opset1))
-    if len(outputs) != 1:
-        raise UnsupportedGraphError(f"the network returns {len(outputs)} tensors, not one")
-    return ov.Model([opset1.result(outputs[0])], [images], "engine")
+
+def _obstacle(geometry: Conv2dGeometry) -> str | None:
+    """Return why OpenVINO cannot convolve bits, or None."""
+    if geometry.groups != 1:
+        return f"OpenVINO has no binary convolution with groups; this one has {geometry.groups}"
+    if geometry.in_channels % _BYTE:
+        return (
+            "OpenVINO's binary convolution is wrong if channels do not fill bytes; this one has "
+            f"{geometry.in_channels}"
+        )
+    return None
+
+
+def _rank(x: Any) -> int:
+    return int(x.get_output_partial_shape(0).rank.get_length())
+
+
+def _size(x: Any, dimension: int) -> int:
+    return int(x.get_output_partial_shape(0)[dimension].get_length())
 
 
 def _channels(values: Tensor) -> Any:
@@ -125,8 +194,11 @@ def _signed_pool(opset: Any, source: Any, pool: Callable[[Any], Any], lowest: Te
 class _Translation:
     """Gives `interpret` an OpenVINO node, or bits, for every call of the graph."""
 
-    def __init__(self, ov: Any, opset: Any) -> None:
-        self._ov, self._opset = ov, opset
+    def __init__(self, ov: Any, opset: Any, bits_only: bool) -> None:
+        self._ov, self._opset, self._bits_only = ov, opset, bits_only
+        self._layer = ""
+        self.signs: list[Bits] = []
+        self.float_layers: list[str] = []
         aten, biper = torch.ops.aten, torch.ops.biper
         self._rules: dict[Any, Callable[..., Any]] = {
             aten.clone.default: lambda x, memory_format=None: x,
@@ -137,6 +209,14 @@ class _Translation:
             aten.avg_pool2d.default: self._avg_pool,
             aten.mean.dim: self._mean,
             aten.add.Tensor: self._add,
+            aten.sub.Tensor: self._subtract,
+            aten.mul.Tensor: self._binary(opset.multiply),
+            aten.div.Tensor: self._binary(opset.divide),
+            aten.maximum.default: self._binary(opset.maximum),
+            aten.cat.default: lambda tensors, dim=0: opset.concat(
+                [self._operand(x) for x in tensors], dim
+            ),
+            aten.sigmoid.default: lambda x: opset.sigmoid(x),
             aten.hardtanh.default: self._clamp,
             aten.clamp.default: self._clamp,
             aten.relu.default: lambda x: opset.relu(x),
@@ -154,7 +234,11 @@ class _Translation:
             return args[0][args[1]]
         rule = self._rules.get(node.target)
         if rule is None:
-            raise UnsupportedGraphError(f"{node.target} is not translated to OpenVINO")
+            raise ExportError(
+                f"The operator {name_of(node)} is not translated to OpenVINO, so nothing was "
+                "written; format='onnx' has more operators, and OpenVINO reads its files, too."
+            )
+        self._layer = node.name
         assert isinstance(node.target, OpOverload)
         names = [argument.name for argument in node.target._schema.arguments]
         named = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -169,7 +253,7 @@ class _Translation:
 
     def _affine(self, x: Any, multiplier: Tensor, bias: Tensor) -> Any:
         """Multiply and add per channel, dimension 1."""
-        shape = (1, -1, *[1] * (len(x.shape) - 2))
+        shape = (1, -1, *[1] * (_rank(x) - 2))
         scaled = self._opset.multiply(x, self._constant(multiplier.reshape(shape)))
         return self._opset.add(scaled, self._constant(bias.reshape(shape)))
 
@@ -222,7 +306,7 @@ class _Translation:
         ceil_mode: bool = False,
     ) -> Any:
         if ceil_mode or any(step != 1 for step in dilation):
-            raise UnsupportedGraphError("a max pool with dilation or ceil_mode is not translated")
+            raise ExportError("a max pool with dilation or ceil_mode is not translated")
         strides, pads = list(stride or kernel_size), list(padding)
         return self._opset.max_pool(x, strides, pads, pads, list(kernel_size))
 
@@ -237,7 +321,7 @@ class _Translation:
         divisor_override: int | None = None,
     ) -> Any:
         if ceil_mode or divisor_override is not None:
-            raise UnsupportedGraphError("ceil_mode and divisor_override of an average pool")
+            raise ExportError("ceil_mode and divisor_override of an average pool")
         strides, pads = list(stride or kernel_size), list(padding)
         exclude = not count_include_pad
         return self._opset.avg_pool(x, strides, pads, pads, list(kernel_size), exclude)
@@ -245,11 +329,22 @@ class _Translation:
     def _mean(self, x: Any, dim: Sequence[int], keepdim: bool = False) -> Any:
         return self._opset.reduce_mean(x, self._integers(dim), keepdim)
 
+    def _operand(self, value: Any) -> Any:
+        """Return a node, a tensor or a number as a node."""
+        if isinstance(value, int | float):
+            value = torch.tensor(float(value))
+        return self._constant(value) if isinstance(value, Tensor) else value
+
+    def _binary(self, node: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+        return lambda x, other: node(self._operand(x), self._operand(other))
+
     def _add(self, x: Any, other: Any, alpha: float = 1) -> Any:
-        if alpha != 1 or not hasattr(x, "shape") or not hasattr(other, "shape"):
-            raise UnsupportedGraphError("a sum with a number is not translated to OpenVINO")
-        terms = [self._constant(t) if isinstance(t, Tensor) else t for t in (x, other)]
-        return self._opset.add(*terms)
+        term = self._operand(other)
+        term = term if alpha == 1 else self._opset.multiply(term, self._operand(alpha))
+        return self._opset.add(self._operand(x), term)
+
+    def _subtract(self, x: Any, other: Any, alpha: float = 1) -> Any:
+        return self._add(x, other, -alpha)
 
     def _clamp(self, x: Any, min: float | None = None, max: float | None = None) -> Any:
         low = -_LARGEST if min is None else builtins.max(min, -_LARGEST)
@@ -259,7 +354,7 @@ class _Translation:
     def _pad(self, x: Any, pad: Sequence[int], value: float = 0) -> Any:
         # ATen's pairs start at the last dimension; the first dimensions have none.
         pairs = [*zip(pad[::2], pad[1::2], strict=True)]
-        pairs = [*pairs, *[(0, 0)] * (len(x.shape) - len(pairs))][::-1]
+        pairs = [*pairs, *[(0, 0)] * (_rank(x) - len(pairs))][::-1]
         begin, end = (self._integers(sizes) for sizes in zip(*pairs, strict=True))
         filler = self._constant(torch.tensor(float(value)))
         return self._opset.pad(x, begin, end, "constant", filler)
@@ -271,33 +366,34 @@ class _Translation:
 
     def _binarize(
         self, x: Any, threshold: Tensor | None = None, sense: Tensor | None = None
-    ) -> _Bits:
-        channels = x.shape[1]
+    ) -> Bits:
+        channels = _size(x, 1)
         threshold = torch.zeros(channels) if threshold is None else threshold
         sense = torch.zeros(channels, dtype=torch.bool) if sense is None else sense
-        return _Bits(self._opset, x, threshold, sense)
+        self.signs.append(Bits(self._opset, x, threshold, sense))
+        return self.signs[-1]
 
     def _bit_pool(
         self,
-        bits: _Bits,
+        bits: Bits,
         channels: int,
         kernel_size: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int] = (0, 0),
         take_and: Tensor | None = None,
-    ) -> _Bits:
+    ) -> Bits:
         return bits.pooled(lambda x: self._max_pool(x, kernel_size, stride, padding), take_and)
 
-    def _to_bits(self, threshold: Tensor, sense: Tensor, **options: Any) -> _Bits:
+    def _to_bits(self, threshold: Tensor, sense: Tensor, **options: Any) -> Bits:
         return self._binarize(self._binary_convolution(**options), threshold, sense)
 
-    def _to_both(self, threshold: Tensor, sense: Tensor, **options: Any) -> tuple[Any, _Bits]:
+    def _to_both(self, threshold: Tensor, sense: Tensor, **options: Any) -> tuple[Any, Bits]:
         floats = self._binary_convolution(**options)
         return floats, self._binarize(floats, threshold, sense)
 
     def _binary_convolution(
         self,
-        bits: _Bits,
+        bits: Bits,
         weight: Tensor,
         multiplier: Tensor,
         bias: Tensor,
@@ -305,26 +401,29 @@ class _Translation:
         **options: Any,
     ) -> Any:
         geometry, epilogue, residual, _ = split_options(weight, multiplier, bias, options)
-        if geometry.groups != 1:
-            raise UnsupportedGraphError(
-                f"OpenVINO has no binary convolution with groups; this one has {geometry.groups}"
-            )
-        if geometry.in_channels % _BYTE:
-            raise UnsupportedGraphError(
-                "OpenVINO's binary convolution is wrong if channels do not fill bytes; this one "
-                f"has {geometry.in_channels}"
-            )
         if epilogue.steps().intersection(SUMS):
-            raise UnsupportedGraphError("OpenVINO's binary convolution has no sums of windows")
-        if options.get("gate") is not None:
-            raise UnsupportedGraphError("the gate of a binary convolution is not written yet")
+            raise ExportError("OpenVINO's binary convolution has no sums of windows")
+        dot = self._sums_of_products(bits, weight, geometry)
+        return self._epilogue(dot, epilogue, residual, options.get("gate"))
+
+    def _sums_of_products(self, bits: Bits, weight: Tensor, geometry: Conv2dGeometry) -> Any:
+        """Return the accumulators, from bits or, where OpenVINO cannot, from floats of -1 and 1."""
         top, bottom, left, right = geometry.padding
-        dot = self._opset.binary_convolution(
-            *(bits.node, self._weights(weight, geometry, bits.sense)),
-            *(list(geometry.stride), [top, left], [bottom, right], list(geometry.dilation)),
-            *("xnor-popcount", 0.0),  # padding adds 0, neither 1 nor -1
-        )
-        return self._epilogue(dot, epilogue, residual)
+        window = (list(geometry.stride), [top, left], [bottom, right], list(geometry.dilation))
+        obstacle = _obstacle(geometry)
+        if obstacle is None:
+            return self._opset.binary_convolution(
+                *(bits.node, self._weights(weight, geometry, bits.sense), *window),
+                *("xnor-popcount", 0.0),  # padding adds 0, neither 1 nor -1
+            )
+        if self._bits_only:
+            raise ExportError(obstacle)
+        self.float_layers.append(f"{self._layer}: {obstacle}")
+        signs = unpack_weight(weight, geometry.group_channels).float() * 2 - 1
+        if geometry.groups == 1:
+            return self._opset.convolution(bits.floats, self._constant(signs), *window)
+        grouped = signs.reshape(geometry.groups, -1, *signs.shape[1:])
+        return self._opset.group_convolution(bits.floats, self._constant(grouped), *window)
 
     def _weights(self, weight: Tensor, geometry: Conv2dGeometry, inverted: Tensor) -> Any:
         """Return weight bits; if the activation's bit is inverted, so is the weight's."""
@@ -335,11 +434,15 @@ class _Translation:
         # The array is freed when this returns: a constant that shares its memory would be garbage.
         return self._ov.op.Constant(tensor, shared_memory=False)
 
-    def _epilogue(self, dot: Any, epilogue: Epilogue, residual: Any) -> Any:
+    def _epilogue(self, dot: Any, epilogue: Epilogue, residual: Any, gate: Any) -> Any:
         """Return v of `biper_engine.ops.epilogue`; the multiply-add is rounded twice."""
         v = self._affine(dot, epilogue.multiplier, epilogue.bias)
         if not epilogue.pool.is_identity:
             v = self._pooled(v, epilogue)
+        if gate is not None:
+            v = self._opset.multiply(v, self._gate(gate))
+            if epilogue.offset is not None:
+                v = self._opset.add(v, _channels(epilogue.offset))
         if residual is not None:
             v = self._opset.add(v, residual)
         if epilogue.clamp_min is not None or epilogue.clamp_max is not None:
@@ -354,6 +457,11 @@ class _Translation:
         if epilogue.shift is not None:
             v = self._opset.add(v, _channels(epilogue.shift))
         return v
+
+    def _gate(self, gate: Any) -> Any:
+        """Return a gate, [N, C] or [N, C, 1, 1], as [N, C, 1, 1]."""
+        node = self._constant(gate) if isinstance(gate, Tensor) else gate
+        return node if _rank(node) == 4 else self._opset.unsqueeze(node, self._integers([2, 3]))
 
     def _pooled(self, v: Any, epilogue: Epilogue) -> Any:
         """Pool behind the multiply-add, which OpenVINO fuses into the convolution.
