@@ -159,13 +159,17 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         return output * self.alpha
 
     def _can_fuse(self, bits: Tensor) -> bool:
-        """Return whether `scaled_conv2d` takes this call; it mixes no types, as autocast does."""
+        """Return whether `scaled_conv2d` takes this call; it mixes no types, as autocast does.
+
+        The code of torch.compile has the product, which the compiler can fuse with what is around.
+        """
         return (
             bits.dim() == 4
             and bits.dtype == self.weight.dtype == self.alpha.dtype
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and not torch.is_autocast_enabled(bits.device.type)
+            and not torch.compiler.is_compiling()
         )
 
 

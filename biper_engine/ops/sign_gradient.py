@@ -6,8 +6,6 @@ more exact than those of the formula: up to 128 values are added in float, the r
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
@@ -61,7 +59,9 @@ def scaled_sign_gradient(
         epsilon: added to the variance.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == gradient.dtype == torch.float32
-    if on_cpu and dims == tuple(range(-len(dims), 0)):
+    # Code of torch.compile has the formula, which the compiler can fuse with what is around it.
+    compiling = torch.compiler.is_compiling()
+    if on_cpu and not compiling and dims == tuple(range(-len(dims), 0)):
         options = {"surrogate": surrogate, "epsilon": epsilon}
         result: Tensor = torch.ops.biper.sign_gradient(x, gradient, len(dims), **options)
         return result
@@ -71,7 +71,9 @@ def scaled_sign_gradient(
 def _formula(
     x: Tensor, gradient: Tensor, dims: tuple[int, ...], surrogate: str, epsilon: float
 ) -> Tensor:
-    count = prod(x.shape[dim] for dim in dims)
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
     # Two passes are used because torch.var_mean takes five times as long on CPU.
     centred = x - x.mean(dims, keepdim=True)
     variance = (centred * centred).sum(dims, keepdim=True) / (count - 1)
