@@ -7,6 +7,7 @@ official cifar10/models_cifar/resnet.py (ResNet-20) and resnet2.py (ResNet-18).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,15 +63,16 @@ class _Block(nn.Module):
 class DenseShortcutBlock(_Block):
     """A shortcut around every convolution, as in Bi-Real Net; used by ResNet-20."""
 
+    # Hardtanh in place would copy its input first, as its gradient needs it; that of ReLU doesn't.
     activation: Callable[..., Tensor] = staticmethod(F.hardtanh)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
         y += self.shortcut(x)
-        y = self.activation(y, inplace=True)
+        y = self.activation(y)
         z = self.bn2(self.conv2(y))
         z += y
-        return self.activation(z, inplace=True)
+        return self.activation(z)
 
 
 class BinaryWeightBlock(DenseShortcutBlock):
@@ -78,7 +80,7 @@ class BinaryWeightBlock(DenseShortcutBlock):
 
     convolution = BinaryWeightConv2d
     beta = False
-    activation = staticmethod(F.relu)
+    activation = staticmethod(partial(F.relu, inplace=True))
 
 
 def _real_convolution(
@@ -92,17 +94,17 @@ class FloatBlock(DenseShortcutBlock):
     """The same block with real weights and real activations, after ReLU."""
 
     convolution = staticmethod(_real_convolution)
-    activation = staticmethod(F.relu)
+    activation = staticmethod(partial(F.relu, inplace=True))
 
 
 class BasicBlock(_Block):
     """One shortcut around both convolutions; used by ResNet-18."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.hardtanh(self.bn1(self.conv1(x)), inplace=True)
+        y = F.hardtanh(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         y += self.shortcut(x)
-        return F.hardtanh(y, inplace=True)
+        return F.hardtanh(y)
 
 
 def _layers(
@@ -150,7 +152,7 @@ class ResNet20(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes] for images [N, 3, 32, 32]."""
-        x = self.block.activation(self.bn1(self.conv1(x)), inplace=True)
+        x = self.block.activation(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.avg_pool2d(x, x.size(3)).flatten(1)
         logits: Tensor = self.linear(self.bn2(x))

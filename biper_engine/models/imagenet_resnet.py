@@ -43,10 +43,10 @@ class ProjectionShortcutBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
         y += self.downsample(x)
-        y = F.hardtanh(y, inplace=True)
+        y = F.hardtanh(y)
         z = self.bn2(self.conv2(y))
         z += y
-        return F.hardtanh(z, inplace=True)
+        return F.hardtanh(z)
 
 
 class ImageNetResNet(Network):
@@ -87,7 +87,7 @@ class ImageNetResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes] for images [N, 3, 224, 224]."""
-        x = F.hardtanh(self.bn1(self.conv1(x)), inplace=True)
+        x = F.hardtanh(self.bn1(self.conv1(x)))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         for index in range(len(_WIDTHS)):
             x = self.get_submodule(f"layer{index + 1}")(x)

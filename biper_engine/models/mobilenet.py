@@ -51,11 +51,11 @@ class SeparableBlock(nn.Module):
         y = self.bn1(self.conv1(x))
         # The last windows of a map of odd size have fewer pixels; their mean is over those only.
         y += x if self.stride == 1 else F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-        y = F.hardtanh(y, inplace=True)
-        y = F.hardtanh(self.bn2(self.conv2(y)), inplace=True)
+        y = F.hardtanh(y)
+        y = F.hardtanh(self.bn2(self.conv2(y)))
         z = self.bn3(self.conv3(y))
         z += y
-        return F.hardtanh(z, inplace=True)
+        return F.hardtanh(z)
 
 
 class MobileNet(Network):
@@ -69,7 +69,7 @@ class MobileNet(Network):
         stem = nn.Sequential(
             nn.Conv2d(3, in_channels, 3, 2, padding=1, bias=False),
             nn.BatchNorm2d(in_channels),
-            nn.Hardtanh(inplace=True),
+            nn.Hardtanh(),
         )
         self.model = nn.Sequential(stem)
         for channels, stride in _BLOCKS:

@@ -44,12 +44,12 @@ class VGGSmall(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes] for images [N, 3, 32, 32]."""
-        x = F.hardtanh(self.bn0(self.conv0(x)), inplace=True)
-        x = F.hardtanh(self.bn1(F.max_pool2d(self.conv1(x), 2)), inplace=True)
-        x = F.hardtanh(self.bn2(self.conv2(x)), inplace=True)
-        x = F.hardtanh(self.bn3(F.max_pool2d(self.conv3(x), 2)), inplace=True)
-        x = F.hardtanh(self.bn4(self.conv4(x)), inplace=True)
-        x = F.hardtanh(self.bn5(F.max_pool2d(self.conv5(x), 2)), inplace=True)
+        x = F.hardtanh(self.bn0(self.conv0(x)))
+        x = F.hardtanh(self.bn1(F.max_pool2d(self.conv1(x), 2)))
+        x = F.hardtanh(self.bn2(self.conv2(x)))
+        x = F.hardtanh(self.bn3(F.max_pool2d(self.conv3(x), 2)))
+        x = F.hardtanh(self.bn4(self.conv4(x)))
+        x = F.hardtanh(self.bn5(F.max_pool2d(self.conv5(x), 2)))
         logits: Tensor = self.fc(x.flatten(1))
         return logits
 

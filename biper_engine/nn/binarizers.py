@@ -23,7 +23,9 @@ from math import pi
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATION_SURROGATES", "WEIGHT_BINARIZERS", "known_name", "wave", "window"]
+from biper_engine.ops.sign_gradient import SURROGATES
+
+__all__ = ["ACTIVATION_SURROGATES", "WEIGHT_BINARIZERS", "known_name", "wave"]
 
 
 def _periodic(weight: Tensor, frequency: float) -> Tensor:
@@ -57,25 +59,12 @@ WEIGHT_BINARIZERS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "triangle": _triangle,
 }
 
-# dL/dx of sign(x) is dL/dy times this, with u the activation, scaled where a layer scales it:
-#   bireal    max(0, 2 - |2u|)        Liu et al., "Bi-Real Net", ECCV 2018, eq. 7
-#   clip      1 where |u| <= 1        Hubara et al., NeurIPS 2016, eq. 4
-#   identity  1                       Bengio et al., arXiv:1308.3432
-ACTIVATION_SURROGATES = ("bireal", "clip", "identity")
+ACTIVATION_SURROGATES = SURROGATES
 
 
 def wave(weight: Tensor, frequency: float, binarizer: str) -> Tensor:
     """Return the wave of latent weights, with its gradient."""
     return WEIGHT_BINARIZERS[binarizer](weight, frequency)
-
-
-def window(x: Tensor, scale: Tensor, surrogate: str) -> Tensor:
-    """Return the factor of the gradient for u = scale * x, as a new tensor; scale is positive."""
-    if surrogate == "bireal":
-        return torch.addcmul(x.new_tensor(2.0), x.abs(), scale, value=-2).clamp_(min=0)
-    if surrogate == "clip":
-        return ((x * scale).abs() <= 1).to(x.dtype)
-    return torch.ones_like(x)
 
 
 def known_name(what: str, name: str, known: tuple[str, ...]) -> str:

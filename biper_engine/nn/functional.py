@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from biper_engine.nn.binarizers import wave, window
+from biper_engine.nn.binarizers import wave
+from biper_engine.ops.sign_gradient import scaled_sign_gradient, window
 
 __all__ = ["SCALE_EPSILON", "binarize_activation", "binarize_weight", "straight_through"]
 
@@ -126,14 +126,7 @@ class _Sign(torch.autograd.Function):
 
 
 class _ScaledSign(torch.autograd.Function):
-    """Sign with the gradient of x / sqrt(var + eps) and the surrogate's window.
-
-    With n elements per sample, mean m, r = (var + eps)^-1/2, u = r*x and g = dL/du:
-
-        dL/dx = r*g - (x - m) * r^3 * sum(g*x) / (n - 1)
-
-    The second term is the path through the variance, dr/dx = -r^3 * (x - m) / (n - 1).
-    """
+    """Sign with the gradient of x / sqrt(var + eps) and the surrogate's window."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], surrogate: str) -> Tensor:
@@ -145,11 +138,9 @@ class _ScaledSign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        dims, count = ctx.dims, prod(x.shape[dim] for dim in ctx.dims)
-        # Two passes are used because torch.var_mean takes five times as long on CPU.
-        centred = x - x.mean(dims, keepdim=True)
-        variance = (centred * centred).sum(dims, keepdim=True) / (count - 1)
-        scale = torch.rsqrt(variance + SCALE_EPSILON)
-        grad = window(x, scale, ctx.surrogate).mul_(grad_outputs[0])
-        pull = (grad * x).sum(dims, keepdim=True) * scale**3 / (count - 1)
-        return grad.mul_(scale).addcmul_(centred, pull, value=-1), None, None
+        gradient = grad_outputs[0]
+        return (
+            scaled_sign_gradient(x, gradient, ctx.dims, ctx.surrogate, SCALE_EPSILON),
+            None,
+            None,
+        )

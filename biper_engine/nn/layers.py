@@ -17,6 +17,7 @@ from biper_engine.nn.binarizers import (
 )
 from biper_engine.nn.binary_layer import BinaryLayer, binary_layers
 from biper_engine.nn.functional import binarize_activation, binarize_weight
+from biper_engine.nn.scaled_convolution import scaled_conv2d
 
 __all__ = [
     "BinaryConv2d",
@@ -145,10 +146,31 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
         dims = (-3, -2, -1) if self.training else ()
         bits = binarize_activation(input, scale_dims=dims, surrogate=self.activation_surrogate)
-        output: Tensor = self._conv_forward(bits, self.quantized_weight(), self.bias)
+        weight = self.quantized_weight()
+        if self.training and self._can_fuse(bits):
+            padding: Any = self.padding
+            geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+            return scaled_conv2d(
+                bits, weight, self.bias, self.alpha, groups=self.groups, **geometry
+            )
+        output: Tensor = self._conv_forward(bits, weight, self.bias)
         # Alpha multiplies the result, not the weights. Equal integers of stage 2 then stay equal,
         # and a max pool takes the first of them and sends the gradient there.
         return output * self.alpha
+
+    def _can_fuse(self, bits: Tensor) -> bool:
+        """Return whether `scaled_conv2d` takes this call; it mixes no types, as autocast does.
+
+        The code of torch.compile has the product, which the compiler can fuse with what is around.
+        """
+        return (
+            bits.dim() == 4
+            and bits.dtype == self.weight.dtype == self.alpha.dtype
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and not torch.is_autocast_enabled(bits.device.type)
+            and not torch.compiler.is_compiling()
+        )
 
 
 class BinaryWeightConv2d(BinaryConv2d):

@@ -397,14 +397,20 @@ def _checked(run: Callable[..., Any], *, on_cpu: bool) -> Callable[..., Any]:
     return call
 
 
-def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an operator of `torch.ops.biper`."""
+def register(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    keys: tuple[str, ...] = ("CPU", "CUDA"),
+) -> None:
+    """Register an operator of `torch.ops.biper`, for devices of these dispatch keys."""
     LIBRARY.define(  # type: ignore[no-untyped-call, unused-ignore]
         name + schema, tags=(torch.Tag.pt2_compliant_tag,)
     )
     # No operator has a gradient: results never require one, even if the operands do.
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call, unused-ignore]
-    for key in ("CPU", "CUDA"):
+    for key in keys:
         call = _checked(run, on_cpu=key == "CPU")
         LIBRARY.impl(name, torch.no_grad()(call), key)  # type: ignore[no-untyped-call, unused-ignore]
     torch.library.register_fake(f"biper::{name}", fake, lib=LIBRARY)

@@ -19,6 +19,7 @@
 #include "matmul_kernels.h"
 #include "products.h"
 #include "rows.h"
+#include "sign_gradient_kernels.h"
 #include "sign_linear.h"
 
 namespace biper {
@@ -110,6 +111,7 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       &rows<I>,
       &matmul_rows<I>,
       &depthwise_row<I>,
+      &sign_gradient<I>,
       &matmul_unit<I>,
       int64_t{I::kSignVectors} * I::kFloats,
       I::kSignRows,

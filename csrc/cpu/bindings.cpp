@@ -19,6 +19,7 @@
 #include "maps.h"
 #include "matmul.h"
 #include "peak.h"
+#include "sign_gradient.h"
 #include "steps.h"
 #include "thread_pool.h"
 
@@ -188,6 +189,15 @@ PYBIND11_MODULE(_cpu, m) {
                                 span<const float>("bias", bias),
                                 span<const float>("offset", offset));
         linear.run(rows, span<const float>("x", x), span<float>("out", out), threads);
+      },
+      nogil);
+
+  m.def(
+      "sign_gradient",
+      [](int64_t samples, int64_t length, int32_t surrogate, double epsilon, const Memory& x,
+         const Memory& gradient, const Memory& out, int64_t threads) {
+        sign_gradient(samples, length, surrogate, epsilon, span<const float>("x", x),
+                      span<const float>("gradient", gradient), span<float>("out", out), threads);
       },
       nogil);
 

@@ -400,6 +400,19 @@ struct DepthwiseCall {
   float* out;
 };
 
+// How the gradient of sign(x) is cut to a window around 0; the order of nn's surrogates.
+enum class Surrogate : int32_t { kBireal, kClip, kIdentity };
+
+// The gradient of sign(x * scale), with scale = 1 / sqrt(variance + epsilon) over `length` values
+// of a sample, also through the variance; see sign_gradient.h.
+struct SignGradientCall {
+  Surrogate surrogate;
+  int64_t length;
+  double epsilon;
+  const float *x, *gradient;  // [samples, length], the latter of the sign
+  float* out;                 // [samples, length]
+};
+
 // A binary convolution, and the layout of its weights.
 struct ConvKernels {
   Blocking blocking;
@@ -431,6 +444,7 @@ struct Kernels {
   void (*rows)(const RowsCall& call, int64_t first_row, int64_t last_row);
   void (*matmul_rows)(const MatmulCall& call, int64_t first_row, int64_t last_row);
   void (*depthwise_row)(const DepthwiseCall& call, int64_t row);  // row of all images
+  void (*sign_gradient)(const SignGradientCall& call, int64_t first_sample, int64_t last_sample);
 
   void (*matmul_unit)(const MatmulPlan& plan, int64_t unit, void* scratch);
 
