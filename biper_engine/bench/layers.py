@@ -111,7 +111,7 @@ class LayerWork:
         )
         prepacked = ops.prepack(packed, geometry, backend.name)
         self._fused = backend.bind_fused(geometry, epilogue, prepacked, torch.float32, True)
-        self._epilogue, self._prepacked = epilogue, prepacked
+        self._epilogue, self._packed = epilogue, packed
         dots = ops.bconv2d(self._bits, packed, geometry)
         if not torch.equal(dots, self.float_call().round().to(torch.int32)):
             raise ValueError(
@@ -145,7 +145,7 @@ class LayerWork:
             bits=bits,
             residual=residual,
             geometry=geometry,
-            prepacked=self._prepacked,
+            weight=self._packed,
             want_float=fused,
             want_bits=True,
             **self._epilogue.values(),
