@@ -23,6 +23,8 @@ def run(small_run: Path, tmp_path: Path) -> Path:
     shutil.copy(shipped, folder / "model.biper")
     card = models.card("digits/resnet20_1w1a")
     verified = {
+        "path": "model.biper",
+        "bytes": (folder / "model.biper").stat().st_size,
         "sha256": card.sha256,
         "verified": True,
         "verified_images": 16,
