@@ -166,8 +166,10 @@ class StageModule(lightning.LightningModule):
         if not torch.isfinite(mean):
             raise not_finite(self.network, None, mean, self.stage_number, self.position)
         self.log("train_loss", mean.float(), prog_bar=True, sync_dist=True)
-        right = self._right.double() / self._images
-        self.log("train_accuracy", right.float(), sync_dist=True)
+        # Counts of all processes are added, because a mean of their shares is rounded differently.
+        counts = torch.stack((self._right, torch.full_like(self._right, self._images)))
+        right, images = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        self.log("train_accuracy", (right.double() / images).float(), sync_dist=True)
         self.log("lr", self.settings.lr * self._rate(self.trainer.global_step - 1))
         self._loss_sum, self._right = torch.zeros_like(mean), torch.zeros_like(self._right)
         self._images = 0
