@@ -6,7 +6,9 @@ although the answer is different for a batch of 1.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +27,11 @@ _SYMBOLS = uninteresting_files()
 """Files of PyTorch that only forward a question."""
 
 _CONDITIONS = (torch.SymBool.__bool__.__code__, torch.SymBool.__int__.__code__)
+_TRACE = "_trace"
+"""The function of `capture` below which no frame is the model's."""
+
+_OPERATOR = "an argument of an operator, such as `groups` of a convolution"
+
 _FRAMES = 10
 """Python frames of PyTorch between a condition and its evaluation, and a few more."""
 
@@ -72,9 +79,23 @@ def _line_in_front() -> str:
     """Return the line of the model that caused a new guard, or "" for PyTorch's own guards."""
     frame = sys._getframe(2)
     while frame is not None and _passes_on(frame.f_code.co_filename):
+        if frame.f_code.co_name == _TRACE:
+            return _OPERATOR
         frame = frame.f_back  # type: ignore[assignment]
+    if frame is not None and frame.f_code.co_filename == contextlib.__file__:
+        return _calling_line(frame)  # a decorator of PyTorch, which asks about an argument
     name = frame.f_code.co_filename if frame is not None else "<"
     return "" if name.startswith("<") or is_of_torch(name) else f"{name}, line {frame.f_lineno}"
+
+
+def _calling_line(frame: FrameType | None) -> str:
+    """Return the line of the model that called an operator, as far as the stack has it."""
+    while frame is not None and frame.f_code.co_name != _TRACE:
+        name = frame.f_code.co_filename
+        if not (name == contextlib.__file__ or is_of_torch(name) or _passes_on(name)):
+            return f"{name}, line {frame.f_lineno}"
+        frame = frame.f_back
+    return _OPERATOR
 
 
 def _passes_on(filename: str) -> bool:

@@ -19,6 +19,7 @@ from biper_engine.conversion.gathers import index_written_maps
 from biper_engine.conversion.layers import as_layers
 from biper_engine.conversion.memory import fill_empty_memory, fix_layouts, is_read_as_memory
 from biper_engine.conversion.scale_moves import scale_after_moves
+from biper_engine.conversion.windows import products_with_windows
 from biper_engine.graph.editing import call, constant_node, repeat_call, substitute
 from biper_engine.graph.patterns import clamp_limits
 from biper_engine.graph.reading import arguments, constant, is_call, parent, same_shape, shape
@@ -68,6 +69,7 @@ def simplify(graph_module: fx.GraphModule) -> None:
         _reversed_differences,
         _broadcast_operands,
         scale_after_moves,
+        products_with_windows,
     ):
         rewrite(graph_module)
         graph_module.graph.eliminate_dead_code()
