@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from recording import RESULTS, ROOT, record
+from recording import RESULTS, ROOT, commit, record
 from torch import Tensor
 
 import biper_engine
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--package", type=Path, default=SHIPPED, help="folder of the networks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     given = parser.parse_args(arguments)
-    run = read_run(given.run)
+    run, made_at = read_run(given.run), commit()
     target = given.package / f"{given.name}.biper"
     try:
         file = checked(run, given.name)
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = json.dumps(card.to_dict(), indent=2) + "\n"
     write_atomically(target.with_suffix(".json"), lambda out: out.write(text.encode()))
     told = given.results / f"trained-{given.name.replace('/', '-')}-{given.machine}.json"
-    record(history(run, card, samples), told)
+    record({"commit": made_at, **history(run, card, samples)}, told)
     print(card)
     print(target, target.with_suffix(".json"), *written, told, sep="\n")
     if given.package == SHIPPED:
