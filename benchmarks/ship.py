@@ -6,9 +6,15 @@ RUN is the folder of a finished `biper train`, NAME what `models.load` calls it,
 "digits/resnet20_1w1a". Writes
 
     biper_engine/shipped/NAME.biper, NAME.json         the engine and its card
+    biper_engine/shipped/NAME.safetensors, NAME.png    the network's weights, and sample images
     benchmarks/results/trained-NAME-MACHINE.json       card, machine, commit, and every epoch
+    docs/networks.md                                   the tables of all cards
 
-The engine is first compared with the reference, operator by operator, and its proof replayed.
+The engine is first compared with the reference, operator by operator, and its proof replayed. The
+network that is built from the shipped weights must give the logits of the trained one, bit for bit,
+on all test images, and be the network that the engine was made of.
+
+Add the record to the table of benchmarks/results/README.md.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
+import runpy
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,19 +31,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import RESULTS, ROOT, record
+from PIL import Image
+from recording import RESULTS, ROOT, commit, record
+from torch import Tensor
 
 import biper_engine
 from biper_engine.bench.machine import machine_facts
 from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
 from biper_engine.files import write_atomically
+from biper_engine.models import Network, registry
+from biper_engine.models.signs_file import read_signs, write_signs
 from biper_engine.serialization import check_backend, replay
 from biper_engine.shipped import Latency, ModelCard
-from biper_engine.training import to_yaml
+from biper_engine.training import data, to_yaml
+from biper_engine.training.examples import Examples, as_image
 from biper_engine.training.report import Run, read_run
 
 SHIPPED = ROOT / "biper_engine" / "shipped"
+PAGE = ROOT / "docs" / "networks.md"
+# The tables of the cards in PAGE; `docs/tables.py` prints them.
+CARDS = re.compile(r"(?<=<!-- cards -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
 
 # What a card says about a data set that can be trained on by its name.
 DATA: dict[str, dict[str, str]] = {
@@ -76,22 +92,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--package", type=Path, default=SHIPPED, help="folder of the networks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     given = parser.parse_args(arguments)
-    run = read_run(given.run)
+    run, made_at = read_run(given.run), commit()
+    target = given.package / f"{given.name}.biper"
     try:
         file = checked(run, given.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        written = write_network(run, file, target)
     except ValueError as error:
         parser.error(str(error))
     samples = timed(file, given.threads, given.seconds)
     card = model_card(run, given.name, file, latency(samples, given.threads))
-    target = given.package / f"{given.name}.biper"
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, lambda out: out.write(file.read_bytes()))
     text = json.dumps(card.to_dict(), indent=2) + "\n"
     write_atomically(target.with_suffix(".json"), lambda out: out.write(text.encode()))
     told = given.results / f"trained-{given.name.replace('/', '-')}-{given.machine}.json"
-    record(history(run, card, samples), told)
+    record({"commit": made_at, **history(run, card, samples)}, told)
     print(card)
-    print(*(target, target.with_suffix(".json"), told), sep="\n")
+    print(target, target.with_suffix(".json"), *written, told, sep="\n")
+    if given.package == SHIPPED:
+        print(write_page())
     return 0
 
 
@@ -105,7 +124,7 @@ def checked(run: Run, name: str) -> Path:
             f"'{run.path}' has no verified model.biper ({run.state}). Finish it with biper train "
             "--resume."
         )
-    if run.config.dataset not in DATA:
+    if data_name(run) not in DATA:
         raise ValueError(f"Describe the data set '{run.config.dataset}' in DATA of this script.")
     if run.stages[1].result is None or run.stages[1].result.test_accuracy is None:
         raise ValueError(f"'{run.path}' was not measured on test images. Train without hold_out.")
@@ -114,6 +133,72 @@ def checked(run: Run, name: str) -> Path:
     if not (operators.ok and proof.ok):
         raise ValueError(f"'{run.file}' is not right on this machine: {operators} {proof}")
     return run.file
+
+
+def data_name(run: Run) -> str:
+    return run.config.dataset.replace("_", "-")
+
+
+def write_network(run: Run, file: Path, target: Path) -> list[Path]:
+    """Write weights and sample images beside the engine's file, and compare them with the run.
+
+    Raises:
+        ValueError: the network that is read gives other logits than the trained one, or is not
+            the one that the engine was made of.
+    """
+    trained, engine = run.stages[1].network, biper_engine.load(file)
+    assert trained is not None
+    found = data.load(run.config, registry.architecture(run.config.architecture).metadata)
+    assert isinstance(found.test, Examples)
+    assert trained.metadata is not None
+    images, labels = data.tensors(found.test, trained.metadata)
+    weights, strip = target.with_suffix(".safetensors"), target.with_suffix(".png")
+    write_signs(weights, trained)
+    rebuilt = read_signs(weights)
+    if not torch.equal(logits(rebuilt, images), logits(trained, images)):
+        raise ValueError(f"'{weights}' gives other logits than '{run.path}'.")
+    if not torch.equal(logits(engine, images).argmax(1), logits(rebuilt, images).argmax(1)):
+        raise ValueError(f"'{file}' gives other classes than '{run.path}'.")
+    if not made_of(engine, rebuilt, images[:2]):
+        raise ValueError(f"'{file}' was not made of '{weights}'.")
+    sample_strip(found.test, labels, found.num_classes).save(strip, optimize=True)
+    return [weights, strip]
+
+
+def logits(network: torch.nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([network(part) for part in images.split(256)])
+
+
+def made_of(engine: biper_engine.Engine, network: Network, example: Tensor) -> bool:
+    """Whether converting a network, verified, gives the numbers of an engine, all of them."""
+    ours = biper_engine.convert(network, example).state_dict()
+    theirs = engine.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+def sample_strip(test: Examples, labels: Tensor, classes: int) -> Image.Image:
+    """Return the first test image of each class, side by side."""
+    firsts = [int((labels == label).nonzero()[0]) for label in range(classes)]
+    found = [test.read(index)[0] for index in firsts]
+    images = [as_image(one) if isinstance(one, Tensor) else one for one in found]
+    width, height = images[0].size
+    if any(one.size != (width, height) for one in images):
+        raise ValueError("The test images differ in size, so that none can be put in a strip.")
+    strip = Image.new(images[0].mode, (width * classes, height))
+    for label, one in enumerate(images):
+        strip.paste(one, (label * width, 0))
+    return strip
+
+
+def write_page() -> Path:
+    """Put the tables of the cards into the page of the networks."""
+    tables = runpy.run_path(str(ROOT / "docs" / "tables.py"))["cards"]()
+    page = CARDS.sub(lambda _: tables, PAGE.read_text("utf-8"))
+    write_atomically(PAGE, lambda out: out.write(page.encode()))
+    return PAGE
 
 
 def timed(file: Path, threads: int, seconds: float) -> Samples:
@@ -147,7 +232,7 @@ def model_card(run: Run, name: str, file: Path, time: Latency) -> ModelCard:
     return ModelCard(
         name=name,
         architecture=run.config.architecture,
-        **DATA[run.config.dataset],
+        **DATA[data_name(run)],
         accuracy=run.verified["accuracy"],
         test_images=predictions.images,
         classes=tuple(metadata.class_names or ()),

@@ -21,6 +21,7 @@ from biper_engine.graph.choice import backends_of
 from biper_engine.graph.memory import align_weights, create_on, isolate_outputs
 from biper_engine.graph.portable import from_portable, release_source, to_portable
 from biper_engine.ops.cpu_threads import thread_count
+from biper_engine.ops.devices import require_device
 from biper_engine.ops.readable import has_plain_dispatch, is_wrapped, readable, refuse_tangents
 from biper_engine.runtime import (
     Plan,
@@ -341,6 +342,23 @@ class Engine(nn.Module):
         self._dtypes = tuple(dict.fromkeys(tensor.dtype for tensor in tensors))
         self._plan.drop()
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the engine as `nn.Module.to` does; its dtypes stay.
+
+        Raises:
+            BackendUnavailableError: PyTorch or this machine does not have the device.
+        """
+        device = kwargs.get("device", args[0] if args else None)
+        if isinstance(device, str | int | torch.device):
+            require_device(device)
+        return super().to(*args, **kwargs)
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """Move the engine to a GPU as `nn.Module.cuda` does; raises as `to`."""
+        return self.to(
+            torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for dtype in self._dtypes:
             changed = fn(torch.empty(0, dtype=dtype, device=self._device)).dtype
@@ -385,10 +403,12 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         FileFormatError: the file is truncated, edited, foreign or of an unknown version; the
             message says what was found, what was expected and what to do.
         OSError: there is no such file, or it cannot be read.
+        BackendUnavailableError: PyTorch or this machine does not have the device.
     """
+    place = require_device(device)
     with torch.inference_mode(False):
         engine = Engine(serialization.read(path))
-        return engine if torch.device(device).type == "cpu" else engine.to(device)
+        return engine if place.type == "cpu" else engine.to(place)
 
 
 def _after_load(engine: Engine, _incompatible_keys: Any) -> None:

@@ -109,7 +109,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     kernels = {f"biper_engine/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
     folder = ROOT / "biper_engine"
     recipes, pages = folder.rglob("*.yaml"), folder.rglob("*.html")
-    shipped = [p for p in (folder / "shipped").rglob("*") if p.suffix in (".biper", ".json")]
+    ends = (".biper", ".json", ".png", ".safetensors")
+    shipped = [p for p in (folder / "shipped").rglob("*") if p.suffix in ends]
     kinds = [list(recipes), list(pages), shipped]
     assert all(kinds)
     data = {str(p.relative_to(ROOT)) for kind in kinds for p in kind} | {"biper_engine/py.typed"}

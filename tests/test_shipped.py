@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "biper_engine" / "shipped"
 
 
-def test_each_file_has_a_card_and_a_record() -> None:
+def test_each_file_has_a_card_weights_images_and_a_record() -> None:
     files = {path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.biper")}
-    cards = {path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.json")}
-    assert files == cards
+    for others in ("json", "safetensors", "png"):
+        found = {path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob(f"*.{others}")}
+        assert found == files
     assert set(models.shipped()) == {path.as_posix() for path in files}
     listed = (ROOT / "benchmarks" / "results" / "README.md").read_text("utf-8")
     for name in models.shipped():

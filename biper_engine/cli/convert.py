@@ -49,7 +49,8 @@ def convert(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="Checkpoint (ours or the official code's), module:callable, or file.py:callable.",
+            help="Checkpoint (ours or the official code's), module:callable, file.py:callable, "
+            "or a trained network's name.",
         ),
     ],
     output: Annotated[
@@ -138,6 +139,7 @@ def convert(
 def _default_output(source: ModelSource) -> Path:
     if source.reference is None:
         path = Path(source.text)
+        path = path if path.exists() else Path(path.name)  # the name of a trained network
         return path.with_name(path.name.split(".")[0] + ".biper")
     return Path(source.reference[1] + ".biper")
 

@@ -19,6 +19,7 @@ _TIMED = {
     "float, torch.compile": "float net, torch.compile",
     "engine": "engine",
 }
+_RIGHT, _WRONG = "#15803d", "#b91c1c"
 _COLORS = {"float net": FLOAT, "float net, torch.compile": COMPILED, "engine": ENGINE}
 
 
@@ -31,12 +32,7 @@ def write_plot(result: DemoResult, path: Path) -> None:
     figure = new_figure(10, 4.2)
     accuracy, size, time = figure.subplots(1, 3, width_ratios=(1, 1, 1.35))
     count = result.test_images
-    _bars(
-        accuracy,
-        [""],
-        {"float net": [100 * result.float_accuracy], "engine": [100 * result.engine_accuracy]},
-        lambda value: f"{value:.1f} %",
-    )
+    _accuracy(accuracy, result)
     title(accuracy, "Accuracy", f"top-1 equal on {result.top1_equal} of {count} test digits")
     _bars(
         size,
@@ -76,6 +72,26 @@ def write_plot(result: DemoResult, path: Path) -> None:
         fontweight="bold",
     )
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
+
+
+def _accuracy(axes: Any, result: DemoResult) -> None:
+    """Draw right and wrong images: one bar for both networks if they answer alike, else two."""
+    shares = {"float net": result.float_accuracy, "engine": result.engine_accuracy}
+    if result.top1_equal == result.test_images:
+        shares = {"float net and engine, alike": result.engine_accuracy}
+    for place, (name, share) in enumerate(shares.items()):
+        right = round(share * result.test_images)
+        wrong = result.test_images - right
+        axes.barh(place, share, 0.5, color=_RIGHT)
+        axes.barh(place, 1 - share, 0.5, left=share, color=_WRONG)
+        text = f"{share:.1%}: {right} right"
+        axes.text(0.03, place, text, color="white", va="center", fontsize=9)
+        axes.text(1.0, place - 0.3, f"{wrong} wrong", color=INK, ha="right", va="top", fontsize=8)
+        axes.text(0.0, place + 0.3, name, color=INK, va="bottom", fontsize=8)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-0.9, len(shares) - 0.1)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _bars(

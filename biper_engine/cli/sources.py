@@ -1,5 +1,7 @@
 """Load the model that a command names: a checkpoint file, `module:callable`, or a known name.
 
+A name is that of a trained network that comes with the package, or of one with random weights.
+
 The module may also be a file, as in `mynet.py:build`.
 """
 
@@ -81,7 +83,7 @@ class ModelSource:
     """A model named on the command line.
 
     Attributes:
-        text: path of a checkpoint, or `module:callable`.
+        text: path of a checkpoint, `module:callable`, or name of a trained network.
         weights: file with a state dict for the network of a callable.
         arch, frequency, stage: as in `biper_engine.load_checkpoint`.
     """
@@ -145,6 +147,11 @@ def _from_checkpoint(source: ModelSource) -> nn.Module:
     from biper_engine import load_checkpoint
 
     path = Path(source.text)
+    if not path.exists() and source == ModelSource(text=source.text):
+        from biper_engine import models
+
+        if source.text in models.shipped():
+            return models.pretrained(source.text)
     if source.weights is not None:
         raise typer.BadParameter(
             f"--weights is for module:callable, such as mynet:build or mynet.py:build; "

@@ -6,7 +6,9 @@ The rules of the comparison are in `verify`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, fx
 from biper_engine import bits as contract
 from biper_engine import ops
 from biper_engine.conversion.activation_products import ActivationProduct
+from biper_engine.conversion.cancellation import Cancellation
 from biper_engine.conversion.ir import BinaryConv
 from biper_engine.conversion.pipeline import Built
 from biper_engine.conversion.product_check import expected_sums
@@ -58,6 +61,15 @@ def _row(segments: dict[str, SegmentReport], n: fx.Node) -> SegmentReport:
     return segments.setdefault(name, SegmentReport(name))
 
 
+def _sources(n: fx.Node) -> set[str]:
+    """Return the names of the model's values that a node gets, also by nodes that move them."""
+    found: set[str] = set()
+    for node in n.all_input_nodes:
+        source = node.meta.get("source")
+        found |= _sources(node) if source is None else {str(source)}
+    return found
+
+
 class Segments(fx.Interpreter):
     """Runs the lowered graph on true values and compares each node.
 
@@ -76,6 +88,7 @@ class Segments(fx.Interpreter):
         self.layer_inputs: dict[str, Tensor] = {}
         self._truth = truth
         self._segments = segments
+        self._cancellation = Cancellation(built.float_graph, truth.values)
         self._exact: dict[fx.Node, Tensor] = {}  # float32 values of nodes in half precision
         self._affected: dict[fx.Node, Tensor] = {}
 
@@ -97,7 +110,8 @@ class Segments(fx.Interpreter):
             return value
         wanted = self._truth.values[source].reshape(value.shape)
         if "getitem" not in str(n.target):
-            self._compare_floats(_row(self._segments, n), value, wanted, affected)
+            bound = partial(self._bound_of_sums, n, value)
+            self._compare_floats(_row(self._segments, n), value, wanted, affected, bound)
         return self._rounded(n, wanted, value.dtype)
 
     # -- values -----------------------------------------------------------------------------------
@@ -155,9 +169,28 @@ class Segments(fx.Interpreter):
             segment.bits_wrong += int((unequal & ~close).sum())
         return wanted
 
+    def _bound_of_sums(self, n: fx.Node, value: Tensor) -> Tensor | None:
+        """Return how much the rounding of its terms may change each element of a float map."""
+        bound = self._cancellation.bound(n.meta["source"], _sources(n), value.dtype)
+        return None if bound is None else bound.reshape(value.shape)
+
     def _compare_floats(
-        self, segment: SegmentReport, got: Tensor, wanted: Tensor, affected: Tensor | None
+        self,
+        segment: SegmentReport,
+        got: Tensor,
+        wanted: Tensor,
+        affected: Tensor | None,
+        bound: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
+        """Record how a float map differs.
+
+        Args:
+            segment: its row.
+            got: the engine's map.
+            wanted: the model's.
+            affected: elements that exact zeros reach, which are left out; or None.
+            bound: gives how much rounding may change each element, where that is known.
+        """
         segment.float_limit = FLOAT_TOLERANCE.get(got.dtype, FLOAT_TOLERANCE[torch.float32])
         dtype = wanted.dtype if wanted.is_floating_point() else torch.float64
         a, b = got.to(dtype), wanted.to(dtype)
@@ -169,6 +202,12 @@ class Segments(fx.Interpreter):
             same = (a == b) | (a.isnan() & b.isnan())
             largest = _largest(torch.where(b.isfinite(), b, 0.0))
             worst = _largest(error.masked_fill(same, 0.0).nan_to_num(nan=math.inf))
+        elif worst > segment.float_limit * largest:  # perhaps the terms are larger than their sum
+            allowed = bound()
+            if allowed is not None:
+                near = error <= allowed.to(error.device)
+                segment.cancelled += int((near & (error > segment.float_limit * largest)).sum())
+                worst = _largest(error.masked_fill(near, 0.0))
         segment.float_error = max(segment.float_error, worst / largest if largest else worst)
 
     def _conv(self, n: fx.Node) -> Any:
@@ -201,7 +240,9 @@ class Segments(fx.Interpreter):
             None if op == "bconv2d_bits" else result[0] if op == "bconv2d_float_bits" else result
         )
         if floats is not None:
-            self._compare_floats(segment, floats, truth, affected)
+            terms = replace(epilogue, threshold=None, sense=None)
+            rounding = partial(_bound, conv, terms, residual, options.get("gate"))
+            self._compare_floats(segment, floats, truth, affected, rounding)
             floats = self._rounded(n, truth, floats.dtype)
         if op == "bconv2d_float":
             return floats

@@ -16,9 +16,10 @@ The proof has three parts, and `VerifyReport.ok` needs the first two.
 
    to which a float16 or bfloat16 residual adds 2^-10 or 2^-7 of its magnitude, a gate as much of
    what it multiplies, and each such bit is counted. A float map must agree within the rounding of
-   its dtype. If the argument of the model's sign is exactly 0, which a bit cannot represent, the
-   engine uses +1: such inputs are counted, and the outputs they reach are counted and left out of
-   the comparison of bits and floats.
+   its dtype: that of its largest value or, where the terms of a sum cancel, that of the terms; the
+   latter values are counted. If the argument of the model's sign is exactly 0, which a bit cannot
+   represent, the engine uses +1: such inputs are counted, and the outputs they reach are counted
+   and left out of the comparison of bits and floats.
 3. End to end, from the input on: bits that differ in each binary layer, error of the outputs, top-1
    agreement. These are reported, not judged: one bit that rounding flips changes the outputs.
 """

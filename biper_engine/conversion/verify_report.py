@@ -81,6 +81,8 @@ class SegmentReport:
         zero_outputs: outputs that such inputs reach; their bits and floats are not compared.
         float_error: largest error of the float map, over its largest magnitude.
         float_limit: largest allowed `float_error`.
+        cancelled: floats that are left out of `float_error`, since they differ only by the rounding
+            of terms that are far larger than their sum.
         input_bits: number of input bits of a binary layer.
         input_bits_differ: number of those that differ when the engine runs from the input on.
     """
@@ -96,6 +98,7 @@ class SegmentReport:
     zero_outputs: int = 0
     float_error: float = 0.0
     float_limit: float = FLOAT_TOLERANCE[torch.float32]
+    cancelled: int = 0
     input_bits: int = 0
     input_bits_differ: int = 0
 
@@ -192,6 +195,15 @@ class VerifyReport:
                 f"layers, where a bit means +1. {_share(outputs, accumulators):.2%} of the outputs "
                 "depend on them: their sums are compared with +1 there, their floats are not, and "
                 "the network's outputs differ. An untrained network, or padding before the sign?"
+            )
+        cancelled = [s for s in self.segments if s.cancelled]
+        if cancelled:
+            count = sum(s.cancelled for s in cancelled)
+            notes.append(
+                f"note: {count:,} float values differ by the rounding of the terms that they are "
+                f"the sums of, which is more than {FLOAT_TOLERANCE[torch.float32]:g} of the values "
+                f"(in {_listed([s.name for s in cancelled])}). Their terms cancel, so that the "
+                "model's own digits there are noise."
             )
         undecided = [s for s in self.segments if s.undecided]
         share = _share(sum(s.undecided for s in undecided), self.input_bits)

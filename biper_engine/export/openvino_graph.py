@@ -10,7 +10,6 @@ import builtins
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,78 +19,19 @@ from torch._ops import OpOverload
 
 from biper_engine.bits import unpack_weight
 from biper_engine.errors import ExportError
+from biper_engine.export.openvino_bits import Bits, channel_values, signed_pool
 from biper_engine.geometry import Conv2dGeometry
 from biper_engine.graph.operators import name_of
 from biper_engine.graph.reading import interpret, output_values
 from biper_engine.ops.epilogue import SUMS, Epilogue
+from biper_engine.ops.reference import sums_of
 from biper_engine.ops.registration import split_options
 
-__all__ = ["Bits", "Translated", "binary_model", "strict_threshold", "translate"]
+__all__ = ["Translated", "binary_model", "translate"]
 
-_LARGEST, _SMALLEST_NORMAL = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_LARGEST = torch.finfo(torch.float32).max
 _BYTE = 8
 _RENAMED = {"self": "x", "input": "x", "min_val": "min", "max_val": "max"}
-
-
-def strict_threshold(threshold: Tensor, sense: Tensor) -> Tensor:
-    """Return t such that `v > t` is the engine's bit, inverted if `sense`.
-
-    FakeQuantize compares strictly. The bit is `v >= threshold`, which is `v > t` for the float32
-    just below. If `sense`, it is `v <= threshold`, whose inverse is strict already. Next to 0, t is
-    the smallest normal number, because processors may be set to treat smaller ones as 0.
-
-    Args:
-        threshold: float32 [C]; NaN, which no value reaches, becomes one end of the range.
-        sense: bool [C].
-
-    Returns:
-        Finite float32 [C].
-    """
-    below = torch.nextafter(threshold, torch.tensor(-torch.inf))
-    strict = torch.where(sense, threshold, below)
-    subnormal = (strict < 0) & (strict > -_SMALLEST_NORMAL)
-    strict = torch.where(subnormal, -_SMALLEST_NORMAL, strict)
-    never = torch.where(sense, -_LARGEST, _LARGEST)
-    return torch.where(threshold.isnan(), never, strict).clamp(-_LARGEST, _LARGEST)
-
-
-@dataclass(frozen=True)
-class Bits:
-    """A packed map: a float map and the rule that turns it into bits.
-
-    Attributes:
-        opset: OpenVINO's first set of operations.
-        source: the node of the float map.
-        threshold, sense: [C], as in the engine.
-    """
-
-    opset: Any
-    source: Any
-    threshold: Tensor
-    sense: Tensor
-
-    @cached_property
-    def node(self) -> Any:
-        """FakeQuantize to 0 and 1; the bit is inverted in channels with `sense`."""
-        limit = _channels(strict_threshold(self.threshold, self.sense))
-        zero, one = (np.full((1, 1, 1, 1), value, np.float32) for value in (0, 1))
-        return self.opset.fake_quantize(self.source, limit, limit, zero, one, 2)
-
-    @cached_property
-    def floats(self) -> Any:
-        """The map of -1 and 1, for convolutions in float.
-
-        OpenVINO's plugin turns a FakeQuantize of two levels into bits, whatever reads it.
-        """
-        limit = _channels(strict_threshold(self.threshold, self.sense))
-        above = _channels(torch.where(self.sense, -1.0, 1.0))
-        return self.opset.select(self.opset.greater(self.source, limit), above, -above)
-
-    def pooled(self, pool: Callable[[Any], Any], take_and: Tensor | None) -> Bits:
-        """Return the bits of the pooled map: a step is monotonic, so the pool may come first."""
-        lowest = self.sense if take_and is None else self.sense != take_and
-        pooled = _signed_pool(self.opset, self.source, pool, lowest)
-        return Bits(self.opset, pooled, self.threshold, self.sense)
 
 
 @dataclass(frozen=True)
@@ -171,24 +111,18 @@ def _obstacle(geometry: Conv2dGeometry) -> str | None:
     return None
 
 
+def _window(geometry: Conv2dGeometry) -> tuple[list[int], ...]:
+    """Return strides, padding in front, padding behind and dilations."""
+    top, bottom, left, right = geometry.padding
+    return list(geometry.stride), [top, left], [bottom, right], list(geometry.dilation)
+
+
 def _rank(x: Any) -> int:
     return int(x.get_output_partial_shape(0).rank.get_length())
 
 
 def _size(x: Any, dimension: int) -> int:
     return int(x.get_output_partial_shape(0)[dimension].get_length())
-
-
-def _channels(values: Tensor) -> Any:
-    return np.array(values.detach().float().numpy()).reshape(1, -1, 1, 1)
-
-
-def _signed_pool(opset: Any, source: Any, pool: Callable[[Any], Any], lowest: Tensor) -> Any:
-    """Pool a map: channels with `lowest` by the minimum, the others by the maximum."""
-    if not bool(lowest.any()):
-        return pool(source)
-    sign = _channels(torch.where(lowest, -1.0, 1.0))
-    return opset.multiply(pool(opset.multiply(source, sign)), sign)
 
 
 class _Translation:
@@ -213,6 +147,8 @@ class _Translation:
             aten.mul.Tensor: self._binary(opset.multiply),
             aten.div.Tensor: self._binary(opset.divide),
             aten.maximum.default: self._binary(opset.maximum),
+            aten.neg.default: lambda x: opset.negative(x),
+            aten.slice.Tensor: self._slice,
             aten.cat.default: lambda tensors, dim=0: opset.concat(
                 [self._operand(x) for x in tensors], dim
             ),
@@ -220,6 +156,7 @@ class _Translation:
             aten.hardtanh.default: self._clamp,
             aten.clamp.default: self._clamp,
             aten.relu.default: lambda x: opset.relu(x),
+            aten._prelu_kernel.default: lambda x, weight: opset.prelu(x, self._operand(weight)),
             aten.constant_pad_nd.default: self._pad,
             aten.reshape.default: self._reshape,
             biper.binarize.default: self._binarize,
@@ -275,7 +212,7 @@ class _Translation:
         else:
             grouped = weight.reshape(groups, -1, *weight.shape[1:])
             y = self._opset.group_convolution(x, self._constant(grouped), *options)
-        return y if bias is None else self._opset.add(y, _channels(bias))
+        return y if bias is None else self._opset.add(y, channel_values(bias))
 
     def _linear(self, x: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
         y = self._opset.matmul(x, self._constant(weight), False, True)
@@ -359,6 +296,18 @@ class _Translation:
         filler = self._constant(torch.tensor(float(value)))
         return self._opset.pad(x, begin, end, "constant", filler)
 
+    def _slice(
+        self, x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    ) -> Any:
+        rank = _rank(x)
+        dim %= rank
+        begins, ends, steps = [0] * rank, [0] * rank, [1] * rank
+        begins[dim], ends[dim], steps[dim] = start or 0, 0 if end is None else end, step
+        sizes = [self._integers(values) for values in (begins, ends, steps)]
+        whole = [int(i != dim) for i in range(rank)]
+        to_the_end = [int(i != dim or end is None) for i in range(rank)]
+        return self._opset.strided_slice(x, *sizes, whole, to_the_end)
+
     def _reshape(self, x: Any, shape: Sequence[int]) -> Any:
         return self._opset.reshape(x, self._integers(shape), False)
 
@@ -401,28 +350,47 @@ class _Translation:
         **options: Any,
     ) -> Any:
         geometry, epilogue, residual, _ = split_options(weight, multiplier, bias, options)
-        if epilogue.steps().intersection(SUMS):
-            raise ExportError("OpenVINO's binary convolution has no sums of windows")
         dot = self._sums_of_products(bits, weight, geometry)
-        return self._epilogue(dot, epilogue, residual, options.get("gate"))
+        sums = self._sums(bits, weight, geometry, epilogue)
+        return self._epilogue(dot, sums, epilogue, residual, options.get("gate"))
+
+    def _sums(
+        self, bits: Bits, weight: Tensor, geometry: Conv2dGeometry, epilogue: Epilogue
+    ) -> list[tuple[Any, Tensor]]:
+        """Return the sums of window and weights that an epilogue has, each with its factor."""
+        factors = {name: getattr(epilogue, name) for name in SUMS}
+        factors = {name: factor for name, factor in factors.items() if factor is not None}
+        if not factors:
+            return []
+        signs = unpack_weight(weight, geometry.group_channels).float() * 2 - 1
+        size = [_size(bits.source, dimension) for dimension in (2, 3)]
+        known = sums_of(torch.ones(1, geometry.in_channels, *size), signs, geometry)
+        sums = {name: self._constant(value) for name, value in known.items()}
+        if "window" in factors:  # that of the input, which is known in a call only
+            ones = torch.ones_like(signs[:1] if geometry.groups == 1 else signs)
+            sums["window"] = self._float_convolution(bits, ones, geometry)
+        return [(sums[name], factor) for name, factor in factors.items()]
 
     def _sums_of_products(self, bits: Bits, weight: Tensor, geometry: Conv2dGeometry) -> Any:
         """Return the accumulators, from bits or, where OpenVINO cannot, from floats of -1 and 1."""
-        top, bottom, left, right = geometry.padding
-        window = (list(geometry.stride), [top, left], [bottom, right], list(geometry.dilation))
         obstacle = _obstacle(geometry)
         if obstacle is None:
             return self._opset.binary_convolution(
-                *(bits.node, self._weights(weight, geometry, bits.sense), *window),
+                *(bits.node, self._weights(weight, geometry, bits.sense), *_window(geometry)),
                 *("xnor-popcount", 0.0),  # padding adds 0, neither 1 nor -1
             )
         if self._bits_only:
             raise ExportError(obstacle)
         self.float_layers.append(f"{self._layer}: {obstacle}")
         signs = unpack_weight(weight, geometry.group_channels).float() * 2 - 1
+        return self._float_convolution(bits, signs, geometry)
+
+    def _float_convolution(self, bits: Bits, weight: Tensor, geometry: Conv2dGeometry) -> Any:
+        """Convolve -1 and 1 in float; the sums are exact."""
+        window = _window(geometry)
         if geometry.groups == 1:
-            return self._opset.convolution(bits.floats, self._constant(signs), *window)
-        grouped = signs.reshape(geometry.groups, -1, *signs.shape[1:])
+            return self._opset.convolution(bits.floats, self._constant(weight), *window)
+        grouped = weight.reshape(geometry.groups, -1, *weight.shape[1:])
         return self._opset.group_convolution(bits.floats, self._constant(grouped), *window)
 
     def _weights(self, weight: Tensor, geometry: Conv2dGeometry, inverted: Tensor) -> Any:
@@ -434,28 +402,37 @@ class _Translation:
         # The array is freed when this returns: a constant that shares its memory would be garbage.
         return self._ov.op.Constant(tensor, shared_memory=False)
 
-    def _epilogue(self, dot: Any, epilogue: Epilogue, residual: Any, gate: Any) -> Any:
-        """Return v of `biper_engine.ops.epilogue`; the multiply-add is rounded twice."""
+    def _epilogue(
+        self,
+        dot: Any,
+        sums: Sequence[tuple[Any, Tensor]],
+        epilogue: Epilogue,
+        residual: Any,
+        gate: Any,
+    ) -> Any:
+        """Return v of `biper_engine.ops.epilogue`; multiply-adds are rounded twice."""
         v = self._affine(dot, epilogue.multiplier, epilogue.bias)
+        for total, factor in sums:
+            v = self._opset.add(v, self._opset.multiply(total, channel_values(factor)))
         if not epilogue.pool.is_identity:
             v = self._pooled(v, epilogue)
         if gate is not None:
             v = self._opset.multiply(v, self._gate(gate))
             if epilogue.offset is not None:
-                v = self._opset.add(v, _channels(epilogue.offset))
+                v = self._opset.add(v, channel_values(epilogue.offset))
         if residual is not None:
             v = self._opset.add(v, residual)
         if epilogue.clamp_min is not None or epilogue.clamp_max is not None:
             v = self._clamp(v, epilogue.clamp_min, epilogue.clamp_max)
         if epilogue.gain is not None:
             negative = self._opset.minimum(v, self._constant(torch.zeros(1, 1, 1, 1)))
-            positive = self._opset.multiply(self._opset.relu(v), _channels(epilogue.gain))
+            positive = self._opset.multiply(self._opset.relu(v), channel_values(epilogue.gain))
             slope = torch.ones_like(epilogue.gain) if epilogue.slope is None else epilogue.slope
-            v = self._opset.add(positive, self._opset.multiply(negative, _channels(slope)))
+            v = self._opset.add(positive, self._opset.multiply(negative, channel_values(slope)))
         elif epilogue.slope is not None:
             v = self._opset.prelu(v, self._constant(epilogue.slope))
         if epilogue.shift is not None:
-            v = self._opset.add(v, _channels(epilogue.shift))
+            v = self._opset.add(v, channel_values(epilogue.shift))
         return v
 
     def _gate(self, gate: Any) -> Any:
@@ -473,7 +450,7 @@ class _Translation:
         if epilogue.pool_min is not None:
             lowest = lowest ^ epilogue.pool_min
         pool = epilogue.pool
-        return _signed_pool(
+        return signed_pool(
             self._opset,
             v,
             lambda x: self._max_pool(x, pool.kernel_size, pool.stride, pool.padding),

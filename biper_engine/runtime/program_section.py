@@ -1,8 +1,8 @@
 """A network's native program as JSON values and tensors, from which it can be made without Python.
 
-    {"version": 1, "steps": [...], "inputs": [...], "outputs": [...]}
+    {"version": 2, "steps": [...], "inputs": [...], "outputs": [...]}
 
-or, for a network that is not one program, `{"version": 1, "reason": text}`. The steps are what was
+or, for a network that is not one program, `{"version": 2, "reason": text}`. The steps are what was
 added to the program, in order:
 
     {"map": [height, width, channels, packed]}          a new map
@@ -41,7 +41,7 @@ from biper_engine.runtime.native import native_plan
 
 __all__ = ["program_section"]
 
-_VERSION = 1
+_VERSION = 2
 
 
 def program_section(

@@ -1,9 +1,9 @@
 """`.biper` files: one converted network in one safetensors file, with a proof of what it computes.
 
 The header entry `biper` has `format`, `graph`, `signature`, `report`, `metadata`, `provenance`,
-`options`, `proof`, `sha256`, and `program` for loaders without Python. Nothing is pickled; every
-name, shape and value is checked when a file is read. The format is 0, and may change, until release
-1.0.
+`options`, `proof`, `sha256`, and for loaders without Python `program` and `program_seal`. Nothing
+is pickled; every name, shape and value is checked when a file is read. The format is 0, and may
+change, until release 1.0.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from biper_engine.serialization.native_program import (
     MakeProgram,
     add_program,
     check_program,
-    drop_program,
+    check_seal,
     plain_tensors,
+    take_program,
 )
 from biper_engine.serialization.proof import (
     example_inputs,
@@ -110,8 +111,9 @@ def _network(header: dict[str, object], tensors: dict[str, torch.Tensor]) -> Con
     known = header_values(header)
     signature = known["signature"]
     proof = read_proof(header.get("proof"), tensors)
-    drop_program(header, tensors)
+    program = take_program(header, tensors)
     module = decode(header.get("graph"), tensors, signature.inputs)
+    check_seal(header, {**tensors, **program})
     outputs = len(output_values(module.graph))
     if outputs != signature.out_spec.num_leaves or outputs != len(proof.outputs):
         raise FileFormatError(

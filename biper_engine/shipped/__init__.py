@@ -1,7 +1,11 @@
 """Trained networks that come with the package: an engine's file and a card for each.
 
-Each name has two files in this folder: `NAME.biper`, and `NAME.json`, the fields of `ModelCard`.
-`benchmarks/ship.py` writes both from a training run.
+Each name has four files in this folder, which `benchmarks/ship.py` writes from a training run:
+
+    NAME.biper         the engine
+    NAME.json          the fields of `ModelCard`
+    NAME.safetensors   the weights of the PyTorch network, for `models.pretrained`
+    NAME.png           the first test image of each class, side by side, for `models.samples`
 """
 
 from __future__ import annotations
@@ -156,9 +160,9 @@ def load_shipped(name: str, *, device: str | torch.device = "cpu") -> Engine:
 
 
 @contextmanager
-def shipped_file(name: str) -> Iterator[Path]:
-    """Give the path of a trained network's file; raises as `load_shipped`."""
-    with as_file(_file(_known(name), ".biper")) as path:
+def shipped_file(name: str, suffix: str = ".biper") -> Iterator[Path]:
+    """Give the path of a trained network's file, by its end; raises as `load_shipped`."""
+    with as_file(_file(_known(name), suffix)) as path:
         yield path
 
 

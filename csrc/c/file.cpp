@@ -99,7 +99,7 @@ Json parse(const std::string& name, std::string_view text) {
   }
 }
 
-Json our_header(const std::string& name, const Json& outer) {
+void take_header(const std::string& name, const Json& outer, File& file) {
   const Json* metadata = outer.find("__metadata__");
   const Json* text = metadata != nullptr ? metadata->find("biper") : nullptr;
   if (text == nullptr || !text->is(Json::Kind::kString)) {
@@ -107,11 +107,11 @@ Json our_header(const std::string& name, const Json& outer) {
                 " is not a .biper file: this is a safetensors file without the header `biper`, "
                 "probably plain weights; convert the model that they belong to.");
   }
-  Json header = parse(name, text->text);
-  if (!header.is(Json::Kind::kObject)) {
+  file.header_text = text->text;
+  file.header = parse(name, file.header_text);
+  if (!file.header.is(Json::Kind::kObject)) {
     refuse_file(name + " is damaged: its header `biper` is not a JSON object.");
   }
-  return header;
 }
 
 void require_format(const std::string& name, const Json& header) {
@@ -153,7 +153,8 @@ Entry entry_of(const std::string& name, const std::string& key, const Json& valu
     refuse_file(name + " cannot be read: tensor " + shown(key) + " has the unknown dtype " +
                 shown(type->text) + ".");
   }
-  Entry entry{key, {type->text, {}, 1, nullptr}, 0, 0};
+  Entry entry{key, {}, 0, 0};
+  entry.tensor.type = type->text;
   bool fits = sizes->items.size() <= kMostRank;
   for (const Json& size : sizes->items) {
     fits = fits && size.is(Json::Kind::kInteger) && size.integer >= 0 && size.integer <= kMostSize;
@@ -181,6 +182,7 @@ Entry entry_of(const std::string& name, const std::string& key, const Json& valu
   if (overflow || bytes != entry.end - entry.start) {
     refuse_tensor(name, key, "has not the bytes of its shape");
   }
+  entry.tensor.bytes = static_cast<size_t>(bytes);
   return entry;
 }
 
@@ -309,7 +311,7 @@ File open_file(const std::string& name, Bytes owned) {
   const std::string_view bytes = file.bytes->view();
   const size_t end = header_end(name, bytes);
   const Json outer = parse(name, bytes.substr(kLengthBytes, end - kLengthBytes));
-  file.header = our_header(name, outer);
+  take_header(name, outer, file);
   require_format(name, file.header);
   file.tensors = table_of(name, outer, bytes, end);
   require_sum(name, file.header, bytes, end);

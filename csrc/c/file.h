@@ -32,10 +32,12 @@ struct FileTensor {
   std::vector<int64_t> sizes;
   int64_t values = 1;
   const char* data = nullptr;  // in the file's bytes; not always aligned
+  size_t bytes = 0;
 };
 
 struct File {
   Json header;
+  std::string header_text;
   std::map<std::string, FileTensor> tensors;
   std::shared_ptr<const Bytes> bytes;  // that the tensors lie in
 };

@@ -83,6 +83,7 @@ class Parser {
     if (depth > kMostDepth) refuse("it is nested too deep");
     skip_spaces();
     Json value;
+    value.first = at_;
     const char c = peek();
     if (c == '{') {
       parse_object(depth, value);
@@ -99,6 +100,7 @@ class Parser {
     } else if (!take("null")) {
       refuse("there is no value at byte " + std::to_string(at_));
     }
+    value.last = at_;
     return value;
   }
 

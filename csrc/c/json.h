@@ -1,6 +1,7 @@
 // JSON texts, and nothing that JSON does not define: no NaN, no key twice, valid UTF-8.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -19,6 +20,7 @@ class Json {
   std::string text;               // of a string
   std::vector<std::string> keys;  // of an object, one for each of its items
   std::vector<Json> items;        // of an array or an object
+  size_t first = 0, last = 0;     // where it begins and ends in the text that was parsed
 
   bool is(Kind wanted) const { return kind == wanted; }
 

@@ -3,9 +3,11 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 
 #include "errors.h"
+#include "sha256.h"
 #include "steps.h"
 #include "strides.h"
 
@@ -14,7 +16,9 @@ namespace {
 
 using Kind = Json::Kind;
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
+constexpr int64_t kUnsealedVersion = 1;  // says nothing about the graph that it belongs to
+constexpr std::string_view kUnsealed = "proof/";
 constexpr size_t kMostEntries = size_t{1} << 20;  // of a list of steps
 constexpr size_t kMostTensors = 1024;             // inputs or outputs
 
@@ -295,6 +299,13 @@ const Json& section_of(const std::string& name, const Json& header) {
   if (version == nullptr || !version->is(Kind::kInteger)) {
     refuse_file(name + " is damaged: its native program has no version; save it again.");
   }
+  if (version->integer == kUnsealedVersion) {
+    throw Error(BIPER_ERROR_NO_PROGRAM,
+                name +
+                    " was saved by an older version of biper_engine, whose native programs are not "
+                    "tied to their graph: save it again with this one, "
+                    "`biper_engine.load(path).save(path)`.");
+  }
   if (version->integer != kVersion) {
     throw Error(BIPER_ERROR_NO_PROGRAM,
                 name + " has a native program of version " + std::to_string(version->integer) +
@@ -310,10 +321,46 @@ const Json& section_of(const std::string& name, const Json& header) {
   return *section;
 }
 
+// What ties a program to the graph and the tensors that it was saved with; for its definition see
+// biper_engine/serialization/native_program.py.
+std::string seal_of(const File& file) {
+  Sha256 digest;
+  const auto add = [&](std::string_view text, char end) {
+    digest.add(text.data(), text.size());
+    digest.add(&end, 1);
+  };
+  for (const char* key : {"graph", "signature", "program"}) {
+    const Json* entry = file.header.find(key);
+    const std::string_view text = file.header_text;
+    add(entry == nullptr ? "null" : text.substr(entry->first, entry->last - entry->first), '\n');
+  }
+  for (const auto& [name, tensor] : file.tensors) {
+    if (std::string_view(name).substr(0, kUnsealed.size()) == kUnsealed) continue;
+    std::string sizes;
+    for (const int64_t size : tensor.sizes) {
+      sizes += (sizes.empty() ? "" : ",") + std::to_string(size);
+    }
+    add(name, '\0');
+    add(tensor.type, '\0');
+    add(sizes, '\0');
+    digest.add(tensor.data, tensor.bytes);
+  }
+  return digest.finish();
+}
+
+void require_seal(const std::string& name, const File& file) {
+  const Json* seal = file.header.find("program_seal");
+  if (seal != nullptr && seal->is(Kind::kString) && seal->text == seal_of(file)) return;
+  refuse_file(name +
+              ": its native program was not saved together with its graph and weights: a part "
+              "comes from another file, or was edited. Save the network again, or copy the file.");
+}
+
 }  // namespace
 
 LoadedProgram load_program(const std::string& name, const File& file) {
   const Json& section = section_of(name, file.header);
+  require_seal(name, file);
   try {
     return make_program(file, section);
   } catch (const std::invalid_argument& error) {

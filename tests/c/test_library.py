@@ -25,7 +25,13 @@ from tests.fuzz.bases import BASES, call_networks
 from tests.golden.networks import BIPER
 from tests.native.builds import run, setup_functions, succeed
 from tests.networks_by_hand import classifier
-from tests.runtime.test_program_section import unpacked_weights
+from tests.runtime.test_program_section import (
+    PARTS,
+    rewritten,
+    spliced,
+    two_classifiers,
+    unpacked_weights,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -297,6 +303,29 @@ def test_a_file_without_a_program_says_how_to_get_one(library: Library, tmp_path
     with pytest.raises(CError, match=r"has no native program: save it again") as error:
         library.load(tmp_path / "net.biper")
     assert error.value.args[0] == 4
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_another_file_is_refused(part: str, library: Library, tmp_path: Path) -> None:
+    for path in two_classifiers(tmp_path):
+        require_same(library, path, (1, 3))
+    path = spliced(part, tmp_path)
+    with pytest.raises(CError, match=r"was not saved together with its graph") as error:
+        library.load(path)
+    assert error.value.args[0] == 3
+    assert str(path) in error.value.args[1]
+
+
+def test_a_program_without_a_seal_says_how_to_get_one(library: Library, tmp_path: Path) -> None:
+    path = two_classifiers(tmp_path)[0]
+    header, tensors = container.read(path)
+    header["program"]["version"] = 1
+    old = rewritten(tmp_path / "old.biper", header, tensors)
+    with pytest.raises(CError, match=r"older version of biper_engine.*save it again") as error:
+        library.load(old)
+    assert error.value.args[0] == 4
+    load(old).save(tmp_path / "new.biper", program=True)
+    require_same(library, tmp_path / "new.biper", (1, 3))
 
 
 # -- the package ----------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import biper_engine
 from biper_engine.bench import Budget, Comparison, Contest, Samples
 from biper_engine.cli.demo import DemoResult, LayerTimes
 from biper_engine.cli.demo_command import _table
-from biper_engine.cli.demo_plot import write_plot
+from biper_engine.cli.demo_plot import _accuracy, write_plot
+from biper_engine.plotting import new_figure
 from biper_engine.training import StageResult, TrainingConfig, TrainingResult
 from biper_engine.training.examples import MemoryExamples
 
@@ -138,6 +139,24 @@ def test_the_plot_is_drawn_without_a_display(
     monkeypatch.delenv("DISPLAY", raising=False)
     write_plot(RESULT, tmp_path / "demo.png")
     assert size_of(tmp_path / "demo.png") == (1500, 630)
+
+
+@pytest.mark.parametrize(("equal", "bars"), [(500, 2), (498, 4)])
+def test_the_plot_has_no_bars_of_one_thing_twice(equal: int, bars: int) -> None:
+    axes = new_figure(3, 3).subplots()
+    _accuracy(axes, replace(RESULT, top1_equal=equal, engine_accuracy=0.95 - (500 - equal) / 500))
+    assert len(axes.patches) == bars  # right and wrong
+    said = " ".join(text.get_text() for text in axes.texts)
+    assert "95.0%: 475 right" in said
+    assert ("alike" in said) == (equal == 500)
+
+
+def test_the_demo_trains_less_than_the_recipe() -> None:
+    recipe, full = steps.short_recipe(), TrainingConfig()
+    epochs = recipe.stage1.epochs + recipe.stage2.epochs
+    assert 2 * epochs < full.stage1.epochs + full.stage2.epochs
+    changed = replace(recipe, batch_size=full.batch_size, stage1=full.stage1, stage2=full.stage2)
+    assert changed == full
 
 
 def printed(result: DemoResult) -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from biper_engine.cli.convert import _default_output
+from biper_engine.cli.sources import ModelSource, find_model, load_model
+from biper_engine.errors import CheckpointError
 from biper_engine.shipped import shipped_file
 
 from .conftest import Biper
@@ -51,3 +54,12 @@ def test_an_unknown_name_is_a_missing_file(biper: Biper) -> None:
     done = biper("verify", "digits/resnet21")
     assert done.code == 1
     assert "digits/resnet21" in done.err
+
+
+def test_the_trained_network_itself_is_found_by_name() -> None:
+    model = load_model(ModelSource(text=NAME))
+    assert model.provenance.architecture == "cifar10/resnet20_1w1a"
+    assert find_model(ModelSource(text=NAME)).provenance == model.provenance
+    assert _default_output(ModelSource(text=NAME)) == Path("resnet20_1w1a.biper")
+    with pytest.raises(CheckpointError, match="digits/resnet21"):
+        load_model(ModelSource(text="digits/resnet21"))

@@ -13,6 +13,7 @@ import torch
 import biper_engine
 from biper_engine import serialization
 from biper_engine.serialization import container
+from biper_engine.serialization.native_program import SEAL, seal_of
 
 from .conftest import Biper, tiny_network
 
@@ -38,6 +39,7 @@ def test_a_native_program_that_is_not_the_graphs_is_found(
     steps = header["program"]["steps"]
     sums = next(step["args"] for step in steps if "clamp_max" in step.get("args", {}))
     sums["clamp_max"] = 0.125
+    header[SEAL] = seal_of(header, tensors)
     kept = {key: value for key, value in header.items() if key not in ("format", "sha256")}
     container.write(tmp_path / "edited.biper", kept, tensors)
     done = biper("verify", tmp_path / "edited.biper")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch
 from biper_engine import Engine
 from biper_engine.bits import pack_weight
 from biper_engine.graph.operators import OPERATORS
-from tests.native.builds import need_native, succeed
+from tests.examples.aoti_program import EXAMPLE, built
+from tests.native.builds import succeed
 from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature
 
 aten, biper = torch.ops.aten, torch.ops.biper
-
-EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples/aoti"
 
 
 def test_the_schemas_are_those_of_the_operators() -> None:
@@ -40,15 +38,7 @@ def test_every_operator_of_the_schemas_has_a_kernel() -> None:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    need_native()
-    cmake = shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("cmake is not installed")
-    folder = tmp_path_factory.mktemp("aoti")
-    options = [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", "-DCMAKE_BUILD_TYPE=Debug"]
-    succeed(cmake, "-S", EXAMPLE, "-B", folder, *options, "-DCMAKE_CXX_FLAGS_DEBUG=-O1")
-    succeed(cmake, "--build", folder, "-j", "2")
-    return folder / "biper-aoti"
+    return built(tmp_path_factory)
 
 
 @pytest.mark.weekly

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from biper_engine import bits as contract
 from biper_engine.errors import ExportError
-from biper_engine.export.openvino_graph import binary_model, strict_threshold, translate
+from biper_engine.export.openvino_bits import strict_threshold
+from biper_engine.export.openvino_graph import binary_model, translate
 from tests.networks_by_hand import GraphBuilder, classifier_graph
 
 biper, aten = torch.ops.biper, torch.ops.aten
@@ -78,6 +79,14 @@ def test_channels_fill_bytes(channels: int) -> None:
         {"clamp_min": -3.0, "clamp_max": 4.0},
         {"slope": torch.tensor([2.0, -1.0, 0.0, 3.0, 1.0]), "shift": torch.arange(5.0)},
         {"pool_kernel_size": [2, 2], "pool_stride": [2, 2]},
+        {"window": torch.tensor([1.0, -2.0, 0.0, 3.0, 1.0]), "padding": [1, 0, 2, 1]},
+        {
+            "taps": torch.tensor([1.0, -2.0, 0.0, 3.0, 1.0]),
+            "valid": torch.tensor([2.0, 1.0, -1.0, 0.0, 1.0]),
+            "window": torch.tensor([1.0, 1.0, -1.0, 0.0, 2.0]),
+            "padding": [1, 1, 1, 1],
+            "stride": [2, 1],
+        },
         {
             "pool_kernel_size": [3, 3],
             "pool_stride": [2, 2],
@@ -170,6 +179,12 @@ def test_a_strict_comparison_gives_the_engines_bit() -> None:
         lambda g, x, held: g.call("r", aten.maximum.default, x, held),
         lambda g, x, held: g.call("r", aten.cat.default, [x, x], 1),
         lambda g, x, held: g.call("r", aten.sigmoid.default, x),
+        lambda g, x, held: g.call("r", aten.neg.default, x),
+        lambda g, x, held: g.call("r", aten._prelu_kernel.default, x, held),
+        lambda g, x, held: g.call("r", aten.slice.Tensor, x, 2, 0, 9223372036854775807, 2),
+        lambda g, x, held: g.call("r", aten.slice.Tensor, x, 3, 1, 4),
+        lambda g, x, held: g.call("r", aten.slice.Tensor, x, 1, 0, -1),
+        lambda g, x, held: g.call("r", aten.slice.Tensor, x, -1, -3),
     ],
 )
 def test_float_operators_around_binary_layers(call: Any) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import safetensors.torch
 
+from biper_engine.errors import FileFormatError
 from biper_engine.serialization.container import read
+from biper_engine.serialization.native_program import SEAL, seal_of
 from tests.fuzz.bases import BASES
 from tests.fuzz.mutations import Header, Tensors, mutate
 
@@ -64,12 +66,14 @@ class Cases:
 
 
 def sealed(header: Header, tensors: Tensors) -> bytes | None:
-    """Return the bytes of a file with a correct checksum, None where they cannot be expressed."""
+    """Return the bytes of a file with correct sums, None where they cannot be expressed."""
     try:
+        if SEAL in header:
+            header = {**header, SEAL: seal_of(header, tensors)}
         text = json.dumps({**header, "sha256": "0" * 64}, sort_keys=True, separators=(",", ":"))
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return _resealed(safetensors.torch.save(plain, {"biper": text}))
-    except (RecursionError, RuntimeError, TypeError, ValueError):
+    except (FileFormatError, RecursionError, RuntimeError, TypeError, ValueError):
         return None
 
 

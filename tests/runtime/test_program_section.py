@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from biper_engine.engine import Engine, load
 from biper_engine.errors import FileFormatError
 from biper_engine.ops.cpu_program import CpuProgram, Form, Map
 from biper_engine.ops.matrix_functional import unpack_weight
-from biper_engine.serialization import container
+from biper_engine.runtime import program_section
+from biper_engine.serialization import check_program, container
+from biper_engine.serialization.native_program import SEAL, seal_of
 from tests.fuzz.bases import float_network
 from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature, two_inputs
 
@@ -129,7 +132,7 @@ def test_a_network_without_tensors_has_no_program_as_it_has_none_in_python(tmp_p
     engine = engine_of(g.module(made), signature({"x": (5,)}, (0,), {}, 0))
     section, _ = saved(engine, tmp_path)
     assert section == {
-        "version": 1, "reason": "it has no tensors, and runs operator by operator"
+        "version": 2, "reason": "it has no tensors, and runs operator by operator"
     }  # fmt: skip
 
 
@@ -181,3 +184,116 @@ def test_a_wrong_entry_is_refused(tmp_path: Path) -> None:
     container.write(tmp_path / "edited.biper", {**header, "program": 7}, tensors)
     with pytest.raises(FileFormatError, match="wrong entry `program`"):
         load(tmp_path / "edited.biper")
+
+
+def rewritten(
+    path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor], *, seal: bool = False
+) -> Path:
+    """Write an edited file with a right checksum, and perhaps with a right seal."""
+    kept = {key: value for key, value in header.items() if key not in ("format", "sha256")}
+    if seal:
+        kept[SEAL] = seal_of(kept, tensors)
+    container.write(path, kept, tensors)
+    return path
+
+
+def spliced(part: str, folder: Path) -> Path:
+    """Put a part of one network's file into that of another, which differs in its numbers only.
+
+    Args:
+        part: "section", the program with its tensors and its seal; "steps", "weights" or "graph".
+        folder: for the files.
+    """
+    (header, tensors), (other, others) = (container.read(one) for one in two_classifiers(folder))
+    if part == "section":
+        header["program"], header[SEAL] = other["program"], other[SEAL]
+        own = {name: tensor for name, tensor in others.items() if name.startswith("program/")}
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("program/")} | own
+    elif part == "steps":
+        header["program"]["steps"] = other["program"]["steps"]
+    elif part == "graph":
+        header["graph"] = other["graph"]
+    else:
+        tensors = {name: others[name] for name in tensors}
+    return rewritten(folder / "spliced.biper", header, tensors)
+
+
+def two_classifiers(folder: Path) -> list[Path]:
+    """Save two networks of one shape, with other weights and other scalars."""
+    paths = []
+    for seed, least in ((1, -1.0), (2, -0.5)):
+        g = GraphBuilder(seed)
+        clamped = g.call("clamped", torch.ops.aten.clamp.default, g.input("x"), least, 1.0)
+        weight, bias = g.constant("weight", g.normal(4, 6)), g.constant("bias", g.normal(4))
+        made = g.call("made", torch.ops.aten.linear.default, clamped, weight, bias)
+        engine = engine_of(g.module(made), signature({"x": (6,)}, (0,), {}, 0))
+        paths.append(folder / f"classifier{seed}.biper")
+        engine.save(paths[-1], program=True)
+        assert "steps" in container.read(paths[-1])[0]["program"]
+    return paths
+
+
+PARTS = ("section", "steps", "weights", "graph")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_another_file_is_refused(part: str, tmp_path: Path) -> None:
+    path = spliced(part, tmp_path)
+    with pytest.raises(FileFormatError, match=r"spliced.biper: .*not saved together with its gr"):
+        load(path)
+
+
+@pytest.mark.parametrize("seal", ["0" * 64, None, 7, ["a"]])
+def test_a_wrong_seal_is_refused(seal: Any, tmp_path: Path) -> None:
+    header, tensors = container.read(two_classifiers(tmp_path)[0])
+    path = rewritten(tmp_path / "edited.biper", {**header, SEAL: seal}, tensors)
+    with pytest.raises(FileFormatError, match="not saved together"):
+        load(path)
+    del header[SEAL]
+    with pytest.raises(FileFormatError, match="not saved together"):
+        load(rewritten(tmp_path / "edited.biper", header, tensors))
+
+
+def test_a_seal_depends_on_every_bit_and_name(tmp_path: Path) -> None:
+    header, tensors = container.read(two_classifiers(tmp_path)[0])
+    assert header[SEAL] == seal_of(header, tensors)
+    bias = tensors["bias"]
+    changed = [
+        {**tensors, "bias": torch.cat([bias[:3], -bias[3:]])},
+        {**tensors, "bias": bias.view(2, 2)},
+        {**tensors, "bias": bias.view(torch.int32)},
+        {**{k: v for k, v in tensors.items() if k != "bias"}, "bias2": bias},
+        {**tensors, "more": torch.zeros(0)},
+    ]
+    assert header[SEAL] not in {seal_of(header, each) for each in changed}
+    proof = {**tensors, "proof/output/0": torch.zeros(1)}  # which the file's readers compare
+    assert header[SEAL] == seal_of(header, proof)
+
+
+def test_files_from_before_seals_load(tmp_path: Path) -> None:
+    path = two_classifiers(tmp_path)[0]
+    header, tensors = container.read(path)
+    header["program"]["version"] = 1
+    del header[SEAL]
+    old = load(rewritten(tmp_path / "old.biper", header, tensors))
+    x = torch.randn(3, 6)
+    assert torch.equal(old(x), load(path)(x))
+    assert check_program(tmp_path / "old.biper", program_section) is None
+    old.save(tmp_path / "new.biper", program=True)
+    assert (tmp_path / "new.biper").read_bytes() == path.read_bytes()
+
+
+def test_zeros_of_two_signs_are_two_programs(tmp_path: Path) -> None:
+    g = GraphBuilder(1)
+    clamped = g.call("clamped", torch.ops.aten.clamp.default, g.input("x"), 0.0, 1.0)
+    made = g.call("made", torch.ops.aten.linear.default, clamped, g.constant("w", g.normal(4, 6)))
+    engine = engine_of(g.module(made), signature({"x": (6,)}, (0,), {}, 0))
+    engine.save(tmp_path / "net.biper", program=True)
+    assert check_program(tmp_path / "net.biper", program_section) is True
+    header, tensors = container.read(tmp_path / "net.biper")
+    text = json.dumps(header["program"])
+    assert "0.0" in text
+    header["program"] = json.loads(re.sub(r"(?<![\d.-])0\.0(?!\d)", "-0.0", text))
+    edited = rewritten(tmp_path / "edited.biper", header, tensors, seal=True)
+    load(edited)
+    assert check_program(edited, program_section) is False

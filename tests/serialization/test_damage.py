@@ -18,6 +18,7 @@ from torch import Tensor
 from biper_engine.engine import Engine, load
 from biper_engine.errors import FileFormatError
 from biper_engine.serialization.container import read
+from biper_engine.serialization.native_program import SEAL, seal_of
 from tests.networks_by_hand import classifier
 
 Edit = Callable[[dict[str, Any], dict[str, Tensor]], None]
@@ -51,7 +52,9 @@ def refuse(scratch: Path, data: bytes, message: str | None = None) -> None:
 
 
 def sealed(header: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    """Make a file with a right checksum, whatever its header says."""
+    """Make a file with right sums, whatever its header says."""
+    if SEAL in header:
+        header = {**header, SEAL: seal_of(header, tensors)}
     header = {**header, "sha256": "0" * 64}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
     data = safetensors.torch.save(tensors, {"biper": text})

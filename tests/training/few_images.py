@@ -13,10 +13,10 @@ from biper_engine.training.examples import MemoryExamples
 
 
 @contextmanager
-def few_images() -> Iterator[None]:
-    """Put 48 + 16 images of 8x8 noise in the place of the digits."""
+def few_images(size: int = 8) -> Iterator[None]:
+    """Put 48 + 16 images of noise, 8x8 unless said otherwise, in the place of the digits."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (64, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (64, 1, size, size), generator=generator, dtype=torch.uint8)
     labels = torch.arange(64) % 10
     small = data.DataSet(
         train=MemoryExamples(pixels[:48], labels[:48]),

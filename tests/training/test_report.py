@@ -23,6 +23,7 @@ from biper_engine.training import RunOptions, TrainingConfig, fit, write_report
 from biper_engine.training.predictions import Predictions, WrongImage
 from biper_engine.training.report import page
 from biper_engine.training.report.compare import Comparison, runs_in
+from biper_engine.training.report.run import _SETTINGS as SETTINGS
 from biper_engine.training.report.run import LayerEpoch, Run, Stage, read_run
 from tests.training.few_images import few_images
 from tests.training.small_run import SMALL_CONFIG, SMALL_STAGE
@@ -260,6 +261,18 @@ def _wrong_image(**values: object) -> str:
     """Return predictions of one wrong image, with other values than training writes."""
     image = {"index": 0, "label": 0, "predicted": 1, "probability": 0.5, "picture": "", **values}
     return json.dumps({"confusion": [[0, 1, 1]], "wrong": [{"media_type": "image/png", **image}]})
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 8])
+def test_settings_that_are_not_there_are_not_assumed(tmp_path: Path, kept: int) -> None:
+    values = TrainingConfig().to_dict()
+    few = dict.fromkeys(SETTINGS[:kept])
+    config = {name: value for name, value in values.items() if name in few}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = f"does not say how the run was trained: it has no {SETTINGS[kept]}"
+    with pytest.raises(CheckpointError, match=wanted):
+        write_report(tmp_path)
+    assert not list(tmp_path.rglob("*.html"))
 
 
 @pytest.mark.parametrize(

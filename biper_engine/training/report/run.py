@@ -23,6 +23,11 @@ from biper_engine.training.result import StageResult, read_json
 __all__ = ["LayerEpoch", "Run", "Stage", "is_run", "read_run"]
 
 _CONFIG = "config.json"
+# What every version of the package wrote; later settings have defaults that say how it was before.
+_SETTINGS = (
+    *("dataset", "architecture", "frequency", "stage1", "stage2"),
+    *("batch_size", "seed", "hold_out", "precision"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,12 @@ def read_run(path: Path) -> Run:
         raise CheckpointError(
             f"'{path / _CONFIG}' has no settings of this version of biper_engine: {error}"
         ) from error
+    missing = [name for name in _SETTINGS if name not in values]
+    if missing:
+        raise CheckpointError(
+            f"'{path / _CONFIG}' does not say how the run was trained: it has no {missing[0]}. "
+            "Restore the file, which training wrote; nothing is assumed in its place."
+        )
     results = read_json(path / "result.json") or {}
     verified = _verified(path / "verify.json")
     file = path / "model.biper"
