@@ -26,7 +26,7 @@ from biper_engine.ops.cpu_program import CpuProgram
 from biper_engine.runtime.runs import NativeRun, NativeStep, Unsupported
 from biper_engine.runtime.steps import RunBuilder
 
-__all__ = ["NativePlan", "native_plan"]
+__all__ = ["NativePlan", "elsewhere", "native_plan"]
 
 _NAMED_REASONS = 2
 
@@ -87,7 +87,7 @@ def native_plan(
         BackendUnavailableError: a forced backend cannot run the network.
     """
     if device is None or device.type != "cpu":
-        return f"the network is on {device}"
+        return elsewhere(device)
     if inputs is None:
         return "the shapes of its inputs are not known"
     others = {node_backend(module, node, device) for node in module.graph.nodes} - {None, "cpu"}
@@ -98,6 +98,11 @@ def native_plan(
     # A plan outlives the mode of the call that makes it, so it must not hold inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         return _Partition(module, inputs, make_program).plan()
+
+
+def elsewhere(device: torch.device | None) -> str:
+    """Return, as a clause, why a network has no native program on a device that is not the CPU."""
+    return f"the network is on {device}" if device else "the network has no weights, so no device"
 
 
 class _Partition:

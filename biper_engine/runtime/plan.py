@@ -35,7 +35,7 @@ from biper_engine.runtime.binding import bind_node
 from biper_engine.runtime.cuda_driver import GraphDriver, graph_driver
 from biper_engine.runtime.cuda_graphs import CudaGraphs, uncapturable_reason
 from biper_engine.runtime.fusing import fuse_ends
-from biper_engine.runtime.native import NativePlan, native_plan
+from biper_engine.runtime.native import NativePlan, elsewhere, native_plan
 from biper_engine.runtime.runs import NativeRun
 from biper_engine.runtime.tensors import Watch, own_tensors, refuse_gradients
 
@@ -216,7 +216,7 @@ def _graph_plan(
                 "The engine prepares its weights at its first call, which cannot be part of a CUDA "
                 "graph capture: call the engine, or its `warmup`, before the capture."
             )
-        native = f"the network is on {device}"
+        native = elsewhere(device)
         watch, owned = own_tensors(module, device)
         module = fuse_ends(owned, device, inputs)
         bound = bound_graph(module, device, native)

@@ -198,3 +198,15 @@ def test_a_file_holds_a_product(tmp_path: Path) -> None:
     engine.save(tmp_path / "attention.biper")
     loaded = biper_engine.load(tmp_path / "attention.biper")
     assert torch.equal(loaded(x), engine(x))
+
+
+def test_a_network_without_weights_says_so() -> None:
+    class Gram(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            signs = torch.where(x >= 0, 1.0, -1.0).flatten(2)
+            return signs @ signs.transpose(1, 2)
+
+    images = torch.randn(2, 4, 5, 5)
+    engine = biper_engine.convert(Gram(), images)
+    torch.testing.assert_close(engine(images), Gram()(images))
+    assert "the network has no weights, so no device" in engine.execution
