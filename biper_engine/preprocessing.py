@@ -141,7 +141,7 @@ def open_image(
     Raises:
         ValueError: it cannot be read, or is too large; the message has its name.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     named = name or ("<bytes>" if isinstance(source, bytes) else os.fspath(source))
     if not isinstance(source, bytes) and os.path.exists(source) and not os.path.isfile(source):
@@ -157,6 +157,11 @@ def open_image(
                 )
             file.load()
             return file
+    except UnidentifiedImageError as error:
+        tried = f" It was tried as {', '.join(formats)}." if formats else ""
+        raise ValueError(
+            f"Cannot read an image from '{named}': it is no image of a known format.{tried}"
+        ) from error
     except _UNREADABLE as error:
         raise ValueError(f"Cannot read an image from '{named}': {error}.") from error
     except Image.DecompressionBombError as error:

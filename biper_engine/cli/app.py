@@ -18,6 +18,7 @@ from biper_engine.cli.inspect import inspect
 from biper_engine.cli.predict import predict
 from biper_engine.cli.report import report
 from biper_engine.cli.run import run
+from biper_engine.cli.serve import serve
 from biper_engine.cli.train import train
 from biper_engine.cli.verify import verify
 from biper_engine.errors import BiperError
@@ -42,6 +43,7 @@ for command in (
     verify,
     run,
     predict,
+    serve,
     export,
     bench,
     inspect,
