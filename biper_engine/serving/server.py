@@ -85,6 +85,7 @@ def serve(
             ws="none",
         )
         server = _server(uvicorn, config)
+        listening.listen(config.backlog)  # clients that come before the server is ready wait
         if on_start is not None:
             on_start(_url(host, listening.getsockname()[1]))
         server.run(sockets=[listening])

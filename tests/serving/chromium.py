@@ -33,9 +33,7 @@ class Browser:
         self._rest = b""
         self.logged: list[str] = []
         (page,) = [
-            one
-            for one in self._call("Target.getTargets")["targetInfos"]
-            if one["type"] == "page"
+            one for one in self._call("Target.getTargets")["targetInfos"] if one["type"] == "page"
         ]
         attached = {"targetId": page["targetId"], "flatten": True}
         self._session = self._call("Target.attachToTarget", **attached)["sessionId"]
