@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import serving
 
-aiohttp = pytest.importorskip("aiohttp", reason='pip install "biper-engine[train]"')
-for needed in ("starlette", "uvicorn", "python_multipart", "prometheus_client"):
-    pytest.importorskip(needed, reason='pip install "biper-engine[serve]"')
+from . import chromium
+from .conftest import noise_image
 
-import serving  # noqa: E402  (benchmarks/serving.py)
-
-from . import chromium  # noqa: E402
-from .conftest import noise_image  # noqa: E402
-
-pytestmark = pytest.mark.weekly
+_NEEDED = ("aiohttp", "starlette", "uvicorn", "python_multipart", "prometheus_client")
+_MISSING = [name for name in _NEEDED if find_spec(name) is None]
+pytestmark = [
+    pytest.mark.weekly,
+    pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)}"),
+]
 
 REQUESTS, AT_ONCE = 10_000, 64
 
@@ -33,7 +34,8 @@ def serve(network: Path, log: Path, *options: str) -> Any:
 def test_no_request_of_many_at_once_is_lost(network: Path, tmp_path: Path, where: str) -> None:
     options: tuple[str, ...] = ("--quiet",)
     if where == "ray":
-        pytest.importorskip("ray.serve", reason='make test-weekly installs Ray, as does "[serve]"')
+        if find_spec("ray") is None:
+            pytest.skip("no Ray; make test-weekly installs it")
         options = ("--quiet", "--replicas", "1", "--port", str(serving.free_port()))
     bodies = serving.pictures(20, 17)
     check = serving.compared_with(network, bodies)
