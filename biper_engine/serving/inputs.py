@@ -6,6 +6,7 @@ same each time, whoever computes them: a run that was interrupted goes on with t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from biper_engine.errors import DataError
+from biper_engine.files import os_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -174,8 +176,26 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-    return sorted(file for file in files if file.is_file())
+    return [file for file in _files_below(folder) if file.suffix.lower() in _SUFFIXES]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Return every file in a folder and its folders, by path; links to folders are not followed.
+
+    Raises:
+        OSError: a folder cannot be read: its images would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise os_error(
+            error.errno or errno.EIO,
+            f"Cannot read the folder '{error.filename}': {error.strerror}.",
+        ) from error
+
+    walk = os.walk(folder, onerror=refuse)
+    return sorted(
+        path for top, _, names in walk for name in names if (path := Path(top, name)).is_file()
+    )
 
 
 def open_inputs(
@@ -241,7 +261,7 @@ def _inputs(path: Path, parts: list[Part], files: Sequence[Path]) -> Inputs:
 def _tables(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    return sorted(file for file in path.rglob("*.parquet") if file.is_file())
+    return [file for file in _files_below(path) if file.suffix == ".parquet"]
 
 
 def _table_parts(

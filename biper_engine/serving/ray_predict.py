@@ -7,7 +7,9 @@ one that was done just before is taken as it is.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import platform
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,6 +66,8 @@ def run_on_ray(
         most = workers or int(ray.cluster_resources().get("CPU", 1))
         items = [{"part": json.dumps({"number": n, **p.to_dict()})} for n, p in parts.items()]
         data.DataContext.get_current().enable_progress_bars = False
+        for name in ("ray.data", "ray.data._internal.execution.streaming_executor"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         done = data.from_items(items, override_num_blocks=min(len(items), 2000)).map_batches(
             PartWorker,
             batch_size=1,
@@ -102,14 +106,14 @@ class PartWorker:
         self._out = Path(job["out"])
         if not self._out.is_dir():
             raise OSError(
-                f"There is no folder '{self._out}' on the node {os.uname().nodename}: all nodes "
+                f"There is no folder '{self._out}' on the node {platform.node()}: all nodes "
                 "must see the folder of the results under the same path."
             )
         self._options = PartOptions(**options)
         self._classifier = open_classifier(job["file"], metadata=Metadata.from_dict(metadata))
         if self._classifier.sha256 != job["sha256"]:
             raise ValueError(
-                f"'{job['file']}' is another file on the node {os.uname().nodename} than where the "
+                f"'{job['file']}' is another file on the node {platform.node()} than where the "
                 "run was started. Put the same file everywhere."
             )
         self._pool = ThreadPoolExecutor(1)

@@ -288,6 +288,21 @@ def test_nothing_to_read_is_refused(network: Path, photos: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_read_is_refused(
+    network: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if os.fspath(path).endswith("tief"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match=r"Cannot read the folder '.*tief': Permission"):
+        predict(network, photos, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
