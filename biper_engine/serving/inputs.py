@@ -110,9 +110,10 @@ class Part:
                         yield _table_row(number, cell.as_py(), label, Path(self.path).parent)
                         number += 1
         except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
             raise DataError(
                 f"Cannot read '{self.path}' at row {number - self.first} of its groups "
-                f"{list(self.groups)}: {error}. Was it replaced or damaged? Start again with "
+                f"{list(self.groups)}: {reason} Was it replaced or damaged? Start again with "
                 "another folder for the results."
             ) from error
 

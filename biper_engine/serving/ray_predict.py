@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from biper_engine.errors import BiperError
+from biper_engine.errors import BiperError, DataError
 from biper_engine.metadata import Metadata
-from biper_engine.serving.classifier import open_classifier
+from biper_engine.serving.classifier import Classifier, open_classifier
 from biper_engine.serving.inputs import Part
 from biper_engine.serving.packages import require_package
 from biper_engine.serving.parts import (
@@ -56,7 +57,7 @@ def run_on_ray(
 
     Raises:
         ImportError: Ray is not installed.
-        OSError: there is no cluster at the address; other errors as an actor raises them.
+        DataError, OSError: an actor could not do its work; also if there is no cluster there.
     """
     if not parts:
         return
@@ -75,26 +76,17 @@ def run_on_ray(
             num_cpus=1,
             fn_constructor_args=(job, metadata.to_dict(), asdict(options)),
         )
-        try:
-            for row in done.iter_rows():
-                yield PartResult(int(row["rows"]), int(row["failed"]))
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the error of ours, or of the system, that an actor raised, if there is one."""
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None)
-        if isinstance(seen, BiperError | ValueError | OSError):
-            return type(seen)(str(seen)) if inner is not None else seen
-        seen = inner if isinstance(inner, BaseException) else seen.__cause__
-    return error
+        for row in done.iter_rows():
+            if row["problem"]:
+                raise (OSError if row["is_os_error"] else DataError)(row["problem"])
+            yield PartResult(int(row["rows"]), int(row["failed"]))
 
 
 class PartWorker:
-    """One engine in an actor, with one thread."""
+    """One engine in an actor, with one thread.
+
+    Errors that have a message for people are results: Ray would print its own stack with them.
+    """
 
     def __init__(
         self, job: dict[str, str], metadata: dict[str, Any], options: dict[str, Any]
@@ -103,34 +95,64 @@ class PartWorker:
 
         # The actor has one processor. Images are opened in its thread, too.
         torch.set_num_threads(1)
+        self._job = job
         self._out = Path(job["out"])
-        if not self._out.is_dir():
-            raise OSError(
-                f"There is no folder '{self._out}' on the node {platform.node()}: all nodes "
-                "must see the folder of the results under the same path."
-            )
+        self._metadata = Metadata.from_dict(metadata)
         self._options = PartOptions(**options)
-        self._classifier = open_classifier(job["file"], metadata=Metadata.from_dict(metadata))
-        if self._classifier.sha256 != job["sha256"]:
-            raise ValueError(
-                f"'{job['file']}' is another file on the node {platform.node()} than where the "
-                "run was started. Put the same file everywhere."
-            )
         self._pool = ThreadPoolExecutor(1)
+        self._opened: Classifier | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Compute parts, or take those that another actor wrote before it died."""
-        results = [self._compute(json.loads(str(text))) for text in batch["part"]]
-        return {
-            "rows": [result.rows for result in results],
-            "failed": [result.failed for result in results],
-        }
+        rows = [self._told(json.loads(str(text))) for text in batch["part"]]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _told(self, values: dict[str, Any]) -> dict[str, Any]:
+        row = {"rows": 0, "failed": 0, "problem": "", "is_os_error": False}
+        try:
+            return {**row, **self._compute(values)._asdict()}
+        except (BiperError, ValueError, OSError) as error:
+            return {**row, "problem": str(error), "is_os_error": isinstance(error, OSError)}
 
     def _compute(self, values: dict[str, Any]) -> PartResult:
         path = part_file(self._out, values.pop("number"))
         part = Part.from_dict(values)
         found = whole_part(path, part, self._options.run)
-        return found or predict_part(self._classifier, part, path, self._options, self._pool)
+        return found or predict_part(self._classifier(), part, path, self._options, self._pool)
+
+    def _classifier(self) -> Classifier:
+        if self._opened is None:
+            if not self._out.is_dir():
+                raise OSError(
+                    f"There is no folder '{self._out}' on the node {platform.node()}: all nodes "
+                    "must see the folder of the results under the same path."
+                )
+            opened = open_classifier(self._job["file"], metadata=self._metadata)
+            if opened.sha256 != self._job["sha256"]:
+                raise ValueError(
+                    f"'{self._job['file']}' is another file on the node {platform.node()} than "
+                    "where the run was started. Put the same file everywhere."
+                )
+            self._opened = opened
+        return self._opened
+
+
+def _require_reachable(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does, or there is no such machine.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # a name of Ray's, such as "auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(
+            f"Cannot join the Ray cluster at '{address}': {error}. Is its head node running, and "
+            "is this its port?"
+        ) from error
 
 
 @contextmanager
@@ -143,6 +165,8 @@ def connected(ray: Any, workers: int | None, address: str | None) -> Iterator[No
     if ray.is_initialized():
         yield
         return
+    if address is not None:
+        _require_reachable(address)
     # Ray reports its use to its makers unless told not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     own = {"include_dashboard": False, "num_cpus": workers, "object_store_memory": _STORE_BYTES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from biper_engine.errors import DataError
 from biper_engine.metadata import Metadata
 from biper_engine.preprocessing import image_to_tensor
 from biper_engine.serving import Predictions, parts, predict
+from biper_engine.serving.ray_predict import connected
 from tests.networks_by_hand import classifier
 
 from .conftest import noise_image, preparation
@@ -358,6 +360,24 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"Writing Parquet needs 'pyarrow'"):
         predict(network, photos, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+def test_a_cluster_that_is_not_there_is_said(prefix: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # it does not listen
+        address = f"{prefix}127.0.0.1:{free.getsockname()[1]}"
+        message = f"Cannot join the Ray cluster at '{address}': .*refused.* Is its head node"
+        with pytest.raises(OSError, match=message), connected(NotStarted, None, address):
+            raise AssertionError("it is there")
+
+
+class NotStarted:
+    """What is asked of Ray before it joins a cluster."""
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return False
 
 
 @pytest.mark.parametrize("name", ["batch_size", "rows_per_part", "workers"])

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 
 import biper_engine
+from biper_engine.errors import DataError
 from biper_engine.preprocessing import image_to_tensor
 from biper_engine.serving import predict
 
 from .conftest import noise_image
 from .test_predict import rows_of
 
+pa = pytest.importorskip("pyarrow", reason='pip install "biper-engine[serve]"')
+pq = pytest.importorskip("pyarrow.parquet")
 pytestmark = [
     pytest.mark.weekly,
     pytest.mark.skipif(find_spec("ray") is None, reason="no Ray; make test-weekly installs it"),
@@ -92,3 +95,19 @@ def expected(network: Path, folder: Path, found: list[dict[str, Any]]) -> list[d
         answer = {"index": index, "class": engine.metadata.class_names[index], "error": None}
         rows.append({**row, **answer, "probability": share})
     return rows
+
+
+def test_what_a_worker_cannot_read_is_said(network: Path, tmp_path: Path) -> None:
+    contents = []
+    for number in range(4):
+        noise_image(number).save(tmp_path / "one.png")
+        contents.append((tmp_path / "one.png").read_bytes())
+    table, plain = tmp_path / "in.parquet", {"use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table({"image": contents}), table, row_group_size=2, **plain)
+    start = pq.ParquetFile(table).metadata.row_group(1).column(0).data_page_offset
+    with table.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xff" * 30)
+    for workers in (None, 2):
+        with pytest.raises(DataError, match=r"Cannot read '.*in\.parquet' at row 0 of its groups"):
+            predict(network, table, tmp_path / "out", rows_per_part=2, workers=workers)
