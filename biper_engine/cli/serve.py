@@ -28,7 +28,9 @@ def serve(
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Listen here; 0.0.0.0 is every network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="0 takes a free one.")
+    ] = 8000,
     max_body: Annotated[int, typer.Option(min=1, metavar="MB", help="Of a request.")] = 20,
     max_pixels: Annotated[
         int, typer.Option(min=1, metavar="MILLIONS", help="Of an image, before decoding.")
@@ -36,7 +38,7 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests at once; more are told to wait.")
     ] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call, at most.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images per call, at most.")] = 32,
     replicas: Annotated[
         int | None,
         typer.Option(

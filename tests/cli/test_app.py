@@ -20,6 +20,7 @@ COMMANDS = (
     "verify",
     "run",
     "predict",
+    "serve",
     "bench",
     "inspect",
     "backends",
