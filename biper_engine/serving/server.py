@@ -78,6 +78,7 @@ def serve(
         config = uvicorn.Config(
             app,
             access_log=False,
+            http="h11",  # httptools, which uvicorn prefers, has no limit for the size of headers
             lifespan="off",
             log_level="warning",
             server_header=False,
