@@ -78,6 +78,7 @@ def serve(
         config = uvicorn.Config(
             app,
             access_log=False,
+            h11_max_incomplete_event_size=2**15,
             http="h11",  # httptools, which uvicorn prefers, has no limit for the size of headers
             lifespan="off",
             log_level="warning",

@@ -103,9 +103,11 @@ def test_a_signal_ends_it_after_the_requests_inside(
 def test_headers_have_a_limit(network: Path, tmp_path: Path) -> None:
     with running(tmp_path / "log", network, "--port", 0) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-        connection.request("GET", "/", headers={"X-Long": "x" * 100_000})
-        assert connection.getresponse().status == 400
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may close before all is sent
+            connection.request("GET", "/", headers={"X-Long": "x" * 2_000_000})
+            assert connection.getresponse().status == 400
         connection.close()
+        assert post(server.port, picture()) == 200
 
 
 def test_the_log_is_a_line_for_each_request(network: Path, tmp_path: Path) -> None:
