@@ -33,8 +33,8 @@ from biper_engine.serving.parts import (
 
 __all__ = ["Predictions", "predict"]
 
-RUN_FILE = "_run.json"
-"""Readers of Parquet folders pass over names with an underscore in front."""
+RUN_FILE = ".biper_run.json"
+"""Readers of folders of Parquet pass over names with a dot in front."""
 
 _FORMAT = 1
 

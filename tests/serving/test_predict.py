@@ -259,7 +259,7 @@ def test_an_image_that_changed_since_is_not_mixed_in(
 def test_a_damaged_description_of_a_run_is_refused(
     network: Path, photos: Path, tmp_path: Path, text: str
 ) -> None:
-    (tmp_path / "_run.json").write_text(text, encoding="utf-8")
+    (tmp_path / ".biper_run.json").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match="Name another folder for the results"):
         predict(network, photos, tmp_path)
 
@@ -388,7 +388,7 @@ def test_counts_are_positive(network: Path, photos: Path, tmp_path: Path, name: 
 
 def test_the_run_says_what_it_was(network: Path, photos: Path, tmp_path: Path) -> None:
     predict(network, photos, tmp_path)
-    said = json.loads((tmp_path / "_run.json").read_text("utf-8"))
+    said = json.loads((tmp_path / ".biper_run.json").read_text("utf-8"))
     assert said["metadata"]["mean"] == [0.5, 0.5, 0.5]
     assert (said["rows"], said["rows_per_part"], len(said["sha256"])) == (23, 1000, 64)
 
