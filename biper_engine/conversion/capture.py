@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from biper_engine.conversion.batch_size import BatchSizes
 from biper_engine.conversion.copying import private_copy, unwrapped
 from biper_engine.conversion.modes import callers_defaults, plain_modes
+from biper_engine.conversion.short_ways import ShapeMode
 from biper_engine.conversion.trace_log import TraceLog, failing_line
 from biper_engine.conversion.tracing import (
     WEIGHTED_OPS,
@@ -169,7 +170,7 @@ def _trace(
     call: Callable[..., Any], examples: tuple[Tensor, ...], private: nn.Module, log: TraceLog
 ) -> fx.GraphModule:
     shapes = BatchSizes(log)
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=shapes)
+    fake_mode = ShapeMode(allow_non_fake_inputs=True, shape_env=shapes)
     inputs = [_fake(fake_mode, example, index) for index, example in enumerate(examples)]
     try:
         with (

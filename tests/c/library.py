@@ -24,7 +24,9 @@ def installed(temporary: pytest.TempPathFactory) -> Path:
         pytest.skip("no cmake (pip install cmake)")
 
     def build(folder: Path) -> Path:
-        succeed("cmake", "-S", ROOT / "csrc/c", "-B", folder / "build")
+        # Compiling with -O3 takes twice as long, and the bytes are the same.
+        flags = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"
+        succeed("cmake", "-S", ROOT / "csrc/c", "-B", folder / "build", flags)
         succeed("cmake", "--build", folder / "build", "-j2")
         succeed("cmake", "--install", folder / "build", "--prefix", folder / "prefix")
         return folder / "prefix"

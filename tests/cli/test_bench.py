@@ -68,6 +68,7 @@ def test_a_file_of_unknown_origin_asks_for_its_model(biper: Biper, tiny: Path) -
     assert "--against" in done.err
 
 
+@pytest.mark.deep
 def test_a_file_of_a_known_network_gets_a_twin(biper: Biper, tmp_path: Path) -> None:
     network = biper_engine.models.build("cifar10/resnet20_1w1a", num_classes=7)
     biper_engine.convert(network, check=False).save(tmp_path / "seven.biper")

@@ -33,6 +33,7 @@ def test_a_file_shows_its_layers_and_what_it_carries(biper: Biper, tiny: Path) -
     assert values["metadata"]["class_names"] == ["ant", "bee", "[cat]", "dog"]
 
 
+@pytest.mark.deep
 def test_a_known_network_is_inspected_by_name(biper: Biper) -> None:
     done = biper("inspect", "cifar10/resnet20_1w1a")
     assert done.code == 0, done.err

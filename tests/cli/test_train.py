@@ -180,6 +180,7 @@ def test_mistakes_end_before_training(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("one_thread")
 def test_a_folder_of_images_becomes_a_verified_file(biper: Biper, tmp_path: Path) -> None:
     for number, name in enumerate(("cat", "dog")):

@@ -42,6 +42,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers_are_taken_off(wrapper: str) -> None:
     model = seeded(SmallNet)

@@ -61,7 +61,7 @@ SEPARATE: dict[str, Any] = {
 }
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", [*FUSED, *SEPARATE])
 def test_what_follows_a_layer_of_tokens_is_fused_if_it_is_of_its_features(name: str) -> None:
     run = (FUSED | SEPARATE)[name]

@@ -148,7 +148,7 @@ def assert_same_everywhere(
             assert torch.equal(loaded(x[:batch]), wanted[:batch]), isa
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_gate_is_fused_with_what_follows(
     name: str, tmp_path: Path, isas: Callable[[str], None]
@@ -207,6 +207,7 @@ def test_a_gated_value_that_leaves_as_well_is_kept() -> None:
     assert verify(engine, model, images_of((6, 8, 8))).ok
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", ["grouped", "transposed", "Conv1d", "ternary", "zeros {0, 1}"])
 def test_gates_of_other_layers_mean_what_the_model_means(kind: str) -> None:
     def build() -> nn.Module:
@@ -260,6 +261,7 @@ class Transposed(nn.ConvTranspose2d):
         return F.conv_transpose2d(x.sign(), self.weight.sign() * 0.25, None, 2)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("form", ["features", "sample"])
 @pytest.mark.parametrize("shape", [(12,), (4, 12)])
 def test_gates_of_a_linear_layer(
@@ -283,6 +285,7 @@ def test_gates_of_a_linear_layer(
     assert_same_everywhere(engine, images_of(shape, 5), isas, tmp_path)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("number", [0.0, -1.0, torch.inf, "NaN"])
 def test_gates_with_special_numbers_reach_the_result(number: Any) -> None:
     def run(s: Any, x: Tensor) -> Tensor:

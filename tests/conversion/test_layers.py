@@ -142,7 +142,7 @@ EXACT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 }
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(4)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     shape, sizes, run = EXACT[name]

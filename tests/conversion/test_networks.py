@@ -32,8 +32,8 @@ PACKED = {
 
 # Of the others, which differ in widths or take larger images, two are for `make test-deep`, and the
 # rest for `make test-weekly`.
-QUICK = ("cifar10/resnet20_1w1a", "cifar10/vgg_small_1w1a")
-DEEP = ("cifar10/resnet18_1w1a", "imagenet/resnet18_1w1a")
+QUICK = ("cifar10/resnet20_1w1a",)
+DEEP = ("cifar10/vgg_small_1w1a", "imagenet/resnet18_1w1a")
 CASES = [
     pytest.param(n, marks=[pytest.mark.deep if n in DEEP else pytest.mark.weekly])
     if n not in QUICK
@@ -81,6 +81,7 @@ def test_every_binary_convolution_is_packed_and_the_logits_are_the_official_ones
     assert_official(engine, name, 3)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else (pytest.mark.weekly,)) for n in PACKED]
 )
@@ -136,6 +137,7 @@ def test_an_engine_knows_what_its_network_knows() -> None:
     assert engine.metadata == model.metadata
 
 
+@pytest.mark.deep
 def test_binary_weights_alone_stay_float_and_the_report_says_why() -> None:
     model = model_of("cifar10/resnet20_1w32a")
     with pytest.warns(

@@ -45,6 +45,7 @@ FUSED = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", FUSED)
 def test_a_function_with_two_slopes_is_fused(name: str) -> None:
     function = FUSED[name]
@@ -61,6 +62,7 @@ def test_a_function_with_two_slopes_is_fused(name: str) -> None:
     assert verify(engine, model, x).ok
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "function",
     [

@@ -13,8 +13,12 @@ from tests.golden.published import SMALL, small
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONVOLUTIONAL = [name for name in SMALL if name != "binaryvit"]
-# One is enough for `make test`.
-CASES = [pytest.param(n, marks=[pytest.mark.deep] * (n != "react_resnet")) for n in CONVOLUTIONAL]
+# One of each kind of layer is enough for `make test-deep`.
+DEEP = ("adabin", "react_resnet", "bnext")
+CASES = [
+    pytest.param(n, marks=pytest.mark.deep if n in DEEP else pytest.mark.weekly)
+    for n in CONVOLUTIONAL
+]
 
 
 @pytest.mark.parametrize("name", CASES)

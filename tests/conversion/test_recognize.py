@@ -66,6 +66,7 @@ TIES = {
 }
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize("name", SIGNS)
 def test_every_spelling_of_sign_is_exact_also_at_zero(name: str) -> None:
     model = seeded(lambda: Probe(SIGNS[name]))
@@ -265,6 +266,7 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
 }
 
 
+@pytest.mark.some(11)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     assert_packed_exactly(*EXACT[name])

@@ -26,10 +26,14 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda: nn.LSTM(16, 6, 2, bidirectional=True, batch_first=True),
-        pytest.param(lambda: nn.LSTM(16, 6, bias=False, batch_first=True), marks=pytest.mark.deep),
+        pytest.param(
+            lambda: nn.LSTM(16, 6, 2, bidirectional=True, batch_first=True), marks=pytest.mark.deep
+        ),
+        lambda: nn.LSTM(16, 6, bias=False, batch_first=True),
         pytest.param(lambda: nn.LSTM(16, 6, proj_size=3, batch_first=True), marks=pytest.mark.deep),
-        lambda: nn.GRU(16, 6, 2, bidirectional=True, batch_first=True),
+        pytest.param(
+            lambda: nn.GRU(16, 6, 2, bidirectional=True, batch_first=True), marks=pytest.mark.deep
+        ),
     ],
 )
 def test_recurrent_layers_are_equal_after_loading(layer: Any, tmp_path: Path) -> None:

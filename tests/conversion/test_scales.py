@@ -110,6 +110,7 @@ SCALED: dict[str, tuple[tuple[int, ...], nn.Module | Any, Any]] = {
 }
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("name", SCALED)
 def test_scale(name: str) -> None:
     shape, layer, run = SCALED[name]

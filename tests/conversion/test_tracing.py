@@ -197,6 +197,7 @@ def test_other_memory_is_refused(run: Callable[[Net, Tensor], Any], name: str) -
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "layer",
     [

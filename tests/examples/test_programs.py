@@ -1,4 +1,4 @@
-"""The examples run: programs with little work, the notebook as it is."""
+"""The examples run, with little work."""
 
 import json
 import runpy
@@ -43,5 +43,6 @@ def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), "examples/digits.ipynb", "exec"), names)
+            source = "".join(cell["source"]).replace("epochs=3", "epochs=1")
+            exec(compile(source, "examples/digits.ipynb", "exec"), names)
     assert "18 of 20 layers packed" in capsys.readouterr().out

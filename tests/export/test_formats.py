@@ -43,6 +43,7 @@ def operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("format", ["onnx", "qonnx"])
 def test_onnx_runs_with_any_batch_and_gives_the_engines_logits(format: str, tmp_path: Path) -> None:
     needs("onnx", "onnxscript", "onnxruntime")
@@ -136,6 +137,7 @@ def test_a_runtime_that_disagrees_leaves_an_older_file_as_it_was(
     assert (tmp_path / "net.onnx").read_text() == "older"
 
 
+@pytest.mark.deep
 def test_without_its_runtime_a_file_says_that_it_was_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_a_package_of_aotinductor_has_the_engines_bits(tmp_path: Path) -> None:
         assert torch.allclose(loaded(IMAGES[:count]), engine(IMAGES[:count]), atol=1e-5)
 
 
+@pytest.mark.deep
 def test_the_command_writes_beside_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

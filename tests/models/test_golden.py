@@ -18,6 +18,7 @@ def network_of(name, stage):
     return network
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", LARGE_ARE_DEEP)
 def test_names_shapes_and_logits_are_the_official_ones(name, stage):

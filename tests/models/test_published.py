@@ -122,6 +122,7 @@ def counted(network: Network) -> tuple[int, int]:
     return macs[True], macs[False]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", COUNTED)
 def test_layers_parameters_and_macs(name: str) -> None:
     layers, parameters, *macs = COUNTS[name]

@@ -52,6 +52,7 @@ PREFIXES = [
 ]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_any_common_prefix_is_taken_off(tmp_path: Path, state: State, prefix: str) -> None:
     check(tmp_path, prefixed(state, prefix), state)
@@ -72,6 +73,7 @@ KEYS = [
 ]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("keys", KEYS, ids="/".join)
 def test_a_state_dict_under_any_keys_is_found(
     tmp_path: Path, state: State, keys: tuple[str, ...]

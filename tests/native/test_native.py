@@ -145,19 +145,19 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Replay:
     return builds.aarch64_linux().replay(tmp_path_factory.mktemp("aarch64"))
 
 
-@pytest.mark.parametrize("isa", ["neon", "portable"])
+@pytest.mark.parametrize("isa", ["neon", pytest.param("portable", marks=pytest.mark.weekly)])
 def test_emulated_aarch64_gives_the_bytes_of_the_reference(
     emulated: Replay, case_file: CaseFile, isa: str
 ) -> None:
     expect_equal_bytes(emulated, isa, case_file)
 
 
-@pytest.mark.parametrize("isa", ["neon", "portable"])
+@pytest.mark.parametrize("isa", ["neon", pytest.param("portable", marks=pytest.mark.weekly)])
 def test_emulated_aarch64_runs_programs_to_the_same_bytes(emulated: Replay, isa: str) -> None:
     expect_the_same_programs(emulated, isa)
 
 
-@pytest.mark.parametrize("isa", ["neon", "portable"])
+@pytest.mark.parametrize("isa", ["neon", pytest.param("portable", marks=pytest.mark.weekly)])
 def test_emulated_aarch64_refuses_calls_that_do_not_fit(emulated: Replay, isa: str) -> None:
     expect_refusals(emulated, isa)
 

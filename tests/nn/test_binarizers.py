@@ -89,6 +89,7 @@ def network(name, surrogate="bireal"):
     return layers
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", WEIGHT_BINARIZERS)
 def test_a_trained_step_converts_and_verifies(name):
     layers = network(name, "clip")

@@ -82,6 +82,7 @@ def test_names_are_those_of_the_network() -> None:
     assert list(weight_errors(network)) == [name for name, _ in binary_layers(network)]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     "name",
     [

@@ -172,6 +172,7 @@ def step_case(
     return data, with_met_thresholds(epilogue, torch.from_numpy(values)), residual, values
 
 
+@pytest.mark.some(48)
 @pytest.mark.parametrize(
     ("pool", "activation", "residual_stream"),
     [
@@ -196,6 +197,7 @@ def test_every_step_is_rounded_once_and_in_order(
 SUMMED = ("everything", "asymmetric padding", "three groups of 40", "1x1 strided", "127 channels")
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize("name", SUMMED)
 def test_other_sums_are_integers_of_what_a_window_sees(
     device: torch.device,

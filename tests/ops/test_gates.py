@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.some(12)
 @pytest.mark.parametrize("name", CASES)
 def test_a_gate_multiplies_in_its_place(
     device: torch.device,
@@ -88,6 +89,7 @@ def test_a_gate_multiplies_in_its_place(
     check_all_outputs(data, conv, whole, residual, values, device, same_bytes, gate)
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize(
     "name", ["1x1", "127 channels", "65 filters", "three groups of 40", "everything", "depthwise"]
 )

@@ -96,6 +96,7 @@ def test_tokens_with_the_batch_second_are_one_program(name: str) -> None:
     assert torch.equal(rows, engine(x))
 
 
+@pytest.mark.deep
 def test_a_transformer_behind_binary_convolutions_is_one_program() -> None:
     def run(s: Any, x: Tensor) -> Tensor:
         tokens = s.conv(x).flatten(2).permute(2, 0, 1)

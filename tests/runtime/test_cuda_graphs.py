@@ -334,6 +334,7 @@ def test_the_engine_says_how_it_runs(driver: FakeDriver) -> None:
     assert engine.execution == text.format(2)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "change",
     [

@@ -34,6 +34,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Engine, Tensor]:
     return biper_engine.convert(seeded(make), noise(2, *shape)), noise(5, *shape, seed=1)
 
 
+@pytest.mark.some(2)
 def test_the_network_is_one_program(case: tuple[Engine, Tensor]) -> None:
     engine, x = case
     engine(x)

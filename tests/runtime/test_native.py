@@ -77,7 +77,10 @@ def test_a_network_is_one_program_and_gives_what_its_operators_give(
     assert len(covered) == len(set(covered))
 
 
-@pytest.mark.parametrize("name", ["cifar10/resnet20_1w1a", "cifar10/vgg_small_1w1a"])
+@pytest.mark.parametrize(
+    "name",
+    ["cifar10/resnet20_1w1a", pytest.param("cifar10/vgg_small_1w1a", marks=pytest.mark.deep)],
+)
 def test_one_file_gives_the_same_bytes_on_every_instruction_set_thread_count_and_batch(
     name: str,
     isas: Callable[[str], None],

@@ -161,6 +161,7 @@ def test_copies_of_a_slot_are_empty() -> None:
 # -- graphs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 def test_the_source_of_a_graph_goes_with_its_engine(images: Tensor) -> None:
     def sources() -> tuple[set[str], set[str]]:
         gc.collect()

@@ -305,6 +305,7 @@ def test_bits_flow_natively_between_float16_operators(golden_file: Callable[...,
     assert torch.equal(engine(images), one_by_one(engine, images)[0])
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", ["ReActNet", "XNOR-Net", "binary MLP", "flatten, sign"])
 def test_networks_of_other_people_run_as_one_program(name: str) -> None:
     network, shape, _ = NETWORKS[name]

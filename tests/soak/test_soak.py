@@ -63,7 +63,7 @@ def test_a_subject_refuses_other_logits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("minutes", "phase_seconds", "phases"),
     [
-        pytest.param("0.25", "0.4", "36 phases", marks=pytest.mark.deep),
+        pytest.param("0.25", "0.4", "36 phases", marks=pytest.mark.weekly),
         pytest.param("60", None, "phases", marks=pytest.mark.weekly),
     ],
 )

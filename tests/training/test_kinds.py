@@ -81,6 +81,7 @@ class Images(TensorDataset):
         super().__init__(pixels, torch.arange(16) % 3)
 
 
+@pytest.mark.deep
 def test_a_model_and_data_sets_may_be_objects(tmp_path):
     model = models.build("cifar10/resnet20_1w1a", num_classes=3, frequency=7.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -141,6 +142,7 @@ class TestTeacher:
             alone, (wanted.softmax(1) * (wanted.softmax(1) / logits.softmax(1)).log()).sum(1).mean()
         )
 
+    @pytest.mark.deep
     def test_a_checkpoint_or_a_module_teaches(self, tmp_path):
         plain = fit(config=CONFIG, output_dir=tmp_path / "plain", options=QUIET)
         settings = DistillationConfig(teacher=str(plain.stage1.path), weight=0.5)

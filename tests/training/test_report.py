@@ -207,6 +207,7 @@ def test_a_network_of_another_paper_has_no_waves(small_run: Path) -> None:
     assert "Not recorded" in page._flips(run).note
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("name", "scale"), [("triangle", "the triangle wave"), ("sign", "each on its own scale")]
 )

@@ -82,6 +82,7 @@ def test_a_run_that_stops_within_an_epoch_goes_on_there(
             assert (logs[0] / file).read_text() == (logs[1] / file).read_text()
 
 
+@pytest.mark.deep
 def test_workers_do_not_change_the_run(whole, tmp_path):
     fit(config=CONFIG, output_dir=tmp_path, options=dataclasses.replace(QUIET, workers=2))
     assert differing(whole, tmp_path) == set()
