@@ -26,6 +26,8 @@ TRITON := $(VENV)/triton
 OLDEST_TRITON := $(VENV)/oldest-triton
 # A compiler for macOS, 100 MB, for two of the weekly tests.
 ZIG := $(VENV)/zig
+# Ray, 250 MB, for batches and servers on several workers, in some of the weekly tests.
+RAY := $(VENV)/ray
 # MkDocs, for the pages only. The line about its future is not about this site.
 DOCS := $(VENV)/docs
 export NO_MKDOCS_2_WARNING := 1
@@ -62,7 +64,7 @@ test-deep: $(BUILT) $(TRITON)  ## Run the slow tests, and those that need a comp
 	  { status=$$?; [ $$status -eq 5 ] && echo "No deep test to run."; }
 
 # Whoever sees it pass commits the new record.
-test-weekly: $(BUILT) $(TRITON) $(OLDEST_TRITON) $(ZIG)  ## Run the long and rare tests, and record that they passed
+test-weekly: $(BUILT) $(TRITON) $(OLDEST_TRITON) $(ZIG) $(RAY)  ## Run the long and rare tests, and record that they passed
 	@echo "==> Weekly tests; they last passed: $$(cat $(WEEKLY))"
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests --no-header -m weekly -n 2 --dist loadfile -p no:benchmark -rs $(ARGS)
 	@test -n "$(ARGS)" || printf '%s at %s\n' "$$(date -u +%F)" "$$(git describe --always --dirty --abbrev=12)" > $(WEEKLY)
@@ -136,6 +138,10 @@ $(OLDEST_TRITON): $(STAMP)
 $(ZIG): $(STAMP) constraints.txt
 	@echo "==> Installing ziglang"
 	@$(INSTALL) ziglang && touch $(ZIG) || echo "ziglang cannot be installed here."
+
+$(RAY): $(STAMP) constraints.txt
+	@echo "==> Installing ray"
+	@$(INSTALL) "ray[data,serve]" && touch $(RAY) || echo "ray cannot be installed here."
 
 $(DOCS): $(STAMP) constraints.txt
 	@echo "==> Installing mkdocs"

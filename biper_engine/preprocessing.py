@@ -6,6 +6,8 @@ Training and inference share this function, so that an engine gets the same inpu
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from io import BytesIO
 from math import floor
 from typing import TYPE_CHECKING
@@ -27,6 +29,14 @@ __all__ = [
     "raw_pixels",
     "resampling",
 ]
+
+# What Pillow raises for broken files. SyntaxError comes from its PNG reader.
+_UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, KeyError),
+    *(TypeError, OverflowError, AttributeError, NotImplementedError),
+)
+# A line of pixels becomes a huge image if its short side is to be as long as the network's.
+_MOST_RESIZED_PIXELS = 2**26
 
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
@@ -53,9 +63,9 @@ def image_to_tensor(image: Image | str | os.PathLike[str], metadata: Metadata) -
         [C, H, W] float32 tensor, contiguous.
 
     Raises:
-        ValueError: unreadable file (the message has its path), more than 8 bits per channel, or
-            metadata without `input_size`, with channels other than 1 or 3, or with a `mean` of
-            another number of channels.
+        ValueError: unreadable file (the message has its path), more than 8 bits per channel, a
+            shape that resizing makes huge, or metadata without `input_size`, with channels other
+            than 1 or 3, or with a `mean` of another number of channels.
     """
     return normalize(image_to_pixels(image, metadata), metadata).contiguous()
 
@@ -113,15 +123,23 @@ def _checked_input_size(metadata: Metadata) -> tuple[int, int, int]:
     return metadata.input_size
 
 
-def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image:
+def open_image(
+    source: str | os.PathLike[str] | bytes,
+    name: str | None = None,
+    *,
+    formats: tuple[str, ...] | None = None,
+    most_pixels: int | None = None,
+) -> Image:
     """Read an image from a file or from the bytes of one.
 
     Args:
         source: path, or contents.
         name: what messages call the image; None takes the path.
+        formats: Pillow's names of those to try; None tries all.
+        most_pixels: of an image, which is not decoded if it has more; None leaves it to Pillow.
 
     Raises:
-        ValueError: it cannot be read; the message has its name.
+        ValueError: it cannot be read, or is too large; the message has its name.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -130,12 +148,21 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         # Opening a pipe would wait for a writer.
         kind = "a directory" if os.path.isdir(source) else "not a regular file"
         raise ValueError(f"Cannot read an image from '{named}': it is {kind}.")
+    contents = BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with Image.open(contents, formats=formats) as file:
+            if most_pixels is not None and file.width * file.height > most_pixels:
+                raise Image.DecompressionBombError(
+                    f"it has {file.width} x {file.height} pixels; {most_pixels:,} are accepted."
+                )
             file.load()
             return file
-    # Pillow raises several built-in types for broken files; SyntaxError comes from its PNG reader.
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, EOFError) as error:
+    except UnidentifiedImageError as error:
+        tried = f" It was tried as {', '.join(formats)}." if formats else ""
+        raise ValueError(
+            f"Cannot read an image from '{named}': it is no image of a known format.{tried}"
+        ) from error
+    except _UNREADABLE as error:
         raise ValueError(f"Cannot read an image from '{named}': {error}.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"Refusing the image '{named}': {error}") from error
@@ -170,6 +197,11 @@ def _resize(image: Image, height: int, width: int, metadata: Metadata) -> Image:
         size = (round(image.width / ratio), round(image.height / ratio))
     if size == image.size:
         return image
+    if size[0] * size[1] > _MOST_RESIZED_PIXELS:
+        raise ValueError(
+            f"`image` has {image.width} x {image.height} pixels and would be resized to "
+            f"{size[0]} x {size[1]}, more than {_MOST_RESIZED_PIXELS:,}. Crop it first."
+        )
     return image.resize(size, resampling(metadata.interpolation))
 
 

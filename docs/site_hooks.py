@@ -1,6 +1,6 @@
 """Let pages link to files of the repository: the site gets copies of these.
 
-A link such as ../examples/server.py works on the page in the repository and in the site.
+A link such as ../examples/detector.py works on the page in the repository and in the site.
 """
 
 import re

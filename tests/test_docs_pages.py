@@ -59,7 +59,7 @@ def test_the_code_of_a_page_runs(
     if name == "how":
         assert printed.splitlines() == ["torch.Size([1, 1, 1, 1]) 213", "2"]
     elif name == "deploy":
-        assert printed == "torch.Size([1, 10])\n"
+        assert printed == "3 0\ntorch.Size([1, 10])\n"
     elif name == "own-network":
         page = (DOCS / f"{name}.md").read_text("utf-8")
         report = str(names["engine"].report)  # type: ignore[attr-defined]
@@ -135,12 +135,12 @@ def test_pictures_are_what_their_script_draws() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     import biper_engine
-    from biper_engine import models, nn, ops, training
+    from biper_engine import models, nn, ops, serving, training
 
     reference = " ".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
     classes = re.findall(r"^::: ([\w.]+)$", reference, re.M)
     listed = {name.rpartition(".")[2] for name in classes}
-    for package in (biper_engine, models, nn, ops, training):
+    for package in (biper_engine, models, nn, ops, serving, training):
         for name in package.__all__:
             value = getattr(package, name)
             is_module = isinstance(value, type(models))

@@ -22,7 +22,7 @@ MAX_LINES = 500
 BASE = ("errors", "files", "metadata", "plotting", "preprocessing")
 INFERENCE = (
     *("bits", "geometry", "kernels", "_cpu", "_cuda", "ops", "graph", "report", "converted"),
-    *("serialization", "runtime", "export", "engine", "shipped", "conversion", "bench"),
+    *("serialization", "runtime", "export", "engine", "serving", "shipped", "conversion", "bench"),
 )
 TRAINING = ("nn", "models", "training")
 # The public names (biper_engine/__init__.py) gather both columns; the command line stands on top.

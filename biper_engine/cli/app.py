@@ -15,8 +15,10 @@ from biper_engine.cli.convert import convert
 from biper_engine.cli.demo_command import demo
 from biper_engine.cli.export import export
 from biper_engine.cli.inspect import inspect
+from biper_engine.cli.predict import predict
 from biper_engine.cli.report import report
 from biper_engine.cli.run import run
+from biper_engine.cli.serve import serve
 from biper_engine.cli.train import train
 from biper_engine.cli.verify import verify
 from biper_engine.errors import BiperError
@@ -33,7 +35,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, report, convert, verify, run, export, bench, inspect, backends):
+for command in (
+    demo,
+    train,
+    report,
+    convert,
+    verify,
+    run,
+    predict,
+    serve,
+    export,
+    bench,
+    inspect,
+    backends,
+):
     app.command()(command)
 
 

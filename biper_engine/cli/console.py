@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +21,10 @@ __all__ = [
     "progress",
     "results",
     "show_error",
+    "show_note",
     "shown_warnings",
     "status",
+    "steps",
 ]
 
 _T = TypeVar("_T")
@@ -47,6 +49,11 @@ def show_error(error: Exception) -> None:
     console = _messages()
     text = str(error) or type(error).__name__
     console.print(f"[bold red]Error:[/bold red] [red]{escape(text)}[/red]", soft_wrap=True)
+
+
+def show_note(text: str) -> None:
+    """Print a line to stderr."""
+    _messages().print(text, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -75,6 +82,19 @@ def status(text: str) -> Iterator[None]:
 
 def progress(items: Sequence[_T], text: str) -> Iterator[_T]:
     """Yield the items under a progress bar on stderr, or without one if that is not a terminal."""
+    with _bar() as bar:
+        yield from bar.track(items, description=escape(text))
+
+
+@contextmanager
+def steps(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that moves a progress bar, as `progress` has it, to (done, all)."""
+    with _bar() as bar:
+        task = bar.add_task(escape(text), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _bar() -> Progress:
     console = _messages()
     columns = (
         TextColumn("{task.description}"),
@@ -82,10 +102,7 @@ def progress(items: Sequence[_T], text: str) -> Iterator[_T]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        yield from bar.track(items, description=escape(text))
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def command_line(*words: str | Path) -> str:

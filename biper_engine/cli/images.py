@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import floor, isfinite, nextafter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from biper_engine.cli.console import progress
 
@@ -15,36 +17,31 @@ if TYPE_CHECKING:
 
     from biper_engine import Engine, Metadata
 
-__all__ = ["Preparation", "find_images", "image_batches", "preprocessing_of"]
+__all__ = ["Labels", "Mean", "Preparation", "Size", "Std", "image_batches", "preprocessing_of"]
 
-_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the files among `paths`, and every image below each directory, in order.
-
-    Raises:
-        ValueError: a path does not exist, or a directory has no image.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"There is no image or directory '{path}'.")
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file()
-        )
-        if not inside:
-            raise ValueError(
-                f"No image file in '{path}' or below. "
-                f"Wanted one of: {', '.join(sorted(_SUFFIXES))}."
-            )
-        found += inside
-    return found
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B", help="Mean of pixels in [0, 1], if the file lacks it.", show_default=False
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Their standard deviation.", show_default=False),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Resize the shorter side to this, and cut out the middle.",
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Class names, one a line.", show_default=False),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +130,8 @@ def preprocessing_of(
         if not said.is_given:
             raise ValueError(
                 f"'{file}' does not say how its images are prepared: pass --mean and --std to "
-                "biper run, or set `model.metadata = biper_engine.Metadata(input_size=..., "
-                "mean=..., std=...)` before converting, and convert again."
+                "biper run, predict or serve, or set `model.metadata = biper_engine.Metadata("
+                "input_size=..., mean=..., std=...)` before converting, and convert again."
             )
         shape = engine.input_shape
         if len(shape) != 3:

@@ -10,12 +10,18 @@ import typer
 
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.engines import ENGINE_HELP, engine_file
-from biper_engine.cli.images import Preparation, find_images, image_batches, preprocessing_of
+from biper_engine.cli.images import (
+    Labels,
+    Mean,
+    Preparation,
+    Size,
+    Std,
+    image_batches,
+    preprocessing_of,
+)
 from biper_engine.cli.sources import Backend
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from biper_engine import Metadata
 
 __all__ = ["run"]
@@ -28,31 +34,10 @@ def run(
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes to print per image.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            metavar="R,G,B",
-            help="Mean of pixels in [0, 1], if the file lacks it.",
-            show_default=False,
-        ),
-    ] = None,
-    std: Annotated[
-        str | None,
-        typer.Option(metavar="R,G,B", help="Their standard deviation.", show_default=False),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Resize the shorter side to this, and cut out the middle.",
-            show_default=False,
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Class names, one a line.", show_default=False),
-    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    labels: Labels = None,
     backend: Backend = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
@@ -69,6 +54,8 @@ def run(
     import torch
 
     import biper_engine
+    from biper_engine.serving.classifier import require_logits, top_classes
+    from biper_engine.serving.inputs import find_images
 
     with status("Loading"), engine_file(file) as path:
         engine = biper_engine.load(path)
@@ -78,10 +65,10 @@ def run(
     with biper_engine.use_backend(backend) if backend else nullcontext(), torch.inference_mode():
         for paths, tensor in image_batches(find_images(images), metadata, batch):
             logits = engine(tensor)
-            _require_logits(logits)
+            require_logits(logits)
             _require_names(labels, metadata, logits.shape[1])
             rows += [
-                {"image": str(path), "top": _top(values, top, metadata.class_names)}
+                {"image": str(path), "top": top_classes(values, top, metadata.class_names)}
                 for path, values in zip(paths, logits, strict=True)
             ]
     if json_output:
@@ -90,32 +77,6 @@ def run(
     console = results()
     for row in rows:
         console.print(_line(row), markup=False, soft_wrap=True)
-
-
-def _require_logits(logits: Any) -> None:
-    import torch
-
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(
-            f"The network returns {got}, wanted logits [N, classes]. `biper run` is for "
-            "classifiers; load other networks with biper_engine.load."
-        )
-
-
-def _top(logits: Tensor, count: int, names: tuple[str, ...] | None) -> list[dict[str, Any]]:
-    shares = logits.softmax(0)
-    order = logits.argsort(descending=True, stable=True)[:count].tolist()
-    known = names if names is not None and len(names) == len(logits) else None
-    return [
-        {
-            "class": known[index] if known else index,
-            "index": index,
-            "probability": float(shares[index]),
-            "logit": float(logits[index]),
-        }
-        for index in order
-    ]
 
 
 def _line(row: dict[str, Any]) -> str:

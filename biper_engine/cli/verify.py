@@ -12,7 +12,7 @@ import typer
 
 from biper_engine.cli.console import print_json, results, status
 from biper_engine.cli.engines import ENGINE_HELP, engine_file
-from biper_engine.cli.images import find_images, image_batches, preprocessing_of
+from biper_engine.cli.images import image_batches, preprocessing_of
 from biper_engine.cli.sources import (
     Arch,
     Backend,
@@ -183,6 +183,7 @@ def _against(
     json_output: bool,
 ) -> bool:
     import biper_engine
+    from biper_engine.serving.inputs import find_images
 
     if images is None:
         batches: Iterable[Any] = _random_batches(engine)

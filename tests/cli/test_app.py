@@ -12,7 +12,19 @@ from biper_engine.cli import main
 
 from .conftest import Biper
 
-COMMANDS = ("demo", "train", "report", "convert", "verify", "run", "bench", "inspect", "backends")
+COMMANDS = (
+    "demo",
+    "train",
+    "report",
+    "convert",
+    "verify",
+    "run",
+    "predict",
+    "serve",
+    "bench",
+    "inspect",
+    "backends",
+)
 
 
 def test_version(biper: Biper) -> None:
