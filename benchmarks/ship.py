@@ -28,6 +28,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from biper_engine.training import data, to_yaml
 from biper_engine.training.examples import Examples, as_image
 from biper_engine.training.report import Run, read_run
 
+LEAST_SAME = 0.999
 SHIPPED = ROOT / "biper_engine" / "shipped"
 PAGE = ROOT / "docs" / "networks.md"
 # The tables of the cards in PAGE; `docs/tables.py` prints them.
@@ -97,11 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         file = checked(run, given.name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        written = write_network(run, file, target)
+        written, same = write_network(run, file, target)
     except ValueError as error:
         parser.error(str(error))
     samples = timed(file, given.threads, given.seconds)
-    card = model_card(run, given.name, file, latency(samples, given.threads))
+    card = model_card(run, given.name, file, same, latency(samples, given.threads))
     write_atomically(target, lambda out: out.write(file.read_bytes()))
     text = json.dumps(card.to_dict(), indent=2) + "\n"
     write_atomically(target.with_suffix(".json"), lambda out: out.write(text.encode()))
@@ -139,8 +141,12 @@ def data_name(run: Run) -> str:
     return run.config.dataset.replace("_", "-")
 
 
-def write_network(run: Run, file: Path, target: Path) -> list[Path]:
-    """Write weights and sample images beside the engine's file, and compare them with the run.
+def write_network(run: Run, file: Path, target: Path) -> tuple[list[Path], int]:
+    """Write weights and sample images beside the engine's file, after a comparison with the run.
+
+    Returns:
+        The files, and the number of test images of which engine and network say the same class.
+        A bit that flips within rounding may change one that is undecided.
 
     Raises:
         ValueError: the network that is read gives other logits than the trained one, or is not
@@ -153,16 +159,22 @@ def write_network(run: Run, file: Path, target: Path) -> list[Path]:
     assert trained.metadata is not None
     images, labels = data.tensors(found.test, trained.metadata)
     weights, strip = target.with_suffix(".safetensors"), target.with_suffix(".png")
-    write_signs(weights, trained)
-    rebuilt = read_signs(weights)
-    if not torch.equal(logits(rebuilt, images), logits(trained, images)):
-        raise ValueError(f"'{weights}' gives other logits than '{run.path}'.")
-    if not torch.equal(logits(engine, images).argmax(1), logits(rebuilt, images).argmax(1)):
+    with TemporaryDirectory() as folder:
+        write_signs(Path(folder, "signs"), trained)
+        contents = Path(folder, "signs").read_bytes()
+        rebuilt = read_signs(Path(folder, "signs"))
+    wanted = logits(trained, images)
+    if not torch.equal(logits(rebuilt, images), wanted):
+        raise ValueError(f"The signs of '{run.path}' give other logits than it.")
+    same = int((logits(engine, images).argmax(1) == wanted.argmax(1)).sum())
+    if same < LEAST_SAME * len(images):
         raise ValueError(f"'{file}' gives other classes than '{run.path}'.")
     if not made_of(engine, rebuilt, images[:2]):
-        raise ValueError(f"'{file}' was not made of '{weights}'.")
-    sample_strip(found.test, labels, found.num_classes).save(strip, optimize=True)
-    return [weights, strip]
+        raise ValueError(f"'{file}' was not made of '{run.path}'.")
+    picture = sample_strip(found.test, labels, found.num_classes)
+    write_atomically(weights, lambda out: out.write(contents))
+    write_atomically(strip, lambda out: picture.save(out, "PNG", optimize=True))
+    return [weights, strip], same
 
 
 def logits(network: torch.nn.Module, images: Tensor) -> Tensor:
@@ -223,7 +235,7 @@ def latency(samples: Samples, threads: int) -> Latency:
     )
 
 
-def model_card(run: Run, name: str, file: Path, time: Latency) -> ModelCard:
+def model_card(run: Run, name: str, file: Path, same: int, time: Latency) -> ModelCard:
     assert run.verified is not None
     predictions = run.stages[1].predictions
     assert predictions is not None
@@ -241,7 +253,10 @@ def model_card(run: Run, name: str, file: Path, time: Latency) -> ModelCard:
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         packed=run.verified["packed"],
         layers=run.verified["layers"],
-        verified=_verdict(run.verified),
+        verified=(
+            f"{_verdict(run.verified)}; the network's class on {same:,} of "
+            f"{predictions.images:,} test images"
+        ),
         latency=time,
         recipe=to_yaml(run.config),
         versions=run.versions,
