@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             signs_file.read_signs(path)
     path.write_bytes(whole)
     tensors = load_file(path)
+    save_file(tensors, path, {"biper": "[" * 100_000})
+    with pytest.raises(biper_engine.CheckpointError, match="Cannot read the weights"):
+        signs_file.read_signs(path)
     save_file(tensors, path)
     with pytest.raises(biper_engine.CheckpointError, match="does not hold the weights of a netw"):
         signs_file.read_signs(path)
@@ -113,6 +117,16 @@ def test_a_file_with_other_weights_is_named(tmp_path: Path, change: str) -> None
         tensors[key] = bits[:-1].clone() if change == "short" else bits.float()
     save_file(tensors, path, header)
     with pytest.raises(biper_engine.CheckpointError, match=key):
+        signs_file.read_signs(path)
+
+
+def test_a_header_with_other_metadata_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    signs_file.write_signs(path, trained_like())
+    with signs_file.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["biper"])
+    save_file(load_file(path), path, {"biper": json.dumps({**header, "metadata": "x"})})
+    with pytest.raises(biper_engine.CheckpointError, match="does not hold the weights of a netw"):
         signs_file.read_signs(path)
 
 
