@@ -87,7 +87,8 @@ def read_signs(path: str | os.PathLike[str]) -> Network:
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Cannot read the weights '{os.fspath(path)}': {error}.") from error
     try:
-        return _network(header, held)
+        with torch.device("cpu"):  # whatever `set_default_device` says
+            return _network(header, held)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"'{os.fspath(path)}' does not hold the weights of a network of this version of "

@@ -144,6 +144,15 @@ def test_a_trained_network_is_the_one_that_its_engine_was_made_of(name: str) -> 
         assert torch.equal(model(images).argmax(1), engine(images).argmax(1))
 
 
+def test_a_default_device_does_not_matter() -> None:
+    name, images = "digits/resnet20_1w1a", torch.rand(2, 3, 32, 32)
+    wanted = models.load(name)(images)
+    with torch.device("meta"):  # as after torch.set_default_device("cuda")
+        model, engine = models.pretrained(name), models.load(name)
+        assert torch.equal(engine(images), wanted)
+        assert torch.equal(model(images).argmax(1), wanted.argmax(1))
+
+
 @pytest.mark.parametrize("name", models.shipped())
 def test_samples_are_one_for_each_class(name: str) -> None:
     found, model = models.samples(name), models.pretrained(name)
