@@ -406,7 +406,7 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
         BackendUnavailableError: PyTorch or this machine does not have the device.
     """
     place = require_device(device)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever `set_default_device` says
         engine = Engine(serialization.read(path))
         return engine if place.type == "cpu" else engine.to(place)
 

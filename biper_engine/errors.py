@@ -39,7 +39,7 @@ class CheckpointError(BiperError, ValueError):
 
 
 class DataError(BiperError, ValueError):
-    """Training data is missing, damaged, or not what the settings say."""
+    """Data is missing, damaged, or not what the settings say: for training, or for a batch run."""
 
 
 class ExportError(BiperError, ValueError):

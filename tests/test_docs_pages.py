@@ -133,6 +133,14 @@ def test_pictures_are_what_their_script_draws() -> None:
         assert (DOCS / f"pictures/{name}.svg").read_text("utf-8") == draw(), name
 
 
+def test_no_function_of_the_reference_is_shown_as_the_module_of_its_name() -> None:
+    reference = " ".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
+    names = re.findall(r"^::: ([\w.]+)$", reference, re.M)
+    paths = {name: DOCS.parent / name.replace(".", "/") for name in names}
+    modules = [n for n, path in paths.items() if path.with_suffix(".py").exists() or path.is_dir()]
+    assert modules == ["biper_engine.errors"]
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     import biper_engine
     from biper_engine import models, nn, ops, serving, training

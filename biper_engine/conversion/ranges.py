@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 MOST_VALUES = 4
 MOST_OPERANDS = 4
-MOST_ELEMENTS = 1 << 16
+_FIRST_ELEMENTS = 1 << 12
 
 _STEPS = frozenset(
     (aten.sign, aten.sgn, aten.heaviside, aten.copysign, aten.div, aten.round, aten._to_copy)
@@ -44,6 +44,11 @@ _CREATED: dict[object, Callable[[dict[str, Any]], float]] = {
 _NEVER_NEGATIVE = frozenset(
     (aten.relu, aten.relu6, aten.abs, aten.sigmoid, aten.hardsigmoid, aten.exp, aten._softmax)
 )
+_PICKS = frozenset(
+    (aten.index, aten._unsafe_index, aten.index_select, aten.gather, aten.take, aten.embedding)
+)
+"""Operators whose result has elements of the first operand, wherever the input says."""
+
 _AVERAGES = frozenset(
     (aten.avg_pool1d, aten.avg_pool2d, aten._adaptive_avg_pool2d, aten.mean, aten.sum)
 )
@@ -133,14 +138,14 @@ def _values(
 ) -> ValueSet | None:
     held = constant(graph_module, node)
     if held is not None:
-        return _numbers(held) if held.numel() <= MOST_ELEMENTS else None
+        return _numbers(held)
     number = created_number(node)
     if number is not None:
         return frozenset([float(number)])
     if is_call(node, operator.getitem) and numbers_of(parent(node)) is Numbers.SPLIT:
         return find(parent(parent(node)))
     numbers = numbers_of(node)
-    if is_move(node) or numbers is Numbers.LARGEST:
+    if is_move(node) or numbers is Numbers.LARGEST or packet(node) in _PICKS:
         return find(parent(node))
     if numbers is Numbers.JOINED:
         return _union([find(part) for part in arguments(node)["tensors"]])
@@ -200,6 +205,8 @@ def _combined(
 
 def _numbers(tensor: torch.Tensor) -> ValueSet | None:
     """Return the numbers in a tensor, or None if they are many."""
+    if tensor.numel() > _FIRST_ELEMENTS and _numbers(tensor.flatten()[:_FIRST_ELEMENTS]) is None:
+        return None  # without a sort of them all
     unique = torch.unique(tensor)  # type: ignore[no-untyped-call, unused-ignore]
     if unique.is_complex() or len(unique) > MOST_VALUES:
         return None

@@ -84,11 +84,12 @@ def read_signs(path: str | os.PathLike[str]) -> Network:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("biper", "null"))
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Cannot read the weights '{os.fspath(path)}': {error}.") from error
     try:
-        return _network(header, held)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        with torch.device("cpu"):  # whatever `set_default_device` says
+            return _network(header, held)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"'{os.fspath(path)}' does not hold the weights of a network of this version of "
             f"biper_engine. Install the package again. {type(error).__name__}: {error}"

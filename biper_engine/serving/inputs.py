@@ -122,8 +122,6 @@ def _table_row(number: int, cell: Any, label: Any, folder: Path) -> Row:
     """Return the row of a cell: contents, or a struct of contents and path as `datasets` has it."""
     contents = cell.get("bytes") if isinstance(cell, dict) else cell
     path = cell.get("path") if isinstance(cell, dict) else None
-    if isinstance(contents, str):
-        contents, path = None, contents
     source = contents if contents is not None or path is None else folder / path
     return Row(number, path, source, label)
 
@@ -131,6 +129,10 @@ def _table_row(number: int, cell: Any, label: Any, folder: Path) -> Row:
 def _printable(name: str) -> str:
     """Return a file's name as text: bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+Stamp = tuple[int, int] | None
+"""Size and time of a file; None for a link that leads nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,16 +143,31 @@ class Inputs:
         source: what the user named.
         parts: in order.
         sha256: of everything that tells one input from another: names, sizes and times of files.
+        stamps: size and time of each file.
     """
 
     source: str
     parts: tuple[Part, ...]
     sha256: str
+    stamps: dict[Path, Stamp]
 
     @property
     def rows(self) -> int:
         """Number of images."""
         return sum(part.rows for part in self.parts)
+
+    def require_unchanged(self) -> None:
+        """Require that what was read is what `sha256` tells of; a file may be gone by now.
+
+        Raises:
+            DataError: a file was changed since.
+        """
+        for file, stamp in self.stamps.items():
+            if _stamp(file) not in (stamp, None):
+                raise DataError(
+                    f"'{file}' was changed while the run read it, so that nobody knows which "
+                    "contents its rows are of. Start again with another folder for the results."
+                )
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -183,6 +200,8 @@ def _images_below(folder: Path) -> list[Path]:
 def _files_below(folder: Path) -> list[Path]:
     """Return every file in a folder and its folders, by path; links to folders are not followed.
 
+    A link that leads nowhere is one of them, so that somebody says that its file is missing.
+
     Raises:
         OSError: a folder cannot be read: its images would be missing without a word.
     """
@@ -195,7 +214,10 @@ def _files_below(folder: Path) -> list[Path]:
 
     walk = os.walk(folder, onerror=refuse)
     return sorted(
-        path for top, _, names in walk for name in names if (path := Path(top, name)).is_file()
+        path
+        for top, _, names in walk
+        for name in names
+        if (path := Path(top, name)).is_file() or not path.exists()
     )
 
 
@@ -252,11 +274,24 @@ def _inputs(path: Path, parts: list[Part], files: Sequence[Path]) -> Inputs:
         raise ValueError(f"'{path}' has no rows: its Parquet files are empty.")
     root = path if path.is_dir() else path.parent
     digest = hashlib.sha256()
-    for file in files:
-        found = file.stat()
+    stamps = {file.absolute(): _stamp(file) for file in files}
+    for file, stamp in zip(files, stamps.values(), strict=True):
         name = os.fsencode(file.relative_to(root))
-        digest.update(b"%s\0%d %d\n" % (name, found.st_size, found.st_mtime_ns))
-    return Inputs(source=str(path.absolute()), parts=tuple(parts), sha256=digest.hexdigest())
+        digest.update(b"%s\0%d %d\n" % (name, *(stamp or (-1, -1))))
+    return Inputs(
+        source=str(path.absolute()),
+        parts=tuple(parts),
+        sha256=digest.hexdigest(),
+        stamps=stamps,
+    )
+
+
+def _stamp(file: Path) -> Stamp:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _tables(path: Path) -> list[Path]:
@@ -318,6 +353,9 @@ def _grouped(sizes: Sequence[int], rows_per_part: int) -> Iterator[tuple[int, ..
 
 
 def _columns(table: Path, schema: pa.Schema, image: str | None, label: str | None) -> Columns:
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise DataError(f"'{table}' has several columns '{twice[0]}'. Rename all but one.")
     usable = [name for name in _IMAGE_NAMES if name in schema.names]
     chosen = image or next(iter(usable), None)
     if chosen is None or chosen not in schema.names:
@@ -344,17 +382,24 @@ def _columns(table: Path, schema: pa.Schema, image: str | None, label: str | Non
 def _holds_images(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_struct)
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return any(test(kind) for test in tests)
+    is_text: bool
+
+    def is_binary(one: pa.DataType) -> bool:
+        return bool(pa.types.is_binary(one) or pa.types.is_large_binary(one))
+
+    if not pa.types.is_struct(kind):
+        return is_binary(kind)
+    held = {field.name: field.type for field in kind}
+    contents, path = held.get("bytes"), held.get("path", pa.null())
+    is_text = pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)
+    return contents is not None and (is_binary(contents) or contents == pa.null()) and is_text
 
 
 def _label_type(table: Path, field: pa.Field) -> str:
     import pyarrow as pa
 
     if pa.types.is_integer(field.type):
-        return "int64"
+        return "uint64" if pa.types.is_uint64(field.type) else "int64"
     if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
         return "string"
     raise DataError(

@@ -7,6 +7,7 @@ makes the parts that are missing, and two workers that make the same part write 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from biper_engine.errors import DataError
-from biper_engine.files import write_atomically
+from biper_engine.files import os_error, write_atomically
 from biper_engine.metadata import Metadata
 from biper_engine.serving.classifier import Classifier, open_classifier
 from biper_engine.serving.inputs import Inputs, Part, open_inputs
@@ -101,7 +102,8 @@ def predict(
 
     Raises:
         FileFormatError: `file` is none or damaged.
-        DataError: a table cannot be read, or `out` has something else than this run.
+        DataError: a table cannot be read, a file of images was changed meanwhile, or `out` has
+            something else than this run.
         ValueError: there is no image, the network is no classifier, or nobody says how images are
             prepared.
         ImportError: a package is missing; the message has the command that installs it.
@@ -132,6 +134,7 @@ def predict(
         job = {"file": str(Path(file).absolute()), "sha256": classifier.sha256, "out": str(folder)}
         results = run_on_ray(job, known, missing, options, workers, ray)
     _follow(results, done, inputs.rows, progress)
+    inputs.require_unchanged()
     failed = sum(result.failed for result in done)
     return Predictions(out=folder, rows=inputs.rows, failed=failed, continued=continued)
 
@@ -215,7 +218,13 @@ def _open_folder(out: Path, images: Path, described: dict[str, Any]) -> Path:
         )
     if out.exists() and not out.is_dir():
         raise DataError(f"'{out}' is a file; wanted a folder for the results, new or empty.")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise os_error(
+            error.errno or errno.EIO,
+            f"Cannot make the folder '{out}' for the results: {(error.strerror or '').lower()}.",
+        ) from error
     path = out / RUN_FILE
     if path.exists():
         _compare(path, described)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from biper_engine.metadata import Metadata
 from biper_engine.preprocessing import image_to_tensor, normalize, open_image
 from biper_engine.serving.classifier import Classifier
 
@@ -155,7 +156,7 @@ async def read_form(request: Request, body: bytes, limits: Limits) -> list[tuple
         async with form as fields:
             for _, value in fields.multi_items():
                 if not isinstance(value, str):
-                    files.append((value.filename or "file", await value.read()))
+                    files.append((_as_utf8(value.filename or "file"), await value.read()))
     except (HTTPException, MultiPartException) as error:
         reason = error.detail if isinstance(error, HTTPException) else error.message
         raise Refused(400, f"The form cannot be read: {reason}") from error
@@ -164,6 +165,11 @@ async def read_form(request: Request, body: bytes, limits: Limits) -> list[tuple
     if not files:
         raise Refused(400, "The form has no file. Send each image as a file, as curl -F does.")
     return files
+
+
+def _as_utf8(name: str) -> str:
+    """Escape what an answer cannot hold: a form may say that its names are in a strange code."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_body(
@@ -186,9 +192,22 @@ def parse_body(
 
 
 def _image(classifier: Classifier, contents: bytes, name: str, limits: Limits) -> Tensor:
-    metadata = classifier.require_metadata()
+    metadata = _preparation(classifier)
     image = open_image(contents, name, formats=_FORMATS, most_pixels=limits.image_pixels)
-    return image_to_tensor(image, metadata)
+    try:
+        return image_to_tensor(image, metadata)
+    except ValueError as error:
+        raise ValueError(f"Cannot take '{name}': {error}") from error
+
+
+def _preparation(classifier: Classifier) -> Metadata:
+    metadata = classifier.metadata
+    if metadata is None or metadata.input_size is None:
+        raise ValueError(
+            f"'{classifier.name}' does not say how its images are prepared. Send what it takes as "
+            'JSON, with "inputs" or float32 "raw", or start the server with --mean and --std.'
+        )
+    return metadata
 
 
 def _from_json(classifier: Classifier, body: bytes, limits: Limits) -> Tensor:
@@ -257,7 +276,7 @@ def _from_raw(classifier: Classifier, value: Any) -> Tensor:
     tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
     if dtype == torch.float32:
         return tensor
-    metadata = classifier.require_metadata()
+    metadata = _preparation(classifier)
     if len(shape) < 3 or shape[-3] != len(metadata.mean):
         raise ValueError(f'"shape" (={shape}) must end with channels, height and width.')
     return normalize(tensor, metadata)

@@ -43,6 +43,25 @@ def scaled(gate: Tensor, weights: Tensor) -> Tensor:
     return sign(own) * own.abs().mean((2, 3, 4), keepdim=True)
 
 
+def picked(gate: Tensor, weights: Tensor) -> Tensor:
+    """Index the signs of all experts."""
+    return sign(weights)[gate.argmax(1)]
+
+
+def selected(gate: Tensor, weights: Tensor) -> Tensor:
+    return torch.index_select(sign(weights), 0, gate.argmax(1))
+
+
+def embedded(gate: Tensor, weights: Tensor) -> Tensor:
+    signs = functional.embedding(gate.argmax(1), sign(weights).flatten(1))
+    return signs.view(-1, *weights.shape[1:])
+
+
+def gathered(gate: Tensor, weights: Tensor) -> Tensor:
+    signs = torch.take_along_dim(sign(weights).flatten(1), gate.argmax(1)[:, None], 0)
+    return signs.view(-1, *weights.shape[1:])
+
+
 class Experts(nn.Module):
     def __init__(
         self,
@@ -72,7 +91,9 @@ def model_of(choose: Callable[..., Tensor], **options: Any) -> Experts:
     return Experts(choose, **options).eval()
 
 
-@pytest.mark.parametrize("choose", [chosen, indexed, mixed, scaled])
+@pytest.mark.parametrize(
+    "choose", [chosen, indexed, mixed, scaled, picked, selected, embedded, gathered]
+)
 def test_the_products_are_on_bits(choose: Callable[..., Tensor], tmp_path: Path) -> None:
     model = model_of(choose)
     images = torch.randn(5, CHANNELS, 7, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             signs_file.read_signs(path)
     path.write_bytes(whole)
     tensors = load_file(path)
+    save_file(tensors, path, {"biper": "[" * 100_000})
+    with pytest.raises(biper_engine.CheckpointError, match="Cannot read the weights"):
+        signs_file.read_signs(path)
     save_file(tensors, path)
     with pytest.raises(biper_engine.CheckpointError, match="does not hold the weights of a netw"):
         signs_file.read_signs(path)
@@ -116,6 +120,16 @@ def test_a_file_with_other_weights_is_named(tmp_path: Path, change: str) -> None
         signs_file.read_signs(path)
 
 
+def test_a_header_with_other_metadata_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "signs.safetensors"
+    signs_file.write_signs(path, trained_like())
+    with signs_file.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["biper"])
+    save_file(load_file(path), path, {"biper": json.dumps({**header, "metadata": "x"})})
+    with pytest.raises(biper_engine.CheckpointError, match="does not hold the weights of a netw"):
+        signs_file.read_signs(path)
+
+
 @pytest.mark.parametrize("name", models.shipped())
 def test_a_trained_network_is_the_one_that_its_engine_was_made_of(name: str) -> None:
     model, engine = models.pretrained(name), models.load(name)
@@ -128,6 +142,15 @@ def test_a_trained_network_is_the_one_that_its_engine_was_made_of(name: str) -> 
     with torch.inference_mode():
         assert torch.equal(made(images), engine(images))
         assert torch.equal(model(images).argmax(1), engine(images).argmax(1))
+
+
+def test_a_default_device_does_not_matter() -> None:
+    name, images = "digits/resnet20_1w1a", torch.rand(2, 3, 32, 32)
+    wanted = models.load(name)(images)
+    with torch.device("meta"):  # as after torch.set_default_device("cuda")
+        model, engine = models.pretrained(name), models.load(name)
+        assert torch.equal(engine(images), wanted)
+        assert torch.equal(model(images).argmax(1), wanted.argmax(1))
 
 
 @pytest.mark.parametrize("name", models.shipped())

@@ -93,6 +93,14 @@ def test_a_form_has_several_images(app: Any, served: Classifier) -> None:
     assert [logits_of(reply, n) for n in (0, 1)] == [wanted(served, n) for n in (1, 2)]
 
 
+@pytest.mark.parametrize("code", ["utf-7", "raw_unicode_escape"])
+def test_a_name_that_is_no_text_is_escaped(app: Any, code: str) -> None:
+    name = {"utf-7": "+2AA-.png", "raw_unicode_escape": "\\ud800.png"}[code]
+    body, kind = form((name, picture()))
+    reply = one(app, "POST", "/predict", body, f"{kind}; charset={code}")
+    assert [row["image"] for row in reply.values["images"]] == ["\\ud800.png"]
+
+
 def raw(tensor: torch.Tensor) -> dict[str, Any]:
     return {
         "shape": list(tensor.shape),
@@ -194,7 +202,9 @@ def test_a_network_that_does_not_say_how_takes_json_only(tmp_path: Path) -> None
     assert post_json(app, {"inputs": noise(1).tolist()}).status == 200
     refused = one(app, "POST", "/predict", picture(), "image/png")
     assert refused.status == 400
-    assert "'bare' does not say how its images are prepared" in refused.error
+    assert "'bare' does not say how its images are prepared. Send what it takes" in refused.error
+    pixels = raw(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    assert "start the server with --mean and --std" in post_json(app, {"raw": pixels}).error
     assert one(app, "GET", "/models").values["models"][0]["takes_images"] is False
 
 
@@ -251,6 +261,9 @@ def test_a_deep_image_is_refused(app: Any) -> None:
     reply = one(app, "POST", "/predict", file.getvalue(), "image/png")
     assert reply.status == 400
     assert "not 8 bits per channel" in reply.error
+    body, kind = form(("a.png", picture()), ("deep.png", file.getvalue()))
+    reply = one(app, "POST", "/predict", body, kind)
+    assert reply.error.startswith("Cannot take 'deep.png': ")
 
 
 def test_a_line_that_resizing_makes_huge_is_refused(served: Classifier) -> None:

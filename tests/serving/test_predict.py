@@ -220,6 +220,28 @@ def test_an_empty_cell_is_a_row_with_the_reason(network: Path, tmp_path: Path) -
     assert errors[2].startswith("Cannot read an image from 'x.png': ")
 
 
+def test_labels_are_as_large_as_integers_can_be(network: Path, tmp_path: Path) -> None:
+    labels = [2**64 - 1, 0, None]
+    columns = {"image": pa.array([b""] * 3, pa.binary()), "label": pa.array(labels, pa.uint64())}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    predict(network, tmp_path / "in.parquet", tmp_path / "out")
+    assert [row["label"] for row in rows_of(tmp_path / "out")] == labels
+
+
+def test_a_link_that_leads_nowhere_is_a_row_with_the_reason(network: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    noise_image(0).save(folder / "a.png")
+    (folder / "b.png").symlink_to("gone.png")
+    (folder / "c.png").symlink_to("c.png")
+    (folder / "notes").symlink_to("gone")
+    assert predict(network, folder, tmp_path / "out").failed == 2
+    rows = rows_of(tmp_path / "out")
+    assert [row["image"] for row in rows] == ["a.png", "b.png", "c.png"]
+    assert rows[1]["error"].startswith("Cannot read an image from 'b.png': ")
+    assert predict(network, folder, tmp_path / "out").continued == 3
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 
@@ -253,6 +275,46 @@ def test_an_image_that_changed_since_is_not_mixed_in(
     noise_image(99).save(tmp_path / "in/bild 1'\".png")
     with pytest.raises(DataError, match="some were changed, added or removed since"):
         predict(network, tmp_path / "in", tmp_path / "out")
+
+
+def test_an_image_that_changes_meanwhile_is_said(
+    network: Path, photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "in")
+    image = tmp_path / "in/bild 1'\".png"
+
+    def change(done: int, rows: int) -> None:
+        if 0 < done < rows:
+            noise_image(99).save(image)
+
+    with pytest.raises(DataError, match=r"bild 1'\".png' was changed while the run read it"):
+        predict(network, tmp_path / "in", tmp_path / "out", rows_per_part=8, progress=change)
+
+
+def test_an_image_that_vanishes_meanwhile_is_a_row_with_the_reason(
+    network: Path, photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "in")
+
+    def remove(done: int, rows: int) -> None:
+        shutil.rmtree(tmp_path / "in/tief", ignore_errors=True)
+
+    done = predict(network, tmp_path / "in", tmp_path / "out", progress=remove)
+    assert (done.rows, done.failed) == (23, 9)
+
+
+def test_a_folder_that_cannot_be_made_is_named(network: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"Cannot make the folder '.*file/out' for the results: not"):
+        predict(network, photos, tmp_path / "file/out")
+
+
+def test_columns_of_one_name_are_refused(network: Path, tmp_path: Path) -> None:
+    images = pa.array([b"x"], pa.binary())
+    twice = pa.Table.from_arrays([images, images], names=["image", "image"])
+    pq.write_table(twice, tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="has several columns 'image'"):
+        predict(network, tmp_path / "in.parquet", tmp_path / "out")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 7}'])
@@ -312,6 +374,9 @@ def test_a_folder_that_cannot_be_read_is_refused(
         ({"image": [b"x"]}, {"image_column": "y"}, "it has image, wanted 'y'"),
         ({"image": [1]}, {}, "The column 'image' of '.*' is int64; wanted the contents"),
         ({"image": ["a.png"]}, {}, "The column 'image' of '.*' is string"),
+        ({"image": [{"bytes": "x"}]}, {}, "The column 'image' of '.*' is struct<bytes: string>"),
+        ({"image": [{"bytes": [1]}]}, {}, "The column 'image' of '.*' is struct<bytes: list"),
+        ({"image": [{"bytes": b"x", "path": 5}]}, {}, "The column 'image' of '.*' is struct"),
         ({"image": [b"x"]}, {"label_column": "y"}, "has no column 'y' of labels"),
         ({"image": [b"x"], "label": [0.5]}, {}, "The column 'label' of '.*' is double"),
         ({"image": pa.array([], pa.binary())}, {}, "has no rows"),
