@@ -79,7 +79,9 @@ def _take_ones_for_zeros(graph_module: fx.GraphModule, node: fx.Node) -> None:
         return
     edges = [around[1], around[1], around[0], around[0]]
     form = {key: given[key] for key in ("kernel_size", "dilation", "stride")}
-    outside = pad(torch.zeros(1, *sizes[1:]), edges, value=1.0)
+    like = left.meta["val"]
+    outside = torch.zeros(1, *sizes[1:], dtype=like.dtype, device=like.device)
+    outside = pad(outside, edges, value=1.0)
     (outside,) = unfold(outside, form["kernel_size"], form["dilation"], 0, form["stride"])
     ones = insert(graph_module, node, aten.constant_pad_nd.default, signs, edges, 1.0)
     words = (form["kernel_size"], form["dilation"], [0, 0], form["stride"])

@@ -171,3 +171,34 @@ def test_groups_of_another_kind_of_convolution_name_the_model() -> None:
     with pytest.raises(ConversionError, match="branches on the batch size in") as caught:
         convert(Rows().eval(), torch.randn(2, 4, 8))
     assert "contextlib" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_keep_what_the_model_gives(dtype: torch.dtype) -> None:
+    class Typed(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            batch = x.shape[0]
+            weight = indexed(self.gate(x.mean((2, 3))), self.weight).to(dtype).flatten(0, 1)
+            images = sign(x).to(dtype).reshape(1, -1, *x.shape[2:])
+            y = functional.conv2d(images, weight, groups=batch, padding=1)
+            return functional.linear(sign(y.view(batch, -1)).float(), sign(self.after))
+
+    torch.manual_seed(0)
+    model = Typed(indexed)
+    model.after = nn.Parameter(torch.randn(4, OUTPUTS * 42))
+    images = torch.randn(4, CHANNELS, 7, 6)
+    engine = convert(model.eval(), images[:2], unconverted="ignore")
+    for batch in (1, 4):
+        torch.testing.assert_close(engine(images[:batch]), model(images[:batch]))
+
+
+def test_groups_of_several_images_each_are_refused() -> None:
+    class Pairs(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = indexed(self.gate(x.mean((2, 3))), self.weight).flatten(0, 1)
+            images = sign(x).reshape(1, -1, *x.shape[2:]).repeat(2, 1, 1, 1)
+            y = functional.conv2d(images, weight, groups=x.shape[0])
+            return y.mean(0).view(x.shape[0], OUTPUTS, *y.shape[2:])
+
+    with pytest.raises(ConversionError):
+        convert(Pairs(indexed).eval(), torch.randn(2, CHANNELS, 7, 6))
