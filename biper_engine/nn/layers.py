@@ -17,7 +17,8 @@ from biper_engine.nn.binarizers import (
 )
 from biper_engine.nn.binary_layer import BinaryLayer, binary_layers
 from biper_engine.nn.functional import binarize_activation, binarize_weight
-from biper_engine.nn.scaled_convolution import scaled_conv2d
+from biper_engine.nn.scaled_convolution import scaled_conv2d, scaled_sign_conv2d
+from biper_engine.ops.signed_convolution import bits_pay
 
 __all__ = [
     "BinaryConv2d",
@@ -144,12 +145,18 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
+        weight = self.quantized_weight()
+        fuses = self.training and self._can_fuse(input)
+        padding: Any = self.padding
+        geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        if fuses and self._stage == 2 and self.bias is None and bits_pay(input, weight):
+            surrogate = self.activation_surrogate
+            return scaled_sign_conv2d(
+                input, weight, self.alpha, surrogate=surrogate, groups=self.groups, **geometry
+            )
         dims = (-3, -2, -1) if self.training else ()
         bits = binarize_activation(input, scale_dims=dims, surrogate=self.activation_surrogate)
-        weight = self.quantized_weight()
-        if self.training and self._can_fuse(bits):
-            padding: Any = self.padding
-            geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
+        if fuses and not torch.compiler.is_compiling():
             return scaled_conv2d(
                 bits, weight, self.bias, self.alpha, groups=self.groups, **geometry
             )
@@ -158,18 +165,17 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         # and a max pool takes the first of them and sends the gradient there.
         return output * self.alpha
 
-    def _can_fuse(self, bits: Tensor) -> bool:
-        """Return whether `scaled_conv2d` takes this call; it mixes no types, as autocast does.
+    def _can_fuse(self, input: Tensor) -> bool:
+        """Return whether alpha can be in the convolution, which mixes no types, as autocast does.
 
-        The code of torch.compile has the product, which the compiler can fuse with what is around.
+        The code of torch.compile has its product, which the compiler can fuse with what is around.
         """
         return (
-            bits.dim() == 4
-            and bits.dtype == self.weight.dtype == self.alpha.dtype
+            input.dim() == 4
+            and input.dtype == self.weight.dtype == self.alpha.dtype
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
-            and not torch.is_autocast_enabled(bits.device.type)
-            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled(input.device.type)
         )
 
 

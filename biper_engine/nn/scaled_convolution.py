@@ -9,6 +9,7 @@ With y = conv(x, w) + b and z = alpha * y, per output channel, and g = dL/dz:
 
 since y is linear in w and b. Of the maps only x is kept, not y, and g is read by the convolution
 alone. The product, the sum and the second map that autograd makes of `y * alpha` are not needed.
+Where x and w are signs, the forward pass can run on bits, and the signs need not be kept, either.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["scaled_conv2d"]
+from biper_engine.nn.functional import SCALE_EPSILON
+from biper_engine.ops.sign_gradient import scaled_sign_gradient
+from biper_engine.ops.signed_convolution import signed_conv2d
+
+__all__ = ["scaled_conv2d", "scaled_sign_conv2d"]
 
 
 def scaled_conv2d(
@@ -51,6 +57,37 @@ def scaled_conv2d(
     return result
 
 
+def scaled_sign_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    *,
+    surrogate: str,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Return exactly `scaled_conv2d(signs, weight, None, alpha, ...)`, forward on bits.
+
+    `signs` are `binarize_activation(x, scale_dims=(-3, -2, -1), surrogate=surrogate)`.
+
+    Args:
+        x: [N, C, H, W] float32 on the CPU, channels_last.
+        weight: [O, C / groups, KH, KW] float32 of -1 and 1, or 0.
+        alpha: as for `scaled_conv2d`, and so are the rest.
+        surrogate: as for `binarize_activation`.
+        stride: see `alpha`.
+        padding: see `alpha`.
+        dilation: see `alpha`.
+        groups: see `alpha`.
+    """
+    result: Tensor = _ScaledSignConv2d.apply(  # type: ignore[no-untyped-call]
+        x, weight, alpha, surrogate, stride, padding, dilation, groups
+    )
+    return result
+
+
 class _ScaledConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -62,28 +99,68 @@ class _ScaledConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, alpha = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        wants_x, wants_weight, wants_bias, wants_alpha = ctx.needs_input_grad[:4]
-        grad_x, plain, summed = torch.ops.aten.convolution_backward(
-            grad_outputs[0],
-            x,
-            weight * alpha.unsqueeze(-1),
-            None if bias is None else list(bias.shape),
-            *(stride, padding, dilation),
-            *(False, [0, 0], groups),
-            [
-                wants_x,
-                wants_weight or wants_alpha,
-                bias is not None and (wants_bias or wants_alpha),
-            ],
+        wanted = ctx.needs_input_grad[:4]
+        gradients = _gradients(*ctx.saved_tensors, grad_outputs[0], ctx.geometry, wanted)
+        return *gradients, None, None, None, None
+
+
+class _ScaledSignConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, alpha: Tensor, surrogate: str, *geometry: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, alpha)
+        ctx.surrogate, ctx.geometry = surrogate, geometry
+        stride, padding, dilation, groups = geometry
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return signed_conv2d(x, weight, alpha, **options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, alpha = ctx.saved_tensors
+        wants_x, wants_weight, wants_alpha = ctx.needs_input_grad[:3]
+        grad_x, grad_weight, _, grad_alpha = _gradients(
+            *(torch.sign(x), weight, None, alpha, grad_outputs[0], ctx.geometry),
+            (wants_x, wants_weight, False, wants_alpha),
         )
-        grad_weight = plain * alpha.unsqueeze(-1) if wants_weight else None
-        grad_bias = summed * alpha.flatten() if wants_bias else None
-        grad_alpha = None
-        if wants_alpha:
-            grad_alpha = (weight * plain).sum((1, 2, 3))
-            if bias is not None:
-                grad_alpha = grad_alpha + bias * summed
-            grad_alpha = grad_alpha.view_as(alpha)
-        return grad_x, grad_weight, grad_bias, grad_alpha, None, None, None, None
+        if grad_x is not None:
+            dims = (-3, -2, -1)
+            grad_x = scaled_sign_gradient(x, grad_x, dims, ctx.surrogate, SCALE_EPSILON)
+        return grad_x, grad_weight, grad_alpha, None, None, None, None, None
+
+
+def _gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor,
+    gradient: Tensor,
+    geometry: tuple[Any, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias and alpha, those that are wanted."""
+    stride, padding, dilation, groups = geometry
+    wants_x, wants_weight, wants_bias, wants_alpha = wanted
+    grad_x, plain, summed = torch.ops.aten.convolution_backward(
+        gradient,
+        x,
+        weight * alpha.unsqueeze(-1),
+        None if bias is None else list(bias.shape),
+        *(stride, padding, dilation),
+        *(False, [0, 0], groups),
+        [
+            wants_x,
+            wants_weight or wants_alpha,
+            bias is not None and (wants_bias or wants_alpha),
+        ],
+    )
+    grad_weight = plain * alpha.unsqueeze(-1) if wants_weight else None
+    grad_bias = summed * alpha.flatten() if wants_bias else None
+    grad_alpha = None
+    if wants_alpha:
+        grad_alpha = (weight * plain).sum((1, 2, 3))
+        if bias is not None:
+            grad_alpha = grad_alpha + bias * summed
+        grad_alpha = grad_alpha.view_as(alpha)
+    return grad_x, grad_weight, grad_bias, grad_alpha

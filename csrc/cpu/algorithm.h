@@ -99,6 +99,7 @@ constexpr Kernels kernels_of(const char* name, int32_t id) {
       conv_kernels_of<I>(),
       conv_kernels_of<Heavy>(),
       &binarize<I>,
+      &pack_signs<I>,
       &unbinarize<I>,
       &maxpool_row<I>,
       int64_t{I::kFloatVectors} * I::kFloats,

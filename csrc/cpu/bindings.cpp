@@ -20,6 +20,7 @@
 #include "matmul.h"
 #include "peak.h"
 #include "sign_gradient.h"
+#include "signed_conv.h"
 #include "steps.h"
 #include "thread_pool.h"
 
@@ -198,6 +199,16 @@ PYBIND11_MODULE(_cpu, m) {
          const Memory& gradient, const Memory& out, int64_t threads) {
         sign_gradient(samples, length, surrogate, epsilon, span<const float>("x", x),
                       span<const float>("gradient", gradient), span<float>("out", out), threads);
+      },
+      nogil);
+
+  m.def(
+      "signed_conv",
+      [](const GeometryValues& g, const std::array<int64_t, 3>& size, const Memory& x,
+         const Memory& weight, const Memory& alpha, const Memory& out, int64_t threads) {
+        return signed_conv(geometry(g), size[0], size[1], size[2], span<const float>("x", x),
+                           span<const float>("weight", weight), span<const float>("alpha", alpha),
+                           span<float>("out", out), threads);
       },
       nogil);
 

@@ -151,6 +151,12 @@ struct BinarizeCall {
   uint32_t* bits;          // [pixels, words]
 };
 
+struct SignsCall {
+  const float* x;  // [pixels, channels]
+  int64_t channels;
+  uint32_t* bits;  // [pixels, words]
+};
+
 struct UnbinarizeCall {
   const uint32_t* bits;  // [pixels, words]
   int64_t channels;
@@ -431,6 +437,7 @@ struct Kernels {
   ConvKernels conv;
   ConvKernels heavy;  // for weights that caches don't hold
   void (*binarize)(const BinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
+  bool (*pack_signs)(const SignsCall& call, int64_t first_pixel, int64_t last_pixel);
   void (*unbinarize)(const UnbinarizeCall& call, int64_t first_pixel, int64_t last_pixel);
   void (*maxpool_row)(const PoolCall& call, int64_t row);  // row of all images: n * out_h + y
 

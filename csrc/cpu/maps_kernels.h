@@ -64,6 +64,32 @@ static void binarize(const BinarizeCall& call, int64_t first_pixel, int64_t last
   }
 }
 
+// Packs x >= 0. Returns whether the bits say all: no value is 0, which has no sign, or NaN.
+template <class I>
+static bool pack_signs(const SignsCall& call, int64_t first_pixel, int64_t last_pixel) {
+  const typename I::Float zero = I::broadcast(0.0f);
+  const float* x = call.x + first_pixel * call.channels;
+  uint32_t* bits = call.bits + first_pixel * ((call.channels + kWordBits - 1) / kWordBits);
+  uint32_t unsaid = 0;
+  for (int64_t pixel = first_pixel; pixel < last_pixel; ++pixel) {
+    for (int64_t left = call.channels; left > 0; left -= kWordBits) {
+      const int64_t count = min64(left, kWordBits);
+      uint32_t positive = 0, negative = 0;
+      const auto add = [&](typename I::Float v, int64_t at) {
+        positive |= I::at_least(v, zero) << at;
+        negative |= I::at_least(zero, v) << at;
+      };
+      int64_t at = 0;
+      for (; at + I::kFloats <= count; at += I::kFloats) add(I::load(x + at), at);
+      if (at < count) add(load_channels<I, false>(x, at, count - at), at);
+      *bits++ = positive & low_bits(count);
+      unsaid |= ~(positive ^ negative) & low_bits(count);
+      x += count;
+    }
+  }
+  return unsaid == 0;
+}
+
 // Writes +1 or -1 as a bit pattern: that of -1, its sign flipped where a bit is 1.
 template <class I, class Pattern>
 BIPER_INLINE void unbinarize_pixel(const uint32_t* bits, int64_t channels, Pattern minus_one,

@@ -8,7 +8,7 @@ All integers are int64, little-endian:
     buffer:  bytes of an element, bytes (-1: absent), memory
 
 Maps are NHWC in memory. Operators, values and buffers are described at `accumulate`, `fused`,
-`binarize`, `unbinarize` and `maxpool` below. Unused bits of words are set in all inputs: they must
+`binarize`, `unbinarize`, `maxpool` and `signed` below. Unused bits of words are set in all inputs: they must
 not affect results.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from biper_engine import ops
 from biper_engine.bits import pack_channels, words
@@ -185,6 +186,20 @@ def maxpool(
     values = (*bits.shape[:3], channels, *_pool_values(pool))
     out = ops.bmaxpool2d(bits, channels, pool, take_and)
     return _case(4, name, values, [_dirty(bits, channels), take_and], [out])
+
+
+def signed(name: str, conv: Conv2dGeometry, x: Tensor, weight: Tensor, alpha: Tensor) -> bytes:
+    """Operator 5: geometry, batch, height, width, whether it runs on bits; x, weight, alpha -> map.
+
+    The map is 0 where it doesn't.
+    """
+    top, bottom, left, right = conv.padding
+    padded = F.pad(x.sign(), (left, right, top, bottom))
+    options = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
+    out = F.conv2d(padded, weight.sign(), **options) * alpha.view(-1, 1, 1)
+    on_bits = all(bool((values.abs() > 0).all()) for values in (x, weight))
+    values = (*_geometry_values(conv), x.shape[0], *x.shape[2:], int(on_bits))
+    return _case(5, name, values, [x, weight, alpha], [out if on_bits else out.zero_()])
 
 
 # -- all of them ----------------------------------------------------------------------------------
@@ -394,4 +409,26 @@ def pools(shape: tuple[int, ...], bits: Tensor) -> Iterator[bytes]:
             yield maxpool(f"maxpool {shape}, {values}, {mode}", bits, shape[1], pool, directions)
 
 
-EVERYTHING = (accumulators, epilogues, gates, conversions, signed_zeros, large_epilogues, maps)
+def signed_maps() -> Iterator[bytes]:
+    generator = torch.Generator().manual_seed(5)
+    for name, (conv, size) in (matrix.CONVOLUTIONS | LARGE).items():
+        x = torch.randn(2, conv.in_channels, *size, generator=generator)
+        weight = torch.randn(
+            conv.out_channels, conv.group_channels, *conv.kernel_size, generator=generator
+        )
+        alpha = torch.randn(conv.out_channels, generator=generator)
+        yield signed(f"signs, {name}", conv, x, weight, alpha)
+    last = (..., -1, -1)
+    for value in (0.0, -0.0, torch.nan):
+        spoilt = x.clone()
+        spoilt[last] = value
+        yield signed(f"signs, a map with {value}", conv, spoilt, weight, alpha)
+        spoilt = weight.clone()
+        spoilt[last] = value
+        yield signed(f"signs, weights with {value}", conv, x, spoilt, alpha)
+
+
+EVERYTHING = (
+    *(accumulators, epilogues, gates, conversions, signed_zeros, large_epilogues, maps),
+    signed_maps,
+)

@@ -8,6 +8,7 @@
 //
 // Exits with 1 where a byte differs, a call is not refused or a cut unfair, with 2 where it cannot
 // run.
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -24,6 +25,7 @@
 #include "memory.h"
 #include "programs.h"
 #include "refusals.h"
+#include "signed_conv.h"
 
 namespace biper {
 namespace {
@@ -212,6 +214,15 @@ void run_fused(const int64_t* v, Operands& operands, const Variant& variant) {
   conv.run(images, variant.threads);
 }
 
+void run_signed(const int64_t* v, Operands& operands, const Variant& variant) {
+  const Span<float> out = operands.span<float>(3);
+  const bool on_bits = signed_conv(geometry_of(v), v[13], v[14], v[15],
+                                   operands.span<const float>(0), operands.span<const float>(1),
+                                   operands.span<const float>(2), out, variant.threads);
+  if (on_bits != (v[16] == 1)) throw std::runtime_error("bits that say all, or don't");
+  if (!on_bits) std::fill_n(out.data, out.size, 0.0f);
+}
+
 void run(const Case& c, Operands& operands, const Variant& variant) {
   const int64_t* v = c.values.data();
   switch (c.op) {
@@ -228,6 +239,8 @@ void run(const Case& c, Operands& operands, const Variant& variant) {
     case 4:
       return maxpool(v[0], v[1], v[2], v[3], window_of(v + 4), operands.span<const uint32_t>(0),
                      operands.span<const uint8_t>(1), operands.span<uint32_t>(2), variant.threads);
+    case 5:
+      return run_signed(v, operands, variant);
     default:
       throw std::runtime_error("no operator " + std::to_string(c.op));
   }

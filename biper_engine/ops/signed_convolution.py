@@ -1,0 +1,157 @@
+"""The convolution of two signs with a scale, from floats to floats, on bits where these say all.
+
+A bit has no room for the sign of 0, which is 0, nor for NaN. Where an operand has one, the float
+convolution runs. Both have the same bytes: sums of ones are integers below 2^24, which float32
+holds exactly in any order, and the scale rounds them once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from biper_engine.errors import GeometryError
+from biper_engine.geometry import Conv2dGeometry
+from biper_engine.ops.cpu_module import native
+from biper_engine.ops.cpu_threads import thread_count
+from biper_engine.ops.native_arguments import channels_last, geometry_values, native_memory
+from biper_engine.ops.registration import empty_map, register
+
+__all__ = ["SIGNED_CONVOLUTION_SCHEMAS", "bits_pay", "signed_conv2d"]
+
+SIGNED_CONVOLUTION_SCHEMAS = {
+    "signed_conv2d": (
+        "(Tensor x, Tensor weight, Tensor alpha, *, int[2] stride, int[2] padding, "
+        "int[2] dilation, int groups) -> Tensor"
+    )
+}
+
+# With fewer channels in a group, words are mostly empty, and the float convolution is as fast.
+_LEAST_CHANNELS = 16
+
+
+def bits_pay(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `signed_conv2d` is faster than the float convolution and keeps its layout."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+        and weight.shape[1] >= _LEAST_CHANNELS
+        and native() is not None
+    )
+
+
+def signed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Return exactly `F.conv2d(sign(x), sign(weight), None, stride, ...) * alpha`.
+
+    Args:
+        x: [N, C, H, W] float32, any strides.
+        weight: [O, C / groups, KH, KW] float32.
+        alpha: [O, 1, 1] float32.
+        stride: of rows and columns.
+        padding: the same; a padded tap adds 0.
+        dilation: the same.
+        groups: as F.conv2d.
+
+    Returns:
+        [N, O, OH, OW] float32, channels_last.
+
+    Raises:
+        GeometryError: shapes disagree.
+        TypeError: an operand is not float32.
+    """
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    result: Tensor = torch.ops.biper.signed_conv2d(x, weight, alpha, **options)
+    return result
+
+
+def _geometry(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Conv2dGeometry:
+    """Check the operands; return the geometry."""
+    types = {"x": x.dtype, "weight": weight.dtype, "alpha": alpha.dtype}
+    for name, dtype in types.items():
+        if dtype != torch.float32:
+            raise TypeError(f"`{name}` must be float32, but it is {dtype}.")
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] * groups != x.shape[1]:
+        raise GeometryError(
+            f"`x` must be [N, C, H, W] and `weight` [O, C / {groups}, KH, KW], but their shapes "
+            f"are {tuple(x.shape)} and {tuple(weight.shape)}."
+        )
+    if tuple(alpha.shape) != (weight.shape[0], 1, 1):
+        raise GeometryError(
+            f"`alpha` must be [{weight.shape[0]}, 1, 1], but its shape is {tuple(alpha.shape)}."
+        )
+    return Conv2dGeometry(
+        in_channels=x.shape[1],
+        out_channels=weight.shape[0],
+        kernel_size=(weight.shape[2], weight.shape[3]),
+        stride=(stride[0], stride[1]),
+        padding=(padding[0], padding[0], padding[1], padding[1]),
+        dilation=(dilation[0], dilation[1]),
+        groups=groups,
+    )
+
+
+def _signed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    *,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = _geometry(x, weight, alpha, stride, padding, dilation, groups)
+    size = geometry.output_size(x.shape[2], x.shape[3])
+    if native() is not None:
+        x, weight = channels_last(x), channels_last(weight)
+        out = empty_map(x, (x.shape[0], geometry.out_channels, *size), torch.float32)
+        on_bits = native().signed_conv(
+            geometry_values(geometry),
+            (x.shape[0], x.shape[2], x.shape[3]),
+            *map(native_memory, (x, weight, alpha.contiguous(), out)),
+            thread_count(),
+        )
+        if on_bits:
+            return out
+    sums = F.conv2d(x.sign(), weight.sign(), None, stride, padding, dilation, groups)
+    return channels_last(sums.mul_(alpha))
+
+
+def _signed_conv2d_fake(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    *,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = _geometry(x, weight, alpha, stride, padding, dilation, groups)
+    size = geometry.output_size(x.shape[2], x.shape[3])
+    return empty_map(x, (x.shape[0], geometry.out_channels, *size), torch.float32)
+
+
+for _name, _schema in SIGNED_CONVOLUTION_SCHEMAS.items():
+    register(_name, _schema, _signed_conv2d, _signed_conv2d_fake, keys=("CPU",))
