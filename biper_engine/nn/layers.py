@@ -149,14 +149,17 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         fuses = self.training and self._can_fuse(input)
         padding: Any = self.padding
         geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
-        if fuses and self._stage == 2 and self.bias is None and bits_pay(input, weight):
-            surrogate = self.activation_surrogate
+        if fuses and self.bias is None:
             return scaled_sign_conv2d(
-                input, weight, self.alpha, surrogate=surrogate, groups=self.groups, **geometry
+                *(input, weight, self.alpha),
+                surrogate=self.activation_surrogate,
+                on_bits=self._stage == 2 and bits_pay(input, weight),
+                groups=self.groups,
+                **geometry,
             )
         dims = (-3, -2, -1) if self.training else ()
         bits = binarize_activation(input, scale_dims=dims, surrogate=self.activation_surrogate)
-        if fuses and not torch.compiler.is_compiling():
+        if fuses:
             return scaled_conv2d(
                 bits, weight, self.bias, self.alpha, groups=self.groups, **geometry
             )
@@ -176,6 +179,7 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and not torch.is_autocast_enabled(input.device.type)
+            and not torch.compiler.is_compiling()
         )
 
 

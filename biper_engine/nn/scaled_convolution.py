@@ -9,7 +9,8 @@ With y = conv(x, w) + b and z = alpha * y, per output channel, and g = dL/dz:
 
 since y is linear in w and b. Of the maps only x is kept, not y, and g is read by the convolution
 alone. The product, the sum and the second map that autograd makes of `y * alpha` are not needed.
-Where x and w are signs, the forward pass can run on bits, and the signs need not be kept, either.
+Where x is the sign of a map, that map alone is kept; where w are signs, too, the forward pass can
+run on bits.
 """
 
 from __future__ import annotations
@@ -63,27 +64,29 @@ def scaled_sign_conv2d(
     alpha: Tensor,
     *,
     surrogate: str,
+    on_bits: bool,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Return exactly `scaled_conv2d(signs, weight, None, alpha, ...)`, forward on bits.
+    """Return exactly `scaled_conv2d(signs, weight, None, alpha, ...)`, and keep no signs.
 
     `signs` are `binarize_activation(x, scale_dims=(-3, -2, -1), surrogate=surrogate)`.
 
     Args:
-        x: [N, C, H, W] float32 on the CPU, channels_last.
-        weight: [O, C / groups, KH, KW] float32 of -1 and 1, or 0.
+        x: [N, C, H, W].
+        weight: [O, C / groups, KH, KW]; signs if `on_bits`.
         alpha: as for `scaled_conv2d`, and so are the rest.
         surrogate: as for `binarize_activation`.
+        on_bits: take `signed_conv2d`, which needs float32 on the CPU.
         stride: see `alpha`.
         padding: see `alpha`.
         dilation: see `alpha`.
         groups: see `alpha`.
     """
     result: Tensor = _ScaledSignConv2d.apply(  # type: ignore[no-untyped-call]
-        x, weight, alpha, surrogate, stride, padding, dilation, groups
+        x, weight, alpha, surrogate, on_bits, stride, padding, dilation, groups
     )
     return result
 
@@ -107,10 +110,18 @@ class _ScaledConv2d(torch.autograd.Function):
 class _ScaledSignConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, alpha: Tensor, surrogate: str, *geometry: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        alpha: Tensor,
+        surrogate: str,
+        on_bits: bool,
+        *geometry: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, alpha)
         ctx.surrogate, ctx.geometry = surrogate, geometry
+        if not on_bits:
+            return F.conv2d(torch.sign(x), weight, None, *geometry).mul_(alpha)
         stride, padding, dilation, groups = geometry
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         return signed_conv2d(x, weight, alpha, **options)
@@ -125,9 +136,9 @@ class _ScaledSignConv2d(torch.autograd.Function):
             (wants_x, wants_weight, False, wants_alpha),
         )
         if grad_x is not None:
-            dims = (-3, -2, -1)
-            grad_x = scaled_sign_gradient(x, grad_x, dims, ctx.surrogate, SCALE_EPSILON)
-        return grad_x, grad_weight, grad_alpha, None, None, None, None, None
+            given = (x, grad_x, (-3, -2, -1), ctx.surrogate, SCALE_EPSILON)
+            grad_x = scaled_sign_gradient(*given, overwrite=True)
+        return grad_x, grad_weight, grad_alpha, *(None,) * 6
 
 
 def _gradients(

@@ -7,6 +7,8 @@ holds exactly in any order, and the scale rounds them once.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,15 +102,28 @@ def _geometry(
         raise GeometryError(
             f"`alpha` must be [{weight.shape[0]}, 1, 1], but its shape is {tuple(alpha.shape)}."
         )
+    shape = (*weight.shape, groups, *stride, *padding, *dilation)
+    # Sizes that are symbols, in traced calls, have no hash.
+    made = _made_before if all(type(size) is int for size in shape) else _make
+    return made(*shape)
+
+
+def _make(
+    outputs: int, depth: int, rows: int, columns: int, groups: int, *windows: int
+) -> Conv2dGeometry:
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = windows
     return Conv2dGeometry(
-        in_channels=x.shape[1],
-        out_channels=weight.shape[0],
-        kernel_size=(weight.shape[2], weight.shape[3]),
-        stride=(stride[0], stride[1]),
-        padding=(padding[0], padding[0], padding[1], padding[1]),
-        dilation=(dilation[0], dilation[1]),
+        in_channels=depth * groups,
+        out_channels=outputs,
+        kernel_size=(rows, columns),
+        stride=(stride_h, stride_w),
+        padding=(pad_h, pad_h, pad_w, pad_w),
+        dilation=(dilation_h, dilation_w),
         groups=groups,
     )
+
+
+_made_before = lru_cache(maxsize=256)(_make)
 
 
 def _signed_conv2d(

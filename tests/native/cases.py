@@ -8,8 +8,8 @@ All integers are int64, little-endian:
     buffer:  bytes of an element, bytes (-1: absent), memory
 
 Maps are NHWC in memory. Operators, values and buffers are described at `accumulate`, `fused`,
-`binarize`, `unbinarize`, `maxpool` and `signed` below. Unused bits of words are set in all inputs: they must
-not affect results.
+`binarize`, `unbinarize`, `maxpool` and `signed` below. Unused bits of words are set in all inputs:
+they must not affect results.
 """
 
 import dataclasses
