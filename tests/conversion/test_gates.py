@@ -13,7 +13,6 @@ import biper_engine
 from biper_engine.conversion import convert
 from biper_engine.conversion.verify import verify
 from biper_engine.engine import Engine
-from tests.conftest import USABLE_ISAS
 from tests.conversion.comparison import (
     Functional,
     assert_close,
@@ -22,6 +21,7 @@ from tests.conversion.comparison import (
     images_of,
 )
 from tests.conversion.foreign_models import LearnableBias, QConv, QLinear
+from tests.shared import USABLE_ISAS
 
 C = 8
 

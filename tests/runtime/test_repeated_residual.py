@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from biper_engine.runtime import NativePlan
-from tests.conftest import USABLE_ISAS
 from tests.conversion.comparison import Functional, converted, images_of
 from tests.conversion.test_merge import halves, layers
 from tests.runtime.plans import one_by_one
+from tests.shared import USABLE_ISAS
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

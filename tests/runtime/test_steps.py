@@ -19,11 +19,11 @@ from biper_engine.graph import OPERATORS
 from biper_engine.graph.sizes import ImagesSize
 from biper_engine.runtime import NativePlan
 from biper_engine.runtime.steps import _HANDLERS
-from tests.conftest import USABLE_ISAS
 from tests.graph.calls import CALLS, Flowing
 from tests.images import noise
 from tests.networks_by_hand import GraphBuilder, engine_of, signature
 from tests.runtime.plans import one_by_one
+from tests.shared import USABLE_ISAS
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
