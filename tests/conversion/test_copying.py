@@ -42,7 +42,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers_are_taken_off(wrapper: str) -> None:
     model = seeded(SmallNet)
@@ -189,6 +189,7 @@ def test_a_model_made_in_inference_mode() -> None:
     torch.testing.assert_close(engine(images_of((3, 8, 8))), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "mode", [torch.inference_mode, torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
 )
@@ -201,6 +202,7 @@ def test_modes_around_a_conversion_do_not_matter(mode: Callable[[], Any], tmp_pa
     assert_close(engine, model, images_of((3, 8, 8)))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_is_the_models_own_only(dtype: torch.dtype) -> None:
     def run(self: nn.Module, x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Masked(nn.Module):
         return self.net(F.softmax(x + self.mask, -1))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_of_float_layers_that_are_not_finite_are_refused_by_name(value: float) -> None:
     model = seeded(SmallNet)
@@ -57,15 +58,13 @@ def test_nan_in_a_batch_norm_is_refused_by_name() -> None:
 
 def test_an_infinite_constant_that_nothing_is_multiplied_by_is_a_number() -> None:
     model = seeded(Masked)
-    engine = convert(model, images_of((3, 8, 8)))
-    assert verify(engine, model, images_of((3, 8, 8))).ok
+    convert(model, images_of((3, 8, 8)))  # which verifies it
 
 
 def test_random_images_that_give_nan_are_replaced_by_those_of_the_example() -> None:
     model = seeded(Logarithm)
     images = torch.rand(2, 3, 8, 8) + 0.1
-    engine = convert(model, images)
-    assert verify(engine, model, images).ok
+    convert(model, images)  # which verifies it
 
 
 @pytest.mark.some(1)

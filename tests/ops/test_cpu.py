@@ -147,6 +147,7 @@ def test_the_peak_is_measured(isa: str) -> None:
 # -- threads --------------------------------------------------------------------------------------
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize(
     "pool", [Pool2dGeometry(), Pool2dGeometry(kernel_size=(3, 3), stride=(2, 2))]
 )

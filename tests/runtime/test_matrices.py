@@ -42,6 +42,7 @@ def test_the_network_is_one_program(case: tuple[Engine, Tensor]) -> None:
     assert "outside" not in engine.execution
 
 
+@pytest.mark.some(2)
 def test_every_instruction_set_and_batch_gives_the_same_bytes(
     case: tuple[Engine, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from tests.shared import USABLE_ISAS
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("channels", [32, 64, 6])
 def test_a_residual_that_repeats_gives_the_same_bytes(channels: int) -> None:
     from biper_engine import _cpu

@@ -93,6 +93,7 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("parts_done", [0, 1, 5, 7])
 def test_a_killed_run_goes_on_and_has_every_row_once(
     network: Path, photos: Path, tmp_path: Path, parts_done: int
