@@ -114,16 +114,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _mark_others_weekly(items: list[pytest.Item]) -> None:
-    """Of the cases of a test that is marked `some(count)`, leave `count` to the quick tests."""
+    """Of the cases of a test that is marked `some(count)`, leave `count` that are not weekly.
+
+    They are those of the quick tests, or of the deep ones if all cases are deep.
+    """
     families: dict[str, list[pytest.Item]] = {}
     for item in items:
-        slow = item.get_closest_marker("deep") or item.get_closest_marker("weekly")
-        if item.get_closest_marker("some") and not slow:
+        if item.get_closest_marker("some") and not item.get_closest_marker("weekly"):
             families.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for family in families.values():
+    for every in families.values():
+        family = [item for item in every if not item.get_closest_marker("deep")] or every
         (count,) = family[0].get_closest_marker("some").args  # type: ignore[union-attr]
-        quick = {index * len(family) // count for index in range(count)}
-        for index in set(range(len(family))) - quick:
+        kept = {index * len(family) // count for index in range(count)}
+        for index in set(range(len(family))) - kept:
             family[index].add_marker(pytest.mark.weekly)
 
 

@@ -37,7 +37,7 @@ def test_names_shapes_and_logits_are_the_official_ones(name, stage):
 @pytest.mark.some(1)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
-    "name", ["resnet20_1w1a", pytest.param("vgg_small_1w1a", marks=pytest.mark.deep)]
+    "name", ["resnet20_1w1a", pytest.param("vgg_small_1w1a", marks=pytest.mark.weekly)]
 )
 def test_three_training_steps_are_the_official_ones(name, stage):
     case = weights.read("training")[f"{name}/stage{stage}"]

@@ -261,6 +261,7 @@ def test_the_typed_front_compiles_without_a_graph_break() -> None:
     assert_same(torch.compile(front, fullgraph=True, backend="aot_eager")(x), front(x))
 
 
+@pytest.mark.some(5)
 @pytest.mark.deep
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_with_inductor(module: Call) -> None:
