@@ -21,17 +21,11 @@ from biper_engine.training.report import read_run
 from tests.training.few_images import few_images
 
 
-@pytest.fixture(scope="module")
-def engine(small_run: Path) -> biper_engine.Engine:
-    model = models.load_checkpoint(small_run / "stage2.pt")
-    return biper_engine.convert(model, torch.zeros(2, 3, 32, 32), check=False)
-
-
 @pytest.fixture
-def run(small_run: Path, engine: biper_engine.Engine, tmp_path: Path) -> Path:
-    """Return a run with its engine, as `biper train` leaves it."""
+def run(small_run: Path, tmp_path: Path) -> Path:
+    """Return a run with an engine, as `biper train` leaves it; the engine is of other weights."""
     folder = shutil.copytree(small_run, tmp_path / "run")
-    engine.save(folder / "model.biper")
+    shutil.copy(ship.SHIPPED / "digits" / "resnet20_1w1a.biper", folder / "model.biper")
     verify_as(folder)
     return folder
 
@@ -56,6 +50,10 @@ def verify_as(folder: Path) -> None:
 def test_file_card_and_record_are_written(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    trained = models.load_checkpoint(run / "stage2.pt")
+    engine = biper_engine.convert(trained, torch.zeros(2, 3, 32, 32), check=False)
+    engine.save(run / "model.biper")
+    verify_as(run)
     out, results = tmp_path / "package", tmp_path / "results"
     results.mkdir()
     words = [str(run), "digits/mine", "--machine", "here", "--seconds", "0"]
@@ -66,7 +64,6 @@ def test_file_card_and_record_are_written(
     assert (card.name, card.accuracy, card.test_images) == ("digits/mine", 0.5, 16)
     assert "seed: 0" in card.recipe
     assert card.verified.startswith("on 16 images: end to end no bit differs; the network's class")
-    trained = models.load_checkpoint(run / "stage2.pt")
     rebuilt = signs_file.read_signs(out / "digits" / "mine.safetensors")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(rebuilt(images), trained(images))
@@ -101,8 +98,6 @@ def test_a_data_set_without_a_description_is_refused(run: Path) -> None:
 def test_the_engine_of_another_network_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(ship.SHIPPED / "digits" / "resnet20_1w1a.biper", run / "model.biper")
-    verify_as(run)
     out = tmp_path / "package"
     with few_images(size=32), pytest.raises(SystemExit):
         ship.main([str(run), "digits/mine", "--machine", "here", "--package", str(out)])

@@ -63,6 +63,7 @@ def test_every_instruction_set_and_batch_gives_the_same_bytes(
     assert all(torch.equal(result, first) for result in results.values())
 
 
+@pytest.mark.some(2)
 def test_the_reference_gives_the_same_numbers(case: tuple[Engine, Tensor]) -> None:
     engine, x = case
     with use_backend("reference"):
