@@ -169,7 +169,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tu
 }
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_a_product_is_packed(name: str) -> None:
     product, first, second = LAYOUTS[name]

@@ -90,7 +90,7 @@ def model_of(choose: Callable[..., Tensor], **options: Any) -> Experts:
     return Experts(choose, **options).eval()
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "choose", [chosen, indexed, mixed, scaled, picked, selected, embedded, gathered]
 )
@@ -105,7 +105,7 @@ def test_the_products_are_on_bits(choose: Callable[..., Tensor], tmp_path: Path)
     assert torch.equal(load(tmp_path / "experts.biper")(images), engine(images))
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "options",
     [
