@@ -11,8 +11,8 @@ gc.disable()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load `tests.shared`, which imports torch, unless this process only controls others."""
-    is_worker = hasattr(config, "workerinput")
-    if is_worker or not config.getoption("numprocesses", None):
+    has_workers = config.getoption("numprocesses", None) and not config.option.collectonly
+    if hasattr(config, "workerinput") or not has_workers:
         config.pluginmanager.import_plugin("tests.shared")
 
 
