@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from biper_engine.cli.console import show_note, status
-from biper_engine.cli.engines import ENGINE_HELP, engine_file
+from biper_engine.cli.engines import ENGINE_HELP, RayCluster, engine_file
 from biper_engine.cli.images import Labels, Mean, Preparation, Size, Std, preprocessing_of
 
 if TYPE_CHECKING:
@@ -48,14 +48,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Ray cluster for them, as auto; without it, this machine.",
-            show_default=False,
-        ),
-    ] = None,
+    ray: RayCluster = None,
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
