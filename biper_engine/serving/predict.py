@@ -78,9 +78,9 @@ def predict(
     """Classify all images of a folder or of Parquet files, and write a folder of Parquet files.
 
     Its columns: `row`, the image's number from 0; `image`, its path below the folder, or that of
-    the table; `label`, if the table has one; `index`, `class` and `probability` of the likeliest
-    class; `logits`, if asked for; `error`, why an image has no class. Images are in the order of
-    their paths, or of the tables. The same call goes on with a run that was interrupted.
+    the table; `label`, as the table has it, if it does; `index`, `class` and `probability` of the
+    likeliest class; `logits`, if asked for; `error`, why an image has no class. Images are in the
+    order of their paths, or of the tables. The same call goes on with a run that was interrupted.
 
     Args:
         file: a `.biper` file of a classifier.
