@@ -35,6 +35,15 @@ def serve(
     max_pixels: Annotated[
         int, typer.Option(min=1, metavar="MILLIONS", help="Of an image, before decoding.")
     ] = 50,
+    max_total_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="MILLIONS",
+            help="Of a request; if not given, twice --max-pixels.",
+            show_default=False,
+        ),
+    ] = None,
     queue: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests at once; more are told to wait.")
     ] = 256,
@@ -73,6 +82,7 @@ def serve(
     limits = Limits(
         body_bytes=max_body * 2**20,
         image_pixels=max_pixels * 10**6,
+        request_pixels=(max_total_pixels or 2 * max_pixels) * 10**6,
         waiting=queue,
         batch=batch,
     )

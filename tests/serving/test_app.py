@@ -12,6 +12,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,45 @@ def test_a_bad_image_is_refused_in_words(app: Any, name: str) -> None:
     assert reply.status == 400
     assert message in reply.error
     assert "0x" not in reply.error
+
+
+def flat(width: int, height: int) -> bytes:
+    """Return a PNG of one grey, a few bytes for many pixels."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def in_form(files: list[bytes]) -> tuple[bytes, str]:
+    return form(*((f"{number}.png", one) for number, one in enumerate(files)))
+
+
+def in_json(files: list[bytes]) -> tuple[bytes, str]:
+    texts = [base64.b64encode(one).decode() for one in files]
+    return json.dumps({"images": texts}).encode(), "application/json"
+
+
+@pytest.mark.parametrize(("pack", "name"), [(in_form, "3.png"), (in_json, "images[3]")])
+def test_the_pixels_of_a_request_have_a_limit(
+    served: Classifier, pack: Callable[[list[bytes]], tuple[bytes, str]], name: str
+) -> None:
+    app = create_app([served], replace(SMALL, request_pixels=30_000))
+    full = [flat(100, 100), flat(100, 100), flat(100, 99), flat(10, 10)]
+    assert one(app, "POST", "/predict", *pack(full)).status == 200
+    # The last one is a header only, so that decoding it would be another refusal.
+    reply = one(app, "POST", "/predict", *pack([*full[:3], png_header(10, 11)]))
+    assert (reply.status, reply.error) == (
+        413,
+        f"The request has more than 30,000 pixels in all its images, up to '{name}', which are "
+        "accepted. Send them in several requests.",
+    )
+    reply = one(app, "POST", "/predict", *pack([png_header(101, 100)]))
+    assert (reply.status, "it has 101 x 100 pixels" in reply.error) == (400, True)
+    less = create_app([served], replace(SMALL, request_pixels=99))
+    assert one(less, "POST", "/predict", flat(10, 10), "image/png").status == 413
+    assert one(app, "GET", "/models").values["limits"]["request_pixels"] == 30_000
 
 
 def test_a_deep_image_is_refused(app: Any) -> None:
