@@ -72,12 +72,13 @@ class ModelCard:
         accuracy: share of the test images that the engine classifies correctly.
         test_images: their number.
         classes: names, in the order of the outputs.
-        bytes: of the engine's file.
-        float_bytes: of the float network's parameters and buffers.
-        sha256: of the file.
+        bytes: size of the engine's file.
+        float_bytes: size of the float network's parameters and buffers.
+        sha256: of the engine's file.
         weights_sha256: of the file that `models.pretrained` reads.
         samples_sha256: of the file that `models.samples` reads.
-        packed, layers: layers that run on bits, and all.
+        packed: layers that run on bits.
+        layers: all layers.
         verified: what the comparison with the trained network found.
         latency: time of a call.
         recipe: settings of its training, as YAML for `biper train`.
