@@ -223,8 +223,8 @@ def _opened(contents: bytes, name: str, left: int, limits: Limits) -> Image:
             raise
         raise Refused(
             413,
-            f"The request has more than {limits.request_pixels:,} pixels in all its images, up to "
-            f"'{name}', which are accepted. Send them in several requests.",
+            f"With '{name}', the images of the request have more than the "
+            f"{limits.request_pixels:,} pixels that are accepted. Send them in several requests.",
         ) from error
 
 

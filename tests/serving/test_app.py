@@ -283,7 +283,7 @@ def test_the_pixels_of_a_request_have_a_limit(
     reply = one(app, "POST", "/predict", *pack([*full[:3], png_header(10, 11)]))
     assert (reply.status, reply.error) == (
         413,
-        f"The request has more than 30,000 pixels in all its images, up to '{name}', which are "
+        f"With '{name}', the images of the request have more than the 30,000 pixels that are "
         "accepted. Send them in several requests.",
     )
     reply = one(app, "POST", "/predict", *pack([png_header(101, 100)]))
