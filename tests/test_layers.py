@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,6 +127,13 @@ def layer_breaches(directory: Path) -> list[str]:
         if not allowed:
             breaches.append(f"{found}: {importer} may not import {imported}")
     return breaches
+
+
+def test_the_page_for_contributors_lists_the_layers() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Layers")[2]
+    listed = re.findall(r"`(\w+)`", page.partition("- On top")[0])
+    elsewhere = ("kernels", "_cpu", "_cuda")
+    assert listed == [unit for unit in (*BASE, *INFERENCE, *TRAINING) if unit not in elsewhere]
 
 
 def kernel_breaches(directory: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ from PIL import Image
 
 import biper_engine
 from biper_engine import models
+from biper_engine.files import sha256_of
 from biper_engine.models import signs_file
 from biper_engine.shipped import ModelCard
 from biper_engine.training.report import read_run
@@ -34,7 +34,7 @@ def verify_as(folder: Path) -> None:
     verified = {
         "path": "model.biper",
         "bytes": (folder / "model.biper").stat().st_size,
-        "sha256": hashlib.sha256((folder / "model.biper").read_bytes()).hexdigest(),
+        "sha256": sha256_of(folder / "model.biper"),
         "verified": True,
         "verified_images": 16,
         "accuracy": 0.5,
@@ -62,6 +62,8 @@ def test_file_card_and_record_are_written(
     assert biper_engine.load(out / "digits" / "mine.biper").metadata is not None
     card = ModelCard.from_dict(json.loads((out / "digits" / "mine.json").read_text()))
     assert (card.name, card.accuracy, card.test_images) == ("digits/mine", 0.5, 16)
+    assert card.weights_sha256 == sha256_of(out / "digits" / "mine.safetensors")
+    assert card.samples_sha256 == sha256_of(out / "digits" / "mine.png")
     assert "seed: 0" in card.recipe
     assert card.verified.startswith("on 16 images: end to end no bit differs; the network's class")
     rebuilt = signs_file.read_signs(out / "digits" / "mine.safetensors")

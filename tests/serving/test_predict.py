@@ -221,14 +221,6 @@ def test_an_empty_cell_is_a_row_with_the_reason(network: Path, tmp_path: Path) -
     assert errors[2].startswith("Cannot read an image from 'x.png': ")
 
 
-def test_labels_are_as_large_as_integers_can_be(network: Path, tmp_path: Path) -> None:
-    labels = [2**64 - 1, 0, None]
-    columns = {"image": pa.array([b""] * 3, pa.binary()), "label": pa.array(labels, pa.uint64())}
-    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
-    predict(network, tmp_path / "in.parquet", tmp_path / "out")
-    assert [row["label"] for row in rows_of(tmp_path / "out")] == labels
-
-
 def test_a_link_that_leads_nowhere_is_a_row_with_the_reason(network: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -379,7 +371,6 @@ def test_a_folder_that_cannot_be_read_is_refused(
         ({"image": [{"bytes": [1]}]}, {}, "The column 'image' of '.*' is struct<bytes: list"),
         ({"image": [{"bytes": b"x", "path": 5}]}, {}, "The column 'image' of '.*' is struct"),
         ({"image": [b"x"]}, {"label_column": "y"}, "has no column 'y' of labels"),
-        ({"image": [b"x"], "label": [0.5]}, {}, "The column 'label' of '.*' is double"),
         ({"image": pa.array([], pa.binary())}, {}, "has no rows"),
     ],
 )
