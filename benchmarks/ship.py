@@ -20,7 +20,6 @@ Add the record to the table of benchmarks/results/README.md.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import runpy
@@ -40,7 +39,7 @@ import biper_engine
 from biper_engine.bench.machine import machine_facts
 from biper_engine.bench.threads import common_threads, torch_threads
 from biper_engine.bench.timer import Budget, Samples, interleave
-from biper_engine.files import write_atomically
+from biper_engine.files import sha256_of, write_atomically
 from biper_engine.models import Network, registry
 from biper_engine.models.signs_file import read_signs, write_signs
 from biper_engine.serialization import check_backend, replay
@@ -103,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     samples = timed(file, given.threads, given.seconds)
-    card = model_card(run, given.name, file, same, latency(samples, given.threads))
+    card = model_card(run, given.name, file, written, same, latency(samples, given.threads))
     write_atomically(target, lambda out: out.write(file.read_bytes()))
     text = json.dumps(card.to_dict(), indent=2) + "\n"
     write_atomically(target.with_suffix(".json"), lambda out: out.write(text.encode()))
@@ -235,7 +234,9 @@ def latency(samples: Samples, threads: int) -> Latency:
     )
 
 
-def model_card(run: Run, name: str, file: Path, same: int, time: Latency) -> ModelCard:
+def model_card(
+    run: Run, name: str, file: Path, written: list[Path], same: int, time: Latency
+) -> ModelCard:
     assert run.verified is not None
     predictions = run.stages[1].predictions
     assert predictions is not None
@@ -250,7 +251,9 @@ def model_card(run: Run, name: str, file: Path, same: int, time: Latency) -> Mod
         classes=tuple(metadata.class_names or ()),
         bytes=file.stat().st_size,
         float_bytes=run.verified["bytes_before"],
-        sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+        sha256=sha256_of(file),
+        weights_sha256=sha256_of(written[0]),
+        samples_sha256=sha256_of(written[1]),
         packed=run.verified["packed"],
         layers=run.verified["layers"],
         verified=(

@@ -51,7 +51,10 @@ class NotFiniteError(BiperError, ArithmeticError):
 
 
 class FileFormatError(BiperError, ValueError):
-    """A `.biper` file is truncated, edited, foreign or of an unknown version."""
+    """A `.biper` file is truncated, edited, foreign or of an unknown version.
+
+    So may be a file of a trained network that comes with this package.
+    """
 
 
 class UnconvertedWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Write files completely or not at all."""
+"""Write files completely or not at all, and tell one from another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment, unused-ignore]
 
-__all__ = ["os_error", "write_atomically"]
+__all__ = ["os_error", "sha256_of", "write_atomically"]
 
 _LONGEST_NAME_BYTES = 255
 # ".", ".", 16 digits, ".tmp": what a temporary name adds to its target's name.
@@ -85,6 +85,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             temporary.unlink(missing_ok=True)
         raise
     _sync_directory(target.parent)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's contents, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class _Recorder:

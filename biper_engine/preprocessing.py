@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "TooManyPixelsError",
     "convert_mode",
     "image_to_pixels",
     "image_to_tensor",
@@ -29,6 +30,15 @@ __all__ = [
     "raw_pixels",
     "resampling",
 ]
+
+
+class TooManyPixelsError(ValueError):
+    """An image has more pixels than the caller of `open_image` accepts: `pixels` of them."""
+
+    def __init__(self, message: str, pixels: int) -> None:
+        super().__init__(message)
+        self.pixels = pixels
+
 
 # What Pillow raises for broken files. SyntaxError comes from its PNG reader.
 _UNREADABLE = (
@@ -139,7 +149,8 @@ def open_image(
         most_pixels: of an image, which is not decoded if it has more; None leaves it to Pillow.
 
     Raises:
-        ValueError: it cannot be read, or is too large; the message has its name.
+        TooManyPixelsError: it has more than `most_pixels`.
+        ValueError: it cannot be read, or Pillow finds it too large; the message has its name.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -152,8 +163,10 @@ def open_image(
     try:
         with Image.open(contents, formats=formats) as file:
             if most_pixels is not None and file.width * file.height > most_pixels:
-                raise Image.DecompressionBombError(
-                    f"it has {file.width} x {file.height} pixels; {most_pixels:,} are accepted."
+                raise TooManyPixelsError(
+                    f"Refusing the image '{named}': it has {file.width} x {file.height} pixels; "
+                    f"{most_pixels:,} are accepted.",
+                    file.width * file.height,
                 )
             file.load()
             return file
@@ -162,6 +175,8 @@ def open_image(
         raise ValueError(
             f"Cannot read an image from '{named}': it is no image of a known format.{tried}"
         ) from error
+    except TooManyPixelsError:
+        raise
     except _UNREADABLE as error:
         raise ValueError(f"Cannot read an image from '{named}': {error}.") from error
     except Image.DecompressionBombError as error:

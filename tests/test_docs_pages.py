@@ -1,7 +1,9 @@
 """The pages' code runs, the links lead somewhere, and quoted messages are those of the code."""
 
 import ast
+import inspect
 import os
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -139,6 +141,17 @@ def test_no_function_of_the_reference_is_shown_as_the_module_of_its_name() -> No
     paths = {name: DOCS.parent / name.replace(".", "/") for name in names}
     modules = [n for n, path in paths.items() if path.with_suffix(".py").exists() or path.is_dir()]
     assert modules == ["biper_engine.errors"]
+
+
+def test_each_attribute_in_the_reference_has_a_line_of_its_own() -> None:
+    """The site takes `a, b: ...` for an attribute `a,` of the type b."""
+    reference = " ".join(page.read_text("utf-8") for page in (DOCS / "api").glob("*.md"))
+    together = []
+    for name in re.findall(r"^::: ([\w.]+)$", reference, re.M):
+        doc = inspect.getdoc(pkgutil.resolve_name(name)) or ""
+        lines = doc.partition("\nAttributes:\n")[2].partition("\n\n")[0]
+        together += [f"{name}: {found}" for found in re.findall(r"^ {4}(\w+,.*?):", lines, re.M)]
+    assert together == []
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -133,7 +133,7 @@ def by_resized(engine: Engine, name: str) -> None:
     held(engine, name).resize_(0).resize_(other(name).shape).copy_(other(name))
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize(
     "change",
@@ -172,6 +172,7 @@ def test_a_write_of_one_value_to_a_large_tensor_is_seen(images: Tensor) -> None:
     assert (after != before).any(0).nonzero().flatten().tolist() == [250]
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", ["share_memory", "share_memory_", "reduction"])
 def test_tensors_in_shared_memory_give_the_same(way: str, name: str, images: Tensor) -> None:
@@ -205,6 +206,7 @@ def test_tensors_without_values_are_refused_by_name(name: str, images: Tensor) -
         engine(images)
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_of_another_dtype_are_refused(
@@ -331,6 +333,7 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_are_what_torch_says_that_they_are(

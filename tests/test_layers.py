@@ -2,9 +2,11 @@
 
 import ast
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -69,13 +71,20 @@ def targets(node: ast.AST, module: str, is_package: bool) -> list[str]:
     return []
 
 
+@cache
+def nodes_of(text: str) -> list[ast.AST]:
+    """Return all nodes of a module that may import another one."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Call)
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+
+
 def imports(directory: Path, package: str) -> Iterator[tuple[str, Import]]:
     """Yield (importing module, import) for every import in the package that lies in `directory`."""
     for path in sorted(directory.rglob("*.py")):
         parts = path.relative_to(directory).with_suffix("").parts
         is_package = parts[-1] == "__init__"
         module = ".".join((package, *(parts[:-1] if is_package else parts)))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        for node in nodes_of(path.read_text(encoding="utf-8")):
             for target in targets(node, module, is_package):
                 yield module, Import(target, path, node.lineno)  # type: ignore[attr-defined]
 
@@ -118,6 +127,13 @@ def layer_breaches(directory: Path) -> list[str]:
         if not allowed:
             breaches.append(f"{found}: {importer} may not import {imported}")
     return breaches
+
+
+def test_the_page_for_contributors_lists_the_layers() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Layers")[2]
+    listed = re.findall(r"`(\w+)`", page.partition("- On top")[0])
+    elsewhere = ("kernels", "_cpu", "_cuda")
+    assert listed == [unit for unit in (*BASE, *INFERENCE, *TRAINING) if unit not in elsewhere]
 
 
 def kernel_breaches(directory: Path) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,12 +42,67 @@ def test_a_card_tells_of_its_file(name: str, tmp_path: Path) -> None:
     assert card.name == name
     assert ModelCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
     assert card.bytes == file.stat().st_size < 200_000
-    assert card.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    sums = {".biper": card.sha256, ".safetensors": card.weights_sha256, ".png": card.samples_sha256}
+    for suffix, wanted in sums.items():
+        found = file.with_suffix(suffix).read_bytes()
+        assert hashlib.sha256(found).hexdigest() == wanted
     assert card.architecture in models.available()
     (tmp_path / "recipe.yaml").write_text(card.recipe)
     assert read_recipe(str(tmp_path / "recipe.yaml")).architecture == card.architecture
     text = str(card)
     assert all(part in text for part in (f"{card.accuracy:.2%}", card.latency.processor))
+
+
+NAME = "digits/resnet20_1w1a"
+READERS = {".biper": models.load, ".safetensors": models.pretrained, ".png": models.samples}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the files of a network, without their ends, where they may be damaged."""
+    shutil.copytree(FOLDER / "digits", tmp_path / "digits")
+    monkeypatch.setattr(biper_engine.shipped, "_folder", lambda: tmp_path)
+    return tmp_path / NAME
+
+
+def flipped(contents: bytes) -> bytes:
+    """Flip a bit in the middle: of a weight, or of a pixel."""
+    place = len(contents) // 2
+    return contents[:place] + bytes([contents[place] ^ 1]) + contents[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda old: old[:-1], lambda _: b""])
+@pytest.mark.parametrize("suffix", READERS)
+def test_a_damaged_file_is_refused_in_a_sentence(
+    package: Path, suffix: str, damage: Callable[[bytes], bytes]
+) -> None:
+    file = package.with_suffix(suffix)
+    READERS[suffix](NAME)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(biper_engine.FileFormatError) as raised:
+        READERS[suffix](NAME)
+    assert str(raised.value) == (
+        f"'{file}' is damaged, or of another version of biper_engine: its SHA-256 is not that of "
+        "its card. Install biper-engine again."
+    )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".png", ".json"])
+def test_a_missing_file_is_named(package: Path, suffix: str) -> None:
+    file = package.with_suffix(suffix)
+    file.unlink()
+    with pytest.raises(biper_engine.FileFormatError, match=f"'{file}'.* Install biper-engine aga"):
+        READERS.get(suffix, models.pretrained)(NAME)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"latency": 3, "classes": 4}', "\x00"])
+@pytest.mark.parametrize("function", [models.card, *READERS.values()])
+def test_a_damaged_card_is_named(
+    package: Path, function: Callable[[str], object], text: str
+) -> None:
+    package.with_suffix(".json").write_text(text)
+    with pytest.raises(biper_engine.FileFormatError, match=r"resnet20_1w1a.json' is missing or d"):
+        function(NAME)
 
 
 @pytest.mark.parametrize("name", models.shipped())

@@ -29,6 +29,7 @@ from biper_engine.bench import (
     interleave,
     network_work,
 )
+from biper_engine.bench.threads import torch_threads
 from biper_engine.cli.console import status
 from biper_engine.cli.train import fit_quietly
 from biper_engine.files import write_atomically
@@ -210,7 +211,10 @@ def _train(
     epochs = config.stage1.epochs + config.stage2.epochs
     say(f"1. train: {config.architecture} on {config.dataset}, two stages, {epochs} epochs ...")
     options = RunOptions(accelerator="cpu", devices=1, progress_bar=progress_bar)
-    trained = fit_quietly(config, directory, resume=True, options=options)
+    # Steps of 16 small images gain little from more threads. If other programs use the processors,
+    # those wait for one another nearly all the time.
+    with torch_threads(1):
+        trained = fit_quietly(config, directory, resume=True, options=options)
     earlier = f", including earlier runs; delete {directory} to start again"
     say(f"   {trained.seconds:.0f} s of training{earlier if found else ''}")
     return trained

@@ -32,7 +32,8 @@ def demo(
 ) -> None:
     """Train, convert, verify, save, reload and time a BiPer net on real digits.
 
-    This takes about two minutes on two cores, and downloads nothing.
+    This takes about two minutes on two cores, and downloads nothing. It trains
+    with one thread, and times the networks with all.
 
     The exit code is 0 only if engine and float net have equal top-1 on all test
     images, every layer is verified, and the reloaded file gives the same bits.

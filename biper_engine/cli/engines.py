@@ -1,14 +1,27 @@
-"""Engines by file, or by the name of a trained network that comes with the package."""
+"""Arguments of commands that run engines: which file, by a network's name too, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
-__all__ = ["ENGINE_HELP", "engine_file"]
+import typer
+
+__all__ = ["ENGINE_HELP", "RayCluster", "engine_file"]
 
 ENGINE_HELP = "A .biper file, or the name of a trained network, as digits/resnet20_1w1a."
+
+RayCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Ray cluster for them, as auto; without it, this machine.",
+        show_default=False,
+    ),
+]
 
 
 @contextmanager

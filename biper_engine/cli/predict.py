@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from biper_engine.cli.console import print_json, results, show_note, status, steps
-from biper_engine.cli.engines import ENGINE_HELP, engine_file
+from biper_engine.cli.engines import ENGINE_HELP, RayCluster, engine_file
 from biper_engine.cli.images import Labels, Mean, Preparation, Size, Std, preprocessing_of
 
 if TYPE_CHECKING:
@@ -47,14 +47,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Ray cluster for them, as auto; without it, this machine.",
-            show_default=False,
-        ),
-    ] = None,
+    ray: RayCluster = None,
     image_column: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Of Parquet, if not image.", show_default=False),

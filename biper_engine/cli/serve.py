@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from biper_engine.cli.console import show_note, status
-from biper_engine.cli.engines import ENGINE_HELP, engine_file
+from biper_engine.cli.engines import ENGINE_HELP, RayCluster, engine_file
 from biper_engine.cli.images import Labels, Mean, Preparation, Size, Std, preprocessing_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,15 @@ def serve(
     max_pixels: Annotated[
         int, typer.Option(min=1, metavar="MILLIONS", help="Of an image, before decoding.")
     ] = 50,
+    max_total_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="MILLIONS",
+            help="Of a request; if not given, twice --max-pixels.",
+            show_default=False,
+        ),
+    ] = None,
     queue: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests at once; more are told to wait.")
     ] = 256,
@@ -48,14 +57,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Ray cluster for them, as auto; without it, this machine.",
-            show_default=False,
-        ),
-    ] = None,
+    ray: RayCluster = None,
     mean: Mean = None,
     std: Std = None,
     size: Size = None,
@@ -80,6 +82,7 @@ def serve(
     limits = Limits(
         body_bytes=max_body * 2**20,
         image_pixels=max_pixels * 10**6,
+        request_pixels=(max_total_pixels or 2 * max_pixels) * 10**6,
         waiting=queue,
         batch=batch,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from biper_engine.cli.console import command_line, shown_warnings, status
 from biper_engine.errors import ConversionError
+from biper_engine.files import sha256_of
 
 if TYPE_CHECKING:
     from biper_engine import ConversionReport, VerifyReport
@@ -96,7 +96,7 @@ def _record(packed: Packed) -> None:
     values = {
         **packed.to_dict(),
         "path": packed.path.name,
-        "sha256": hashlib.sha256(packed.path.read_bytes()).hexdigest(),
+        "sha256": sha256_of(packed.path),
         "summary": packed.verified.summary(),
         "report": json.loads(packed.verified.to_json()),
     }

@@ -27,6 +27,7 @@ from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
@@ -116,7 +117,7 @@ def capture(
 
         graph_module = _trace(call, examples, private, log)
     assert log.out_spec is not None
-    _flatten_calling_convention(graph_module)
+    graph_module = _flatten_calling_convention(graph_module)
     _reshape_for_view(graph_module)
     _name_layers(graph_module, log.paths)
     return Capture(graph_module, examples, in_spec, log.out_spec, tuple(dict.fromkeys(log.dropped)))
@@ -266,13 +267,14 @@ def _module_paths(private: nn.Module, log: TraceLog) -> Iterator[None]:
             handle.remove()
 
 
-def _flatten_calling_convention(graph_module: fx.GraphModule) -> None:
+def _flatten_calling_convention(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph in a module whose source is written when it is called."""
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.op == "call_module":  # guards of torch.export; the engine has its own checks
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
-    graph_module.recompile()
+    return _LazyGraphModule(graph_module, graph)
 
 
 def _reshape_for_view(graph_module: fx.GraphModule) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from biper_engine.conversion import ir
@@ -73,12 +74,12 @@ def build(
         node.meta["source"] = node.name
         if str(node.meta.get("layer", "x")).partition("#")[0] == "":
             node.meta["layer"] = node.name  # a functional call in the model's own forward
-    before = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    before = _LazyGraphModule(graph_module, copy.deepcopy(graph_module.graph))
     _reshape_views(before)
     simplify(graph_module)
     _name_sources(graph_module)
     require_finite(graph_module, model)
-    float_graph = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    float_graph = _LazyGraphModule(graph_module, copy.deepcopy(graph_module.graph))
     rows = recognize(graph_module, keep_float=keep_float)
     fuse(graph_module)
     kept = [row.name for row in rows if row.reason == KEPT]

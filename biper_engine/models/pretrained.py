@@ -27,6 +27,7 @@ def pretrained(name: str) -> Network:
 
     Raises:
         ValueError: there is no such network; the message has the nearest name.
+        FileFormatError: its weights are missing or damaged.
     """
     with shipped_file(name, ".safetensors") as path:
         return read_signs(path)
@@ -44,6 +45,7 @@ def samples(name: str) -> list[Image]:
 
     Raises:
         ValueError: there is no such network; the message has the nearest name.
+        FileFormatError: the images are missing or damaged.
     """
     from PIL import Image
 

@@ -213,7 +213,9 @@ class BinaryLinear(_Periodic, nn.Linear):
         stage: 1 or 2; may be assigned later.
 
     Attributes:
-        alpha: [out_features]; weight, tau: as in `BinaryConv2d`.
+        weight: as of `BinaryConv2d`.
+        alpha: [out_features] learned scale, initially uniform in [0, 1), later of any sign.
+        tau: as of `BinaryConv2d`.
 
     Source: the analogue of BinarizeConv2d; the official code has no binary linear layer.
     """

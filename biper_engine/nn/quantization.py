@@ -34,13 +34,13 @@ __all__ = ["WeightError", "laplace_error", "weight_errors", "weight_wave"]
 
 @dataclass(frozen=True, kw_only=True)
 class WeightError:
-    """The quantization error of one layer.
+    """The quantization error of one layer, with s = sin(w0*w) or another wave, and q = sign(s).
 
     Attributes:
-        error: the paper's measure.
-        official: the official code's.
-        spread: mean of |w|, which is the best b of a Laplace distribution.
-        closed_form: the paper's measure of that distribution; None for other waves than the sine.
+        error: the paper's measure, min over c of mean((s - c*q)^2).
+        official: the official code's measure, mean(|s - q|).
+        spread: mean of |w|, the scale b of the Laplace distribution that fits best.
+        closed_form: the paper's measure for that distribution; None for other waves than the sine.
     """
 
     error: float
@@ -50,7 +50,11 @@ class WeightError:
 
 
 def laplace_error(u: float) -> float:
-    """Return the paper's measure for Laplace weights with u = b*w0, 0 or more."""
+    """Return `WeightError.error` of weights of a Laplace distribution of scale b.
+
+    Args:
+        u: b*w0, 0 or more.
+    """
     if u < 0:
         raise ValueError(f"`u` (={u}) must be 0 or more: it is a scale times a frequency.")
     if u == 0:
@@ -69,9 +73,9 @@ def weight_wave(layer: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def weight_errors(module: nn.Module) -> dict[str, WeightError]:
-    """Measure every layer of BiPer in `module`, by name, with one wait for the device.
+    """Measure every layer of BiPer in `module`, by name.
 
-    Layers of other networks have other ways to binarize, and are left out.
+    Layers of other networks binarize in other ways, and are left out. A GPU is waited for once.
     """
     layers = {
         name: layer

@@ -19,7 +19,7 @@ __all__ = ["FlatSignConv2d", "RPReLU", "RSign", "Shift", "SignConv2d", "SignLine
 
 
 class Shift(nn.Module):
-    """Add a learned number to each channel of [N, C, H, W]; `bias` is [1, C, 1, 1], first 0."""
+    """Add a learned number to each channel of [N, C, H, W]; `bias`, [1, C, 1, 1], starts at 0."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class SignConv2d(BinaryLayer, nn.Conv2d):
 class FlatSignConv2d(SignConv2d):
     """`SignConv2d` whose parameter is `weights` of shape [number of weights, 1].
 
-    So are the checkpoints of Bi-Real Net and of ReActNet-A.
+    The checkpoints of Bi-Real Net and of ReActNet-A have it.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -174,6 +174,7 @@ class _Service:
         accepted = {
             "body_bytes": limits.body_bytes,
             "image_pixels": limits.image_pixels,
+            "request_pixels": limits.request_pixels,
             "images": limits.images,
         }
         return JSONResponse(

@@ -27,7 +27,7 @@ class Classifier:
 
     Attributes:
         engine: the engine.
-        metadata: names of classes, and how images become its input, as far as somebody says it.
+        metadata: names of classes, and how images become its input, as far as that is known.
         classes: how many there are.
         name: by which people call it.
         bytes: size of its file.
@@ -59,7 +59,7 @@ class Classifier:
         """Return how images are prepared.
 
         Raises:
-            ValueError: nobody says.
+            ValueError: neither the file nor the caller says it.
         """
         if self.metadata is None or self.metadata.input_size is None:
             raise ValueError(
@@ -95,7 +95,7 @@ def open_classifier(
 
     Raises:
         FileFormatError, OSError: as `biper_engine.load`.
-        ValueError: it takes several inputs or no float32, or does not return logits.
+        ValueError: the network takes several inputs or no float32, or does not return logits.
     """
     path = Path(file)
     engine = load(path)

@@ -36,17 +36,15 @@ class Row(NamedTuple):
         number: its place in the whole input, from 0.
         image: its path below the folder, or the path that the table has for it; None without one.
         source: file, or contents; None if the cell is empty.
-        label: as the table has it.
     """
 
     number: int
     image: str | None
     source: Path | bytes | None
-    label: Any = None
 
 
 class Columns(NamedTuple):
-    """Names of a table's columns, and the type of labels as Arrow prints it."""
+    """Names of a table's columns, and the type of labels in results as Arrow prints it."""
 
     image: str
     label: str | None
@@ -99,31 +97,49 @@ class Part:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        wanted = [columns.image, *([columns.label] if columns.label else [])]
         number = self.first
         try:
             with pq.ParquetFile(self.path, buffer_size=2**20) as file:
-                for batch in file.iter_batches(64, row_groups=self.groups, columns=wanted):
-                    labels = batch.column(wanted[1]).to_pylist() if columns.label else None
-                    for place, cell in enumerate(batch.column(columns.image)):
-                        label = labels[place] if labels else None
-                        yield _table_row(number, cell.as_py(), label, Path(self.path).parent)
+                for batch in file.iter_batches(64, row_groups=self.groups, columns=[columns.image]):
+                    for cell in batch.column(columns.image):
+                        yield _table_row(number, cell.as_py(), Path(self.path).parent)
                         number += 1
         except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"Cannot read '{self.path}' at row {number - self.first} of its groups "
-                f"{list(self.groups)}: {reason} Was it replaced or damaged? Start again with "
-                "another folder for the results."
-            ) from error
+            raise self._unreadable(f"at row {number - self.first}", error) from error
+
+    def labels(self) -> pa.ChunkedArray | None:
+        """Return the labels of the rows as results have them; None if there is no column of them.
+
+        Raises:
+            DataError: the table cannot be read, or changed.
+        """
+        if self.columns is None or self.columns.label is None:
+            return None
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        name = self.columns.label
+        try:
+            with pq.ParquetFile(self.path) as file:
+                found = file.read_row_groups(list(self.groups), columns=[name]).column(name)
+                return found.cast(_label_type(found.type))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise self._unreadable(f"in the column '{name}'", error) from error
+
+    def _unreadable(self, where: str, error: Exception) -> DataError:
+        return DataError(
+            f"Cannot read '{self.path}' {where} of its groups {list(self.groups)}: "
+            f"{' '.join(str(error).split())} Was it replaced or damaged? Start again with another "
+            "folder for the results."
+        )
 
 
-def _table_row(number: int, cell: Any, label: Any, folder: Path) -> Row:
+def _table_row(number: int, cell: Any, folder: Path) -> Row:
     """Return the row of a cell: contents, or a struct of contents and path as `datasets` has it."""
     contents = cell.get("bytes") if isinstance(cell, dict) else cell
     path = cell.get("path") if isinstance(cell, dict) else None
     source = contents if contents is not None or path is None else folder / path
-    return Row(number, path, source, label)
+    return Row(number, path, source)
 
 
 def _printable(name: str) -> str:
@@ -375,7 +391,7 @@ def _columns(table: Path, schema: pa.Schema, image: str | None, label: str | Non
         raise DataError(
             f"'{table}' has no column '{labelled}' of labels: it has {', '.join(schema.names)}."
         )
-    kind = None if labelled is None else _label_type(table, schema.field(labelled))
+    kind = None if labelled is None else str(_label_type(schema.field(labelled).type))
     return Columns(chosen, labelled, kind)
 
 
@@ -395,14 +411,19 @@ def _holds_images(kind: pa.DataType) -> bool:
     return contents is not None and (is_binary(contents) or contents == pa.null()) and is_text
 
 
-def _label_type(table: Path, field: pa.Field) -> str:
+def _label_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type of labels in results: the widest of their kind, in which nothing is lost.
+
+    So the tables of a run may differ in width, as those of pandas do. Others stay as they are.
+    """
     import pyarrow as pa
 
-    if pa.types.is_integer(field.type):
-        return "uint64" if pa.types.is_uint64(field.type) else "int64"
-    if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-        return "string"
-    raise DataError(
-        f"The column '{field.name}' of '{table}' is {field.type}; wanted labels that are "
-        "integers or names. Name another one with --label-column."
-    )
+    if pa.types.is_dictionary(kind):
+        return _label_type(kind.value_type)
+    if pa.types.is_integer(kind):
+        return pa.uint64() if pa.types.is_uint64(kind) else pa.int64()
+    if pa.types.is_floating(kind):
+        return pa.float64()
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    return kind

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from biper_engine.errors import DataError
 from biper_engine.files import write_atomically
 from biper_engine.preprocessing import open_image
 from biper_engine.serving.classifier import Classifier
@@ -89,17 +90,23 @@ def predict_part(
         pool: threads that open and prepare images while the network runs.
 
     Raises:
-        DataError: a table cannot be read. An image that cannot be read is a row with the reason.
+        DataError: a table cannot be read, or was changed. An image that cannot be read is a row
+            with the reason.
         OSError: the file cannot be written.
     """
+    labels = part.labels()
     rows = [
         answer
         for batch in _batched(_prepared(part.read(), classifier, options, pool), options)
         for answer in _answers(classifier, batch, options)
     ]
-    if len(rows) != part.rows:
-        raise RuntimeError(f"Part {path.name} has {len(rows)} rows, wanted {part.rows}.")
-    _write(rows, part, path, options)
+    if len(rows) != part.rows or (labels is not None and len(labels) != part.rows):
+        raise DataError(
+            f"'{part.path}' has {len(rows)} rows in its groups {list(part.groups)}, where it had "
+            f"{part.rows}: it was changed meanwhile. Start again with another folder for the "
+            "results."
+        )
+    _write(rows, labels, path, options)
     return PartResult(len(rows), sum(row["error"] is not None for row in rows))
 
 
@@ -141,7 +148,7 @@ def _answers(
     tensors = [found for _, found in batch if isinstance(found, Tensor)]
     logits = iter(classifier(torch.stack(tensors)) if tensors else ())
     for row, found in batch:
-        answer = {"row": row.number, "image": row.image, "label": row.label}
+        answer = {"row": row.number, "image": row.image}
         if isinstance(found, Tensor):
             yield {**answer, **_classified(next(logits), classifier, options)}
         else:
@@ -163,25 +170,28 @@ def _classified(logits: Tensor, classifier: Classifier, options: PartOptions) ->
     return {**found, "logits": values} if options.logits else found
 
 
-def _write(rows: list[dict[str, Any]], part: Part, path: Path, options: PartOptions) -> None:
+def _write(
+    rows: list[dict[str, Any]], labels: pa.ChunkedArray | None, path: Path, options: PartOptions
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist(rows, schema=_schema(part, options))
+    table = pa.Table.from_pylist(rows, schema=_schema(options))
+    if labels is not None:
+        table = table.add_column(2, "label", labels)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     contents = sink.getvalue()
     write_atomically(path, lambda file: file.write(memoryview(contents)))
 
 
-def _schema(part: Part, options: PartOptions) -> pa.Schema:
+def _schema(options: PartOptions) -> pa.Schema:
+    """Return the columns, apart from labels."""
     import pyarrow as pa
 
-    kind = part.columns.label_type if part.columns else None
     fields = [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("image", pa.string()),
-        *([pa.field("label", pa.type_for_alias(kind))] if kind else []),
         pa.field("index", pa.int32()),
         pa.field("class", pa.string()),
         pa.field("probability", pa.float32()),

@@ -78,9 +78,9 @@ def predict(
     """Classify all images of a folder or of Parquet files, and write a folder of Parquet files.
 
     Its columns: `row`, the image's number from 0; `image`, its path below the folder, or that of
-    the table; `label`, if the table has one; `index`, `class` and `probability` of the likeliest
-    class; `logits`, if asked for; `error`, why an image has no class. Images are in the order of
-    their paths, or of the tables. The same call goes on with a run that was interrupted.
+    the table; `label`, that of the table, if it has one; `index`, `class` and `probability` of the
+    likeliest class; `logits`, if asked for; `error`, why an image has no class. Images are in the
+    order of their paths, or of the tables. The same call goes on with a run that was interrupted.
 
     Args:
         file: a `.biper` file of a classifier.
@@ -101,7 +101,7 @@ def predict(
         progress: called with the rows done and all rows.
 
     Raises:
-        FileFormatError: `file` is none or damaged.
+        FileFormatError: `file` is damaged, or no `.biper` file.
         DataError: a table cannot be read, a file of images was changed meanwhile, or `out` has
             something else than this run.
         ValueError: there is no image, the network is no classifier, or nobody says how images are

@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 
 from biper_engine.metadata import Metadata
-from biper_engine.preprocessing import image_to_tensor, normalize, open_image
+from biper_engine.preprocessing import (
+    TooManyPixelsError,
+    image_to_tensor,
+    normalize,
+    open_image,
+)
 from biper_engine.serving.classifier import Classifier
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from starlette.requests import Request
 
 __all__ = ["Limits", "Refused", "drop_body", "parse_body", "read_body", "read_form"]
@@ -43,6 +49,7 @@ class Limits:
         body_bytes: of a request.
         body_seconds: in which a request's body must have come.
         image_pixels: of an image, before it is decoded.
+        request_pixels: of all images of a request together.
         images: of a request.
         waiting: requests that are read or wait for their answers; more get 503.
         batch: images of a call of the engine.
@@ -51,6 +58,7 @@ class Limits:
     body_bytes: int = 20 * 2**20
     body_seconds: float = 30.0
     image_pixels: int = 50_000_000
+    request_pixels: int = 100_000_000
     images: int = 64
     waiting: int = 256
     batch: int = 32
@@ -185,19 +193,39 @@ def parse_body(
             inputs = _from_json(classifier, body, limits)
             return inputs, [None] * len(inputs)
         images = files or [("the request's body", body)]
-        tensors = [_image(classifier, contents, name, limits) for name, contents in images]
-        return torch.stack(tensors), [name for name, _ in files] or [None]
+        return _from_images(classifier, images, limits), [name for name, _ in files] or [None]
     except ValueError as error:
         raise Refused(400, str(error)) from error
 
 
-def _image(classifier: Classifier, contents: bytes, name: str, limits: Limits) -> Tensor:
-    metadata = _preparation(classifier)
-    image = open_image(contents, name, formats=_FORMATS, most_pixels=limits.image_pixels)
+def _from_images(
+    classifier: Classifier, images: Sequence[tuple[str, bytes]], limits: Limits
+) -> Tensor:
+    metadata, left = _preparation(classifier), limits.request_pixels
+    tensors = []
+    for name, contents in images:
+        image = _opened(contents, name, left, limits)
+        left -= image.width * image.height
+        try:
+            tensors.append(image_to_tensor(image, metadata))
+        except ValueError as error:
+            raise ValueError(f"Cannot take '{name}': {error}") from error
+    return torch.stack(tensors)
+
+
+def _opened(contents: bytes, name: str, left: int, limits: Limits) -> Image:
+    """Open an image of a request that may have `left` more pixels; it is not decoded if it has."""
+    most = min(limits.image_pixels, left)
     try:
-        return image_to_tensor(image, metadata)
-    except ValueError as error:
-        raise ValueError(f"Cannot take '{name}': {error}") from error
+        return open_image(contents, name, formats=_FORMATS, most_pixels=most)
+    except TooManyPixelsError as error:
+        if most == limits.image_pixels:
+            raise
+        raise Refused(
+            413,
+            f"With '{name}', the images of the request have more than the "
+            f"{limits.request_pixels:,} pixels that are accepted. Send them in several requests.",
+        ) from error
 
 
 def _preparation(classifier: Classifier) -> Metadata:
@@ -287,8 +315,8 @@ def _from_files(classifier: Classifier, value: Any, limits: Limits) -> Tensor:
         raise ValueError('"images" must be a list of image files in base64.')
     _require_few(len(value), limits)
     contents = [_decoded(text, f'"images"[{n}]') for n, text in enumerate(value)]
-    named = enumerate(contents)
-    return torch.stack([_image(classifier, one, f"images[{n}]", limits) for n, one in named])
+    named = [(f"images[{n}]", one) for n, one in enumerate(contents)]
+    return _from_images(classifier, named, limits)
 
 
 def _decoded(text: Any, name: str) -> bytes:

@@ -23,8 +23,14 @@ from typing import Any
 import torch
 
 from biper_engine.engine import Engine, load
+from biper_engine.errors import FileFormatError
+from biper_engine.files import sha256_of
 
 __all__ = ["ModelCard", "card", "load_shipped", "shipped", "shipped_file"]
+
+# The field of a card that has the SHA-256 of a file, by the file's end.
+_SUMS = {".biper": "sha256", ".safetensors": "weights_sha256", ".png": "samples_sha256"}
+_AGAIN = "Install biper-engine again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +72,13 @@ class ModelCard:
         accuracy: share of the test images that the engine classifies correctly.
         test_images: their number.
         classes: names, in the order of the outputs.
-        bytes: of the engine's file.
-        float_bytes: of the float network's parameters and buffers.
-        sha256: of the file.
-        packed, layers: layers that run on bits, and all.
+        bytes: size of the engine's file.
+        float_bytes: size of the float network's parameters and buffers.
+        sha256: of the engine's file.
+        weights_sha256: of the file that `models.pretrained` reads.
+        samples_sha256: of the file that `models.samples` reads.
+        packed: layers that run on bits.
+        layers: all layers.
         verified: what the comparison with the trained network found.
         latency: time of a call.
         recipe: settings of its training, as YAML for `biper train`.
@@ -88,6 +97,8 @@ class ModelCard:
     bytes: int
     float_bytes: int
     sha256: str
+    weights_sha256: str
+    samples_sha256: str
     packed: int
     layers: int
     verified: str
@@ -138,9 +149,13 @@ def card(name: str) -> ModelCard:
 
     Raises:
         ValueError: there is no such network; the message has the nearest name.
+        FileFormatError: the card is missing or damaged.
     """
-    text = _file(_known(name), ".json").read_text(encoding="utf-8")
-    return ModelCard.from_dict(json.loads(text))
+    file = _file(_known(name), ".json")
+    try:
+        return ModelCard.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FileFormatError(f"'{file}' is missing or damaged. {_AGAIN}") from error
 
 
 def load_shipped(name: str, *, device: str | torch.device = "cpu") -> Engine:
@@ -154,6 +169,7 @@ def load_shipped(name: str, *, device: str | torch.device = "cpu") -> Engine:
 
     Raises:
         ValueError: there is no such network; the message has the nearest name.
+        FileFormatError: the file is missing or damaged.
     """
     with shipped_file(name) as path:
         return load(path, device=device)
@@ -161,8 +177,23 @@ def load_shipped(name: str, *, device: str | torch.device = "cpu") -> Engine:
 
 @contextmanager
 def shipped_file(name: str, suffix: str = ".biper") -> Iterator[Path]:
-    """Give the path of a trained network's file, by its end; raises as `load_shipped`."""
-    with as_file(_file(_known(name), suffix)) as path:
+    """Give the path of a trained network's file, by its end, after a comparison with the card.
+
+    Raises:
+        ValueError: there is no such network; the message has the nearest name.
+        FileFormatError: the file, or the card, is missing or damaged.
+    """
+    wanted = getattr(card(name), _SUMS[suffix])
+    with as_file(_file(name, suffix)) as path:
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise FileFormatError(f"Cannot read '{path}'. {_AGAIN}") from error
+        if found != wanted:
+            raise FileFormatError(
+                f"'{path}' is damaged, or of another version of biper_engine: its SHA-256 is not "
+                f"that of its card. {_AGAIN}"
+            )
         yield path
 
 

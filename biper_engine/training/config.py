@@ -82,7 +82,9 @@ class AugmentConfig:
         crop_area: least and largest share of the image's area in a random part of it, which is then
             resized: torchvision's RandomResizedCrop.
         crop_ratio: least and largest width over height of that part.
-        brightness, contrast, saturation: change by a factor in [1 - x, 1 + x].
+        brightness: change by a factor in [1 - brightness, 1 + brightness].
+        contrast: likewise.
+        saturation: likewise.
         max_shift_px: move by up to this many pixels along each axis.
         max_rotation_deg: turn by up to this angle.
         max_zoom: scale by a factor in [1 - max_zoom, 1 + max_zoom].
@@ -145,7 +147,8 @@ class TrainingConfig:
     Attributes:
         dataset: what `training.data.load` accepts: a name, a folder, files, or `module:callable`.
         data_dir: where the files of a data set with a name are; None looks where they usually are.
-        image_column, label_column: of tables; None finds them.
+        image_column: of tables; None finds it.
+        label_column: of tables; None finds it.
         num_classes: None takes the data set's; a number that differs from it is an error.
         test_share: part of each class's images that is kept for the test, where the data set has no
             test images of its own.
@@ -160,7 +163,8 @@ class TrainingConfig:
         distillation: a teacher, if there is one.
         batch_size: images of each forward pass and process; an incomplete last batch is dropped.
         accumulate: forward passes of one step.
-        optimizer, augment: settings of both stages.
+        optimizer: settings of both stages.
+        augment: random changes of images, in both stages.
         seed: for initial weights, order and augmentation.
         hold_out: train without the validation part and measure on it, to choose settings;
             False trains on everything and measures on the test images.
@@ -247,7 +251,10 @@ class RunOptions:
     """Devices and output of a run; they do not change what is trained, except for rounding.
 
     Attributes:
-        accelerator, devices, num_nodes, strategy: as Lightning's Trainer.
+        accelerator: as of Lightning's Trainer.
+        devices: as of Lightning's Trainer.
+        num_nodes: as of Lightning's Trainer.
+        strategy: as of Lightning's Trainer.
         sync_batchnorm: normalise over the batches of all devices; GPUs only.
         workers: processes that read and augment images; None chooses.
         compile: run the network through `torch.compile`.

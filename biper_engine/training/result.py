@@ -60,7 +60,8 @@ class TrainingResult:
 
     Attributes:
         output_dir: with all files of the run.
-        stage1, stage2: what they gave.
+        stage1: what the first stage gave.
+        stage2: what the second one gave.
         feed: the data of the run.
     """
 

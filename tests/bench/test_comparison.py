@@ -223,6 +223,7 @@ def test_a_model_that_does_not_compile_gives_its_reason(monkeypatch: pytest.Monk
     assert rival.reason == "g++: not found"
 
 
+@pytest.mark.deep
 def test_without_a_compiler_the_reason_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 

@@ -146,7 +146,7 @@ def test_pictures_show_the_first_figures_and_shares_and_no_words_overlap(lines: 
 @pytest.mark.parametrize(
     "steps",
     [
-        pytest.param(("machine", "prepare", "resnet18"), marks=pytest.mark.deep, id="three"),
+        pytest.param(("prepare", "resnet18"), marks=pytest.mark.deep, id="two"),
         pytest.param(
             ("machine", "prepare", "build", "resnet18", "counters", "ceilings", "layers"),
             marks=pytest.mark.weekly,

@@ -18,7 +18,7 @@ from gpu.target import ROOT, SKIPPED, STAND_IN, Skipped, Target, Wrong, run_step
 from biper_engine.bench import ConvShape
 from biper_engine.ops.backends import by_name
 from tests.benchmarks.gpu_stand_in import on_cpu
-from tests.conftest import _label, _runs
+from tests.shared import _label, _runs
 
 HERE = on_cpu()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,23 +14,18 @@ from PIL import Image
 
 import biper_engine
 from biper_engine import models
+from biper_engine.files import sha256_of
 from biper_engine.models import signs_file
 from biper_engine.shipped import ModelCard
 from biper_engine.training.report import read_run
 from tests.training.few_images import few_images
 
 
-@pytest.fixture(scope="module")
-def engine(small_run: Path) -> biper_engine.Engine:
-    model = models.load_checkpoint(small_run / "stage2.pt")
-    return biper_engine.convert(model, torch.zeros(2, 3, 32, 32), check=False)
-
-
 @pytest.fixture
-def run(small_run: Path, engine: biper_engine.Engine, tmp_path: Path) -> Path:
-    """Return a run with its engine, as `biper train` leaves it."""
+def run(small_run: Path, tmp_path: Path) -> Path:
+    """Return a run with an engine, as `biper train` leaves it; the engine is of other weights."""
     folder = shutil.copytree(small_run, tmp_path / "run")
-    engine.save(folder / "model.biper")
+    shutil.copy(ship.SHIPPED / "digits" / "resnet20_1w1a.biper", folder / "model.biper")
     verify_as(folder)
     return folder
 
@@ -40,7 +34,7 @@ def verify_as(folder: Path) -> None:
     verified = {
         "path": "model.biper",
         "bytes": (folder / "model.biper").stat().st_size,
-        "sha256": hashlib.sha256((folder / "model.biper").read_bytes()).hexdigest(),
+        "sha256": sha256_of(folder / "model.biper"),
         "verified": True,
         "verified_images": 16,
         "accuracy": 0.5,
@@ -52,9 +46,14 @@ def verify_as(folder: Path) -> None:
     (folder / "verify.json").write_text(json.dumps(verified))
 
 
+@pytest.mark.deep
 def test_file_card_and_record_are_written(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    trained = models.load_checkpoint(run / "stage2.pt")
+    engine = biper_engine.convert(trained, torch.zeros(2, 3, 32, 32), check=False)
+    engine.save(run / "model.biper")
+    verify_as(run)
     out, results = tmp_path / "package", tmp_path / "results"
     results.mkdir()
     words = [str(run), "digits/mine", "--machine", "here", "--seconds", "0"]
@@ -63,9 +62,10 @@ def test_file_card_and_record_are_written(
     assert biper_engine.load(out / "digits" / "mine.biper").metadata is not None
     card = ModelCard.from_dict(json.loads((out / "digits" / "mine.json").read_text()))
     assert (card.name, card.accuracy, card.test_images) == ("digits/mine", 0.5, 16)
+    assert card.weights_sha256 == sha256_of(out / "digits" / "mine.safetensors")
+    assert card.samples_sha256 == sha256_of(out / "digits" / "mine.png")
     assert "seed: 0" in card.recipe
     assert card.verified.startswith("on 16 images: end to end no bit differs; the network's class")
-    trained = models.load_checkpoint(run / "stage2.pt")
     rebuilt = signs_file.read_signs(out / "digits" / "mine.safetensors")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(rebuilt(images), trained(images))
@@ -100,8 +100,6 @@ def test_a_data_set_without_a_description_is_refused(run: Path) -> None:
 def test_the_engine_of_another_network_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copy(ship.SHIPPED / "digits" / "resnet20_1w1a.biper", run / "model.biper")
-    verify_as(run)
     out = tmp_path / "package"
     with few_images(size=32), pytest.raises(SystemExit):
         ship.main([str(run), "digits/mine", "--machine", "here", "--package", str(out)])

@@ -31,6 +31,7 @@ def test_version(biper: Biper) -> None:
     assert biper("--version").out == f"biper {biper_engine.__version__}\n"
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits_80_columns(biper: Biper, command: str) -> None:
     done = biper(*filter(None, [command]), "--help")
@@ -38,6 +39,7 @@ def test_help_fits_80_columns(biper: Biper, command: str) -> None:
     assert max(map(len, done.out.splitlines())) <= 80
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_on_lines_of_their_own(biper: Biper, command: str) -> None:
     lines = [line.strip() for line in biper(command, "--help").out.splitlines()]

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 import biper_engine
 from biper_engine.bench import Budget, Comparison, Contest, Samples
+from biper_engine.bench.threads import torch_threads
 from biper_engine.cli.demo import DemoResult, LayerTimes
 from biper_engine.cli.demo_command import _table
 from biper_engine.cli.demo_plot import _accuracy, write_plot
@@ -79,6 +81,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
     def fit(config: TrainingConfig, output: Path, **options: object) -> TrainingResult:
+        assert torch.get_num_threads() == 1
         return TrainingResult(output_dir=output, stage1=stage, stage2=stage)
 
     train, test = steps.data.digits()
@@ -107,6 +110,14 @@ def test_every_step_leaves_what_it_says(biper: Biper, tmp_path: Path) -> None:
     assert len(list((tmp_path / "digits").glob("*.png"))) == 20
     assert size_of(tmp_path / "digits" / "7_0.png") == (8, 8)
     assert size_of(tmp_path / "demo.png") == (1500, 630)
+
+
+@pytest.mark.usefixtures("small")
+def test_it_trains_with_one_thread_and_times_with_all(biper: Biper, tmp_path: Path) -> None:
+    """The training is checked where the fixture stands for it."""
+    with torch_threads(2):
+        assert biper("demo", "-o", tmp_path).code == 0
+        assert torch.get_num_threads() == 2
 
 
 @pytest.mark.usefixtures("small")

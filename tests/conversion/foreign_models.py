@@ -305,6 +305,26 @@ class SmallNet(nn.Module):
         return self.fc(x.view(x.size(0), -1))
 
 
+class PlainNet(nn.Module):
+    """Stem, one binary convolution, classifier: a third of the work of `SmallNet`."""
+
+    def __init__(
+        self,
+        sign: Callable[[Tensor], Tensor] = torch.sign,
+        binarize: Callable[[Tensor], Tensor] = plain_weight,
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm0 = nn.BatchNorm2d(8)
+        self.conv1 = QConv(8, 16, 3, sign=sign, binarize=binarize)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(F.hardtanh(self.norm0(self.stem(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
 class Lambda(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

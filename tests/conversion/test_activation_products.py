@@ -85,10 +85,14 @@ PROBABILITIES = {
 
 @pytest.mark.some(1)
 @pytest.mark.parametrize("name", PROBABILITIES)
-def test_both_products_of_binary_attention_are_packed(name: str) -> None:
+def test_both_products_of_binary_attention_are_packed_also_in_a_file(
+    name: str, tmp_path: Path
+) -> None:
     model = seeded(lambda: Heads(48, 3, PROBABILITIES[name]))
     x = noise(2, 7, 48)
     engine = converted(model, x)
+    engine.save(tmp_path / "attention.biper")
+    assert torch.equal(biper_engine.load(tmp_path / "attention.biper")(x), engine(x))
     assert [row.name for row in engine.report.layers if not row.packed] == []
     assert len(nodes_of(engine, "bmatmul_float")) == 2
     for batch in (1, 2, 5):
@@ -99,7 +103,7 @@ def test_both_products_of_binary_attention_are_packed(name: str) -> None:
 def test_the_sums_of_a_product_are_compared_with_the_models() -> None:
     model = seeded(lambda: Heads(48, 3, sign))
     x = noise(2, 7, 48)
-    engine = converted(model, x)
+    engine = biper_engine.convert(model, x, check=False)
     report = biper_engine.verify(engine, model, x)
     rows = {segment.name: segment for segment in report.segments}
     assert rows["bmm"].accumulators == 2 * 3 * 7 * 7
@@ -107,12 +111,14 @@ def test_the_sums_of_a_product_are_compared_with_the_models() -> None:
 
 
 def test_heads_of_one_map_are_groups_of_its_bits() -> None:
-    engine = converted(seeded(lambda: Heads(64, 2, sign)), noise(2, 5, 64))
+    model = seeded(lambda: Heads(64, 2, sign))
+    engine = biper_engine.convert(model, noise(2, 5, 64), check=False)
     scores, mixed = nodes_of(engine, "bmatmul_float")
     assert (scores.kwargs["groups"], scores.kwargs["channels"]) == (2, 64)
     assert (mixed.kwargs["groups"], mixed.kwargs["channels"]) == (1, 5)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_any_number_of_tokens_gives_the_exact_products(tokens: int) -> None:
     model = seeded(lambda: Heads(6, 2, PROBABILITIES["compared"]))
@@ -128,7 +134,7 @@ def test_signs_of_zero_are_counted() -> None:
     a, b, x = noise(2, 4, 40), noise(2, 3, 40, seed=1), noise(2, 8)
     a[0, 0, 0] = 0.0
     model = seeded(lambda: Two(product))
-    engine = biper_engine.convert(model, (a, b, x))
+    engine = biper_engine.convert(model, (a, b, x), check=False)
     report = biper_engine.verify(engine, model, (a, b, x))
     assert report.ok
     assert report.exact_zeros == 1
@@ -163,7 +169,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tu
 }
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_a_product_is_packed(name: str) -> None:
     product, first, second = LAYOUTS[name]
@@ -187,17 +193,8 @@ def test_a_product_with_one_real_factor_stays_in_float() -> None:
 def test_products_are_kept_by_name() -> None:
     model = seeded(lambda: Two(lambda a, b: sign(a) @ sign(b)))
     inputs = (noise(2, 5, 40), noise(2, 40, 7), noise(2, 8))
-    engine = biper_engine.convert(model, inputs, keep_float=["bmm"])
+    engine = biper_engine.convert(model, inputs, keep_float=["bmm"], check=False)
     assert nodes_of(engine, "bmatmul_float") == []
-
-
-def test_a_file_holds_a_product(tmp_path: Path) -> None:
-    model = seeded(lambda: Heads(48, 3, rounded))
-    x = noise(2, 7, 48)
-    engine = converted(model, x)
-    engine.save(tmp_path / "attention.biper")
-    loaded = biper_engine.load(tmp_path / "attention.biper")
-    assert torch.equal(loaded(x), engine(x))
 
 
 def test_a_network_without_weights_says_so() -> None:

@@ -36,6 +36,7 @@ def test_what_depends_on_parameters_alone_is_folded() -> None:
     assert not any("mean" in target or "item" in target for target in called)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_batch_stays_free(batch: int) -> None:
     model = seeded(SmallNet)
@@ -46,6 +47,7 @@ def test_the_batch_stays_free(batch: int) -> None:
             torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("build", [SmallNet, BinaryNet, BufferBranch])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_not_changed(build: type[nn.Module], training: bool) -> None:

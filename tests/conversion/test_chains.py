@@ -32,7 +32,7 @@ def random_chain(seed: int) -> list[tuple[str, list[int]]]:
     return chain
 
 
-@pytest.mark.some(15)
+@pytest.mark.some(8)
 @pytest.mark.parametrize("seed", range(40))
 def test_a_random_chain_keeps_its_value(seed: int) -> None:
     chain = random_chain(seed)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from biper_engine import convert, load
-from biper_engine.conversion import verify
 from biper_engine.errors import ConversionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,21 +90,22 @@ def model_of(choose: Callable[..., Tensor], **options: Any) -> Experts:
     return Experts(choose, **options).eval()
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "choose", [chosen, indexed, mixed, scaled, picked, selected, embedded, gathered]
 )
 def test_the_products_are_on_bits(choose: Callable[..., Tensor], tmp_path: Path) -> None:
     model = model_of(choose)
     images = torch.randn(5, CHANNELS, 7, 6)
-    engine = convert(model, images[:2], unconverted="ignore")
+    engine = convert(model, images[:2], unconverted="ignore")  # which verifies it
     assert engine.report.packed == 1
     for batch in (1, 2, 5):
         torch.testing.assert_close(engine(images[:batch]), model(images[:batch]))
-    assert verify(engine, model, images).ok
     engine.save(tmp_path / "experts.biper")
     assert torch.equal(load(tmp_path / "experts.biper")(images), engine(images))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -173,6 +173,7 @@ def test_groups_of_another_kind_of_convolution_name_the_model() -> None:
     assert "contextlib" not in str(caught.value)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_keep_what_the_model_gives(dtype: torch.dtype) -> None:
     class Typed(Experts):

@@ -90,7 +90,7 @@ GROUPS: dict[str, dict[str, Function]] = {
 }
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("group", GROUPS)
 def test_networks_are_equal_after_loading(group: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

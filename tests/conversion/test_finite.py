@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from biper_engine.conversion import convert, verify
 from biper_engine.errors import ConversionError
 from tests.conversion.comparison import images_of
-from tests.conversion.foreign_models import SmallNet, seeded
+from tests.conversion.foreign_models import PlainNet, seeded
 
 
 class Logarithm(nn.Module):
@@ -18,7 +18,7 @@ class Logarithm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = SmallNet()
+        self.net = PlainNet()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(torch.log(x))
@@ -29,16 +29,17 @@ class Masked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = SmallNet()
+        self.net = PlainNet()
         self.register_buffer("mask", torch.tensor([0.0, -math.inf] * 16)[:8])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(F.softmax(x + self.mask, -1))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_of_float_layers_that_are_not_finite_are_refused_by_name(value: float) -> None:
-    model = seeded(SmallNet)
+    model = seeded(PlainNet)
     name, weight = next(
         (name, p) for name, p in model.named_parameters() if "stem" in name or p.dim() > 1
     )
@@ -48,7 +49,7 @@ def test_weights_of_float_layers_that_are_not_finite_are_refused_by_name(value: 
 
 
 def test_nan_in_a_batch_norm_is_refused_by_name() -> None:
-    model = seeded(SmallNet)
+    model = seeded(PlainNet)
     name, norm = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
     norm.running_var[2] = math.nan
     with pytest.raises(ConversionError, match=f"{name}.running_var"):
@@ -57,15 +58,13 @@ def test_nan_in_a_batch_norm_is_refused_by_name() -> None:
 
 def test_an_infinite_constant_that_nothing_is_multiplied_by_is_a_number() -> None:
     model = seeded(Masked)
-    engine = convert(model, images_of((3, 8, 8)))
-    assert verify(engine, model, images_of((3, 8, 8))).ok
+    convert(model, images_of((3, 8, 8)))  # which verifies it
 
 
 def test_random_images_that_give_nan_are_replaced_by_those_of_the_example() -> None:
     model = seeded(Logarithm)
     images = torch.rand(2, 3, 8, 8) + 0.1
-    engine = convert(model, images)
-    assert verify(engine, model, images).ok
+    convert(model, images)  # which verifies it
 
 
 @pytest.mark.some(1)

@@ -44,7 +44,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_other_people(name: str) -> None:
     build, shape, count = NETWORKS[name]
@@ -135,6 +135,7 @@ def network(seed: int) -> nn.Module:
     return whole
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("seed", "wrapped"),
     [

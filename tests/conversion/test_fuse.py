@@ -39,7 +39,7 @@ POOL_BEHIND = ["clamp", "max_pool2d"]
 BITS = ["binarize", "bconv2d_bits", "bconv2d_float"]
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(4)
 @pytest.mark.parametrize(
     ("run", "wanted"),
     [
@@ -83,6 +83,7 @@ def test_an_infinite_limit_that_leaves_no_other_value_is_kept(limits: Any) -> No
     assert torch.equal(engine(images_of((6, 8, 8))), wanted)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("value", [0.0, 1e-8, -1.0])
 def test_zero_and_negative_scales(value: float) -> None:
     def build() -> nn.Module:
@@ -133,6 +134,7 @@ def test_batch_norm_folds_into_float_layers() -> None:
     assert_close(engine, model, images)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("tokens", [5, 4])
 def test_a_norm_over_tokens_is_not_folded_into_a_linear_layer(tokens: int) -> None:
     """BatchNorm1d of [N, T, C] normalises T; T == C must not make it one of the outputs."""
@@ -149,6 +151,7 @@ def test_a_norm_over_tokens_is_not_folded_into_a_linear_layer(tokens: int) -> No
     assert_close(engine, model, images)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "norm",
     [
@@ -169,6 +172,7 @@ def test_norms_by_statistics_of_the_input_stay_float(norm: Any) -> None:
     assert_close(engine, model, images_of((6, 8, 8), 4))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("run", "wanted"),
     [

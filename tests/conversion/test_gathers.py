@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", CASES)
 def test_writes_of_parts_of_one_map_become_an_index(name: str) -> None:
     run, indexed = CASES[name]

@@ -142,7 +142,7 @@ EXACT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Any]] = {
 }
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     shape, sizes, run = EXACT[name]
@@ -162,7 +162,7 @@ TRANSPOSED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", TRANSPOSED)
 def test_transposed(name: str, bias: bool) -> None:
@@ -194,6 +194,7 @@ MORE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", MORE)
 def test_more_of_transposed(name: str) -> None:
     assert_packed_exactly((8, 5, 4), {"w": lambda: Weight(8, 5, 3, 3)}, MORE[name])

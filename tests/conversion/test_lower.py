@@ -67,7 +67,9 @@ def test_copies_and_state_dicts(small: Converted) -> None:
     buffer = io.BytesIO()
     torch.save(engine.state_dict(), buffer)
     buffer.seek(0)
-    other, _, _ = converted(SmallNet, (3, 8, 8), check=False)
+    other = copy.deepcopy(engine)
+    for tensor in other.buffers():
+        tensor.zero_()
     other.load_state_dict(torch.load(buffer))
     assert torch.equal(other(images), expected)
 
@@ -82,7 +84,7 @@ def test_copies_and_state_dicts(small: Converted) -> None:
 def test_narrow_float_maps_are_close_and_leave_as_float32(
     build: type[nn.Module], dtype: torch.dtype
 ) -> None:
-    engine, model, images = converted(build, (3, 8, 8), compute_dtype=dtype)
+    engine, model, images = converted(build, (3, 8, 8), compute_dtype=dtype, check=False)
     got = engine(images)
     assert got.dtype == torch.float32
     expected = truth(model, images)

@@ -38,7 +38,7 @@ def behind(s: Any, joined: torch.Tensor) -> torch.Tensor:
 MERGED = ["binarize", "bconv2d_float_bits", "avg_pool2d", "bconv2d_float"]
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("run", "wanted"),
     [

@@ -187,7 +187,7 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
 }
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     assert_packed_exactly(*EXACT[name])

@@ -108,7 +108,7 @@ CASES = {
 }
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", CASES)
 def test_every_product_has_a_row_with_its_macs(name: str) -> None:
     case = CASES[name]
@@ -124,6 +124,7 @@ def test_a_recurrent_layer_has_its_steps_and_both_weights() -> None:
     assert all(row.name.partition("#")[0] == "c" for row in rows)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_recurrent_layer_over_steps_of_a_batch_converts(layers: int) -> None:
     def run(self: nn.Module, x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ TIES = {
 }
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(5)
 @pytest.mark.parametrize("name", SIGNS)
 def test_every_spelling_of_sign_is_exact_also_at_zero(name: str) -> None:
     model = seeded(lambda: Probe(SIGNS[name]))
@@ -82,6 +82,7 @@ def test_every_spelling_of_sign_is_exact_also_at_zero(name: str) -> None:
     assert_exact(engine, model, images)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_way_to_binarise_weights_is_packed(name: str) -> None:
     engine, model, images = converted(lambda: Probe(torch.sign, binarize=WEIGHTS[name]), (5, 6, 6))
@@ -266,7 +267,7 @@ EXACT: dict[str, tuple[tuple[int, ...], dict[str, Callable[[], nn.Module]], Any]
 }
 
 
-@pytest.mark.some(11)
+@pytest.mark.some(7)
 @pytest.mark.parametrize("name", EXACT)
 def test_exact(name: str) -> None:
     assert_packed_exactly(*EXACT[name])
@@ -283,6 +284,7 @@ def one_layer(run: Callable[..., Any], layer: nn.Module | None = None) -> nn.Mod
     return seeded(lambda: Functional(run, ok=QConv(4, 4, 3), c=layer or QConv(4, 4, 3)))
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
@@ -363,6 +365,7 @@ def test_a_pointwise_layer_on_one_channel_is_not_called_binary() -> None:
     assert not engine.report.layers[0].binary
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("pattern", ["body.1", "body.*1", "*.1"])
 def test_keep_float_takes_every_call_of_a_module(pattern: str) -> None:
     layers = nn.Sequential(QConv(4, 4, 1), QConv(4, 4, 1))

@@ -49,6 +49,7 @@ def run(kind: type[FakeTensorMode], operator: Any, x: Tensor, *args: Any) -> Any
         return described(result)
 
 
+@pytest.mark.some(11)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_maps_have_the_form_of_pytorchs(operator: Any, layout: str) -> None:

@@ -119,6 +119,7 @@ def views_in_place(self: Net, x: Tensor) -> Tensor:
     return y.sum(1) + z.unsqueeze_(2)
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize(
     "run",
     [
@@ -197,7 +198,7 @@ def test_other_memory_is_refused(run: Callable[[Net, Tensor], Any], name: str) -
         capture(Net(run), (torch.randn(2, 3, 4, 6),))
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "layer",
     [

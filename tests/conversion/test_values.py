@@ -52,6 +52,7 @@ TIES = {
 NOT_OF_ITS_INPUT = {"sign_nudged"}  # its step is found at the outer of two signs
 
 
+@pytest.mark.some(11)
 @pytest.mark.parametrize("name", sorted(SIGNS.keys() - NOT_OF_ITS_INPUT))
 def test_every_spelling_of_sign_has_its_own_rule_at_zero(name: str) -> None:
     sign = SIGNS[name]
@@ -116,6 +117,7 @@ def steps_behind(run: Callable[..., Tensor]) -> tuple[Steps, nn.Module]:
     return found, model
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", SCALES)
 def test_scales_before_a_sign_are_part_of_the_threshold(name: str) -> None:
     found, model = steps_behind(SCALES[name])
@@ -202,6 +204,7 @@ def test_thresholds_are_found_to_the_last_bit(
         assert torch.equal(got, model(x) > (rule.low + rule.high) / 2)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize(
     "run",
     [

@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +38,7 @@ def test_data_may_be_batches_with_labels(small: Converted) -> None:
     engine, model, images = small
     loader = [(images[:3], torch.zeros(3)), (images[3:], torch.zeros(1))]
     assert verify(engine, model, loader).images == 4
-    assert verify(engine, model, loader, limit=2).images == 2
-    assert verify(engine, model, (batch for batch in loader), limit=4).images == 4
+    assert verify(engine, model, (batch for batch in loader), limit=2).images == 2
     with pytest.raises(ValueError, match="contains no image"):
         verify(engine, model, [])
     with pytest.raises(ValueError, match="contains no image"):
@@ -54,7 +55,7 @@ def tamper(name: str, value: Tensor) -> None:
         value[first] += 1e-3
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -102,6 +103,18 @@ def test_an_engine_of_another_model_fails(small: Converted) -> None:
     assert report.mismatch
 
 
+def _of_two_layers(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    return seeded(lambda: Functional(forward, a=QConv(3, 4, 3), b=nn.Conv2d(4, 2, 1)))
+
+
+@pytest.fixture(scope="module")
+def clamped() -> tuple[Engine, Tensor]:
+    """Return an engine that is equal to its model, and images."""
+    model = _of_two_layers(lambda s, x: s.b(F.hardtanh(s.a(x) + 0.5, -2, 2)) * 1.5)
+    images = images_of((3, 6, 6))
+    return convert_quietly(model, images), images
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -112,19 +125,12 @@ def test_an_engine_of_another_model_fails(small: Converted) -> None:
         lambda s, x: s.b(F.hardtanh(s.a(x.flip(3)) + 0.5, -2, 2)),
     ],
 )
-def test_a_model_that_differs_in_no_tensor_fails(other: object) -> None:
+def test_a_model_that_differs_in_no_tensor_fails(
+    other: Callable[[Any, Tensor], Tensor], clamped: tuple[Engine, Tensor]
+) -> None:
     """The same weights, another clamp, scale or order: only the operators tell them apart."""
-
-    def run(self: nn.Module, x: Tensor) -> Tensor:
-        return self.b(F.hardtanh(self.a(x) + 0.5, -2, 2)) * 1.5
-
-    def build(forward: object) -> nn.Module:
-        return seeded(lambda: Functional(forward, a=QConv(3, 4, 3), b=nn.Conv2d(4, 2, 1)))
-
-    images = images_of((3, 6, 6))
-    engine = convert_quietly(build(run), images)
-    assert verify(engine, build(run), images).ok
-    assert not verify(engine, build(other), images).ok
+    engine, images = clamped
+    assert not verify(engine, _of_two_layers(other), images).ok
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -138,7 +144,7 @@ def test_a_model_of_another_geometry_fails(padding: int) -> None:
     other = build(2, padding)
     other.load_state_dict(model.state_dict())
     images = images_of((3, 6, 6))
-    assert not verify(convert_quietly(model, images), other, images).ok
+    assert not verify(convert_quietly(model, images, check=False), other, images).ok
 
 
 def test_images_of_another_size_fail(small: Converted) -> None:
@@ -156,7 +162,7 @@ def test_exact_zeros_are_counted_and_no_error() -> None:
         Functional(lambda s, x: s.d(F.max_pool2d(s.c(x), 2)), c=QConv(4, 6, 3), d=QConv(6, 3, 1)),
     )
     for model in models:
-        report = verify(convert_quietly(model.eval(), images), model, images)
+        report = verify(convert_quietly(model.eval(), images, check=False), model, images)
         assert report.ok, report.table()
         assert report.exact_zeros >= 4 * 4 * 6
 
@@ -164,7 +170,7 @@ def test_exact_zeros_are_counted_and_no_error() -> None:
 def test_a_zero_image_through_a_fresh_network() -> None:
     model = SmallNet().eval()
     images = torch.zeros(2, 3, 8, 8)
-    engine = convert_quietly(model, images)
+    engine = convert_quietly(model, images, check=False)
     report = verify(engine, model, images)
     assert report.ok, report.table()
     assert report.exact_zeros > 0
@@ -173,7 +179,7 @@ def test_a_zero_image_through_a_fresh_network() -> None:
 def test_a_negative_zero_counts_as_zero_also_for_copysign() -> None:
     model = Functional(lambda s, x: s.c(-x), c=QConv(4, 5, 3, sign=copysign)).eval()
     images = torch.zeros(2, 4, 6, 6)
-    report = verify(convert_quietly(model, images), model, images)
+    report = verify(convert_quietly(model, images, check=False), model, images)
     assert report.ok, report.table()
     assert report.exact_zeros == images.numel()
 
@@ -196,7 +202,7 @@ def test_a_pass_that_changes_a_value_is_found(monkeypatch: pytest.MonkeyPatch) -
 def test_flips_end_to_end_stand_beside_the_error_that_they_make() -> None:
     """Half precision moves a value over its threshold; each layer alone is within rounding."""
     engine, model, images = converted(
-        SmallNet, (3, 32, 32), compute_dtype=torch.bfloat16, check=False
+        SmallNet, (3, 16, 16), compute_dtype=torch.bfloat16, check=False
     )
     report = verify(engine, model, images)
     assert report.ok, report.table()
@@ -214,7 +220,7 @@ def test_signs_that_rounding_decides_are_reported_first() -> None:
 
     layers = {"a": nn.Conv2d(32, 32, 3), "b": nn.Conv2d(32, 4, 3)}
     model, images = seeded(lambda: Functional(run, **layers)), images_of((32, 8, 8))
-    report = verify(convert_quietly(model, images), model, images)
+    report = verify(convert_quietly(model, images, check=False), model, images)
     assert report.ok, report.table()
     notes = [line for line in report.table().splitlines() if line.startswith("note: ")]
     assert "decided by float rounding" in notes[-1]
@@ -224,5 +230,5 @@ def test_exact_zeros_are_reported_first() -> None:
     images = images_of((4, 6, 6))
     images[:, :, 2] = 0
     model = Functional(lambda s, x: s.c(x), c=QConv(4, 5, 3, padding=1)).eval()
-    text = str(verify(convert_quietly(model, images), model, images))
+    text = str(verify(convert_quietly(model, images, check=False), model, images))
     assert text.startswith("note: the model's sign is exactly 0 for 16.67% of the inputs")

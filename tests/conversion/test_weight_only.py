@@ -72,6 +72,7 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return make().eval()
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("shape", [(2, 70), (2, 5, 70), (2, 2, 3, 70)])
 @pytest.mark.parametrize("rule", WEIGHTS)
 def test_a_linear_layer_multiplies_by_the_bits_of_its_weight(

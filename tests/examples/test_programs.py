@@ -39,10 +39,13 @@ def test_the_detector_runs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.deep
 def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightning", reason='pip install "biper-engine[train]"')
+    from tests.training.few_images import few_images
+
     notebook = json.loads((EXAMPLES / "digits.ipynb").read_text("utf-8"))
     names: dict[str, Any] = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"]).replace("epochs=3", "epochs=1")
-            exec(compile(source, "examples/digits.ipynb", "exec"), names)
+            with few_images():
+                exec(compile(source, "examples/digits.ipynb", "exec"), names)
     assert "18 of 20 layers packed" in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -467,3 +468,18 @@ CALLS: Calls = [
     ("biper.bconv2d_float", {**FUSED, "gate": x(N, 8, 1, 1), "offset": CHANNEL}),
     ("biper.bconv2d_bits", {**FUSED, **OUTGOING, "gate": x(N, 1), "residual": x(N, 8, 6, 8)}),
 ]  # fmt: skip
+
+
+def calls_of(name: str) -> list[dict[str, Any]]:
+    """Return the arguments of every call of an operator."""
+    return [given for called, given in CALLS if called == name]
+
+
+@contextmanager
+def told(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Add the arguments of a call to an error."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"The arguments are {dict(arguments)}.")
+        raise

@@ -14,7 +14,7 @@ from biper_engine.graph import BATCH, OPERATORS, MisfitError, Operator, Value
 from biper_engine.graph.operator import Numbers
 from biper_engine.graph.operators import numbers_of
 from biper_engine.graph.values import ANY
-from tests.graph.calls import CALLS, Flowing, concrete
+from tests.graph.calls import CALLS, Flowing, calls_of, concrete, told
 from tests.networks_by_hand import GraphBuilder
 
 OVERLOADS = {
@@ -22,6 +22,7 @@ OVERLOADS = {
     for name, operator in OPERATORS.items()
     if isinstance(operator.target, torch._ops.OpOverload)
 }
+CALLED = list(dict.fromkeys(name for name, _ in CALLS))
 
 
 def described(argument: Any) -> Any:
@@ -67,12 +68,14 @@ def test_every_operator_is_called() -> None:
     assert set(OPERATORS) - {name for name, _ in CALLS} == set()
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=lambda x: x if type(x) is str else "")
-def test_a_result_is_what_pytorch_gives(name: str, arguments: Mapping[str, Any]) -> None:
+@pytest.mark.parametrize("name", CALLED)
+def test_a_result_is_what_pytorch_gives(name: str) -> None:
     operator = OPERATORS[name]
-    said = operator.infer({key: described(value) for key, value in arguments.items()})
-    for images in (1, 2, 5):
-        require_equal(run(operator, arguments, images), said, images)
+    for arguments in calls_of(name):
+        with told(arguments):
+            said = operator.infer({key: described(value) for key, value in arguments.items()})
+            for images in (1, 2, 5):
+                require_equal(run(operator, arguments, images), said, images)
 
 
 def _with_dtype(argument: Any, dtype: torch.dtype) -> Any:
@@ -86,15 +89,13 @@ def _with_dtype(argument: Any, dtype: torch.dtype) -> Any:
     return argument
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=lambda x: x if type(x) is str else "")
-def test_every_dtype_runs_or_is_refused(name: str, arguments: Mapping[str, Any]) -> None:
-    for dtype in ANY:
+@pytest.mark.parametrize("name", CALLED)
+def test_every_dtype_runs_or_is_refused(name: str) -> None:
+    for arguments, dtype in itertools.product(calls_of(name), ANY):
         changed = {key: _with_dtype(value, dtype) for key, value in arguments.items()}
-        try:
+        with told(changed), contextlib.suppress(MisfitError):
             said = OPERATORS[name].infer({key: described(value) for key, value in changed.items()})
-        except MisfitError:
-            continue
-        require_equal(run(OPERATORS[name], changed, 2), said, 2)
+            require_equal(run(OPERATORS[name], changed, 2), said, 2)
 
 
 _FOREIGN: tuple[Any, ...] = (
@@ -103,16 +104,22 @@ _FOREIGN: tuple[Any, ...] = (
 )
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=lambda x: x if type(x) is str else "")
-def test_any_argument_fits_or_is_refused(name: str, arguments: Mapping[str, Any]) -> None:
-    operator = OPERATORS[name]
-    known = {key: described(value) for key, value in arguments.items()}
-    for argument, value in itertools.product(operator.arguments, _FOREIGN):
-        kept = known.get(argument)
-        count = len(kept) if isinstance(kept, list) else 2
-        for given in (value, [], [value], [value] * count, [*[1] * (count - 1), value]):
-            with contextlib.suppress(MisfitError):
-                operator.infer({**known, argument: given})
+@pytest.mark.parametrize("name", CALLED)
+def test_any_argument_fits_or_is_refused(name: str) -> None:
+    for arguments in calls_of(name):
+        known = {key: described(value) for key, value in arguments.items()}
+        for argument, value in itertools.product(OPERATORS[name].arguments, _FOREIGN):
+            with told({**known, argument: value}):
+                infer_with(OPERATORS[name], known, argument, value)
+
+
+def infer_with(operator: Operator, known: dict[str, Any], argument: str, value: Any) -> None:
+    """Give an argument a value, alone and in lists."""
+    kept = known.get(argument)
+    count = len(kept) if isinstance(kept, list) else 2
+    for given in (value, [], [value], [value] * count, [*[1] * (count - 1), value]):
+        with contextlib.suppress(MisfitError):
+            operator.infer({**known, argument: given})
 
 
 def test_arguments_are_those_of_the_overload() -> None:
@@ -129,7 +136,7 @@ def test_every_overload_has_one_name() -> None:
 
 
 _KEPT = (Numbers.MOVED, Numbers.LARGEST, Numbers.JOINED, Numbers.SPLIT)
-KEEPING = [call for call in CALLS if OPERATORS[call[0]].numbers in _KEPT]
+KEEPING = [name for name in CALLED if OPERATORS[name].numbers in _KEPT]
 
 
 def _numbers(value: Any) -> set[float]:
@@ -138,13 +145,13 @@ def _numbers(value: Any) -> set[float]:
     return set(value.flatten().tolist())
 
 
-@pytest.mark.parametrize(("name", "arguments"), KEEPING, ids=lambda x: x if type(x) is str else "")
-def test_numbers_come_from_the_operands_where_the_declaration_says_so(
-    name: str, arguments: Mapping[str, Any]
-) -> None:
-    named = {key: passed(value, 2) for key, value in arguments.items()}
-    first = next(iter(named.values()))
-    assert _numbers(OPERATORS[name].target(**named)) <= _numbers(first)
+@pytest.mark.parametrize("name", KEEPING)
+def test_numbers_come_from_the_operands_where_the_declaration_says_so(name: str) -> None:
+    for arguments in calls_of(name):
+        named = {key: passed(value, 2) for key, value in arguments.items()}
+        first = next(iter(named.values()))
+        with told(arguments):
+            assert _numbers(OPERATORS[name].target(**named)) <= _numbers(first)
 
 
 def test_captured_operators_are_told_apart_by_how_their_numbers_come() -> None:

@@ -16,8 +16,8 @@ from biper_engine import bits as contract
 from biper_engine.geometry import Pool2dGeometry
 from biper_engine.ops.stem import Stem
 from biper_engine.ops.triton import TritonBackend
-from tests.conftest import triton_is_interpreted
 from tests.ops.matrix import STREAMS
+from tests.shared import triton_is_interpreted
 
 pytestmark = pytest.mark.skipif(
     not triton_is_interpreted(), reason="these tests need triton and TRITON_INTERPRET=1"

@@ -13,8 +13,8 @@ import torch
 from biper_engine import ops
 from biper_engine.geometry import Conv2dGeometry, Pool2dGeometry
 from biper_engine.ops.backends import use_backend
-from tests.conftest import triton_is_interpreted
 from tests.ops.matrix import CONVOLUTIONS, EPILOGUE_CONV, EPILOGUE_SIZE, Operands, epilogue_of
+from tests.shared import triton_is_interpreted
 
 pytestmark = pytest.mark.skipif(
     not triton_is_interpreted(), reason="these tests need triton and TRITON_INTERPRET=1"

@@ -182,6 +182,7 @@ class TestOfficialFormat:
         assert torch.equal(loaded.layer1[0].conv1.alpha, network.layer1[0].conv1.alpha)
         assert torch.equal(loaded.layer3[2].conv2.beta, torch.ones(64, 1, 1))
 
+    @pytest.mark.some(2)
     @pytest.mark.parametrize("name", LARGE_ARE_DEEP)
     def test_every_network_is_told_by_its_name_and_shapes(self, tmp_path, name):
         network = build(name, stage=2)

@@ -18,7 +18,7 @@ def network_of(name, stage):
     return network
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", LARGE_ARE_DEEP)
 def test_names_shapes_and_logits_are_the_official_ones(name, stage):
@@ -34,9 +34,10 @@ def test_names_shapes_and_logits_are_the_official_ones(name, stage):
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
-    "name", ["resnet20_1w1a", pytest.param("vgg_small_1w1a", marks=pytest.mark.deep)]
+    "name", ["resnet20_1w1a", pytest.param("vgg_small_1w1a", marks=pytest.mark.weekly)]
 )
 def test_three_training_steps_are_the_official_ones(name, stage):
     case = weights.read("training")[f"{name}/stage{stage}"]

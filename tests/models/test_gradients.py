@@ -29,8 +29,8 @@ SHAPES = {
 USUAL = (4, 32)
 # Networks whose two steps take a second; the weekly test has all steps. From the second one on,
 # alpha has the whole of float64's digits, as any trained one has of its type's.
-QUICK = ("cifar10/resnet20_1w1a", "cifar10/resnet20_1w32a", "cifar10/vgg_small_1w1a")
-DEEP = ("cifar10/resnet18_1w1a", "imagenet/resnet18_1w1a")
+QUICK = ("cifar10/resnet20_1w1a", "cifar10/resnet20_1w32a")
+DEEP = ("cifar10/vgg_small_1w1a", "imagenet/resnet18_1w1a")
 CASES = [
     pytest.param(n, marks=[pytest.mark.deep if n in DEEP else pytest.mark.weekly])
     if n not in QUICK

@@ -10,7 +10,7 @@ from biper_engine.models import build, export_official, load_checkpoint
 from tests.golden.networks import LARGE_ARE_DEEP
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", LARGE_ARE_DEEP)
 def test_what_is_exported_loads_again(tmp_path, name, stage):

@@ -130,6 +130,7 @@ def test_a_header_with_other_metadata_is_named(tmp_path: Path) -> None:
         signs_file.read_signs(path)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", models.shipped())
 def test_a_trained_network_is_the_one_that_its_engine_was_made_of(name: str) -> None:
     model, engine = models.pretrained(name), models.load(name)

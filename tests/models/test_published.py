@@ -68,6 +68,7 @@ def test_logits_are_those_of_the_equations(name: str) -> None:
         torch.testing.assert_close(network(images), wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_are_those_of_the_equations(name: str) -> None:
     network = small(name).double().train()
@@ -122,7 +123,7 @@ def counted(network: Network) -> tuple[int, int]:
     return macs[True], macs[False]
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", COUNTED)
 def test_layers_parameters_and_macs(name: str) -> None:
     layers, parameters, *macs = COUNTS[name]

@@ -23,7 +23,7 @@ BINARY = {
 }
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", BINARY)
 def test_networks_have_their_binary_convolutions_and_logits(name):
     network = build(name, num_classes=7).eval()

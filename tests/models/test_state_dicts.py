@@ -111,6 +111,7 @@ def test_what_profilers_leave_is_ignored(tmp_path: Path, state: State) -> None:
     check(tmp_path, {**state, **spare}, state)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -234,7 +234,7 @@ def shared(temporary: pytest.TempPathFactory, name: str, build: Callable[[Path],
 def cuda_module(folder: Path) -> Path:
     """Build biper_engine._cuda for every architecture with what setup.py does, and return its path.
 
-    Where `BIPER_CUDA_ARCHS` is set, for those.
+    Where `BIPER_CUDA_ARCHS` is set, for those. Objects in the folder that are current are kept.
     """
     setup = setup_functions()
     if reason := setup["cuda_obstacle"]():

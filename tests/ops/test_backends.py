@@ -19,7 +19,7 @@ from biper_engine.ops.backends import (
     use_backend,
 )
 from biper_engine.ops.reference import ReferenceBackend
-from tests.conftest import ABSENT
+from tests.shared import ABSENT
 
 CPU = torch.device("cpu")
 CONV = Conv2dGeometry(in_channels=33, out_channels=4, kernel_size=(1, 1))

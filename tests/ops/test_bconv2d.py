@@ -21,6 +21,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Conv2dGeometry, tuple[int, int
     return request.param  # type: ignore[no-any-return]
 
 
+@pytest.mark.some(43)
 def test_accumulators_are_those_of_a_float64_convolution(
     device: torch.device, need: Callable[..., None], operands: Any, case: Any
 ) -> None:
@@ -35,6 +36,7 @@ def test_accumulators_are_those_of_a_float64_convolution(
         assert result.stride() == torch.empty(n, h, w, c).permute(0, 3, 1, 2).stride()
 
 
+@pytest.mark.some(41)
 def test_unused_bits_and_prepacked_weights_do_not_change_the_result(
     backend: str, device: torch.device, need: Callable[..., None], operands: Any, case: Any
 ) -> None:
@@ -219,6 +221,7 @@ def test_pixels_of_many_images_are_multiplied_alike(
         assert torch.equal(dot.cpu(), case.dot)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_weights_that_caches_do_not_hold_give_the_same_accumulators(
     device: torch.device,

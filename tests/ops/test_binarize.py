@@ -101,6 +101,7 @@ def test_empty_maps_pass_through(
     assert unbinarize(packed_map, 33).shape == shape
 
 
+@pytest.mark.some(37)
 @pytest.mark.parametrize("dtype", STREAMS.values())
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_unbinarize_gives_signs_in_channels_last(

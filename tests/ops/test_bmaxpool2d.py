@@ -20,6 +20,7 @@ def random_signs(*shape: int) -> Tensor:
     return ones.float() * 2 - 1
 
 
+@pytest.mark.some(37)
 @pytest.mark.parametrize("pool", POOLS, ids=str)
 @pytest.mark.parametrize("channels", [1, 31, 32, 33, 65])
 def test_windows_are_joined_by_or_or_and(

@@ -16,9 +16,9 @@ from biper_engine.ops import Epilogue, bconv2d, bconv2d_float_bits, binarize, pr
 from biper_engine.ops.backends import backends, by_name, select
 from biper_engine.ops.cpu_processor import popcount_peak
 from biper_engine.ops.native_arguments import geometry_values
-from tests.conftest import USABLE_ISAS
 from tests.fresh import fresh_run
 from tests.images import noise
+from tests.shared import USABLE_ISAS
 
 REASON = {info.name: info.reason for info in backends()}["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cpu: {REASON}")
@@ -147,6 +147,7 @@ def test_the_peak_is_measured(isa: str) -> None:
 # -- threads --------------------------------------------------------------------------------------
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize(
     "pool", [Pool2dGeometry(), Pool2dGeometry(kernel_size=(3, 3), stride=(2, 2))]
 )

@@ -172,7 +172,7 @@ def step_case(
     return data, with_met_thresholds(epilogue, torch.from_numpy(values)), residual, values
 
 
-@pytest.mark.some(48)
+@pytest.mark.some(32)
 @pytest.mark.parametrize(
     ("pool", "activation", "residual_stream"),
     [

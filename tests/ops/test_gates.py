@@ -65,7 +65,7 @@ CASES = {
 }
 
 
-@pytest.mark.some(12)
+@pytest.mark.some(11)
 @pytest.mark.parametrize("name", CASES)
 def test_a_gate_multiplies_in_its_place(
     device: torch.device,
@@ -122,6 +122,7 @@ def with_bits(channels: int, **more: Any) -> Epilogue:
     )
 
 
+@pytest.mark.some(14)
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 70])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_images_of_a_linear_layer_keep_their_own_gates(

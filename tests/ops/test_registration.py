@@ -218,7 +218,7 @@ def test_every_operator_is_covered() -> None:
     assert set(MODULES) == set(ALL_SCHEMAS)
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 def test_opcheck_passes(module: Call) -> None:
     for batch in (2, 0):
         torch.library.opcheck(module.op, (), module.arguments(*inputs_of(module, batch)))
@@ -237,7 +237,7 @@ def test_arguments_have_the_defaults_of_the_schema(op: str) -> None:
     torch.library.opcheck(module.op, (), minimal, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_a_graph_break(module: Call) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -261,6 +261,7 @@ def test_the_typed_front_compiles_without_a_graph_break() -> None:
     assert_same(torch.compile(front, fullgraph=True, backend="aot_eager")(x), front(x))
 
 
+@pytest.mark.some(5)
 @pytest.mark.deep
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_with_inductor(module: Call) -> None:
@@ -273,6 +274,7 @@ def test_compiles_with_inductor(module: Call) -> None:
         assert_same(compiled(*inputs), surrounded(*inputs))
 
 
+@pytest.mark.some(4)
 def test_exports_with_a_dynamic_batch(module: Call) -> None:
     inputs = inputs_of(module, 2)
     batch = torch.export.Dim("batch")
@@ -295,6 +297,7 @@ def layouts(x: Tensor) -> Iterator[Tensor]:
     yield x[:0]
 
 
+@pytest.mark.some(22)
 def test_shape_functions_give_the_real_strides(
     module: Call, device: torch.device, need: Callable[..., None]
 ) -> None:

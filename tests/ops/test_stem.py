@@ -112,6 +112,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.some(31)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_backend_agrees_with_the_definition(

@@ -19,7 +19,7 @@ from biper_engine.geometry import Conv2dGeometry
 from biper_engine.ops import triton as adapter
 from biper_engine.ops.backends import backends, by_name, select, use_backend
 from biper_engine.ops.triton import TritonBackend
-from tests.conftest import triton_is_interpreted
+from tests.shared import triton_is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")

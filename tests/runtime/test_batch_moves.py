@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Run, bool]] = {
 }
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_with_the_batch_second_are_one_program(name: str) -> None:
     run, batch_first = CASES[name]

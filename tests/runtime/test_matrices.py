@@ -42,6 +42,7 @@ def test_the_network_is_one_program(case: tuple[Engine, Tensor]) -> None:
     assert "outside" not in engine.execution
 
 
+@pytest.mark.some(2)
 def test_every_instruction_set_and_batch_gives_the_same_bytes(
     case: tuple[Engine, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,7 @@ def test_every_instruction_set_and_batch_gives_the_same_bytes(
     assert all(torch.equal(result, first) for result in results.values())
 
 
+@pytest.mark.some(2)
 def test_the_reference_gives_the_same_numbers(case: tuple[Engine, Tensor]) -> None:
     engine, x = case
     with use_backend("reference"):

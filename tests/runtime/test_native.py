@@ -18,11 +18,11 @@ from biper_engine.ops.backends import use_backend
 from biper_engine.ops.cpu_program import CpuProgram, Map
 from biper_engine.runtime import NativePlan
 from tests.concurrency import wrong_results
-from tests.conftest import USABLE_ISAS
 from tests.golden import weights
 from tests.images import noise
 from tests.networks_by_hand import GraphBuilder, classifier, engine_of, signature
 from tests.runtime.plans import one_by_one
+from tests.shared import USABLE_ISAS
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

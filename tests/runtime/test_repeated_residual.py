@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from biper_engine.runtime import NativePlan
-from tests.conftest import USABLE_ISAS
 from tests.conversion.comparison import Functional, converted, images_of
 from tests.conversion.test_merge import halves, layers
 from tests.runtime.plans import one_by_one
+from tests.shared import USABLE_ISAS
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("channels", [32, 64, 6])
 def test_a_residual_that_repeats_gives_the_same_bytes(channels: int) -> None:
     from biper_engine import _cpu

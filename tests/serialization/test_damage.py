@@ -24,7 +24,7 @@ from tests.networks_by_hand import classifier
 Edit = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 FEW = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-MANY = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -174,6 +174,7 @@ STRUCTURES: list[Any] = [
 ]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("made", STRUCTURES)
 def test_structures_are_equal_after_loading(made: Any, tmp_path: Path) -> None:
     model, x = Head(made).eval(), torch.randn(3, 8)

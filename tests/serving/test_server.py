@@ -19,8 +19,9 @@ import pytest
 pytest.importorskip("starlette", reason='pip install "biper-engine[serve]"')
 pytest.importorskip("uvicorn", reason='pip install "biper-engine[serve]"')
 
+import biper_engine.serving
 from biper_engine.cli import main
-from biper_engine.serving import open_classifier, serve
+from biper_engine.serving import Limits, open_classifier, serve
 from biper_engine.serving.server import _url
 
 from .test_app import picture
@@ -180,6 +181,25 @@ def test_what_cannot_be_served_is_said(
     files = {"NET": str(network), "TWO": str(two)}
     assert main(["serve", *(files.get(word, word) for word in words)]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "image", "together"),
+    [
+        ([], 50, 100),
+        (["--max-pixels", "80"], 80, 160),
+        (["--max-pixels", "80", "--max-total-pixels", "90"], 80, 90),
+    ],
+)
+def test_the_limits_of_pixels_are_millions(
+    network: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], image: int, together: int
+) -> None:
+    asked: list[Limits] = []
+    monkeypatch.setattr(
+        biper_engine.serving, "serve", lambda *_, limits, **__: asked.append(limits)
+    )
+    assert main(["serve", str(network), *words]) == 0
+    assert (asked[0].image_pixels, asked[0].request_pixels) == (image * 10**6, together * 10**6)
 
 
 def test_a_missing_package_is_named(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:

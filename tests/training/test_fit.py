@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_both_stages_leave_loadable_networks(uninterrupted):
 
 def test_config_and_measurements_are_in_the_checkpoints(uninterrupted):
     contents = torch.load(uninterrupted.stage2.path, weights_only=True)
-    assert contents["config"].pop("versions")["torch"] == torch.__version__
+    assert contents["config"].pop("versions")["torch"] == version("torch")
     assert TrainingConfig.from_dict(contents["config"]) == CONFIG
     assert contents["metrics"] == uninterrupted.stage2.to_dict()
     state = uninterrupted.output_dir / "checkpoints" / "stage1.ckpt"

@@ -223,9 +223,7 @@ def test_networks_of_biper_train_convert_and_verify(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            n, marks=pytest.mark.deep if n in ("reactnet_a", "bnext") else pytest.mark.weekly
-        )
+        pytest.param(n, marks=pytest.mark.deep if n == "bnext" else pytest.mark.weekly)
         for n in SMALL
     ],
 )

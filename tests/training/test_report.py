@@ -275,6 +275,7 @@ def test_settings_that_are_not_there_are_not_assumed(tmp_path: Path, kept: int) 
     assert not list(tmp_path.rglob("*.html"))
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 
 from biper_engine import models
 from biper_engine.errors import CheckpointError
+from biper_engine.files import sha256_of
 from biper_engine.models import Network, registry
 from biper_engine.nn import WeightError, weight_errors
 from biper_engine.training.config import TrainingConfig
@@ -170,7 +170,9 @@ def read_run(path: Path) -> Run:
         stages=(_stage(path, 1, config, results), _stage(path, 2, config, results)),
         verified=verified,
         file=file if file.is_file() else None,
-        file_is_verified=same and verified is not None and _digest(file) == verified.get("sha256"),
+        file_is_verified=same
+        and verified is not None
+        and sha256_of(file) == verified.get("sha256"),
     )
 
 
@@ -206,10 +208,6 @@ def _verified(path: Path) -> dict[str, Any] | None:
             "file, or delete it: the page then says that the engine is not verified."
         )
     return values
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stage(path: Path, number: int, config: TrainingConfig, results: Mapping[str, Any]) -> Stage:
