@@ -142,8 +142,22 @@ def errors(name: str) -> str:
     return "\n".join(lines)
 
 
+def steps(name: str) -> str:
+    """Return the table of what benchmarks/training_step.py recorded: a row for each way."""
+    lines = head(name, "float twin", "stage 1", "stage 2")
+    for path in sorted(RESULTS.glob("training_step-*.json")):
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        way, _ = path.stem.removeprefix("training_step-").rsplit("-", 1)
+        times = {who: found["median_ms"] for who, found in held["contestants"].items()}
+        twin = times["float twin"]
+        ratios = (f"{times[stage] / twin:.2f}x" for stage in ("stage 1", "stage 2"))
+        lines.append(row(way.replace("-", ", "), f"{twin / held['batch']:.2f} ms", *ratios))
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(networks(), footprint(), cards(), sep="\n\n")
     for path in sorted(RESULTS.glob("training-*.json")):
         name = path.name.removeprefix("training-").rpartition("-")[0]
-        print("", name, (errors if name.endswith("frequency") else accuracies)(name), sep="\n")
+        print("", name, (errors if name == "frequency" else accuracies)(name), sep="\n")
+    print("", steps("step"), sep="\n")

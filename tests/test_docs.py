@@ -13,6 +13,7 @@ from PIL import Image
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NETWORKS = DOCS / "networks.md"
+TRAININGS = sorted((DOCS.parent / "benchmarks/results").glob("training-*.json"))
 
 
 def test_the_footprint_is_that_of_the_recorded_result() -> None:
@@ -35,6 +36,15 @@ def test_the_tables_of_speed_are_those_of_the_recorded_results() -> None:
         assert tables[name]() in page
     for name in ("outside", "peak"):
         assert tables[name]() in " ".join(page.split())
+
+
+def test_the_tables_of_results_are_those_of_the_recorded_runs() -> None:
+    tables = runpy.run_path(str(DOCS / "tables.py"))
+    page = (DOCS / "results.md").read_text("utf-8")
+    wanted = {path.name.split("-", 1)[1].rpartition("-")[0] for path in TRAININGS}
+    assert wanted | {"step"} == set(re.findall(r"^<!-- \w+ ([\w-]+) -->$", page, re.M))
+    for function, name in re.findall(r"^<!-- (\w+) ([\w-]+) -->$", page, re.M):
+        assert f"<!-- {function} {name} -->\n{tables[function](name)}\n" in page
 
 
 def test_the_comparison_with_float_networks_is_that_of_the_recorded_result() -> None:
