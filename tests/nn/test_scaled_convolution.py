@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from biper_engine.nn import BinaryConv2d, layers, scaled_convolution
+from biper_engine.models import build
+from biper_engine.nn import BinaryConv2d, layers, regularizer, scaled_convolution
 from biper_engine.nn.scaled_convolution import scaled_conv2d
 from biper_engine.ops.cpu_module import native
 
@@ -187,3 +188,26 @@ def test_where_bits_do_not_give_the_same_floats_run(
         layer, x = layer.bfloat16(), x.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=changes == "autocast"):
         assert layer(x).isfinite().all()
+
+
+def trained(steps: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    network = build("cifar10/resnet20_1w1a", stage=2).train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(steps):
+        images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(network(images), torch.arange(4)) + regularizer(network)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.state_dict()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_network_trained_on_bits_has_the_bytes_of_one_trained_in_float(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    got = trained(3)
+    monkeypatch.setattr(layers, "bits_pay", lambda *operands: False)
+    for name, wanted in trained(3).items():
+        assert torch.equal(got[name], wanted), name
