@@ -103,7 +103,8 @@ class _ScaledConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
-        gradients = _gradients(*ctx.saved_tensors, grad_outputs[0], ctx.geometry, wanted)
+        x, weight, bias, alpha = ctx.saved_tensors
+        gradients = _gradients(x, weight, bias, alpha, grad_outputs[0], ctx.geometry, wanted)
         return *gradients, None, None, None, None
 
 
@@ -136,8 +137,8 @@ class _ScaledSignConv2d(torch.autograd.Function):
             (wants_x, wants_weight, False, wants_alpha),
         )
         if grad_x is not None:
-            given = (x, grad_x, (-3, -2, -1), ctx.surrogate, SCALE_EPSILON)
-            grad_x = scaled_sign_gradient(*given, overwrite=True)
+            dims = (-3, -2, -1)
+            grad_x = scaled_sign_gradient(x, grad_x, dims, ctx.surrogate, SCALE_EPSILON)
         return grad_x, grad_weight, grad_alpha, *(None,) * 6
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from biper_engine.ops.cpu_module import native
 from biper_engine.ops.cpu_threads import thread_count
 from biper_engine.ops.native_arguments import native_memory
-from biper_engine.ops.readable import in_memory
 from biper_engine.ops.registration import register
 
 __all__ = ["SIGN_GRADIENT_SCHEMAS", "SURROGATES", "scaled_sign_gradient", "window"]
@@ -41,13 +40,7 @@ def window(x: Tensor, scale: Tensor, surrogate: str) -> Tensor:
 
 
 def scaled_sign_gradient(
-    x: Tensor,
-    gradient: Tensor,
-    dims: tuple[int, ...],
-    surrogate: str,
-    epsilon: float,
-    *,
-    overwrite: bool = False,
+    x: Tensor, gradient: Tensor, dims: tuple[int, ...], surrogate: str, epsilon: float
 ) -> Tensor:
     """Return the gradient of `sign(x * rsqrt(x.var(dims, keepdim=True) + epsilon))`.
 
@@ -64,19 +57,12 @@ def scaled_sign_gradient(
         dims: negative dimensions of a sample.
         surrogate: "bireal", "clip" or "identity".
         epsilon: added to the variance.
-        overwrite: `gradient` is the caller's own, and the result may be in its memory.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == gradient.dtype == torch.float32
     # Code of torch.compile has the formula, which the compiler can fuse with what is around it.
     compiling = torch.compiler.is_compiling()
     if on_cpu and not compiling and dims == tuple(range(-len(dims), 0)):
         options = {"surrogate": surrogate, "epsilon": epsilon}
-        layout = _dense(x, len(dims))[1]
-        laid = x.is_contiguous(memory_format=layout), gradient.is_contiguous(memory_format=layout)
-        if overwrite and all(laid) and native() is not None:
-            x, gradient = in_memory(x), in_memory(gradient)
-            _run(x, gradient, gradient, len(dims), **options)
-            return gradient
         result: Tensor = torch.ops.biper.sign_gradient(x, gradient, len(dims), **options)
         return result
     return _formula(x, gradient, dims, surrogate, epsilon)
@@ -130,25 +116,19 @@ def _sign_gradient(
     if native() is None:
         dims = tuple(range(-sample_dims, 0))
         return out.copy_(_formula(x, gradient, dims, surrogate, epsilon))
-    _run(x, gradient, out, sample_dims, surrogate=surrogate, epsilon=epsilon)
+    if x.numel() > 0:
+        length = x.shape[x.dim() - sample_dims :].numel()
+        native().sign_gradient(
+            x.numel() // length,
+            length,
+            SURROGATES.index(surrogate),
+            epsilon,
+            native_memory(x),
+            native_memory(gradient),
+            native_memory(out),
+            thread_count(),
+        )
     return out
-
-
-def _run(
-    x: Tensor, gradient: Tensor, out: Tensor, sample_dims: int, *, surrogate: str, epsilon: float
-) -> None:
-    """Write to `out`, which may be `gradient`; all have one layout."""
-    if x.numel() == 0:
-        return
-    length = x.shape[x.dim() - sample_dims :].numel()
-    native().sign_gradient(
-        x.numel() // length,
-        length,
-        SURROGATES.index(surrogate),
-        epsilon,
-        *map(native_memory, (x, gradient, out)),
-        thread_count(),
-    )
 
 
 def _sign_gradient_fake(

@@ -160,27 +160,6 @@ def test_instruction_sets_and_threads_do_not_change_the_bytes(surrogate: str) ->
         assert all(torch.equal(results[0], result) for result in results)
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 16, 16), (2, 5, 32, 33)], ids=str)
-def test_a_gradient_of_ones_own_may_be_overwritten(shape: tuple[int, ...]) -> None:
-    needs_native()
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x, gradient = (t.contiguous(memory_format=layout) for t in pair(shape))
-        wanted = native_gradient(x, gradient, 3)
-        given = (x, gradient, (-3, -2, -1), "bireal", EPSILON)
-        got = scaled_sign_gradient(*given, overwrite=True)
-        assert torch.equal(got, wanted)
-        assert got.data_ptr() == gradient.data_ptr()
-
-
-def test_a_gradient_in_another_layout_is_left_as_it_was() -> None:
-    x, gradient = pair((2, 6, 7, 5))
-    kept = gradient.clone()
-    given = (x.contiguous(memory_format=torch.channels_last), gradient, (-3, -2, -1))
-    got = scaled_sign_gradient(*given, "bireal", EPSILON, overwrite=True)
-    assert torch.equal(gradient, kept)
-    assert torch.equal(got, scaled_sign_gradient(*given, "bireal", EPSILON))
-
-
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     x, gradient = pair((5, 3, 9, 7))
     whole = native_gradient(x, gradient, 3)
