@@ -102,7 +102,8 @@ def cards() -> str:
 
 def recorded(name: str) -> list[dict[str, Any]]:
     """Return the runs that benchmarks/training_runs.py recorded under a name."""
-    (path,) = RESULTS.glob(f"training-{name}-*.json")
+    paths = RESULTS.glob(f"training-{name}-*.json")
+    (path,) = (p for p in paths if p.stem.rpartition("-")[0] == f"training-{name}")
     runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
     return runs
 

@@ -146,20 +146,18 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Return the scaled convolution of [N, in_channels, H, W] or [in_channels, H, W]."""
         weight = self.quantized_weight()
-        fuses = self.training and self._can_fuse(input)
         padding: Any = self.padding
         geometry = {"stride": self.stride, "padding": padding, "dilation": self.dilation}
-        if fuses and self.bias is None:
+        if self._runs_on_bits(input, weight):
             return scaled_sign_conv2d(
                 *(input, weight, self.alpha),
                 surrogate=self.activation_surrogate,
-                on_bits=self._stage == 2 and bits_pay(input, weight),
                 groups=self.groups,
                 **geometry,
             )
         dims = (-3, -2, -1) if self.training else ()
         bits = binarize_activation(input, scale_dims=dims, surrogate=self.activation_surrogate)
-        if fuses:
+        if self.training and self._can_fuse(bits):
             return scaled_conv2d(
                 bits, weight, self.bias, self.alpha, groups=self.groups, **geometry
             )
@@ -168,17 +166,37 @@ class BinaryConv2d(_Periodic, nn.Conv2d):
         # and a max pool takes the first of them and sends the gradient there.
         return output * self.alpha
 
-    def _can_fuse(self, input: Tensor) -> bool:
-        """Return whether alpha can be in the convolution, which mixes no types, as autocast does.
+    def _runs_on_bits(self, input: Tensor, weight: Tensor) -> bool:
+        """Return whether `scaled_sign_conv2d` takes this call, and is faster.
 
-        The code of torch.compile has its product, which the compiler can fuse with what is around.
+        Without a gradient for the input, the signs alone are kept: the input may change after the
+        call. A subclass may have weights that are not signs.
         """
         return (
-            input.dim() == 4
-            and input.dtype == self.weight.dtype == self.alpha.dtype
+            self.training
+            and self._stage == 2
+            and self.bias is None
+            and type(self).quantized_weight is _Periodic.quantized_weight
+            and isinstance(input, Tensor)
+            and input.requires_grad
+            and self._can_fuse(input)
+            and bits_pay(
+                *(input, weight, self.alpha),
+                *(self.stride, self.padding, self.dilation, self.groups),  # type: ignore[arg-type]
+            )
+        )
+
+    def _can_fuse(self, bits: Tensor) -> bool:
+        """Return whether `scaled_conv2d` takes this call; it mixes no types, as autocast does.
+
+        torch.compile gets the plain product, which it can fuse with what is around.
+        """
+        return (
+            bits.dim() == 4
+            and bits.dtype == self.weight.dtype == self.alpha.dtype
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
-            and not torch.is_autocast_enabled(input.device.type)
+            and not torch.is_autocast_enabled(bits.device.type)
             and not torch.compiler.is_compiling()
         )
 

@@ -9,8 +9,7 @@ With y = conv(x, w) + b and z = alpha * y, per output channel, and g = dL/dz:
 
 since y is linear in w and b. Of the maps only x is kept, not y, and g is read by the convolution
 alone. The product, the sum and the second map that autograd makes of `y * alpha` are not needed.
-Where x is the sign of a map, that map alone is kept; where w are signs, too, the forward pass can
-run on bits.
+Where x and w are signs, the forward pass can run on bits; then the map whose sign x is is kept.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from biper_engine.nn.functional import SCALE_EPSILON
+from biper_engine.nn.functional import SCALE_EPSILON, binarize_activation
 from biper_engine.ops.sign_gradient import scaled_sign_gradient
 from biper_engine.ops.signed_convolution import signed_conv2d
 
 __all__ = ["scaled_conv2d", "scaled_sign_conv2d"]
+
+_SAMPLE = (-3, -2, -1)  # dimensions that the gradient of a sign is scaled over
 
 
 def scaled_conv2d(
@@ -64,29 +64,36 @@ def scaled_sign_conv2d(
     alpha: Tensor,
     *,
     surrogate: str,
-    on_bits: bool,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """Return exactly `scaled_conv2d(signs, weight, None, alpha, ...)`, and keep no signs.
+    """Return what `_in_float` does, byte for byte, with the forward pass on bits.
 
-    `signs` are `binarize_activation(x, scale_dims=(-3, -2, -1), surrogate=surrogate)`.
+    It keeps `x` for the backward pass, and no signs.
 
     Args:
-        x: [N, C, H, W].
-        weight: [O, C / groups, KH, KW]; signs if `on_bits`.
-        alpha: as for `scaled_conv2d`, and so are the rest.
+        x: [N, C, H, W], for which `signed_convolution.bits_pay` is true together with the rest.
+        weight: [O, C / groups, KH, KW], each value -1, 0 or 1.
+        alpha: [O, 1, 1].
         surrogate: as for `binarize_activation`.
-        on_bits: take `signed_conv2d`, which needs float32 on the CPU.
-        stride: see `alpha`.
-        padding: see `alpha`.
-        dilation: see `alpha`.
-        groups: see `alpha`.
+        stride: of rows and columns.
+        padding: the same, in numbers.
+        dilation: the same.
+        groups: as F.conv2d.
     """
     result: Tensor = _ScaledSignConv2d.apply(  # type: ignore[no-untyped-call]
-        x, weight, alpha, surrogate, on_bits, stride, padding, dilation, groups
+        x, weight, alpha, surrogate, stride, padding, dilation, groups
+    )
+    return result
+
+
+def _in_float(x: Tensor, weight: Tensor, alpha: Tensor, surrogate: str, *geometry: Any) -> Tensor:
+    """Return alpha * conv(sign(x), weight), with the surrogate's gradient through the sign."""
+    signs = binarize_activation(x, scale_dims=_SAMPLE, surrogate=surrogate)
+    result: Tensor = _ScaledConv2d.apply(  # type: ignore[no-untyped-call]
+        signs, weight, None, alpha, *geometry
     )
     return result
 
@@ -111,35 +118,30 @@ class _ScaledConv2d(torch.autograd.Function):
 class _ScaledSignConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        surrogate: str,
-        on_bits: bool,
-        *geometry: Any,
+        ctx: Any, x: Tensor, weight: Tensor, alpha: Tensor, surrogate: str, *geometry: Any
     ) -> Tensor:
         ctx.save_for_backward(x, weight, alpha)
         ctx.surrogate, ctx.geometry = surrogate, geometry
-        if not on_bits:
-            return F.conv2d(torch.sign(x), weight, None, *geometry).mul_(alpha)
         stride, padding, dilation, groups = geometry
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         return signed_conv2d(x, weight, alpha, **options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, alpha = ctx.saved_tensors
-        wants_x, wants_weight, wants_alpha = ctx.needs_input_grad[:3]
+        wanted = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # for a second derivative: all of the float functions
+            inputs = tuple(v for v, wants in zip((x, weight, alpha), wanted, strict=True) if wants)
+            out = _in_float(x, weight, alpha, ctx.surrogate, *ctx.geometry)
+            found = iter(torch.autograd.grad(out, inputs, grad_outputs, create_graph=True))
+            return *(next(found) if wants else None for wants in wanted), *(None,) * 5
         grad_x, grad_weight, _, grad_alpha = _gradients(
             *(torch.sign(x), weight, None, alpha, grad_outputs[0], ctx.geometry),
-            (wants_x, wants_weight, False, wants_alpha),
+            (wanted[0], wanted[1], False, wanted[2]),
         )
         if grad_x is not None:
-            dims = (-3, -2, -1)
-            grad_x = scaled_sign_gradient(x, grad_x, dims, ctx.surrogate, SCALE_EPSILON)
-        return grad_x, grad_weight, grad_alpha, *(None,) * 6
+            grad_x = scaled_sign_gradient(x, grad_x, _SAMPLE, ctx.surrogate, SCALE_EPSILON)
+        return grad_x, grad_weight, grad_alpha, *(None,) * 5
 
 
 def _gradients(

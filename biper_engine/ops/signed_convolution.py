@@ -1,13 +1,14 @@
-"""The convolution of two signs with a scale, from floats to floats, on bits where these say all.
+"""The convolution of two signs with a scale, from floats to floats, on bits where these suffice.
 
 A bit has no room for the sign of 0, which is 0, nor for NaN. Where an operand has one, the float
-convolution runs. Both have the same bytes: sums of ones are integers below 2^24, which float32
-holds exactly in any order, and the scale rounds them once.
+convolution runs. Both have the same bytes: the geometry keeps sums of +1 and -1 below 2^24, so that
+float32 holds them exactly in any order, and the scale rounds them once.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +34,37 @@ SIGNED_CONVOLUTION_SCHEMAS = {
 _LEAST_CHANNELS = 16
 
 
-def bits_pay(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `signed_conv2d` is faster than the float convolution and keeps its layout."""
+def bits_pay(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Return whether `signed_conv2d` takes these, keeps the layout, and is faster than floats."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.dim() == 4
+        and x.dim() == weight.dim() == 4
+        and weight.shape[1] >= _LEAST_CHANNELS
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
-        and weight.shape[1] >= _LEAST_CHANNELS
         and native() is not None
+        and _fits(x, weight, alpha, stride, padding, dilation, groups)
     )
+
+
+def _fits(x: Tensor, weight: Tensor, alpha: Tensor, *windows: Any) -> bool:
+    """Return whether the operator takes these; what it refuses, floats take or name in an error."""
+    if any(isinstance(window, int) or len(window) != 2 for window in windows[:3]):
+        return False
+    try:
+        _geometry(x, weight, alpha, *windows).output_size(x.shape[2], x.shape[3])
+    except GeometryError:
+        return False
+    return True
 
 
 def signed_conv2d(
@@ -71,7 +92,7 @@ def signed_conv2d(
         [N, O, OH, OW] float32, channels_last.
 
     Raises:
-        GeometryError: shapes disagree.
+        GeometryError: shapes disagree, the kernel does not fit, or a sum has 2^24 terms or more.
         TypeError: an operand is not float32.
     """
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -139,12 +160,13 @@ def _signed_conv2d(
     geometry = _geometry(x, weight, alpha, stride, padding, dilation, groups)
     size = geometry.output_size(x.shape[2], x.shape[3])
     if native() is not None:
-        x, weight = channels_last(x), channels_last(weight)
+        # By name, so that copies live until the call is over.
+        x, weight, alpha = channels_last(x), channels_last(weight), alpha.contiguous()
         out = empty_map(x, (x.shape[0], geometry.out_channels, *size), torch.float32)
         on_bits = native().signed_conv(
             geometry_values(geometry),
             (x.shape[0], x.shape[2], x.shape[3]),
-            *map(native_memory, (x, weight, alpha.contiguous(), out)),
+            *map(native_memory, (x, weight, alpha, out)),
             thread_count(),
         )
         if on_bits:

@@ -13,7 +13,8 @@ namespace biper {
 namespace {
 
 constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-// Values of work, some 10 us, below which waking another thread costs more than it brings.
+// Values of a unit: packing them takes some 10 us, below which waking another thread costs more
+// than it brings.
 constexpr int64_t kValuesPerUnit = int64_t{1} << 17;
 
 int64_t words_of(int64_t channels) { return (channels + kWordBits - 1) / kWordBits; }
@@ -26,6 +27,7 @@ struct Packing {
 
 void pack_unit(const void* memory, int64_t unit, void*) {
   Packing* p = const_cast<Packing*>(static_cast<const Packing*>(memory));
+  if (!p->all.load(std::memory_order_relaxed)) return;
   const int64_t first = unit * p->step, last = std::min(p->pixels, first + p->step);
   if (!kernels().pack_signs(p->call, first, last)) p->all.store(false, std::memory_order_relaxed);
 }
@@ -54,6 +56,13 @@ bool signed_conv(const ConvGeometry& g, int64_t batch, int64_t height, int64_t w
   require_memory("x", x.data, x.size, checked_product("The map", {pixels, g.in_channels}), 4);
   require_memory("weight", weight.data, weight.size, checked_product("The weights", {taps, depth}),
                  4);
+  require_memory("alpha", alpha.data, alpha.size, g.out_channels, 4);
+  const int64_t out_h = window_positions("A kernel", height, g.kernel_h, g.stride_h,
+                                         g.pad_top + g.pad_bottom, g.dilation_h);
+  const int64_t out_w = window_positions("A kernel", width, g.kernel_w, g.stride_w,
+                                         g.pad_left + g.pad_right, g.dilation_w);
+  require_memory("out", out.data, out.size,
+                 checked_product("The result", {batch, out_h, out_w, g.out_channels}), 4);
   // Not set to 0 before it is written.
   const std::unique_ptr<uint32_t[]> bits(new uint32_t[pixels * words_of(g.in_channels)]);
   const std::unique_ptr<uint32_t[]> canonical(new uint32_t[taps * words_of(depth)]);

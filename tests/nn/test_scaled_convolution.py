@@ -169,16 +169,17 @@ def test_a_training_step_on_bits_has_the_bytes_of_one_in_float(
         torch.testing.assert_close(mine, product, rtol=1e-5, atol=1e-5 * product.abs().max().item())
 
 
-@pytest.mark.parametrize("changes", ["eval", "stage 1", "bias", "bfloat16", "autocast", "circular"])
-def test_where_bits_do_not_give_the_same_floats_run(
-    changes: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*operands: Any, **options: Any) -> Tensor:
-        raise AssertionError("on bits")
+class HalfWeights(BinaryConv2d):
+    def quantized_weight(self) -> Tensor:
+        return super().quantized_weight() * 0.5
 
-    monkeypatch.setattr(scaled_convolution, "signed_conv2d", refuse)
+
+def layer_where(changes: str) -> tuple[BinaryConv2d, Tensor]:
+    """Return a layer and an input of which something keeps the convolution from running on bits."""
+    torch.manual_seed(0)
+    kind = HalfWeights if changes == "other weights" else BinaryConv2d
     mode = {"padding_mode": "circular"} if changes == "circular" else {}
-    layer = BinaryConv2d(32, 24, 3, padding=1, bias=changes == "bias", **mode).train()
+    layer = kind(32, 24, 3, padding=1, bias=changes == "bias", **mode).train()
     x = torch.randn(2, 32, 5, 6).contiguous(memory_format=torch.channels_last)
     if changes == "eval":
         layer.eval()
@@ -186,8 +187,103 @@ def test_where_bits_do_not_give_the_same_floats_run(
         layer.stage = 1
     if changes == "bfloat16":
         layer, x = layer.bfloat16(), x.bfloat16()
+    if changes == "one alpha":
+        layer.alpha = torch.nn.Parameter(torch.full((1, 1, 1), 0.5))
+    if changes == "padding of one number":
+        layer.padding = (1,)
+    if changes == "contiguous":
+        x = x.contiguous()
+    return layer, x.requires_grad_(changes != "an input without a gradient")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *("eval", "stage 1", "bias", "bfloat16", "autocast", "circular", "other weights"),
+        *("one alpha", "padding of one number", "contiguous", "an input without a gradient"),
+    ],
+)
+def test_where_bits_do_not_give_the_same_floats_run(
+    changes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*operands: Any, **options: Any) -> Tensor:
+        raise AssertionError("on bits")
+
+    layer, x = layer_where(changes)
+    monkeypatch.setattr(layers, "scaled_sign_conv2d", refuse)
     with torch.autocast("cpu", torch.bfloat16, enabled=changes == "autocast"):
         assert layer(x).isfinite().all()
+    if native() is not None:
+        layer, x = layer_where("nothing")
+        with pytest.raises(AssertionError, match="on bits"):
+            layer(x)
+
+
+@pytest.mark.parametrize("place", ["alpha", "weight"])
+def test_an_operand_with_gaps_in_memory_is_read_right(place: str) -> None:
+    layer, x = layer_where("nothing")
+    wanted = layer_results(layer, x.detach())
+    held = getattr(layer, place)
+    wide = torch.zeros(*held.shape[:-1], 2 * held.shape[-1])
+    wide[..., ::2] = held.detach()
+    setattr(layer, place, torch.nn.Parameter(wide[..., ::2]))
+    for mine, other in zip(layer_results(layer, x.detach()), wanted, strict=True):
+        assert mine is not None
+        assert other is not None
+        assert torch.equal(mine, other)
+    layer.alpha = torch.nn.Parameter(torch.tensor(0.5).expand(24, 1, 1), requires_grad=False)
+    bits = layer._conv_forward(x.sign(), layer.quantized_weight(), None)
+    assert torch.equal(layer(x), bits * 0.5)
+
+
+def test_errors_are_those_of_the_float_convolution() -> None:
+    layer, x = layer_where("nothing")
+    with pytest.raises(RuntimeError, match="channels"):
+        layer(x[:, :16].clone(memory_format=torch.channels_last))
+    layer.padding = (0, 0)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        layer(x[:, :, :2])
+    layer.padding = (-1, -1)
+    with pytest.raises(RuntimeError, match="negative padding"):
+        layer(x)
+
+
+def test_an_input_without_a_gradient_may_change_after_the_call() -> None:
+    layer, _ = layer_where("nothing")
+    x = torch.randn(2, 32, 5, 6).contiguous(memory_format=torch.channels_last)
+    out = layer(x)
+    x.zero_()
+    out.sum().backward()
+    assert layer.alpha.grad is not None
+    assert layer.alpha.grad.ne(0).all()
+
+
+@pytest.mark.parametrize("through", ["alpha", "weight"])
+def test_second_derivatives_are_those_in_float(
+    through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def penalised() -> list[Tensor]:
+        layer, x = layer_where("nothing")
+        loss = layer(x).mean()  # its own gradient needs none
+        (first,) = torch.autograd.grad(loss, getattr(layer, through), create_graph=True)
+        (loss + 100 * first.square().sum()).backward()
+        assert layer.alpha.grad is not None
+        assert layer.weight.grad is not None
+        return [layer.alpha.grad, layer.weight.grad]
+
+    got = penalised()
+    monkeypatch.setattr(layers, "bits_pay", lambda *operands: False)
+    for mine, wanted in zip(got, penalised(), strict=True):
+        torch.testing.assert_close(mine, wanted)
+        assert wanted.ne(0).any()
+
+
+def test_a_second_derivative_through_the_sign_is_refused() -> None:
+    layer, x = layer_where("nothing")
+    loss = layer(x).square().mean()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.square().sum().backward()
 
 
 def trained(steps: int) -> dict[str, Tensor]:

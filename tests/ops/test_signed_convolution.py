@@ -148,16 +148,34 @@ def test_without_the_extension_floats_run(monkeypatch: pytest.MonkeyPatch) -> No
     got = signed_conv2d(x, weight, alpha, **options)
     assert same_bytes(got, wanted)
     assert got.stride() == wanted.stride()
-    assert not bits_pay(x, weight)
+    assert not bits_pay(x, weight, alpha, **options)
 
 
 def test_where_bits_pay() -> None:
-    x, weight, _, _ = operands("16 channels")
-    assert bits_pay(x, weight)
-    assert not bits_pay(x.contiguous(), weight)
-    assert not bits_pay(x.double(), weight.double())
-    assert not bits_pay(x[0], weight)
-    assert not bits_pay(x, weight[:, :15])
+    x, weight, alpha, options = operands("16 channels")
+
+    def pay(x: Tensor, weight: Tensor, alpha: Tensor, **changes: Any) -> bool:
+        return bits_pay(x, weight, alpha, **(options | changes))
+
+    assert pay(x, weight, alpha)
+    assert not pay(x.contiguous(), weight, alpha)
+    assert not pay(x.double(), weight.double(), alpha.double())
+    assert not pay(x[0], weight, alpha)
+    assert not pay(x, weight[:, :15], alpha)
+    assert not pay(x, weight, alpha[:1])
+    assert not pay(x, weight, alpha, padding=(1,))
+    assert not pay(x, weight, alpha, stride=1)
+    assert not pay(x, weight, alpha, stride=(0, 1))
+    assert not pay(x[:, :, :2], weight, alpha, padding=(0, 0))
+    assert not pay(x, torch.ones(16, 16, 1024, 1024), alpha, padding=(1024, 1024))
+
+
+def test_a_scale_with_gaps_in_memory_is_read_right() -> None:
+    x, weight, alpha, options = operands("16 channels")
+    for strided in (torch.tensor(0.5).expand(16, 1, 1), alpha.repeat(1, 1, 2)[..., :1]):
+        wanted = product(x, weight, strided, options)
+        for _ in range(5):
+            assert same_bytes(signed_conv2d(x, weight, strided, **options), wanted)
 
 
 def test_opcheck_passes() -> None:
@@ -189,8 +207,10 @@ def test_operands_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("place", range(2, 6))
-def test_the_native_module_refuses_other_memory(place: int) -> None:
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_native_module_refuses_other_memory(place: int, zero: bool) -> None:
     x, weight, alpha, _ = operands("16 channels")
+    x[0, 0, 0, 0] *= not zero
     out = torch.empty(2, 16, 9, 7)
     tensors = [x, weight, alpha, out]
     memory = [(t.data_ptr(), t.numel() - (at + 2 == place), 1) for at, t in enumerate(tensors)]
