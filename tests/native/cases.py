@@ -429,6 +429,6 @@ def signed_maps() -> Iterator[bytes]:
 
 
 EVERYTHING = (
-    *(accumulators, epilogues, gates, conversions, signed_zeros, large_epilogues, maps),
-    signed_maps,
+    *(accumulators, epilogues, gates, conversions, signed_zeros, large_epilogues),
+    *(signed_maps, maps),
 )
