@@ -169,6 +169,7 @@ def open_image(
                     file.width * file.height,
                 )
             file.load()
+            file.filename = named  # for `convert_mode`
             return file
     except UnidentifiedImageError as error:
         tried = f" It was tried as {', '.join(formats)}." if formats else ""
@@ -191,8 +192,10 @@ def convert_mode(image: Image, channels: int) -> Image:
     """
     mode = "L" if channels == 1 else "RGB"
     if image.mode not in _EIGHT_BIT_MODES:
+        file = getattr(image, "filename", None)  # as `open_image` calls it
+        name = f"'{file}'" if file else "`image`"
         raise ValueError(
-            f"`image` has Pillow mode '{image.mode}', which is not 8 bits per channel. "
+            f"{name} has Pillow mode '{image.mode}', which is not 8 bits per channel. "
             "Scale it to 8 bits first: converting here would clip it."
         )
     if image.mode in ("P", "PA"):

@@ -33,6 +33,7 @@ from biper_engine.training.examples import (
     FileExamples,
     ForeignExamples,
     MemoryExamples,
+    counted_classes,
     in_memory,
     select,
 )
@@ -167,7 +168,7 @@ def from_datasets(
     labels = parts[0].labels()
     count = config.num_classes or (len(names) if names else None)
     if count is None and labels is not None and len(labels):
-        count = int(labels.max()) + 1
+        count = counted_classes(labels.tolist(), f"`targets` of `{type(train).__name__}`")
     if count is None:
         raise DataError(
             f"`{type(train).__name__}` does not say how many classes it has: it has neither "
@@ -408,7 +409,18 @@ def _remembered(
     (kept, lost), (kept_test, lost_test) = (
         in_memory(part, metadata, corrupt=config.corrupt) for part in (train, test)
     )
+    gone = _numbers(train) - _numbers(kept)
+    if gone:
+        number = min(gone)
+        name = metadata.class_names[number] if metadata.class_names else number
+        raise DataError(f"No training image of the class '{name}' can be read. {lost[0]}")
     return replace(_split(kept, kept_test, count, metadata), skipped=(*lost, *lost_test))
+
+
+def _numbers(examples: Examples) -> set[int]:
+    """Return the classes of which there are images."""
+    labels = examples.labels()
+    return set() if labels is None else set(labels.tolist())
 
 
 def _split(train: Examples, test: Examples, count: int, metadata: Metadata) -> DataSet:
@@ -443,7 +455,7 @@ def _share(examples: Examples, share: float) -> list[int]:
         order = torch.randperm(len(examples), generator=generator)
         return sorted(order[: int(len(examples) * share)].tolist())
     chosen: list[int] = []
-    for label in range(int(labels.max()) + 1 if len(labels) else 0):
+    for label in sorted(set(labels.tolist())):
         members = (labels == label).nonzero()[:, 0]
         count = max(0, min(round(len(members) * share), len(members) - 1))
         order = torch.randperm(len(members), generator=generator)[:count]

@@ -26,13 +26,21 @@ __all__ = [
     "MemoryExamples",
     "Selection",
     "as_image",
+    "counted_classes",
     "in_memory",
     "select",
+    "whole_label",
 ]
 
 
 class Examples(ABC):
-    """Images and labels by index. Must be picklable, for worker processes."""
+    """Images and labels by index. Must be picklable, for worker processes.
+
+    Attributes:
+        is_foreign: whether the items come from code of the user.
+    """
+
+    is_foreign = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -98,6 +106,8 @@ class ForeignExamples(Examples):
     Its `targets`, if it has such an attribute, are the labels, as in torchvision's data sets.
     """
 
+    is_foreign = True
+
     def __init__(self, dataset: Dataset[Any]) -> None:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise DataError(
@@ -117,11 +127,72 @@ class ForeignExamples(Examples):
                 "wanted a pair: image and label."
             )
         image, label = item
-        return image, int(label)
+        where = f"Item {index} of `{type(self._dataset).__name__}`"
+        return _checked_image(image, where), whole_label(label, where)
 
     def labels(self) -> Tensor | None:
         targets = getattr(self._dataset, "targets", None)
-        return None if targets is None else torch.as_tensor(targets).to(torch.int64)
+        if targets is None:
+            return None
+        where = f"An entry of `targets` of `{type(self._dataset).__name__}`"
+        listed = targets.tolist() if hasattr(targets, "tolist") else targets
+        found = torch.tensor([whole_label(label, where) for label in listed], dtype=torch.int64)
+        if len(found) != len(self):
+            raise DataError(
+                f"`{type(self._dataset).__name__}` has {len(self)} items, but its `targets` are "
+                f"{len(found)}. Give each item its label."
+            )
+        return found
+
+
+def whole_label(label: Any, where: str) -> int:
+    """Return a label as an int.
+
+    Raises:
+        DataError: it is anything but a whole number; `where` is what the message calls its place.
+    """
+    try:
+        number = int(label)
+        if bool(number == label):
+            return number
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise DataError(
+        f"{where} has the label {label!r}, wanted a whole number: that of its class, from 0 on."
+    )
+
+
+def counted_classes(labels: Sequence[int], where: str) -> int:
+    """Return the number of classes, if nobody says it: the largest label, and one for 0.
+
+    Raises:
+        DataError: there are fewer labels, so that they must be something else.
+    """
+    count = max(labels) + 1
+    if count > len(labels):
+        raise DataError(
+            f"{where} has {len(labels)} labels, of which one is {max(labels)}: wanted the numbers "
+            "of classes, from 0 on."
+        )
+    return count
+
+
+def _checked_image(image: Any, where: str) -> Image | Tensor:
+    """Return a PIL image, or a tensor in which every float is a finite float32."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, Tensor):
+        raise DataError(
+            f"{where} has a {type(image).__name__} for an image; wanted a PIL image, or a tensor "
+            "[C, H, W] of uint8, or of float in the network's size."
+        )
+    if not image.is_floating_point():
+        return image
+    if not bool(torch.isfinite(image).all()):
+        raise DataError(f"{where} has an image with NaN or infinite values. Correct the data set.")
+    return image.to(torch.float32)
 
 
 class Selection(Examples):
@@ -130,6 +201,7 @@ class Selection(Examples):
     def __init__(self, examples: Examples, indices: Sequence[int]) -> None:
         self._examples = examples
         self._indices = list(indices)
+        self.is_foreign = examples.is_foreign
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -181,7 +253,8 @@ def in_memory(
         The examples, and a line for each image that was left out.
 
     Raises:
-        DataError: an image cannot be read and `corrupt` is "error", or none can.
+        DataError: an image cannot be read and `corrupt` is "error", or none can; or a label is no
+            number.
     """
 
     def read(index: int) -> tuple[Tensor, int] | str:
@@ -189,6 +262,8 @@ def in_memory(
             image, label = examples.read(index)
             whole = as_image(image) if isinstance(image, Tensor) else image
             return image_to_pixels(whole, metadata), label
+        except DataError:
+            raise
         except ValueError as error:
             return str(error)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from biper_engine.metadata import Metadata
 from biper_engine.training.config import RunOptions, TrainingConfig
 from biper_engine.training.draws import stage_seed
 from biper_engine.training.examples import Examples, MemoryExamples
-from biper_engine.training.loader import Batch, BatchOrder, Preparation, loader
+from biper_engine.training.loader import Batch, BatchOrder, Preparation, loader, require_labels
 from biper_engine.training.predictions import Predictions
 from biper_engine.training.tables import Stream
 
@@ -52,6 +54,31 @@ class Feed:
     def is_indexed(self) -> bool:
         """Whether any batch of an epoch can be read without those before it."""
         return not isinstance(self.train, Stream)
+
+    def check(self) -> None:
+        """Look at the data before anything is trained.
+
+        Labels that are known without their images are all checked. Of data sets of the user, what
+        is measured is read once, and the first images to train on.
+
+        Raises:
+            DataError: a part is empty, or an item is not what training can use.
+        """
+        if self.num_classes < 2:
+            raise DataError(
+                f"'{self.config.dataset}' has {self.num_classes} class; wanted two or more."
+            )
+        parts = {"training": self.train, "held-out": self.held_out, "test": self.test}
+        for name, part in parts.items():
+            if part is None or isinstance(part, Stream):
+                continue
+            if len(part) == 0:
+                raise DataError(f"'{self.config.dataset}' has no {name} images. Add some.")
+            if (labels := part.labels()) is not None:
+                require_labels(labels, self.num_classes, f"Among the {name} images, a")
+            if part.is_foreign:
+                looked = islice(self._measured(part), 1 if part is self.train else None)
+                deque(looked, maxlen=0)
 
     def training(
         self, stage: int, *, rank: int, world: int, epoch: int, start: int, pin_memory: bool

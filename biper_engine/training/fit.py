@@ -193,6 +193,7 @@ def _feed(
         options=options,
         skipped=dataset.skipped,
     )
+    feed.check()
     feed.batches_of_an_epoch(1)  # raises where there are too few images
     if options.save_every_steps and not feed.is_indexed:
         raise ValueError(

@@ -19,6 +19,7 @@ __all__ = ["read_cifar", "read_idx_pair"]
 
 _Bytes = NDArray[np.uint8]
 _CIFAR_IMAGE_BYTES = 3 * 32 * 32
+_PIECE_BYTES = 2**24
 
 
 def read_idx_pair(images: Path, labels: Path) -> MemoryExamples:
@@ -33,6 +34,8 @@ def read_idx_pair(images: Path, labels: Path) -> MemoryExamples:
             f"'{images}' has {len(pixels):,} images, but '{labels}' has {len(numbers):,} labels. "
             "They must belong together: take both from the same data set."
         )
+    if not len(numbers):
+        raise DataError(f"'{images}' has no image. Download it again.")
     return MemoryExamples(_tensor(pixels)[:, None], _tensor(numbers).to(torch.int64))
 
 
@@ -65,8 +68,10 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _take(file: BinaryIO, count: int, path: Path) -> bytes:
-    try:
-        found = file.read(count)
+    found = bytearray()
+    try:  # in pieces: a damaged header may ask for more than any memory
+        while piece := file.read(min(count - len(found), _PIECE_BYTES)):
+            found += piece
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"'{path}' is damaged: {error}. Download it again.") from error
     if len(found) < count:
@@ -74,7 +79,7 @@ def _take(file: BinaryIO, count: int, path: Path) -> bytes:
             f"'{path}' ends too early: {count:,} more bytes were wanted and {len(found):,} came. "
             "Download it again."
         )
-    return found
+    return bytes(found)
 
 
 def read_cifar(paths: list[Path], *, label_bytes: int) -> MemoryExamples:

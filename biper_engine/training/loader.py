@@ -23,7 +23,7 @@ from biper_engine.training.tables import Stream
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Batch", "BatchOrder", "Preparation", "loader"]
+__all__ = ["Batch", "BatchOrder", "Preparation", "loader", "require_labels"]
 
 
 class Batch(NamedTuple):
@@ -76,6 +76,8 @@ class Preparation:
                 if isinstance(image, str):
                     raise ValueError(image)
                 images.append(self._pixels(image, draws[row]))
+            except DataError:  # not unreadable, but of another kind
+                raise
             except ValueError as error:
                 if self.corrupt == "error":
                     raise DataError(str(error)) from error
@@ -87,6 +89,11 @@ class Preparation:
             raise DataError(
                 f"{len(skipped)} of the {len(found)} images of a batch cannot be read. The first "
                 f"one: {skipped[0] if skipped else 'none'}"
+            )
+        if len({image.is_floating_point() for image in images}) == 2:
+            raise DataError(
+                "Some images of a batch are float tensors, which are taken as they are, and others "
+                "are bytes, which are normalised. Give images of one kind."
             )
         return self._finished(torch.stack(images), torch.tensor(labels), draws[rows], skipped)
 
@@ -119,7 +126,8 @@ class Preparation:
                         "in the data set, or give uint8 tensors or PIL images."
                     )
                 return image
-            if tuple(image.shape) == (channels, *self._size) and not self._takes_parts:
+            as_it_is = image.dtype == torch.uint8 and not self._takes_parts
+            if as_it_is and tuple(image.shape) == (channels, *self._size):
                 return image
             image = as_image(image)
         if self.augment is not None and self.augment.crop_area is not None:
@@ -131,13 +139,7 @@ class Preparation:
     def _finished(
         self, pixels: Tensor, labels: Tensor, draws: Tensor, skipped: Sequence[str] = ()
     ) -> Batch:
-        outside = (labels < 0) | (labels >= self.num_classes)
-        if bool(outside.any()):
-            raise DataError(
-                f"A label is {int(labels[outside][0])}, but there are {self.num_classes} classes, "
-                f"so that labels are from 0 to {self.num_classes - 1}. Correct the labels, or set "
-                "num_classes."
-            )
+        require_labels(labels, self.num_classes)
         if pixels.is_floating_point():  # prepared by the data set
             return Batch(pixels, labels, tuple(skipped))
         if self.augment is not None:
@@ -150,7 +152,17 @@ class Preparation:
         return Batch(images.contiguous(memory_format=torch.channels_last), labels, tuple(skipped))
 
 
-class _Prepared(Dataset[Batch]):
+def require_labels(labels: Tensor, num_classes: int, start: str = "A") -> None:
+    """Require labels from 0 to `num_classes`, exclusive; `start` is how an error begins."""
+    outside = (labels < 0) | (labels >= num_classes)
+    if bool(outside.any()):
+        raise DataError(
+            f"{start} label is {int(labels[outside][0])}, but there are {num_classes} classes, so "
+            f"that labels are from 0 to {num_classes - 1}. Correct the labels, or set num_classes."
+        )
+
+
+class _Prepared(Dataset[Batch | DataError]):
     """Index a whole batch at once: single images and one stack cost ten times as much."""
 
     def __init__(self, examples: Examples, preparation: Preparation) -> None:
@@ -160,11 +172,14 @@ class _Prepared(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        return self._preparation.batch(self._examples, [key])
+    def __getitem__(self, key: tuple[int, int]) -> Batch | DataError:
+        return self.__getitems__([key])
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        return self._preparation.batch(self._examples, keys)
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | DataError:
+        try:
+            return self._preparation.batch(self._examples, keys)
+        except DataError as error:
+            return error  # for `_Loader`
 
 
 class BatchOrder(Sampler[list[tuple[int, int]]]):
@@ -232,7 +247,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
             yield [(epoch, index) for index in order[first : first + size]]
 
 
-class _StreamBatches(IterableDataset[Batch]):
+class _StreamBatches(IterableDataset[Batch | DataError]):
     """Batches of a stream; with a seed shuffled, and without end: the loader counts the steps."""
 
     def __init__(
@@ -246,7 +261,13 @@ class _StreamBatches(IterableDataset[Batch]):
         """Choose the order of the next iteration."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        try:
+            yield from self._batches()
+        except DataError as error:
+            yield error  # for `_Loader`
+
+    def _batches(self) -> Iterator[Batch]:
         preparation, endless = self._preparation, self._preparation.augment is not None
         worker = get_worker_info()
         part = self._rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
@@ -267,6 +288,19 @@ class _StreamBatches(IterableDataset[Batch]):
                     f"A worker's part of the stream has less than {self._size} images, one batch. "
                     "Take a smaller batch_size or fewer workers."
                 )
+
+
+class _Loader(DataLoader[Any]):
+    """A loader whose data sets return a DataError, which is raised here, in the main process.
+
+    If a worker raised it, DataLoader would make the worker's traceback the message.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
 
 def loader(
@@ -299,9 +333,9 @@ def loader(
         batches = _StreamBatches(examples, preparation, batch_size, rank=rank, world=world)
         batches.set_epoch(epoch)
         workers = min(workers, max(1, examples.shards // world)) if workers else 0
-        return DataLoader(batches, batch_size=None, num_workers=workers, **options)
+        return _Loader(batches, batch_size=None, num_workers=workers, **options)
     order = order or BatchOrder(len(examples), batch_size)
-    return DataLoader(
+    return _Loader(
         _Prepared(examples, preparation),
         batch_sampler=order,
         num_workers=workers,

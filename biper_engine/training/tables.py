@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from biper_engine.errors import DataError
 from biper_engine.preprocessing import open_image
 from biper_engine.training.config import TrainingConfig
-from biper_engine.training.examples import Examples
+from biper_engine.training.examples import Examples, counted_classes, whole_label
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,10 +45,18 @@ class _Columns(NamedTuple):
         source = contents if contents is not None else path
         if not isinstance(source, bytes | str):
             raise ValueError(f"Cannot read an image from '{name}': the cell has no bytes.")
-        label = row[self.label]
-        if isinstance(label, str) and self.names is not None:
-            label = self.names.index(label)
-        return open_image(source, name), int(label)
+        return open_image(source, name), self.number(row[self.label], name)
+
+    def number(self, label: Any, where: str) -> int:
+        """Return a label as a number; `where` is what an error calls its row."""
+        if not isinstance(label, str) or self.names is None:
+            return whole_label(label, f"'{where}'")
+        if label not in self.names:
+            raise DataError(
+                f"'{where}' has the label {label!r}, which is no class of the training images: "
+                f"{', '.join(self.names[:10])}{', ...' if len(self.names) > 10 else ''}."
+            )
+        return self.names.index(label)
 
 
 class TableExamples(Examples):
@@ -65,8 +74,10 @@ class TableExamples(Examples):
 
     def labels(self) -> Tensor:
         column = self._table.with_format(None)[self._columns.label]
-        names = self._columns.names
-        values = [names.index(one) if names and isinstance(one, str) else one for one in column]
+        where = self._columns.source
+        values = [
+            self._columns.number(one, f"{where}, row {number}") for number, one in enumerate(column)
+        ]
         return torch.tensor(values, dtype=torch.int64)
 
 
@@ -100,11 +111,21 @@ class Stream:
             table.set_epoch(epoch)
         if world > 1:
             table = split_dataset_by_node(table, rank, world)
-        for number, row in enumerate(table):
+        for number, row in enumerate(self._read(table)):
             try:
-                yield number, *self._columns.read(row, number)
+                found = self._columns.read(row, number)
+            except DataError:
+                raise
             except ValueError as error:
                 yield number, str(error), -1
+            else:
+                yield number, *found
+
+    def _read(self, table: Any) -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from table
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise DataError(f"Cannot read '{self._columns.source}' to its end: {error}") from error
 
 
 class Tables(NamedTuple):
@@ -174,7 +195,7 @@ def _splits(source: str, streaming: bool) -> Mapping[str, Any]:
         raise DataError(
             f"There is no data set '{source}' here, and none on the hub that can be read: {error}"
         ) from error
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except (OSError, ValueError, tarfile.TarError, DatasetGenerationError) as error:
         raise DataError(f"Cannot load '{source}': {error}") from error
 
 
@@ -245,4 +266,4 @@ def _classes(
         raise DataError(
             f"The column '{columns.label}' of '{source}' has {kinds}; wanted integers or names."
         )
-    return max(values) + 1, None
+    return counted_classes(values, f"The column '{columns.label}' of '{source}'"), None

@@ -151,3 +151,14 @@ def test_workers_make_the_same_batches(workers):
 
     assert torch.equal(epochs(workers, 4), epochs(0, 4))
     assert torch.equal(epochs(0, 4), epochs(0, 12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_about_the_data_comes_without_the_traceback_of_a_worker(workers):
+    examples = MemoryExamples(
+        torch.zeros(4, 3, 6, 6, dtype=torch.uint8), torch.tensor([0, 1, 9, 0])
+    )
+    batches = loader(examples, Preparation(metadata=GREY, num_classes=2), 2, workers=workers)
+    with pytest.raises(DataError) as caught:
+        list(batches)
+    assert str(caught.value).startswith("A label is 9, but there are 2 classes")

@@ -103,6 +103,56 @@ def test_a_table_without_images_is_refused(tmp_path):
         load(tmp_path / "t.parquet")
 
 
+def labelled(path, labels, kind="int64"):
+    """Write a table with these labels."""
+    cells = [{"bytes": png(n), "path": f"{n}.png"} for n in range(len(labels))]
+    features = {"image": datasets.Image(), "label": datasets.Value(kind)}
+    rows = {"image": cells, "label": labels}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    table.to_parquet(str(path))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "kind", "message"),
+    [
+        (["x", "y"] * 5, ["x", "z"], "string", r"1\.png' has the label 'z', which is no class"),
+        ([0, 1] * 5, [0, None], "int64", r"1\.png' has the label None, wanted a whole number"),
+        ([0, 10**9] * 5, [0, 1], "int64", "10 labels, of which one is 1000000000"),
+    ],
+)
+def test_other_labels_than_those_of_classes_are_refused(tmp_path, train, test, kind, message):
+    labelled(tmp_path / "train.parquet", train, kind)
+    labelled(tmp_path / "test.parquet", test, kind)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("label", "kind"), [(0.5, "float64"), ("x", "string"), (None, "int64")])
+def test_a_label_of_a_stream_that_is_no_number_is_named(tmp_path, label, kind):
+    labelled(tmp_path / "train.parquet", [label] * 10, kind)
+    labelled(tmp_path / "test.parquet", [label] * 2, kind)
+    found = load(tmp_path, streaming=True, num_classes=2)
+    with pytest.raises(DataError, match=f"has the label {label!r}, wanted a whole number"):
+        next(iter(found.test.rows(None, 0, 0, 1)))
+
+
+@pytest.mark.parametrize("raw", [b"", b"no tar" * 999])
+def test_a_damaged_webdataset_is_named(tmp_path, raw):
+    (tmp_path / "train.tar").write_bytes(raw)
+    with pytest.raises(DataError, match=r"Cannot load '.*train\.tar'"):
+        load(tmp_path / "train.tar")
+
+
+def test_a_webdataset_that_breaks_off_is_named(tmp_path):
+    webdataset(tmp_path / "test-0.tar", 0, 4)
+    webdataset(tmp_path / "train-0.tar", 0, 40)
+    raw = (tmp_path / "train-0.tar").read_bytes()
+    (tmp_path / "train-0.tar").write_bytes(raw[: len(raw) // 2 + 700])
+    found = load(tmp_path, streaming=True, num_classes=2)
+    with pytest.raises(DataError, match=rf"'{tmp_path}"):
+        list(found.train.rows(None, 0, 0, 1))
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DataError, match=r"Cannot load '.*t\.parquet'"):

@@ -13,8 +13,9 @@ from PIL import Image
 from biper_engine.errors import DataError
 from biper_engine.metadata import Metadata
 from biper_engine.preprocessing import image_to_tensor
-from biper_engine.training import AugmentConfig, TrainingConfig, data
+from biper_engine.training import AugmentConfig, RunOptions, TrainingConfig, data
 from biper_engine.training.examples import MemoryExamples
+from biper_engine.training.fit import _feed
 from biper_engine.training.loader import Preparation
 
 TASK = Metadata(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -22,6 +23,10 @@ TASK = Metadata(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
 
 def load(dataset, **settings):
     return data.load(TrainingConfig(dataset=str(dataset), **settings), TASK)
+
+
+def fed(config, train=None, validation=None):
+    return _feed(config, RunOptions(workers=0), TASK, train, validation)
 
 
 def picture(path, value, size=(20, 16)):
@@ -125,6 +130,29 @@ class TestIdx:
     def test_a_folder_of_them_says_to_name_the_data_set(self, files):
         with pytest.raises(DataError, match="dataset mnist or fashion-mnist"):
             load(files)
+
+    @pytest.mark.parametrize("size", [2**32 - 1, 2**14])
+    def test_a_header_of_a_huge_size_is_damage(self, files, size):
+        head = bytes((0, 0, 8, 3)) + np.array([size] * 3, ">u4").tobytes()
+        (files / "t10k-images-idx3-ubyte").write_bytes(head + b"1")
+        (files / "t10k-images-idx3-ubyte.gz").unlink()
+        with pytest.raises(DataError, match="ends too early"):
+            load("mnist", data_dir=str(files))
+
+    def test_a_file_without_an_image_is_named(self, files):
+        (files / "t10k-images-idx3-ubyte.gz").unlink()
+        (files / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((0, 28, 28), np.uint8)))
+        (files / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(0, np.uint8)))
+        with pytest.raises(DataError, match="t10k-images-idx3-ubyte' has no image"):
+            load("mnist", data_dir=str(files))
+
+    @pytest.mark.parametrize(("part", "name"), [("train", "training"), ("t10k", "test")])
+    def test_a_label_out_of_range_is_known_before_training(self, files, part, name):
+        path = files / f"{part}-labels-idx1-ubyte"
+        path.write_bytes(path.read_bytes()[:-1] + bytes((77,)))
+        config = TrainingConfig(dataset="mnist", data_dir=str(files))
+        with pytest.raises(DataError, match=f"Among the {name} images, a label is 77"):
+            fed(config)
 
     def test_a_missing_file_is_named(self, files):
         (files / "t10k-labels-idx1-ubyte").unlink()
@@ -245,6 +273,18 @@ class TestFolders:
         with pytest.raises(DataError, match="No image can be read"):
             load(tmp_path)
 
+    def test_a_class_without_a_readable_image_is_named(self, tmp_path):
+        pictures(tmp_path)
+        for path in (tmp_path / "dog").iterdir():
+            path.write_bytes(b"x")
+        with pytest.raises(DataError, match=r"class 'dog' can be read\. .*dog/0\.png'"):
+            load(tmp_path)
+
+    def test_an_image_of_16_bits_is_named(self, tmp_path):
+        pictures(tmp_path)
+        Image.new("I;16", (20, 16), 3000).save(tmp_path / "cat" / "deep.png")
+        assert "cat/deep.png' has Pillow mode 'I;16'" in load(tmp_path).skipped[0]
+
     def test_an_empty_class_is_named(self, tmp_path):
         pictures(tmp_path)
         (tmp_path / "eel").mkdir()
@@ -348,6 +388,76 @@ class TestDatasets:
         with pytest.raises(DataError, match="Cannot import 'nowhere'"):
             load("nowhere:pair")
         sys.modules.pop("mydata", None)
+
+
+class Odd(Noise):
+    """Noise whose item 7 has another image or label."""
+
+    def __init__(self, kind="uint8", image=None, label=1):
+        super().__init__(kind)
+        self.image, self.label = image, label
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        if index != 7:
+            return image, label
+        return image if self.image is None else self.image, self.label
+
+
+NAN = torch.zeros(3, 32, 32).index_fill(2, torch.tensor(5), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (Odd("float", NAN), "Item 7 of `Odd` has an image with NaN or infinite values"),
+        (Odd("float", NAN.nan_to_num(torch.inf)), "image with NaN or infinite values"),
+        (Odd(image=np.zeros((32, 32, 3), np.uint8)), "Item 7 of `Odd` has a ndarray for an image"),
+        (Odd(image=torch.zeros(3, 32, 32)), "are float tensors, which are taken as they are"),
+        (Odd(image=torch.zeros(3, 32, 32, dtype=torch.int64)), "torch.int64"),
+        (Odd(label=0.7), "Item 7 of `Odd` has the label 0.7, wanted a whole number"),
+        (Odd(label="1"), "has the label '1', wanted a whole number"),
+        (Odd(label=None), "has the label None, wanted"),
+        (Odd(label=torch.eye(3)[1]), "has the label tensor"),
+        (Odd(label=3), "A label is 3, but there are 3 classes"),
+        (Odd(label=-1), "A label is -1, but there are 3 classes"),
+    ],
+)
+def test_an_item_that_cannot_be_measured_is_known_before_training(odd, message):
+    for train, test in ((odd, Noise(odd.kind)), (Noise(odd.kind), odd)):
+        with pytest.raises(DataError, match=message):
+            fed(TrainingConfig(), train, test)
+
+
+def test_float_tensors_of_another_type_become_float32():
+    pixels = torch.rand(3, 32, 32, dtype=torch.float64)
+    found = data.from_datasets(Odd("float", pixels), Noise("float"), TrainingConfig(), TASK)
+    image = Preparation(metadata=TASK, num_classes=3).batch(found.train, [(0, 7)]).images[0]
+    assert torch.equal(image, pixels.float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ("a",)}, "has 1 class; wanted two or more"),
+        ({"classes": None, "targets": ["a"] * 12}, "`targets` of `Noise` has the label 'a'"),
+        ({"classes": None, "targets": torch.rand(12)}, "wanted a whole number"),
+        ({"classes": None, "targets": torch.eye(3)[[0] * 12]}, "wanted a whole number"),
+        ({"classes": None, "targets": [0, 1]}, "has 12 items, but its `targets` are 2"),
+        ({"classes": None, "targets": [10**9] * 12}, "12 labels, of which one is 1000000000"),
+        ({"__len__": lambda self: 0}, "has no training images"),
+    ],
+)
+def test_data_sets_that_contradict_themselves_are_refused(changes, message):
+    kind = type("Noise", (Noise,), changes)
+    with pytest.raises(DataError, match=message):
+        fed(TrainingConfig(), kind(), Noise())
+
+
+def test_an_empty_test_is_known_before_training():
+    empty = type("Empty", (Noise,), {"__len__": lambda self: 0})
+    with pytest.raises(DataError, match="has no held-out images"):
+        fed(TrainingConfig(), Noise(), empty())
 
 
 @pytest.mark.parametrize(
