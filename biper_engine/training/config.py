@@ -19,6 +19,11 @@ __all__ = [
 ]
 
 
+# What `draws.stage_seed` has room for.
+_MOST_EPOCHS = 2**16
+_LARGEST_SEED = 2**45
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """Optimisation of one stage.
@@ -40,11 +45,14 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"`epochs` (={self.epochs}) must be 1 or more.")
+        if self.epochs > _MOST_EPOCHS:
+            raise ValueError(f"`epochs` (={self.epochs}) must be {_MOST_EPOCHS:,} or less.")
         for name in ("weight_decay", "tau", "warmup_epochs"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 0.")
         if not self.lr > 0:
             raise ValueError(f"`lr` (={self.lr}) must be above 0.")
+        _require_finite(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,7 @@ class AugmentConfig:
         for name in ("pad_px", "max_shift_px", "max_rotation_deg"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 0.")
+        _require_finite(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +147,7 @@ class DistillationConfig:
             raise ValueError(f"`weight` (={self.weight}) must be in [0, 1].")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` (={self.temperature}) must be above 0.")
+        _require_finite(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +225,8 @@ class TrainingConfig:
             raise ValueError(f"`frequency` (={self.frequency}) must be above 0 and finite.")
         if self.seed < 0:
             raise ValueError(f"`seed` (={self.seed}) must be 0 or more.")
+        if self.seed > _LARGEST_SEED:
+            raise ValueError(f"`seed` (={self.seed}) must be {_LARGEST_SEED:,} or less.")
         if not 0 < self.test_share < 1:
             raise ValueError(f"`test_share` (={self.test_share}) must be between 0 and 1.")
         _one_of(self, "corrupt", ("skip", "error"))
@@ -286,3 +298,10 @@ def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
     if value not in known:
         listing = ", ".join(map(repr, known[:-1]))
         raise ValueError(f"`{name}` (={value!r}) must be {listing} or {known[-1]!r}.")
+
+
+def _require_finite(config: Any) -> None:
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(one, float) and not math.isfinite(one) for one in numbers):
+            raise ValueError(f"`{name}` (={value}) must be finite.")

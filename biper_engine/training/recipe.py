@@ -75,7 +75,9 @@ def read_recipe(recipe: str, settings: Sequence[str] = ()) -> TrainingConfig:
     base = TrainingConfig().to_dict()
     if "augment" in values:
         base["augment"] = TrainingConfig(augment=AugmentConfig()).to_dict()["augment"]
-    pairs = sorted(_flat(values), key=lambda pair: not _is_short(pair[0]))  # longer keys win
+    pairs = sorted(
+        _pairs(values, where), key=lambda pair: not _is_short(pair[0])
+    )  # longer keys win
     return _config(base, pairs, where, settings)
 
 
@@ -142,9 +144,42 @@ def yaml_value(text: str, where: str) -> Any:
             'Run: pip install "biper-engine[train]"'
         ) from error
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        mappings = list(_mappings(yaml.compose(text, yaml.SafeLoader)))
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"{where} has values in values without end, or too deep.") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{where} is not YAML: {error}") from error
+    for mapping in mappings:  # YAML would silently take the last one
+        _require_once([key.value for key, _ in mapping.value], where)
+    return value
+
+
+def _mappings(node: Any) -> Iterator[Any]:
+    """Yield the mappings of a YAML text; its values may not hold themselves."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for key, value in node.value:
+            yield from _mappings(key)
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _require_once(keys: list[Any], where: str) -> None:
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{where} has the key '{twice}' twice. Leave one out.")
+
+
+def _pairs(values: Mapping[Any, Any], where: str) -> list[tuple[str, Any]]:
+    """Return dotted keys and values; none may come twice, as `a.b: 1` and `a: {b: 2}` would."""
+    found = list(_flat(values))
+    _require_once([key for key, _ in found], where)
+    return found
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -168,6 +203,11 @@ def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
             _set(values, f"{stage}.{key.rpartition('.')[2]}", value, where)
         return
     types = _types()
+    if inside := [one for one in types if one.startswith(f"{key}.")]:
+        raise ValueError(
+            f"{where}: '{key}' is {value!r}, wanted `key: value` lines below it. Known keys: "
+            f"{', '.join(inside)}."
+        )
     if key not in types:
         raise ValueError(f"{where} has the unknown key '{key}'. {_nearest(key, types)}")
     group, _, name = key.rpartition(".")
