@@ -6,8 +6,10 @@ import errno
 import os
 import pickle
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,11 +54,24 @@ def check_claim(directory: Path, config: TrainingConfig, *, resume: bool) -> Non
         )
 
 
-def claim(directory: Path, config: TrainingConfig) -> None:
-    """Store config and versions in the directory."""
+def claim(directory: Path, config: TrainingConfig, data: Mapping[str, Any]) -> None:
+    """Store config, versions and what tells the data from others in the directory.
+
+    Raises:
+        ValueError: the run in the directory has other data.
+    """
+    stored = read_json(directory / "data.json") or data  # an older version stored none
+    different = [key for key in {**stored, **data} if stored.get(key) != data.get(key)]
+    if different:
+        listing = "; ".join(f"{key}: {stored.get(key)}, now {data.get(key)}" for key in different)
+        raise ValueError(
+            f"'{directory}' holds a run with other data: {listing}. Resume with the data of the "
+            "run, or train in another output_dir."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     if is_first_process():
         if read_json(directory / "config.json") is None:
+            write_json(directory / "data.json", data)
             write_json(directory / "config.json", config.to_dict())
         write_json(directory / "versions.json", versions())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,6 +81,21 @@ class Feed:
             if part.is_foreign:
                 looked = islice(self._measured(part), 1 if part is self.train else None)
                 deque(looked, maxlen=0)
+
+    def summary(self) -> dict[str, Any]:
+        """Return JSON values that tell this data from other data; no image is read for it."""
+        parts = {"training": self.train, "held-out": self.held_out, "test": self.test}
+        indexed = {name: one for name, one in parts.items() if isinstance(one, Examples)}
+        return {
+            "classes": self.num_classes,
+            "class names": list(self.metadata.class_names or ()),
+            **{f"{name} images": len(part) for name, part in indexed.items()},
+            **{
+                f"SHA-256 of the {name} labels": sha256(labels.numpy().tobytes()).hexdigest()
+                for name, part in indexed.items()
+                if (labels := part.labels()) is not None
+            },
+        }
 
     def training(
         self, stage: int, *, rank: int, world: int, epoch: int, start: int, pin_memory: bool

@@ -3,6 +3,7 @@
 Files in `output_dir`:
 
     config.json                     the settings; a resumed run must have the same
+    data.json                       classes and labels; a resumed run must have the same
     versions.json                   Python and libraries of the latest start
     stage1.pt, stage2.pt            finished stages, for `models.load_checkpoint`
     official/stage1/, .../stage2/   the same in the official format, by `export_official`
@@ -88,7 +89,7 @@ def fit(
     Raises:
         DataError: unknown, missing or damaged data, or another number of classes.
         ValueError: unknown network; a network for images of another size; `resume` with a different
-            config.
+            config or other data; devices that are not here, or an option that Lightning refuses.
         CheckpointError: the state to resume from is damaged or of another run.
         FileExistsError: `output_dir` holds a run and `resume` is False.
         OSError: `output_dir` cannot be written.
@@ -107,7 +108,8 @@ def fit(
         _require_classes(model, feed.num_classes, entry.classifier)
     if config.distillation.teacher is not None:
         teacher = find_teacher(teacher, config.distillation, feed)
-    claim(directory, config)
+    _require_hardware(config, options)
+    claim(directory, config, feed.summary())
 
     stages = []
     with torch.random.fork_rng():
@@ -366,6 +368,32 @@ def _record(
     write_json(directory / "result.json", {**recorded, f"stage{number}": result.to_dict()})
 
 
+def _hardware(config: TrainingConfig, options: RunOptions) -> dict[str, Any]:
+    """Return the arguments of Lightning's Trainer about devices."""
+    return {
+        "accelerator": options.accelerator,
+        "devices": options.devices,
+        "num_nodes": options.num_nodes,
+        "strategy": options.strategy,
+        "sync_batchnorm": options.sync_batchnorm,
+        "precision": config.precision,
+    }
+
+
+def _require_hardware(config: TrainingConfig, options: RunOptions) -> None:
+    """Let Lightning look at its arguments before anything is written."""
+    from lightning import Trainer
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    settings = _hardware(config, options)
+    try:
+        with _quiet_lightning():
+            Trainer(**settings, logger=False, enable_checkpointing=False)
+    except (MisconfigurationException, ValueError) as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise ValueError(f"Lightning cannot train with {told}: {error}") from error
+
+
 def _trainer(number: int, feed: Feed, directory: Path) -> Trainer:
     from lightning import Trainer
     from lightning.fabric.plugins import TorchCheckpointIO
@@ -382,18 +410,10 @@ def _trainer(number: int, feed: Feed, directory: Path) -> Trainer:
         loggers.append(
             TensorBoardLogger(directory / "logs", name=f"stage{number}", version="tensorboard")
         )
-    settings: dict[str, Any] = {
-        "accelerator": options.accelerator,
-        "devices": options.devices,
-        "num_nodes": options.num_nodes,
-        "strategy": options.strategy,
-        "sync_batchnorm": options.sync_batchnorm,
-        "precision": config.precision,
-        "enable_progress_bar": options.progress_bar,
-    }
     latest = directory / "checkpoints" / f"stage{number}.ckpt"
     trainer = Trainer(
-        **settings,
+        **_hardware(config, options),
+        enable_progress_bar=options.progress_bar,
         max_epochs=config.stage(number).epochs,
         accumulate_grad_batches=config.accumulate,
         callbacks=[

@@ -17,6 +17,7 @@ from biper_engine.training import (
     export_official,
     fit,
 )
+from biper_engine.training.examples import MemoryExamples
 from biper_engine.training.module import StageModule, learning_rate_factor
 from tests.fresh import fresh_run
 from tests.training.few_images import few_images
@@ -24,6 +25,7 @@ from tests.training.few_images import few_images
 QUIET = RunOptions(progress_bar=False, accelerator="cpu")
 STAGE1 = StageConfig(epochs=2, lr=0.05, weight_decay=1e-3, tau=0.02)
 STAGE2 = StageConfig(epochs=2, lr=0.02, weight_decay=1e-4, tau=0.03)
+SWAPPED = dataclasses.replace(data.DIGITS_METADATA, class_names=tuple("1023456789"))
 CONFIG = TrainingConfig(stage1=STAGE1, stage2=STAGE2, batch_size=16)
 
 
@@ -118,6 +120,41 @@ def test_resume_with_another_config_is_refused(uninterrupted):
     other = dataclasses.replace(CONFIG, seed=7, batch_size=8)
     with pytest.raises(ValueError, match="batch_size was 16, now 8; seed was 0, now 7"):
         fit(config=other, output_dir=uninterrupted.output_dir, resume=True, options=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 11}, "classes: 10, now 11"),
+        ({"metadata": SWAPPED}, "class names"),
+        ({"test": 12}, "test images: 16, now 12"),
+        ({"train": "labels"}, "SHA-256 of the training labels"),
+    ],
+)
+def test_resume_with_other_data_is_refused(uninterrupted, monkeypatch, change, message):
+    known = data.load(CONFIG, data.DIGITS_METADATA)
+    if "test" in change:
+        change = {"test": data.select(known.test, range(12))}
+    if "train" in change:
+        change = {"train": MemoryExamples(known.train.pixels, known.train.labels().flip(0))}
+    other = dataclasses.replace(known, **change)
+    monkeypatch.setitem(data._DATASETS, "digits", lambda config, task: other)
+    with pytest.raises(ValueError, match=f"holds a run with other data: .*{message}"):
+        fit(config=CONFIG, output_dir=uninterrupted.output_dir, resume=True, options=QUIET)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"devices": 0}, {"strategy": "bogus"}, {"accelerator": "bogus"}],
+)
+def test_devices_that_are_not_here_are_refused_before_anything_is_written(tmp_path, option):
+    options = dataclasses.replace(QUIET, **option)
+    with pytest.raises(ValueError, match=f"Lightning cannot train with .*{next(iter(option))}="):
+        fit(config=CONFIG, output_dir=tmp_path / "a", options=options)
+    config = dataclasses.replace(CONFIG, precision="bogus")
+    with pytest.raises(ValueError, match="precision='bogus'"):
+        fit(config=config, output_dir=tmp_path / "a", options=QUIET)
+    assert not (tmp_path / "a").exists()
 
 
 def test_directory_with_a_run_is_not_overwritten(uninterrupted):
