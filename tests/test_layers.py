@@ -21,7 +21,7 @@ MAX_LINES = 500
 
 # A unit is a module or a subpackage right below biper_engine. Each column is ordered from the
 # bottom up; a unit may import the units before it in its own column, and those of the base.
-BASE = ("errors", "files", "metadata", "plotting", "preprocessing")
+BASE = ("errors", "files", "references", "metadata", "plotting", "preprocessing")
 INFERENCE = (
     *("bits", "geometry", "kernels", "_cpu", "_cuda", "ops", "graph", "report", "converted"),
     *("serialization", "runtime", "export", "engine", "serving", "shipped", "conversion", "bench"),

@@ -7,11 +7,6 @@ The module may also be a file, as in `mynet.py:build`.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from biper_engine import references
 from biper_engine.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -75,8 +71,6 @@ Weights = Annotated[
     typer.Option(metavar="FILE", help="State dict for module:callable.", show_default=False),
 ]
 
-_REFERENCE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
@@ -97,8 +91,7 @@ class ModelSource:
     @property
     def reference(self) -> tuple[str, str] | None:
         """Module, or file of Python code, and callable; None for a checkpoint."""
-        match = None if Path(self.text).exists() else _REFERENCE.fullmatch(self.text)
-        return (match[1], match[2]) if match else None
+        return None if Path(self.text).exists() else references.parsed(self.text)
 
 
 def load_model(source: ModelSource) -> nn.Module:
@@ -174,80 +167,15 @@ def _from_reference(module_name: str, attribute: str) -> nn.Module:
     from torch import nn
 
     text = f"{module_name}:{attribute}"
-    from_file = module_name.endswith(".py")
-    target: Any = _import_file(Path(module_name)) if from_file else _import(module_name)
-    for name in attribute.split("."):
-        if not hasattr(target, name):
-            raise ValueError(
-                f"'{text}': {'file' if from_file else 'module'} {module_name} has no '{attribute}'."
-            )
-        target = getattr(target, name)
+    target = references.resolve(module_name, attribute)
     if isinstance(target, nn.Module):
         return target
-    if not callable(target):
-        raise ValueError(
-            f"'{text}' is a {type(target).__name__}, wanted a callable without required "
-            "arguments that returns an nn.Module; weights are passed by --weights."
-        )
-    try:
-        inspect.signature(target).bind()
-    except TypeError as error:
-        raise ValueError(
-            f"'{text}' cannot be called without arguments: {error}. Write a function without "
-            "arguments that calls it, name that one, and pass a checkpoint of it by --weights."
-        ) from error
-    model = target()
+    model = references.call(
+        target, text, "an nn.Module", "and pass a checkpoint of it by --weights"
+    )
     if not isinstance(model, nn.Module):
         raise ValueError(f"'{text}' returned a {type(model).__name__}, wanted an nn.Module.")
     return model
-
-
-def _import(name: str) -> Any:
-    """Import a module, also from the current directory, as `python -m` does."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ValueError(
-                f"No module '{name}' in '{here}' or among the installed packages. "
-                "Run biper where the file is, or pass the file, as in path/to/mynet.py:build, or "
-                "the path of a checkpoint."
-            ) from error
-        raise
-    finally:
-        sys.path.remove(here)
-
-
-def _import_file(path: Path) -> Any:
-    """Run a file of Python code as a module, which may import what is beside it."""
-    if not path.is_file():
-        raise ValueError(f"There is no file '{path}' in '{Path.cwd()}'.")
-    name = path.stem if path.stem not in sys.modules else f"_{path.stem}_of_biper"
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None, "the name ends with .py"
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    sys.modules[name] = module  # as importing does: dataclasses and pickle look it up
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        del sys.modules[name]
-        if "relative import" in str(error):
-            raise ValueError(
-                f"'{path}' imports from its own package: run biper in the folder of the package, "
-                f"and name the module with dots, as in {path.parent.name}.{path.stem}:build."
-            ) from error
-        raise
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.path.remove(folder)
-    return module
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

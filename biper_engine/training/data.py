@@ -10,9 +10,6 @@ Other data sets keep a tenth of each class's training images as the validation p
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -23,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from biper_engine import references
 from biper_engine.errors import DataError
 from biper_engine.metadata import Metadata
 from biper_engine.preprocessing import image_to_pixels
@@ -66,7 +64,6 @@ _DIGITS_VALIDATION = 297
 _VALIDATION_SHARE = 0.1
 # Images of files are kept in memory, as bytes in the network's size, if they take less than this.
 _MEMORY_BYTES = 2**30
-_REFERENCE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
 _HUB = "hub:"
 
 
@@ -144,8 +141,8 @@ def _find(config: TrainingConfig, task: Metadata) -> DataSet:
     path = Path(name).expanduser()
     if path.exists() or name.startswith(_HUB):
         return _from_path(name, path, config, task)
-    if match := _REFERENCE.fullmatch(name):
-        return _from_function(match[1], match[2], config, task)
+    if named := references.parsed(name):
+        return _from_function(*named, config, task)
     close = get_close_matches(name, _DATASETS, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise DataError(
@@ -368,33 +365,18 @@ def _load_tables(source: str, config: TrainingConfig, task: Metadata) -> DataSet
 
 
 def _from_function(module: str, name: str, config: TrainingConfig, task: Metadata) -> DataSet:
-    found = _import(module, name)()
+    text, wanted = f"{module}:{name}", "a pair of PyTorch data sets, for training and test"
+    try:
+        found = references.call(references.resolve(module, name), text, wanted)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"Cannot load the data: {error}") from error
     if isinstance(found, DataSet):
         return found
     if isinstance(found, tuple) and len(found) == 2:
         return from_datasets(found[0], found[1], config, task)
     raise DataError(
-        f"'{module}:{name}' returned a {type(found).__name__}; wanted a pair of PyTorch data sets, "
-        "for training and test, or a training.data.DataSet."
+        f"'{text}' returned a {type(found).__name__}; wanted {wanted}, or a training.data.DataSet."
     )
-
-
-def _import(module: str, name: str) -> Callable[[], Any]:
-    try:
-        if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-            assert spec is not None
-            assert spec.loader is not None
-            loaded = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded)
-        else:
-            loaded = importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        raise DataError(f"Cannot import '{module}' for the data: {error}") from error
-    function = getattr(loaded, name, None)
-    if not callable(function):
-        raise DataError(f"'{module}' has no function '{name}' that returns the data.")
-    return function  # type: ignore[no-any-return]
 
 
 def _remembered(

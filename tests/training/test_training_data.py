@@ -383,11 +383,39 @@ class TestDatasets:
             assert len(load(name).train) == 12
         with pytest.raises(DataError, match="returned a int; wanted a pair"):
             load("mydata:other")
-        with pytest.raises(DataError, match="has no function 'nothing'"):
+        with pytest.raises(DataError, match="module mydata has no 'nothing'"):
             load("mydata:nothing")
-        with pytest.raises(DataError, match="Cannot import 'nowhere'"):
+        with pytest.raises(DataError, match="No module 'nowhere'"):
             load("nowhere:pair")
         sys.modules.pop("mydata", None)
+
+    @pytest.mark.parametrize("name", ["near:pair", "near.py:pair", "near.py:Kinds.pair"])
+    def test_a_function_lies_here_and_imports_what_is_beside_it(self, tmp_path, monkeypatch, name):
+        (tmp_path / "near_too.py").write_text(
+            "from tests.training.test_training_data import Noise\n"
+        )
+        code = "from near_too import Noise\ndef pair():\n    return Noise(), Noise()\n"
+        code += "class Kinds:\n    pair = staticmethod(pair)\n"
+        (tmp_path / "near.py").write_text(code)
+        monkeypatch.chdir(tmp_path)
+        assert len(load(name).train) == 12
+        for module in ("near", "near_too"):
+            sys.modules.pop(module)
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ("def pair(size):\n    return 1", "cannot be called without arguments: .*'size'"),
+            ("pair = 3", "is a int, wanted a callable"),
+            ("def pair(:\n", "odd.py' is not Python code: .*line 1"),
+            ("import nothing_of_this_name", "No module named 'nothing_of_this_name'"),
+            ("from . import more", "imports from its own package"),
+        ],
+    )
+    def test_odd_functions_are_refused(self, tmp_path, code, message):
+        (tmp_path / "odd.py").write_text(code)
+        with pytest.raises(DataError, match=message):
+            load(f"{tmp_path}/odd.py:pair")
 
 
 class Odd(Noise):
