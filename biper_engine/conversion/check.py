@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from biper_engine.conversion.end_to_end import EndToEnd
 from biper_engine.conversion.modes import plain_modes
 from biper_engine.conversion.observe import Observed
 from biper_engine.conversion.pipeline import Built
-from biper_engine.conversion.segments import EndToEnd, Segments
+from biper_engine.conversion.segments import Segments
 from biper_engine.conversion.truth import Truth
 from biper_engine.conversion.verify_report import SegmentReport, VerifyReport
 from biper_engine.engine import Engine
@@ -71,11 +72,12 @@ class _Check:
         self._segments: dict[str, SegmentReport] = {}
         self._sizes: set[int] = set()  # batch sizes for which the simplified graph was compared
         self._agreed = 0
+        self._end_to_end: EndToEnd | None = None
 
     def compare(self, batch: Batch, *, counted: bool = True) -> bool:
         """Compare one batch; return whether to compare the next one.
 
-        If a batch is not counted, only its rows with errors are kept.
+        If a batch is not counted, only its rows with errors are kept, and what is found end to end.
         """
         report, built = self.report, self._built
         segments: dict[str, SegmentReport] = self._segments if counted else {}
@@ -94,7 +96,8 @@ class _Check:
         with plain_modes():
             forced = Segments(built, truth, segments)
             forced.run(*batch)
-            EndToEnd(built, forced.layer_inputs, segments).run(*batch)
+            self._end_to_end = self._end_to_end or EndToEnd(self._engine, built.lowered)
+            self._end_to_end.count(batch, forced.layer_inputs, self._segments, counted=counted)
             args, kwargs = pytree.tree_unflatten(list(batch), self._engine.signature.in_spec)
             results = flatten_structure(self._engine(*args, **kwargs))[0]
         agreed = _compare_outputs(report, truth.outputs, results)

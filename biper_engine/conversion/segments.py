@@ -6,7 +6,7 @@ The rules of the comparison are in `verify`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from biper_engine.ops.matrix_operators import matrix_shape
 from biper_engine.ops.reference import ReferenceBackend, apply_epilogue, sums_of
 from biper_engine.ops.registration import split_options
 
-__all__ = ["EndToEnd", "NanInputError", "Segments"]
+__all__ = ["NanInputError", "Segments", "segment_row"]
 
 _STEPS = 8
 """Most roundings, of 2^-24 of the largest term each, in the value before a sign."""
@@ -56,7 +56,8 @@ def _as_map(value: Tensor, conv: BinaryConv) -> Tensor:
     return value.reshape(-1, value.shape[-1], 1, 1) if conv.rows else value
 
 
-def _row(segments: dict[str, SegmentReport], n: fx.Node) -> SegmentReport:
+def segment_row(segments: dict[str, SegmentReport], n: fx.Node) -> SegmentReport:
+    """Return the row of a node's layer, a new one if there is none yet."""
     name = str(n.meta.get("layer", n.name))
     return segments.setdefault(name, SegmentReport(name))
 
@@ -111,7 +112,7 @@ class Segments(fx.Interpreter):
         wanted = self._truth.values[source].reshape(value.shape)
         if "getitem" not in str(n.target):
             bound = partial(self._bound_of_sums, n, value)
-            self._compare_floats(_row(self._segments, n), value, wanted, affected, bound)
+            self._compare_floats(segment_row(self._segments, n), value, wanted, affected, bound)
         return self._rounded(n, wanted, value.dtype)
 
     # -- values -----------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class Segments(fx.Interpreter):
         zeros = int((x == threshold).sum()) if rule.tie else 0
         undecided = int((close & (x != threshold)).sum())
         if zeros or undecided or bool(unequal.any()):
-            segment = _row(self._segments, n)
+            segment = segment_row(self._segments, n)
             segment.bits += x.numel()
             segment.exact_zeros += zeros
             segment.undecided += undecided
@@ -212,7 +213,7 @@ class Segments(fx.Interpreter):
 
     def _conv(self, n: fx.Node) -> Any:
         conv: BinaryConv = n.meta["conv"]
-        segment = _row(self._segments, n)
+        segment = segment_row(self._segments, n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         op = str(n.target).split(".")[-2]
         options = dict(kwargs)
@@ -272,7 +273,7 @@ class Segments(fx.Interpreter):
     def _product(self, n: fx.Node) -> Tensor:
         """Compare a product of two activations; return the model's own."""
         product: ActivationProduct = n.meta["product"]
-        segment = _row(self._segments, n)
+        segment = segment_row(self._segments, n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         values = self._truth.values
         for factor in (product.left, product.right):
@@ -375,37 +376,3 @@ def _pooled(affected: Tensor, epilogue: Epilogue) -> Tensor:
 def _unpacked(bits: Tensor, channels: int) -> Tensor:
     """Return packed bits as bool [N, C, H, W]."""
     return contract.unpack_channels(bits, channels).permute(0, 3, 1, 2)
-
-
-class EndToEnd(fx.Interpreter):
-    """Runs the lowered graph from the input on, and counts the bits that differ from the model's.
-
-    Args:
-        built: a conversion.
-        layer_inputs: the true packed map that enters each binary convolution, by node name.
-        segments: rows by name; counts are added to them.
-    """
-
-    def __init__(
-        self,
-        built: Built,
-        layer_inputs: Mapping[str, Tensor],
-        segments: dict[str, SegmentReport],
-    ) -> None:
-        super().__init__(built.lowered)
-        self._layer_inputs = layer_inputs
-        self._segments = segments
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node; count bits if it is a binary convolution, or a product's left factor."""
-        if "conv" in n.meta or "product" in n.meta:
-            (bits, *_), options = self.fetch_args_kwargs_from_env(n)
-            wanted = self._layer_inputs[n.name]
-            segment = _row(self._segments, n)
-            pixels = wanted.numel() // wanted.shape[-1] if wanted.numel() else 0
-            conv = n.meta.get("conv")
-            segment.input_bits += pixels * (
-                options["channels"] if conv is None else conv.geometry.in_channels
-            )
-            segment.input_bits_differ += contract.count_different(bits, wanted)
-        return super().run_node(n)

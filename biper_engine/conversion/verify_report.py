@@ -84,7 +84,9 @@ class SegmentReport:
         cancelled: floats that are left out of `float_error`, since they differ only by the rounding
             of terms that are far larger than their sum.
         input_bits: number of input bits of a binary layer.
-        input_bits_differ: number of those that differ when the engine runs from the input on.
+        run_bits: the same when the engine runs from the input on, as it also does with a batch of
+            another size.
+        input_bits_differ: number of those that differ from the model's.
     """
 
     name: str
@@ -100,6 +102,7 @@ class SegmentReport:
     float_limit: float = FLOAT_TOLERANCE[torch.float32]
     cancelled: int = 0
     input_bits: int = 0
+    run_bits: int = 0
     input_bits_differ: int = 0
 
     @property
@@ -161,6 +164,11 @@ class VerifyReport:
     def input_bits(self) -> int:
         """Number of input bits of binary layers."""
         return sum(s.input_bits for s in self.segments)
+
+    @property
+    def run_bits(self) -> int:
+        """Number of input bits of binary layers when the whole network runs."""
+        return sum(s.run_bits for s in self.segments)
 
     @property
     def input_bits_differ(self) -> int:
@@ -259,7 +267,7 @@ class VerifyReport:
         """Return how many input bits of binary layers differ when the whole network runs."""
         if not self.input_bits_differ:
             return "no bit differs" if self.input_bits else "no bits"
-        return f"{self.input_bits_differ:,} of {self.input_bits:,} bits differ"
+        return f"{self.input_bits_differ:,} of {self.run_bits:,} bits differ"
 
     def __str__(self) -> str:
         return self.table()

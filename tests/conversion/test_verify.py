@@ -207,7 +207,36 @@ def test_flips_end_to_end_stand_beside_the_error_that_they_make() -> None:
     report = verify(engine, model, images)
     assert report.ok, report.table()
     assert 0 < report.input_bits_differ < report.input_bits
-    assert f"{report.input_bits_differ:,} of {report.input_bits:,} bits differ" in report.summary()
+    assert f"{report.input_bits_differ:,} of {report.run_bits:,} bits differ" in report.summary()
+
+
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_no_bit_differs_only_where_no_output_does(count: int) -> None:
+    """Sums of 0 but for rounding: their signs depend on their order, and that on the batch."""
+    layers = {"stem": nn.Conv2d(3, 32, 3, bias=False), "c": QConv(32, 4, 3, sign=copysign)}
+    model = seeded(lambda: Functional(lambda s, x: s.c(s.stem(x)).mean((2, 3)), **layers))
+    with torch.no_grad():
+        weight = model.get_parameter("stem.weight")
+        nn.init.uniform_(weight, -1, 1, generator=torch.Generator().manual_seed(0))
+        weight[:, 0, 0, 0] -= weight.sum((1, 2, 3))
+    images = torch.rand(count, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    images = images.expand(-1, 3, 16, 16).contiguous()
+    report = verify(convert_quietly(model, images, check=False), model, images)
+    assert (report.input_bits_differ > 0) == (report.logit_error > 1e-3), report.table()
+
+
+def test_bits_end_to_end_are_those_of_a_call_of_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Native programs sum in another order than PyTorch's operators, which once were counted."""
+    engine, model, images = converted(SmallNet, (3, 8, 8))
+    ran = []
+    forward = Engine.forward
+    monkeypatch.setattr(
+        Engine, "forward", lambda self, *x: ran.append(self.execution) or forward(self, *x)
+    )
+    assert verify(engine, model, images).ok
+    assert set(ran) == {engine.execution}
 
 
 def test_signs_that_rounding_decides_are_reported_first() -> None:
