@@ -34,21 +34,25 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, a folder with a "
-            "folder for each class, Parquet, WebDataset, hub:name, or module:callable.",
+            metavar="DATA",
+            help="A folder for each class in a folder, Parquet, WebDataset, hub:name, "
+            "module:callable, or digits, mnist, fashion-mnist, cifar10, cifar100, imagenet.",
             show_default=False,
         ),
     ] = None,
     data_dir: Annotated[
-        str | None, typer.Option(help="Where that data set's files are.", show_default=False)
+        str | None,
+        typer.Option(metavar="DIR", help="Where that data set's files are.", show_default=False),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Network.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Network.", show_default=False)
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Change the recipe, as optimizer.lr=0.01; repeatable.",
+            help="As optimizer.lr=0.01; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -56,43 +60,46 @@ def train(
         list[str] | None,
         typer.Option(
             "--sweep",
-            metavar="KEY=VALUE,VALUE",
-            help="Train once with each value, as frequency=5,10,20; repeatable.",
+            metavar="KEY=A,B,C",
+            help="Train with each value; repeatable.",
             show_default=False,
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory for checkpoints and logs.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="For all files.")
     ] = Path("biper-train"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in that directory.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in DIR.")] = False,
     stage1_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of stage 1.", show_default=False)
+        int | None, typer.Option(min=1, metavar="N", help="Epochs of stage 1.", show_default=False)
     ] = None,
     stage2_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of stage 2.", show_default=False)
+        int | None, typer.Option(min=1, metavar="N", help="Epochs of stage 2.", show_default=False)
     ] = None,
     frequency: Annotated[
-        float | None, typer.Option(help="w0 of sin(w0*w), BiPer.", show_default=False)
+        float | None, typer.Option(metavar="W0", help="w0 of sin(w0*w), BiPer.", show_default=False)
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=2, help="Images per step.", show_default=False)
+        int | None, typer.Option(min=2, metavar="N", help="Images per step.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Random seed.", show_default=False)
+    ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="32-true, bf16-mixed, ... (Lightning's names).", show_default=False),
+        typer.Option(
+            metavar="NAME", help="32-true, bf16-mixed or another of Lightning.", show_default=False
+        ),
     ] = None,
     hold_out: Annotated[
         bool, typer.Option("--hold-out", help="Measure on held-out training images.")
     ] = False,
-    accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "auto",
-    devices: Annotated[str, typer.Option(help="How many devices, or auto.")] = "auto",
-    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
-    strategy: Annotated[str, typer.Option(help="Lightning's name, as ddp.")] = "auto",
+    accelerator: Annotated[str, typer.Option(metavar="NAME", help="cpu, gpu or auto.")] = "auto",
+    devices: Annotated[str, typer.Option(metavar="N", help="How many, or auto.")] = "auto",
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Number of machines.")] = 1,
+    strategy: Annotated[str, typer.Option(metavar="NAME", help="Lightning's, as ddp.")] = "auto",
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that read images.", show_default=False)
+        int | None,
+        typer.Option(min=0, metavar="N", help="Processes that read images.", show_default=False),
     ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Train through torch.compile.")
@@ -100,7 +107,10 @@ def train(
     save_every: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Save every so many steps, as well as each epoch.", show_default=False
+            min=1,
+            metavar="N",
+            help="Save every N steps, as well as each epoch.",
+            show_default=False,
         ),
     ] = None,
     tensorboard: Annotated[
@@ -108,11 +118,11 @@ def train(
     ] = False,
     export_official: Annotated[
         bool,
-        typer.Option("--export-official", help="Write checkpoints for the official code, too."),
+        typer.Option("--export-official", help="Checkpoints for the official code, too."),
     ] = False,
     convert: Annotated[bool, typer.Option(help="Convert and verify at the end.")] = True,
     print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print the merged recipe, and do no more.")
+        bool, typer.Option("--print-recipe", help="Print the merged recipe only.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
