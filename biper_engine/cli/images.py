@@ -90,6 +90,8 @@ def _numbers(option: str, text: str, channels: int) -> tuple[float, ...]:
             f"{option} (={text}) must be {channels} numbers with commas between them, one for "
             "each channel, or one number."
         )
+    if option == "--std" and not all(value > 0 for value in values):
+        raise ValueError(f"{option} (={text}) must be above 0: pixels are divided by it.")
     return values * (channels // len(values))
 
 

@@ -179,12 +179,14 @@ def describe(node: fx.Node) -> str:
         **{"relu": "a ReLU", "hardtanh": "a clamp", "clamp": "a clamp", "add": "a sum"},
         **{"batch_norm": "a batch norm", "max_pool2d": "a max pool", "conv2d": "a convolution"},
         **{"avg_pool2d": "an average pool", "linear": "a linear layer"},
+        "binary_conv": "a binary layer",
     }
     if is_call(node, *_MOVES):
         return describe(parent(node))
     if node.op == "placeholder":
         return "the network's input"
-    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
+    target = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(target, "__name__", str(target))
     return names.get(name, f"a float map made by {name}")
 
 

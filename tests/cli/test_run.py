@@ -113,7 +113,7 @@ def test_a_network_that_is_not_a_classifier_is_refused(
         (["photos", "--backend", "triton"], "cannot run here"),
         (["photos", "--mean", "0.1,0.2"], "--mean (=0.1,0.2) must be 3 numbers with commas"),
         (["photos", "--std", "a,b,c"], "--std (=a,b,c) must be 3 numbers with commas"),
-        (["photos", "--std", "0"], "every standard deviation above 0"),
+        (["photos", "--std", "0"], "--std (=0) must be above 0"),
         (["photos", "--size", "8"], "--size (=8) is less than the 16 pixels"),
         (["photos", "--labels", "gone.txt"], "Cannot read --labels 'gone.txt': No such file"),
         (["photos", "--labels", "photos/a.png"], "--labels 'photos/a.png' is not text in UTF-8"),

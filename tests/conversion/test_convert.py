@@ -21,7 +21,14 @@ from tests.conversion.comparison import (
     converted,
     images_of,
 )
-from tests.conversion.foreign_models import BinaryNet, PlainNet, QConv, SmallNet, seeded
+from tests.conversion.foreign_models import (
+    BinaryNet,
+    PlainNet,
+    QConv,
+    QLinear,
+    SmallNet,
+    seeded,
+)
 
 
 def float_net() -> nn.Module:
@@ -201,3 +208,10 @@ def test_conversion_is_deterministic_and_leaves_the_generator_alone() -> None:
     assert list(one) == list(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert first.graph_module.code == second.graph_module.code
+
+
+def test_a_layer_behind_a_binary_one_names_it_in_words() -> None:
+    layers = {"c": QLinear(16, 8), "fc": nn.Linear(8, 3)}
+    model = seeded(lambda: Functional(lambda s, x: s.fc(s.c(x)), **layers))
+    rows = {row.name: row for row in convert_quietly(model, images_of((16,))).report.layers}
+    assert str(rows["fc"].reason).startswith("its input is a binary layer, its weight has")
