@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -166,11 +167,34 @@ def load_tables(source: str, config: TrainingConfig) -> Tables:
         )
     columns = _columns(source, train, config)
     count, names = _classes(source, train, columns, config)
+    if names is not None:
+        _require_names(Path(source), columns.label, names)
     columns = columns._replace(names=names)
     kind = _stream if config.streaming else TableExamples
     parts = [None if one is None else kind(_raw(one, columns), columns) for one in (train, test)]
     assert parts[0] is not None
     return Tables(parts[0], parts[1], count, names)
+
+
+def _require_names(path: Path, column: str, names: tuple[str, ...]) -> None:
+    """Require the classes' names in one order in every file: `datasets` takes those of the first.
+
+    Raises:
+        DataError: a file has them in another order, or others.
+    """
+    import pyarrow.parquet as pq
+
+    for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+        if file.suffix != ".parquet":
+            continue
+        told = json.loads((pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}"))
+        feature = told.get("info", {}).get("features", {}).get(column, {})
+        found = feature.get("names") if isinstance(feature, dict) else None
+        if found is not None and tuple(found) != names:
+            raise DataError(
+                f"'{file}' numbers the classes otherwise, {', '.join(found[:10])}, than training "
+                f"images, {', '.join(names[:10])}. Write all files with the same class names."
+            )
 
 
 def _splits(source: str, streaming: bool) -> Mapping[str, Any]:

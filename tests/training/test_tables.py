@@ -127,6 +127,17 @@ def test_other_labels_than_those_of_classes_are_refused(tmp_path, train, test, k
         load(tmp_path)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_number_the_classes_otherwise_are_refused(tmp_path, streaming):
+    for name, classes in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
+        rows = {"image": [{"bytes": png(n), "path": None} for n in range(8)], "label": [0, 1] * 4}
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        table.to_parquet(str(tmp_path / f"{name}.parquet"))
+    with pytest.raises(DataError, match=r"test\.parquet' numbers the classes otherwise, dog, cat"):
+        load(tmp_path, streaming=streaming)
+
+
 @pytest.mark.parametrize(("label", "kind"), [(0.5, "float64"), ("x", "string"), (None, "int64")])
 def test_a_label_of_a_stream_that_is_no_number_is_named(tmp_path, label, kind):
     labelled(tmp_path / "train.parquet", [label] * 10, kind)
