@@ -124,6 +124,33 @@ BIPER_INLINE void fill_strip(const ConvPlan& plan, const Unit& unit, int64_t gro
   }
 }
 
+// Lays out the strip of few channels once for each word of a window: the word at a place has the
+// taps, one above the other, that a window which begins there has in it.
+BIPER_INLINE void fold_taps(const ConvPlan& plan, const Unit& unit, const uint32_t* strip,
+                            uint32_t* folded) {
+  const ConvGeometry& g = plan.geometry;
+  const int64_t words = strip_rows(plan, unit) * plan.strip_w;
+  const int64_t reach =
+      (g.kernel_h - 1) * g.dilation_h * plan.strip_w + (g.kernel_w - 1) * g.dilation_w;
+  const int64_t places = words - reach, taps = g.kernel_h * g.kernel_w;
+  const auto tap = [&](int64_t t) {
+    return strip + t / g.kernel_w * g.dilation_h * plan.strip_w + t % g.kernel_w * g.dilation_w;
+  };
+  for (int64_t t = 0; t < taps; folded += words) {
+    const uint32_t* from = tap(t++);
+    if (t == taps) {
+      __builtin_memcpy(folded, from, static_cast<size_t>(places) * sizeof(uint32_t));
+    }
+    for (int64_t n = 1; n < plan.fold && t < taps; ++n, from = folded) {
+      const uint32_t* const next = tap(t++);
+      BIPER_INDEPENDENT
+      for (int64_t i = 0; i < places; ++i) {
+        folded[i] = from[i] | next[i] << n * plan.group_channels;
+      }
+    }
+  }
+}
+
 // Writes the pairs of a unit's windows; conv.cpp says where they lie.
 template <class I>
 BIPER_INLINE void fill_pairs(const ConvPlan& plan, const Unit& unit, const Strip& strip,
@@ -468,7 +495,13 @@ BIPER_INLINE Strip strip_of(const ConvPlan& plan, const Unit& unit, char* scratc
     strip.words =
         plan.bits + (unit.image * plan.height + unit.conv_first * g.stride_h) * strip.row_words;
   }
-  fill_offsets(g, strip.row_words, plan.group_words, offsets);
+  if (plan.fold > 1) {
+    const int64_t words = strip_rows(plan, unit) * plan.strip_w;
+    strip.words = reinterpret_cast<uint32_t*>(scratch + plan.scratch.folded);
+    for (int64_t k = 0; k < plan.depth; ++k) offsets[k] = static_cast<int32_t>(k * words);
+  } else {
+    fill_offsets(g, strip.row_words, plan.group_words, offsets);
+  }
   strip.row_classes = classify(unit.conv_first, unit.conv_last, g.stride_h, g.pad_top, plan.height,
                                g.kernel_h, g.dilation_h, row_class, rows);
   strip.column_classes = classify(0, plan.conv_w, g.stride_w, g.pad_left, plan.width, g.kernel_w,
@@ -503,7 +536,11 @@ static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory)
     const int64_t first_vector = b % plan.group_blocks * I::kVectors;
     const int64_t vectors = min64(plan.group_vectors - first_vector, I::kVectors);
     if (group != filled_group && !plan.direct) {
-      fill_strip(plan, unit, group, reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip));
+      uint32_t* const words = reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip);
+      fill_strip(plan, unit, group, words);
+      if (plan.fold > 1) {
+        fold_taps(plan, unit, words, reinterpret_cast<uint32_t*>(scratch + plan.scratch.folded));
+      }
     }
     if constexpr (I::kPairs) {
       if (plan.paired && group != filled_group) {
