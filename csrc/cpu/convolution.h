@@ -43,6 +43,9 @@ struct Block {
 // Kernel positions [first, last) of [0, kernel) whose tap start + position * dilation is in
 // [0, size).
 BIPER_INLINE Border border_of(int64_t start, int64_t size, int64_t kernel, int64_t dilation) {
+  if (start >= 0 && start + (kernel - 1) * dilation < size) {  // without divisions, most of them
+    return {0, static_cast<int32_t>(kernel)};
+  }
   const int64_t first = start < 0 ? (-start + dilation - 1) / dilation : 0;
   const int64_t last = start < size ? (size - start + dilation - 1) / dilation : 0;
   Border border;
@@ -58,12 +61,6 @@ BIPER_INLINE int32_t classify(int64_t first, int64_t last, int64_t stride, int64
                               int64_t size, int64_t kernel, int64_t dilation, int32_t* class_of,
                               Border* borders) {
   int32_t classes = 0;
-  const int64_t lowest = first * stride - pad, highest = (last - 1) * stride - pad;
-  if (first < last && kernel == 1 && lowest >= 0 && highest < size) {  // without a division each
-    borders[0] = {0, 1};
-    for (int64_t at = first; at < last; ++at) class_of[at - first] = 0;
-    return 1;
-  }
   for (int64_t at = first; at < last; ++at) {
     const Border border = border_of(at * stride - pad, size, kernel, dilation);
     const bool same = classes > 0 && borders[classes - 1].first == border.first &&
@@ -187,19 +184,8 @@ BIPER_INLINE void fill_pairs(const ConvPlan& plan, const Unit& unit, const Strip
   }
 }
 
-// Where the pair of the output at (row, column) of a unit, its pixel number `pixel`, begins.
-BIPER_INLINE const uint16_t* pair_of(const ConvPlan& plan, const Strip& strip, int64_t row,
-                                     int64_t column, int64_t pixel) {
-  const ConvGeometry& g = plan.geometry;
-  int64_t place = pixel / 2;
-  if (!plan.pointwise) {
-    place = row * g.stride_h * plan.pair_w;
-    place += column + 1 < plan.conv_w ? column * g.stride_w : plan.strip_w;
-  }
-  return strip.pairs + place * plan.group_words * kWordParts;
-}
-
 // Fills borders[row class][column class][lanes] of a block.
+template <class I>
 BIPER_INLINE void fill_borders(const ConvPlan& plan, const Strip& strip, const Block& block,
                                int32_t* border) {
   const ConvGeometry& g = plan.geometry;
@@ -216,7 +202,9 @@ BIPER_INLINE void fill_borders(const ConvPlan& plan, const Strip& strip, const B
             continue;
           }
           const int32_t* counts = block.tap_counts + (ky * g.kernel_w + kx) * plan.tap_lanes;
-          for (int64_t l = 0; l < block.lanes; ++l) border[l] += 2 * counts[l];
+          for (int64_t first = 0; first < block.lanes; first += I::kLanes) {
+            for (int l = 0; l < I::kLanes; ++l) border[first + l] += 2 * counts[first + l];
+          }
         }
       }
     }
@@ -295,33 +283,119 @@ BIPER_INLINE void tile_of(int64_t pixels, const uint32_t* const* windows,
   }
 }
 
+// The next output pixel of a unit.
+struct Place {
+  int64_t row, column;
+};
+
+// Finds the windows and borders of the next `pixels` output pixels, row after row.
+template <int64_t kBlockLanes>
+BIPER_INLINE void find_windows(const ConvPlan& plan, const Strip& strip, const Block& block,
+                               Place& place, int64_t pixels, const uint32_t** windows,
+                               const int32_t** borders) {
+  const int64_t step = plan.geometry.stride_w * plan.group_words;
+  const int64_t row_step = plan.geometry.stride_h * strip.row_words;
+  for (int64_t p = 0; p < pixels;) {
+    const uint32_t* window = strip.words + place.row * row_step + place.column * step;
+    const int32_t* const row_borders =
+        block.borders + strip.row_class[place.row] * strip.column_classes * kBlockLanes;
+    const int32_t* const column_class = strip.column_class + place.column - p;
+    const int64_t end = min64(pixels, p + plan.conv_w - place.column);
+    place.column += end - p;
+    for (; p < end; ++p, window += step) {
+      asm volatile("");  // or the compiler makes vectors of so few, which takes longer
+      windows[p] = window;
+      borders[p] = row_borders + column_class[p] * kBlockLanes;
+    }
+    if (place.column == plan.conv_w) place = {place.row + 1, 0};
+  }
+}
+
+// Finds where the pairs of the next `pixels` outputs of a unit begin, the first of which is its
+// number `pixel`.
+BIPER_INLINE void find_pairs(const ConvPlan& plan, const Strip& strip, Place place, int64_t pixel,
+                             int64_t pixels, const uint16_t** pairs) {
+  const ConvGeometry& g = plan.geometry;
+  const int64_t step = plan.group_words * kWordParts;
+  for (int64_t p = 0; p < pixels; p += 2) {
+    int64_t pair = (pixel + p) / 2;
+    if (!plan.pointwise) {
+      pair = place.row * g.stride_h * plan.pair_w;
+      pair += place.column + 1 < plan.conv_w ? place.column * g.stride_w : plan.strip_w;
+    }
+    pairs[p / 2] = strip.pairs + pair * step;
+    for (place.column += 2; place.column >= plan.conv_w; ++place.row) place.column -= plan.conv_w;
+  }
+}
+
+// The same for P pixels, which mostly lie in one row.
+template <int P, int64_t kBlockLanes>
+BIPER_INLINE void find_tile(const ConvPlan& plan, const Strip& strip, const Block& block,
+                            Place& place, const uint32_t** windows, const int32_t** borders) {
+  const int64_t column = place.column;
+  if (column + P > plan.conv_w) {
+    return find_windows<kBlockLanes>(plan, strip, block, place, P, windows, borders);
+  }
+  const int64_t step = plan.geometry.stride_w * plan.group_words;
+  const uint32_t* const first =
+      strip.words + place.row * plan.geometry.stride_h * strip.row_words + column * step;
+  const int32_t* const row_borders =
+      block.borders + strip.row_class[place.row] * strip.column_classes * kBlockLanes;
+  for (int p = 0; p < P; ++p) windows[p] = first + p * step;
+  for (int p = 0; p < P; ++p) {
+    borders[p] = row_borders + strip.column_class[column + p] * kBlockLanes;
+  }
+  place.column += P;
+  if (place.column == plan.conv_w) place = {place.row + 1, 0};
+}
+
+// What the tiles of a block with a plain epilogue share.
+template <class I, int J>
+struct PlainBlock {
+  PlainChannels<I> constants[J];
+  int64_t residual_channel[J];
+};
+
+template <class I, int J>
+BIPER_INLINE PlainBlock<I, J> plain_block(const ConvPlan& plan, int64_t channel) {
+  PlainBlock<I, J> made;
+  for (int j = 0; j < J; ++j, channel += I::kLanes) {
+    made.constants[j] = plain_channels<I>(plan.epilogue, channel);
+    made.residual_channel[j] = residual_at(plan, 0, channel);
+  }
+  return made;
+}
+
 // Counts P windows against J whole vectors and takes them through a plain epilogue without leaving
 // the registers.
-template <class I, int P, int J, bool kSloped>
+template <class I, int P, int J, bool kClamped>
 static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
                        const int32_t* const* borders, const Strip& strip, const Block& block,
-                       int64_t first_pixel) {
+                       const PlainBlock<I, J>& plain, int64_t first_pixel) {
   typename I::Sum sums[P * J];
   count_words<I, P, J>(windows, strip.offsets, 0, plan.depth, block.weights, sums);
-  const TileGates gates = gates_of(plan, first_pixel, P);
-  const float* const added = static_cast<const float*>(plan.residual);
-  float* const out = static_cast<float*>(plan.out_float);
+  TileGates gates;
+  if constexpr (!kClamped) gates = gates_of(plan, first_pixel, P);
   const int64_t outputs = plan.geometry.out_channels;
-  const int64_t index = first_pixel * outputs + block.channel;
+  const float* added = static_cast<const float*>(plan.residual);
+  if (added) added += first_pixel * plan.residual_channels;
+  float* floats = static_cast<float*>(plan.out_float);
+  if (floats) floats += first_pixel * outputs + block.channel;
   uint64_t masks[P] = {};
   BIPER_UNROLL
   for (int j = 0; j < J; ++j) {
-    const int64_t channel = block.channel + j * I::kLanes;
-    const PlainChannels<I> constants = plain_channels<I>(plan.epilogue, channel);
-    const int64_t residual = residual_at(plan, first_pixel, channel);
+    const PlainChannels<I> constants = plain.constants[j];
+    const float* residual = added ? added + plain.residual_channel[j] : nullptr;
+    float* out = floats ? floats + j * I::kLanes : nullptr;
     BIPER_UNROLL
     for (int p = 0; p < P; ++p) {
       const typename I::Float dot = I::float_dots(borders[p] + j * I::kLanes, sums[p * J + j]);
       const uint64_t bits =
-          finish_plain<I, kSloped>(plan, constants, dot, gates.of_pixel[p], channel,
-                                   added ? added + residual + p * plan.residual_channels : nullptr,
-                                   out ? out + index + p * outputs + j * I::kLanes : nullptr);
+          finish_plain<I, kClamped>(plan, constants, dot, kClamped ? nullptr : gates.of_pixel[p],
+                                    block.channel + j * I::kLanes, residual, out);
       masks[p] |= bits << (j * I::kLanes);
+      if (residual) residual += plan.residual_channels;
+      if (out) out += outputs;
     }
   }
   if (plan.out_bits) {
@@ -348,49 +422,44 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
                                int64_t first, int64_t last, bool keep, int64_t first_pixel,
                                int32_t* dots) {
   constexpr int kPixels = tile_pixels<I, J>();
+  constexpr int64_t kBlockLanes = J * I::kLanes;  // of the block, too
   const uint32_t* windows[kPixels];
-  const uint16_t* pairs[(kPixels + 1) / 2];
-  const int32_t* borders[kPixels];
+  const int32_t* borders[kPixels + 1];
   int32_t sums[kPixels], valid[kPixels];
   const bool summed = !keep && has_sums(plan.epilogue);
-  const bool plain = !keep && is_plain(plan) && block.channels == block.lanes;
-  const bool sloped = is_sloped(plan.epilogue);
-  const int64_t step = plan.geometry.stride_w * plan.group_words;
-  const int64_t row_step = plan.geometry.stride_h * strip.row_words;
   const int64_t total = (last - first) * plan.conv_w;
-  int64_t row = first, column = 0;
-  for (int64_t pixel = 0; pixel < total; pixel += kPixels) {
-    const int64_t pixels = min64(total - pixel, kPixels);
-    for (int64_t p = 0; p < pixels; ++p) {
-      windows[p] = strip.words + row * row_step + column * step;
-      const int64_t border_class =
-          int64_t{strip.row_class[row]} * strip.column_classes + strip.column_class[column];
-      borders[p] = block.borders + border_class * block.lanes;
-      if (strip.pairs && p % 2 == 0) {
-        pairs[p / 2] = pair_of(plan, strip, row, column, pixel + p);
-        borders[p + 1] = borders[p];  // where there is no such pixel
+  int64_t pixel = 0;
+  Place place{first, 0};
+  if constexpr (I::kSumsFitFloats) {
+    if (!keep && is_plain(plan) && block.channels == block.lanes) {
+      const auto run =
+          is_clamped(plan) ? &plain_tile<I, kPixels, J, true> : &plain_tile<I, kPixels, J, false>;
+      const PlainBlock<I, J> shared = plain_block<I, J>(plan, block.channel);
+      for (; pixel + kPixels <= total; pixel += kPixels) {
+        find_tile<kPixels, kBlockLanes>(plan, strip, block, place, windows, borders);
+        run(plan, windows, borders, strip, block, shared, first_pixel + pixel);
       }
-      if (summed) {
-        const Border r = strip.rows[strip.row_class[row]];
-        const Border c = strip.columns[strip.column_class[column]];
-        const int64_t taps = int64_t{r.last - r.first} * (c.last - c.first);
-        valid[p] = static_cast<int32_t>(taps * plan.group_channels);
-        sums[p] = plan.epilogue.window ? 2 * set_bits(plan, strip, windows[p]) - valid[p] : 0;
-      }
-      if (++column == plan.conv_w) column = 0, ++row;
     }
-    if constexpr (I::kSumsFitFloats) {
-      if (plain && pixels == kPixels) {
-        const auto run =
-            sloped ? &plain_tile<I, kPixels, J, true> : &plain_tile<I, kPixels, J, false>;
-        run(plan, windows, borders, strip, block, first_pixel + pixel);
-        continue;
-      }
+  }
+  for (; pixel < total; pixel += kPixels) {
+    const int64_t pixels = min64(total - pixel, kPixels);
+    const Place tile_place = place;
+    find_windows<kBlockLanes>(plan, strip, block, place, pixels, windows, borders);
+    for (int64_t p = 0; summed && p < pixels; ++p) {
+      const int64_t border_class = (borders[p] - block.borders) / kBlockLanes;
+      const Border r = strip.rows[border_class / strip.column_classes];
+      const Border c = strip.columns[border_class % strip.column_classes];
+      const int64_t taps = int64_t{r.last - r.first} * (c.last - c.first);
+      valid[p] = static_cast<int32_t>(taps * plan.group_channels);
+      sums[p] = plan.epilogue.window ? 2 * set_bits(plan, strip, windows[p]) - valid[p] : 0;
     }
     int32_t* to = keep ? dots + pixel * block.lanes : dots;
     if constexpr (I::kPairs) {
       static_assert(kPixels % 2 == 0, "a tile is whole pairs");
       if (strip.pairs) {
+        const uint16_t* pairs[kPixels / 2];
+        find_pairs(plan, strip, tile_place, pixel, pixels, pairs);
+        borders[pixels] = borders[pixels - 1];  // where the last pair has one pixel
         pair_tile_of<I, kPixels / 2, J>((pixels + 1) / 2, pairs, borders, strip.pair_offsets,
                                         plan.depth, plan.group_channels <= 16, block.weights, to);
       } else {
@@ -556,7 +625,7 @@ static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory)
     block.weights = plan.weights + vector * plan.depth * I::kParts * I::kPartWords;
     block.tap_counts = plan.tap_counts + vector * I::kLanes;
     block.borders = borders;
-    fill_borders(plan, strip, block, borders);
+    fill_borders<I>(plan, strip, block, borders);
     conv_block_of<I>(vectors, plan, unit, strip, block, scratch);
   }
 }
