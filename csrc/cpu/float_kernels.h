@@ -407,30 +407,65 @@ BIPER_INLINE PoolSpan pool_columns(const FloatPoolCall& call, int64_t x) {
   return pool_span(x, call.width, w.kernel_w, w.stride_w, w.pad_w);
 }
 
+// The window of an output that a pool averages.
+struct AverageWindow {
+  const float* from;  // its first pixel's first channel
+  int64_t rows, columns, row_step, step;
+};
+
+// Adds up N vectors of channels from channel `c` on and multiplies by `factor`.
+template <class I, int N>
+BIPER_INLINE void average_vectors(const AverageWindow& window, int64_t c, typename I::Float factor,
+                                  float* to) {
+  typename I::Float sums[N];
+  for (int n = 0; n < N; ++n) sums[n] = I::broadcast(0.0f);
+  for (int64_t y = 0; y < window.rows; ++y) {
+    const float* from = window.from + y * window.row_step + c;
+    for (int64_t x = 0; x < window.columns; ++x, from += window.step) {
+      for (int n = 0; n < N; ++n) sums[n] = I::add(sums[n], I::load(from + n * I::kFloats));
+    }
+  }
+  for (int n = 0; n < N; ++n) I::store(to + c + n * I::kFloats, I::multiply(sums[n], factor));
+}
+
 template <class I>
 static void average_row(const FloatPoolCall& call, int64_t row) {
   const PoolSpan tall = pool_rows(call, row % call.out_h);
-  const float* image = call.x + row / call.out_h * call.height * call.width * call.channels;
+  const int64_t channels = call.channels, row_step = call.width * channels;
+  const float* first = call.x + (row / call.out_h * call.height + tall.first) * row_step;
   float* out = call.out + row * call.out_w * call.out_channels;
+  if (call.out_channels != channels) {
+    __builtin_memset(out, 0, static_cast<size_t>(call.out_w * call.out_channels) * sizeof(float));
+  }
+  out += call.first_channel;
   for (int64_t x = 0; x < call.out_w; ++x, out += call.out_channels) {
     const PoolSpan wide = pool_columns(call, x);
+    const AverageWindow window{first + wide.first * channels, tall.last - tall.first,
+                               wide.last - wide.first, row_step, channels};
     int64_t count = call.divisor;
     if (count == 0) {
-      count = call.count_padding ? tall.padded * wide.padded
-                                 : (tall.last - tall.first) * (wide.last - wide.first);
+      count = call.count_padding ? tall.padded * wide.padded : window.rows * window.columns;
     }
+    // A product with the inverse of a power of two is the quotient.
+    const bool inverts = (count & (count - 1)) == 0;
     const float divisor = static_cast<float>(count);
-    for (int64_t c = 0; c < call.first_channel; ++c) out[c] = 0.0f;
-    float* to = out + call.first_channel;
-    for (int64_t c = 0; c < call.channels; ++c) to[c] = 0.0f;
-    for (int64_t y = tall.first; y < tall.last; ++y) {
-      const float* from = image + (y * call.width + wide.first) * call.channels;
-      for (int64_t at = wide.first; at < wide.last; ++at, from += call.channels) {
-        for (int64_t c = 0; c < call.channels; ++c) to[c] += from[c];
+    const typename I::Float factor = I::broadcast(inverts ? 1.0f / divisor : 1.0f);
+    int64_t c = 0;
+    for (; c + 4 * I::kFloats <= channels; c += 4 * I::kFloats) {
+      average_vectors<I, 4>(window, c, factor, out);
+    }
+    for (; c + I::kFloats <= channels; c += I::kFloats) {
+      average_vectors<I, 1>(window, c, factor, out);
+    }
+    for (int64_t at = 0; !inverts && at < c; ++at) out[at] /= divisor;
+    for (int64_t at = c; at < channels; ++at) out[at] = 0.0f;
+    for (int64_t y = 0; c < channels && y < window.rows; ++y) {
+      const float* from = window.from + y * row_step;
+      for (int64_t column = 0; column < window.columns; ++column, from += channels) {
+        for (int64_t at = c; at < channels; ++at) out[at] += from[at];
       }
     }
-    for (int64_t c = 0; c < call.channels; ++c) to[c] /= divisor;
-    for (int64_t c = call.first_channel + call.channels; c < call.out_channels; ++c) out[c] = 0.0f;
+    for (; c < channels; ++c) out[c] /= divisor;
   }
 }
 
