@@ -114,40 +114,24 @@ struct FloatBlock {
   const float *weights, *bias;
 };
 
-// Takes one vector of `count` results to the outputs; returns its bits.
-template <class I, bool kFull>
-BIPER_INLINE uint32_t finish_floats(const FloatConvPlan& plan, typename I::Float v, int64_t pixel,
-                                    int64_t channel, int64_t count) {
-  const typename I::Float low = I::broadcast(plan.clamp_min);
-  v = I::at_most_or(I::at_least_or(v, low), I::broadcast(plan.clamp_max));
-  if (plan.out_float) {
-    store_stream<I, kFull>(plan.out_float, FloatType::kFloat32, pixel * plan.out_channels + channel,
-                           count, v);
-  }
-  if (!plan.out_bits) return 0;
+// Takes one vector of P pixels, `count` results of each from `channel` on, to the outputs; puts
+// their bits into `masks` from bit `at` on. Pixels lie `step` vectors apart.
+template <class I, bool kFull, int P>
+BIPER_INLINE void finish_floats(const FloatConvPlan& plan, const typename I::Float* sums, int step,
+                                int64_t first_pixel, int64_t channel, int64_t count, int64_t at,
+                                uint64_t* masks) {
+  const typename I::Float low = I::broadcast(plan.clamp_min), high = I::broadcast(plan.clamp_max);
   const typename I::Float threshold =
       plan.threshold ? load_channels<I, kFull>(plan.threshold, channel, count) : I::broadcast(0.0f);
   const uint32_t inverted = plan.sense ? get_bits(plan.sense, channel, count) : 0;
-  return compare<I>(v, threshold, inverted) & low_bits(count);
-}
-
-// Finishes J vectors of a pixel; `value(j)` gives them.
-template <class I, int J, class Value>
-BIPER_INLINE void finish_pixel(const FloatConvPlan& plan, const FloatBlock& block, int64_t pixel,
-                               const Value& value) {
-  static_assert(J * I::kFloats <= 64, "the bits of a block fit a mask");
-  uint64_t mask = 0;
   BIPER_UNROLL
-  for (int j = 0; j < J; ++j) {
-    const int64_t at = j * I::kFloats, count = min64(block.channels - at, I::kFloats);
-    const int64_t channel = block.channel + at;
-    const uint64_t bits = count == I::kFloats
-                              ? finish_floats<I, true>(plan, value(j), pixel, channel, count)
-                              : finish_floats<I, false>(plan, value(j), pixel, channel, count);
-    mask |= bits << at;
-  }
-  if (plan.out_bits) {
-    put_mask(plan.out_bits + pixel * plan.out_words, block.channel, mask, block.channels);
+  for (int p = 0; p < P; ++p) {
+    const typename I::Float v = I::at_most_or(I::at_least_or(sums[p * step], low), high);
+    if (plan.out_float) {
+      store_stream<I, kFull>(plan.out_float, FloatType::kFloat32,
+                             (first_pixel + p) * plan.out_channels + channel, count, v);
+    }
+    masks[p] |= uint64_t{compare<I>(v, threshold, inverted) & low_bits(count)} << at;
   }
 }
 
@@ -173,15 +157,26 @@ static void float_tile(const FloatConvPlan& plan, const FloatBlock& block, const
     BIPER_UNROLL
     for (int i = 0; i < P * J; ++i) sums[i] = I::add(sums[i], chain[i]);
   }
+  if (keep) {
+    BIPER_UNROLL
+    for (int i = 0; i < P * J; ++i) I::store(keep + i * I::kFloats, sums[i]);
+    return;
+  }
+  static_assert(J * I::kFloats <= 64, "the bits of a block fit a mask");
+  uint64_t masks[P] = {};
   BIPER_UNROLL
-  for (int p = 0; p < P; ++p) {
-    if (keep) {
-      BIPER_UNROLL
-      for (int j = 0; j < J; ++j)
-        I::store(keep + p * block.lanes + j * I::kFloats, sums[p * J + j]);
+  for (int j = 0; j < J; ++j) {
+    const int64_t at = j * I::kFloats, count = min64(block.channels - at, I::kFloats);
+    const int64_t channel = block.channel + at;
+    if (count == I::kFloats) {
+      finish_floats<I, true, P>(plan, sums + j, J, first_pixel, channel, count, at, masks);
     } else {
-      finish_pixel<I, J>(plan, block, first_pixel + p, [&](int j) { return sums[p * J + j]; });
+      finish_floats<I, false, P>(plan, sums + j, J, first_pixel, channel, count, at, masks);
     }
+  }
+  for (int p = 0; plan.out_bits && p < P; ++p) {
+    put_mask(plan.out_bits + (first_pixel + p) * plan.out_words, block.channel, masks[p],
+             block.channels);
   }
 }
 
@@ -196,13 +191,20 @@ BIPER_INLINE void float_tile_of(int64_t pixels, const FloatConvPlan& plan, const
   }
 }
 
+// Pixels of a tile of J vectors: with one, a processor that multiplies two vectors in a clock waits
+// four clocks for each of fewer than eight sums.
+template <class I, int J>
+constexpr int float_pixels() {
+  return J == 1 && I::kFloatPixels >= 6 ? 8 : I::kFloatPixels;
+}
+
 // Runs `rows` rows of the convolution from row `row` of the unit on, tile after tile of consecutive
 // pixels.
 template <class I, int J>
 BIPER_INLINE void float_rows(const FloatConvPlan& plan, const FloatBlock& block,
                              const FloatStrip& strip, int64_t row, int64_t rows,
                              int64_t first_pixel, float* keep) {
-  constexpr int kPixels = I::kFloatPixels;
+  constexpr int kPixels = float_pixels<I, J>();
   const float* windows[kPixels];
   const int64_t total = rows * plan.conv_w;
   int64_t column = 0;
