@@ -303,7 +303,7 @@ BIPER_INLINE void find_windows(const ConvPlan& plan, const Strip& strip, const B
     const int64_t end = min64(pixels, p + plan.conv_w - place.column);
     place.column += end - p;
     for (; p < end; ++p, window += step) {
-      asm volatile("");  // or the compiler makes vectors of so few, which takes longer
+      asm volatile("");  // or the compiler makes vectors of so few, whose parts are loaded late
       windows[p] = window;
       borders[p] = row_borders + column_class[p] * kBlockLanes;
     }
@@ -337,12 +337,14 @@ BIPER_INLINE void find_tile(const ConvPlan& plan, const Strip& strip, const Bloc
     return find_windows<kBlockLanes>(plan, strip, block, place, P, windows, borders);
   }
   const int64_t step = plan.geometry.stride_w * plan.group_words;
-  const uint32_t* const first =
+  const uint32_t* window =
       strip.words + place.row * plan.geometry.stride_h * strip.row_words + column * step;
   const int32_t* const row_borders =
       block.borders + strip.row_class[place.row] * strip.column_classes * kBlockLanes;
-  for (int p = 0; p < P; ++p) windows[p] = first + p * step;
-  for (int p = 0; p < P; ++p) {
+  BIPER_UNROLL
+  for (int p = 0; p < P; ++p, window += step) {
+    asm volatile("");  // as above
+    windows[p] = window;
     borders[p] = row_borders + strip.column_class[column + p] * kBlockLanes;
   }
   place.column += P;
