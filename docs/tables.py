@@ -134,11 +134,10 @@ def accuracies(name: str) -> str:
 def errors(name: str) -> str:
     """Return the table of quantization errors after stage 2: a row for each frequency."""
     lines = head("w0", "paper's measure", "closed form", "official code's", "accuracy")
-    for run in recorded(name):
-        last = run["stages"][1]
+    runs = {run["changes"].get("frequency", 10.0): run["stages"][1] for run in recorded(name)}
+    for frequency, last in sorted(runs.items()):
         measures = ("", "_closed_form", "_official")
         cells = (f"{last[f'quantization_error{measure}']:.4f}" for measure in measures)
-        frequency = run["changes"].get("frequency", 10.0)
         lines.append(row(f"{frequency:g}", *cells, f"{last['test_accuracy']:.2%}"))
     return "\n".join(lines)
 

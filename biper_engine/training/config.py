@@ -187,10 +187,10 @@ class TrainingConfig:
     # last incomplete batch of an epoch. The test images were not used for the choice.
     frequency: float = 10.0
     stage1: StageConfig = field(
-        default_factory=lambda: StageConfig(epochs=10, lr=0.1, weight_decay=1e-3, tau=0.02)
+        default_factory=lambda: StageConfig(epochs=20, lr=0.1, weight_decay=1e-3, tau=0.02)
     )
     stage2: StageConfig = field(
-        default_factory=lambda: StageConfig(epochs=10, lr=0.05, weight_decay=1e-4, tau=0.02)
+        default_factory=lambda: StageConfig(epochs=20, lr=0.05, weight_decay=1e-4, tau=0.02)
     )
     weight_binarizer: str = "periodic"
     activation_surrogate: str = "bireal"

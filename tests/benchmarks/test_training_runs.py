@@ -25,6 +25,26 @@ def test_runs_are_recorded_with_what_each_changes(small_run: Path, tmp_path: Pat
         assert 0 < stage["quantization_error"] < 1
 
 
+def test_runs_join_a_record_that_exists(small_run: Path, tmp_path: Path) -> None:
+    words = ["small", str(small_run), "--machine", "here", "--results", str(tmp_path)]
+    assert training_runs.main(words) == 0
+    path = tmp_path / "training-small-here.json"
+    alone = json.loads(path.read_text())
+    alone["versions"]["torch"] = "2.11.0"
+    path.write_text(json.dumps(alone))
+    other = shutil.copytree(small_run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "seed": 7}))
+    assert training_runs.main(["small", str(other), *words[2:], "--add"]) == 0
+    held = json.loads(path.read_text())
+    first, second = held["runs"]
+    assert [first] == alone["runs"]
+    assert held["recipe"] == alone["recipe"]
+    assert second["run"] == "other"
+    assert second["changes"] == {"seed": 7}
+    assert second["versions"] == {**held["versions"], "torch": second["versions"]["torch"]}
+
+
 def test_a_run_that_is_not_finished_is_refused(
     small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -272,7 +272,7 @@ def sanitized_kernels(temporary: pytest.TempPathFactory) -> tuple[Toolchain, lis
     They are for the replay program and for the module of Python alike.
     """
     need_native()
-    toolchain = native(temporary.mktemp("probe"), *SANITIZE, "-O1", "-fno-sanitize=vptr")
+    toolchain = native(temporary.mktemp("probe"), *SANITIZE, "-Og", "-fno-sanitize=vptr")
     sources = kernel_sources()
     build = lambda folder: toolchain.compile(sources, folder)[0].parent  # noqa: E731
     folder = shared(temporary, "sanitized_kernels", build)
