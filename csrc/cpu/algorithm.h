@@ -15,6 +15,7 @@
 #include "convolution.h"
 #include "elementwise.h"
 #include "float_kernels.h"
+#include "float_pools.h"
 #include "maps_kernels.h"
 #include "matmul_kernels.h"
 #include "products.h"

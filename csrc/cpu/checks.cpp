@@ -1,4 +1,4 @@
-// Validation that the bindings' functions share.
+// Validation that the functions of several files share.
 #include <limits>
 #include <stdexcept>
 
@@ -63,6 +63,33 @@ std::vector<uint32_t> pack_flags(Span<const uint8_t> flags) {
     if (flags.data[i]) words[static_cast<size_t>(i / kWordBits)] |= 1u << (i % kWordBits);
   }
   return words;
+}
+
+void require_geometry(const ConvGeometry& g) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  constexpr int64_t kMostReduction = int64_t{1} << 24;  // accumulators stay exact in float32
+  require_range("in_channels", g.in_channels, 1, kMost);
+  require_range("out_channels", g.out_channels, 1, kMost);
+  require_range("groups", g.groups, 1, kMost);
+  if (g.in_channels % g.groups != 0 || g.out_channels % g.groups != 0) {
+    fail("`groups` must divide `in_channels` and `out_channels`.");
+  }
+  for (const int64_t value : {g.kernel_h, g.kernel_w}) {
+    require_range("kernel_size", value, 1, kMostReduction);
+  }
+  for (const int64_t value : {g.stride_h, g.stride_w}) require_range("stride", value, 1, kMost);
+  for (const int64_t value : {g.pad_top, g.pad_bottom, g.pad_left, g.pad_right}) {
+    require_range("padding", value, 0, kMost);
+  }
+  for (const int64_t value : {g.dilation_h, g.dilation_w}) {
+    require_range("dilation", value, 1, kMost);
+  }
+  const int64_t reduction =
+      checked_product("The receptive field", {g.kernel_h, g.kernel_w, g.in_channels / g.groups});
+  if (reduction >= kMostReduction) {
+    fail("The receptive field has " + std::to_string(reduction) +
+         " inputs, but fewer than 2^24 are wanted.");
+  }
 }
 
 }  // namespace biper

@@ -21,10 +21,9 @@
 namespace biper {
 namespace {
 
-constexpr uint32_t kMagic = 0x62697065;  // "epib": the layout's version, too
+constexpr uint32_t kMagic = 0x62697066;  // "fpib": the layout's version, too
 constexpr int64_t kHeaderWords = 16;
 constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-constexpr int64_t kMostReduction = int64_t{1} << 24;  // accumulators stay exact in float32
 
 // A strip of input and the weights of a block share the first-level cache, 32 KiB or more.
 constexpr int64_t kStripBytes = 16 << 10;
@@ -50,7 +49,7 @@ const ConvKernels& conv_kernels(const Kernels& kernels, const ConvGeometry& g) {
 // Sizes of a convolution's weights for one instruction set.
 struct Layout {
   int64_t group_channels, group_words, group_outputs, group_vectors, group_blocks;
-  int64_t taps, depth, tap_lanes, words;
+  int64_t taps, fold, depth, tap_lanes, words;
 };
 
 Layout layout_of(const ConvGeometry& g, const Blocking& blocking) {
@@ -61,7 +60,11 @@ Layout layout_of(const ConvGeometry& g, const Blocking& blocking) {
   l.group_vectors = ceil_div(l.group_outputs, blocking.lanes);
   l.group_blocks = ceil_div(l.group_vectors, blocking.vectors);
   l.taps = g.kernel_h * g.kernel_w;
-  l.depth = l.taps * l.group_words;
+  // Taps are folded wherever a window could begin, which long strides skip. Pairs of pixels leave
+  // out the empty half of a word by themselves.
+  const bool folds = !blocking.pairs && g.stride_h <= 2 && g.stride_w <= 2;
+  l.fold = folds ? std::clamp<int64_t>(kWordBits / l.group_channels, 1, l.taps) : 1;
+  l.depth = ceil_div(l.taps, l.fold) * l.group_words;
   l.tap_lanes = g.groups * l.group_vectors * blocking.lanes;
   const int64_t vector_words = blocking.parts * blocking.part_words;
   l.words = kHeaderWords + checked_product("The tap counts", {l.taps, l.tap_lanes}) +
@@ -96,6 +99,18 @@ void fill_tap_counts(const Layout& l, const ConvGeometry& g, const uint32_t* wei
       }
     }
   }
+}
+
+// Returns canonical weights with several taps in a word.
+std::vector<uint32_t> fold(const Layout& l, const std::vector<uint32_t>& weight) {
+  if (l.fold == 1) return weight;
+  std::vector<uint32_t> folded;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const int64_t place = static_cast<int64_t>(i) % l.taps % l.fold;
+    if (place == 0) folded.push_back(0);
+    folded.back() |= weight[i] << place * l.group_channels;
+  }
+  return folded;
 }
 
 void fill_weights(const Layout& l, const ConvGeometry& g, const ConvKernels& kernels,
@@ -211,6 +226,7 @@ void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
   };
   ConvPlan::Scratch& s = plan.scratch;
   s.strip = place({plan.direct ? 0 : strip_words(plan, plan.strip_rows)});
+  s.folded = place({plan.fold > 1 ? plan.depth : 0, strip_words(plan, plan.strip_rows)});
   s.offsets = place({plan.depth});
   const int64_t pixels = plan.pointwise ? ceil_div(rows * plan.conv_w, 2)
                                         : strip_rows(plan, plan.strip_rows) * plan.pair_w;
@@ -231,31 +247,6 @@ void lay_out_scratch(ConvPlan& plan, const Blocking& blocking) {
 }
 
 }  // namespace
-
-void require_geometry(const ConvGeometry& g) {
-  require_range("in_channels", g.in_channels, 1, kMost);
-  require_range("out_channels", g.out_channels, 1, kMost);
-  require_range("groups", g.groups, 1, kMost);
-  if (g.in_channels % g.groups != 0 || g.out_channels % g.groups != 0) {
-    fail("`groups` must divide `in_channels` and `out_channels`.");
-  }
-  for (const int64_t value : {g.kernel_h, g.kernel_w}) {
-    require_range("kernel_size", value, 1, kMostReduction);
-  }
-  for (const int64_t value : {g.stride_h, g.stride_w}) require_range("stride", value, 1, kMost);
-  for (const int64_t value : {g.pad_top, g.pad_bottom, g.pad_left, g.pad_right}) {
-    require_range("padding", value, 0, kMost);
-  }
-  for (const int64_t value : {g.dilation_h, g.dilation_w}) {
-    require_range("dilation", value, 1, kMost);
-  }
-  const int64_t reduction =
-      checked_product("The receptive field", {g.kernel_h, g.kernel_w, g.in_channels / g.groups});
-  if (reduction >= kMostReduction) {
-    fail("The receptive field has " + std::to_string(reduction) +
-         " inputs, but fewer than 2^24 are wanted.");
-  }
-}
 
 int64_t prepacked_words(const ConvGeometry& geometry) {
   require_geometry(geometry);
@@ -286,7 +277,7 @@ void prepack(const ConvGeometry& g, Span<const uint32_t> weight, Span<uint32_t> 
   std::copy(header.begin(), header.end(), prepacked.data);
   uint32_t* counts = prepacked.data + kHeaderWords;
   fill_tap_counts(l, g, used.data(), own.blocking.lanes, reinterpret_cast<int32_t*>(counts));
-  fill_weights(l, g, own, used.data(), counts + l.taps * l.tap_lanes);
+  fill_weights(l, g, own, fold(l, used).data(), counts + l.taps * l.tap_lanes);
 }
 
 Conv::Conv(const ConvGeometry& geometry, Span<const uint32_t> prepacked)
@@ -384,6 +375,7 @@ ConvPlan Conv::plan_for(int64_t batch, int64_t height, int64_t width, bool raw) 
   plan.residual_channels = g.out_channels;
   plan.in_words = ceil_div(g.in_channels, kWordBits);
   plan.out_words = ceil_div(g.out_channels, kWordBits);
+  plan.fold = l.fold;
   plan.depth = l.depth;
   plan.tap_lanes = l.tap_lanes;
   plan.tap_counts = reinterpret_cast<const int32_t*>(prepacked_ + kHeaderWords);
@@ -399,11 +391,14 @@ int64_t Conv::prepare(ConvPlan& plan, int64_t threads) const {
   join_images(plan);
   pair_pixels(plan, own_->blocking);
   threads = cut(plan, own_->blocking, threads);
-  const int64_t reach = checked_product(
-      "The receptive field",
-      {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
-       std::max(plan.direct ? plan.width : plan.strip_w, plan.paired ? plan.pair_w : 0),
-       plan.group_words});
+  const int64_t reach =
+      plan.fold > 1
+          ? checked_product("The receptive field", {plan.depth, strip_words(plan, plan.strip_rows)})
+          : checked_product(
+                "The receptive field",
+                {(plan.geometry.kernel_h - 1) * plan.geometry.dilation_h + 1,
+                 std::max(plan.direct ? plan.width : plan.strip_w, plan.paired ? plan.pair_w : 0),
+                 plan.group_words});
   if (reach > kMost) {
     fail("The receptive field spans " + std::to_string(reach) +
          " words of a strip, but fewer than 2^31 are wanted.");

@@ -13,188 +13,9 @@
 // ranges of kernel rows and kernel columns that lie inside the image.
 #pragma once
 
-#include "epilogue.h"
-#include "pairs.h"
+#include "strips.h"
 
 namespace biper {
-
-// One group of a unit: where windows find their input and their border class.
-struct Strip {
-  const uint32_t* words;        // first pixel of the first window
-  int64_t row_words;            // from one input row to the next
-  const int32_t* offsets;       // [depth] from a window's first word to each of its words
-  const int32_t* row_class;     // [conv_last - conv_first]
-  const int32_t* column_class;  // [conv_w]
-  const Border *rows, *columns;
-  int32_t row_classes, column_classes;
-  const uint16_t* pairs;        // of the first window and the next, or null
-  const int32_t* pair_offsets;  // [depth] words from the first of a window in `pairs`
-};
-
-// The block at work: up to kVectors vectors of output channels of one group.
-struct Block {
-  int64_t channel, channels;  // first output channel, and how many there are
-  int64_t lanes;              // channels rounded up to whole vectors
-  const uint32_t* weights;
-  const int32_t* tap_counts;  // of its first lane
-  const int32_t* borders;     // [row class][column class][lanes]
-};
-
-// Kernel positions [first, last) of [0, kernel) whose tap start + position * dilation is in
-// [0, size).
-BIPER_INLINE Border border_of(int64_t start, int64_t size, int64_t kernel, int64_t dilation) {
-  const int64_t first = start < 0 ? (-start + dilation - 1) / dilation : 0;
-  const int64_t last = start < size ? (size - start + dilation - 1) / dilation : 0;
-  Border border;
-  border.last = static_cast<int32_t>(min64(last, kernel));
-  border.first = static_cast<int32_t>(min64(first, border.last));
-  return border;
-}
-
-// Fills the class of every output position of [first, last) along one axis; returns their number.
-// Both ends of a border fall as the position rises, so equal borders are neighbours and there are
-// at most 2 * kernel + 1 of them.
-BIPER_INLINE int32_t classify(int64_t first, int64_t last, int64_t stride, int64_t pad,
-                              int64_t size, int64_t kernel, int64_t dilation, int32_t* class_of,
-                              Border* borders) {
-  int32_t classes = 0;
-  const int64_t lowest = first * stride - pad, highest = (last - 1) * stride - pad;
-  if (first < last && kernel == 1 && lowest >= 0 && highest < size) {  // without a division each
-    borders[0] = {0, 1};
-    for (int64_t at = first; at < last; ++at) class_of[at - first] = 0;
-    return 1;
-  }
-  for (int64_t at = first; at < last; ++at) {
-    const Border border = border_of(at * stride - pad, size, kernel, dilation);
-    const bool same = classes > 0 && borders[classes - 1].first == border.first &&
-                      borders[classes - 1].last == border.last;
-    if (!same) borders[classes++] = border;
-    class_of[at - first] = classes - 1;
-  }
-  return classes;
-}
-
-// Copies one group's words of `pixels` pixels, aligned to words and with unused bits cleared.
-BIPER_INLINE void copy_group(const ConvPlan& plan, const uint32_t* from, int64_t pixels,
-                             int64_t group, uint32_t* to) {
-  const int64_t words = plan.group_words, channels = plan.group_channels;
-  const int64_t first = group * channels;
-  if (plan.geometry.groups == 1) {
-    __builtin_memcpy(to, from, static_cast<size_t>(pixels * words) * sizeof(uint32_t));
-    const uint32_t used = low_bits(channels - (words - 1) * kWordBits);
-    if (used != ~0u) {
-      for (int64_t p = 0; p < pixels; ++p) to[p * words + words - 1] &= used;
-    }
-    return;
-  }
-  for (int64_t p = 0; p < pixels; ++p, from += plan.in_words, to += words) {
-    for (int64_t w = 0; w < words; ++w) {
-      const int64_t count = min64(channels - w * kWordBits, kWordBits);
-      to[w] = get_bits(from, first + w * kWordBits, count);
-    }
-  }
-}
-
-// Rows of the input that a unit's windows see.
-BIPER_INLINE int64_t strip_rows(const ConvPlan& plan, const Unit& unit) {
-  const ConvGeometry& g = plan.geometry;
-  return (unit.conv_last - unit.conv_first - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
-}
-
-// Copies the input rows that a unit's windows see, padding as zeros.
-BIPER_INLINE void fill_strip(const ConvPlan& plan, const Unit& unit, int64_t group,
-                             uint32_t* strip) {
-  const ConvGeometry& g = plan.geometry;
-  const int64_t words = plan.group_words, row_words = plan.strip_w * words;
-  const int64_t first = unit.conv_first * g.stride_h - g.pad_top;
-  const int64_t rows = strip_rows(plan, unit);
-  const int64_t left = min64(g.pad_left, plan.strip_w);
-  const int64_t inside = min64(plan.width, plan.strip_w - left);
-  const uint32_t* image = plan.bits + unit.image * plan.height * plan.width * plan.in_words;
-  for (int64_t r = 0; r < rows; ++r, strip += row_words) {
-    const int64_t y = first + r;
-    if (y < 0 || y >= plan.height) {
-      __builtin_memset(strip, 0, static_cast<size_t>(row_words) * sizeof(uint32_t));
-      continue;
-    }
-    __builtin_memset(strip, 0, static_cast<size_t>(left * words) * sizeof(uint32_t));
-    copy_group(plan, image + y * plan.width * plan.in_words, inside, group, strip + left * words);
-    const int64_t filled = (left + inside) * words;
-    __builtin_memset(strip + filled, 0, static_cast<size_t>(row_words - filled) * sizeof(uint32_t));
-  }
-}
-
-// Writes the pairs of a unit's windows; conv.cpp says where they lie.
-template <class I>
-BIPER_INLINE void fill_pairs(const ConvPlan& plan, const Unit& unit, const Strip& strip,
-                             uint16_t* to) {
-  const ConvGeometry& g = plan.geometry;
-  const int64_t words = plan.group_words, step = g.stride_w * words;
-  const int64_t row_step = g.stride_h * strip.row_words;
-  if (plan.pointwise) {
-    const int64_t total = (unit.conv_last - unit.conv_first) * plan.conv_w;
-    const uint32_t* at = strip.words;
-    int64_t row = 0, column = 0;
-    for (int64_t pixel = 0; pixel < total; pixel += 2, to += words * kWordParts) {
-      const uint32_t* windows[2] = {at, at};
-      for (int p = 0; p < 2 && pixel + p < total; ++p) {
-        windows[p] = strip.words + row * row_step + column * step;
-        if (++column == plan.conv_w) column = 0, ++row;
-      }
-      if (pixel + 1 == total) windows[1] = windows[0];
-      I::pair_words(windows[0], windows[1], words, to);
-    }
-    return;
-  }
-  const int64_t rows = strip_rows(plan, unit);
-  const int64_t paired = max64(plan.strip_w - g.stride_w, 0) * words;
-  const int64_t alone = plan.strip_w * words - paired;
-  const int64_t beyond = (plan.pair_w - plan.strip_w) * words;
-  for (int64_t r = 0; r < rows; ++r, to += plan.pair_w * words * kWordParts) {
-    const uint32_t* from = strip.words + r * strip.row_words;
-    I::pair_words(from, from + step, paired, to);
-    I::pair_words(from + paired, from + paired, alone, to + paired * kWordParts);
-    const uint32_t* last = from + (plan.conv_w - 1) * step;
-    const uint32_t* next = r + g.stride_h < rows ? from + row_step : last;
-    I::pair_words(last, next, beyond, to + (paired + alone) * kWordParts);
-  }
-}
-
-// Where the pair of the output at (row, column) of a unit, its pixel number `pixel`, begins.
-BIPER_INLINE const uint16_t* pair_of(const ConvPlan& plan, const Strip& strip, int64_t row,
-                                     int64_t column, int64_t pixel) {
-  const ConvGeometry& g = plan.geometry;
-  int64_t place = pixel / 2;
-  if (!plan.pointwise) {
-    place = row * g.stride_h * plan.pair_w;
-    place += column + 1 < plan.conv_w ? column * g.stride_w : plan.strip_w;
-  }
-  return strip.pairs + place * plan.group_words * kWordParts;
-}
-
-// Fills borders[row class][column class][lanes] of a block.
-BIPER_INLINE void fill_borders(const ConvPlan& plan, const Strip& strip, const Block& block,
-                               int32_t* border) {
-  const ConvGeometry& g = plan.geometry;
-  for (int32_t r = 0; r < strip.row_classes; ++r) {
-    for (int32_t c = 0; c < strip.column_classes; ++c, border += block.lanes) {
-      const Border rows = strip.rows[r], columns = strip.columns[c];
-      const int64_t taps =
-          static_cast<int64_t>(rows.last - rows.first) * (columns.last - columns.first);
-      const int32_t valid = static_cast<int32_t>(taps * plan.group_channels);
-      for (int64_t l = 0; l < block.lanes; ++l) border[l] = valid;
-      for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
-        for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
-          if (ky >= rows.first && ky < rows.last && kx >= columns.first && kx < columns.last) {
-            continue;
-          }
-          const int32_t* counts = block.tap_counts + (ky * g.kernel_w + kx) * plan.tap_lanes;
-          for (int64_t l = 0; l < block.lanes; ++l) border[l] += 2 * counts[l];
-        }
-      }
-    }
-  }
-}
 
 // Counts words [first, last) of P windows against J vectors; `weights` are those of the first word.
 template <class I, int P, int J>
@@ -268,33 +89,53 @@ BIPER_INLINE void tile_of(int64_t pixels, const uint32_t* const* windows,
   }
 }
 
+// What the tiles of a block with a plain epilogue share.
+template <class I, int J>
+struct PlainBlock {
+  PlainChannels<I> constants[J];
+  int64_t residual_channel[J];
+};
+
+template <class I, int J>
+BIPER_INLINE PlainBlock<I, J> plain_block(const ConvPlan& plan, int64_t channel) {
+  PlainBlock<I, J> made;
+  for (int j = 0; j < J; ++j, channel += I::kLanes) {
+    made.constants[j] = plain_channels<I>(plan.epilogue, channel);
+    made.residual_channel[j] = residual_at(plan, 0, channel);
+  }
+  return made;
+}
+
 // Counts P windows against J whole vectors and takes them through a plain epilogue without leaving
 // the registers.
-template <class I, int P, int J, bool kSloped>
+template <class I, int P, int J, bool kClamped>
 static void plain_tile(const ConvPlan& plan, const uint32_t* const* windows,
                        const int32_t* const* borders, const Strip& strip, const Block& block,
-                       int64_t first_pixel) {
+                       const PlainBlock<I, J>& plain, int64_t first_pixel) {
   typename I::Sum sums[P * J];
   count_words<I, P, J>(windows, strip.offsets, 0, plan.depth, block.weights, sums);
-  const TileGates gates = gates_of(plan, first_pixel, P);
-  const float* const added = static_cast<const float*>(plan.residual);
-  float* const out = static_cast<float*>(plan.out_float);
+  TileGates gates;
+  if constexpr (!kClamped) gates = gates_of(plan, first_pixel, P);
   const int64_t outputs = plan.geometry.out_channels;
-  const int64_t index = first_pixel * outputs + block.channel;
+  const float* added = static_cast<const float*>(plan.residual);
+  if (added) added += first_pixel * plan.residual_channels;
+  float* floats = static_cast<float*>(plan.out_float);
+  if (floats) floats += first_pixel * outputs + block.channel;
   uint64_t masks[P] = {};
   BIPER_UNROLL
   for (int j = 0; j < J; ++j) {
-    const int64_t channel = block.channel + j * I::kLanes;
-    const PlainChannels<I> constants = plain_channels<I>(plan.epilogue, channel);
-    const int64_t residual = residual_at(plan, first_pixel, channel);
+    const PlainChannels<I> constants = plain.constants[j];
+    const float* residual = added ? added + plain.residual_channel[j] : nullptr;
+    float* out = floats ? floats + j * I::kLanes : nullptr;
     BIPER_UNROLL
     for (int p = 0; p < P; ++p) {
       const typename I::Float dot = I::float_dots(borders[p] + j * I::kLanes, sums[p * J + j]);
       const uint64_t bits =
-          finish_plain<I, kSloped>(plan, constants, dot, gates.of_pixel[p], channel,
-                                   added ? added + residual + p * plan.residual_channels : nullptr,
-                                   out ? out + index + p * outputs + j * I::kLanes : nullptr);
+          finish_plain<I, kClamped>(plan, constants, dot, kClamped ? nullptr : gates.of_pixel[p],
+                                    block.channel + j * I::kLanes, residual, out);
       masks[p] |= bits << (j * I::kLanes);
+      if (residual) residual += plan.residual_channels;
+      if (out) out += outputs;
     }
   }
   if (plan.out_bits) {
@@ -321,49 +162,44 @@ BIPER_INLINE void compute_rows(const ConvPlan& plan, const Strip& strip, const B
                                int64_t first, int64_t last, bool keep, int64_t first_pixel,
                                int32_t* dots) {
   constexpr int kPixels = tile_pixels<I, J>();
+  constexpr int64_t kBlockLanes = J * I::kLanes;  // of the block, too
   const uint32_t* windows[kPixels];
-  const uint16_t* pairs[(kPixels + 1) / 2];
-  const int32_t* borders[kPixels];
+  const int32_t* borders[kPixels + 1];
   int32_t sums[kPixels], valid[kPixels];
   const bool summed = !keep && has_sums(plan.epilogue);
-  const bool plain = !keep && is_plain(plan) && block.channels == block.lanes;
-  const bool sloped = is_sloped(plan.epilogue);
-  const int64_t step = plan.geometry.stride_w * plan.group_words;
-  const int64_t row_step = plan.geometry.stride_h * strip.row_words;
   const int64_t total = (last - first) * plan.conv_w;
-  int64_t row = first, column = 0;
-  for (int64_t pixel = 0; pixel < total; pixel += kPixels) {
-    const int64_t pixels = min64(total - pixel, kPixels);
-    for (int64_t p = 0; p < pixels; ++p) {
-      windows[p] = strip.words + row * row_step + column * step;
-      const int64_t border_class =
-          int64_t{strip.row_class[row]} * strip.column_classes + strip.column_class[column];
-      borders[p] = block.borders + border_class * block.lanes;
-      if (strip.pairs && p % 2 == 0) {
-        pairs[p / 2] = pair_of(plan, strip, row, column, pixel + p);
-        borders[p + 1] = borders[p];  // where there is no such pixel
+  int64_t pixel = 0;
+  Place place{first, 0};
+  if constexpr (I::kSumsFitFloats) {
+    if (!keep && is_plain(plan) && block.channels == block.lanes) {
+      const auto run =
+          is_clamped(plan) ? &plain_tile<I, kPixels, J, true> : &plain_tile<I, kPixels, J, false>;
+      const PlainBlock<I, J> shared = plain_block<I, J>(plan, block.channel);
+      for (; pixel + kPixels <= total; pixel += kPixels) {
+        find_tile<kPixels, kBlockLanes>(plan, strip, block, place, windows, borders);
+        run(plan, windows, borders, strip, block, shared, first_pixel + pixel);
       }
-      if (summed) {
-        const Border r = strip.rows[strip.row_class[row]];
-        const Border c = strip.columns[strip.column_class[column]];
-        const int64_t taps = int64_t{r.last - r.first} * (c.last - c.first);
-        valid[p] = static_cast<int32_t>(taps * plan.group_channels);
-        sums[p] = plan.epilogue.window ? 2 * set_bits(plan, strip, windows[p]) - valid[p] : 0;
-      }
-      if (++column == plan.conv_w) column = 0, ++row;
     }
-    if constexpr (I::kSumsFitFloats) {
-      if (plain && pixels == kPixels) {
-        const auto run =
-            sloped ? &plain_tile<I, kPixels, J, true> : &plain_tile<I, kPixels, J, false>;
-        run(plan, windows, borders, strip, block, first_pixel + pixel);
-        continue;
-      }
+  }
+  for (; pixel < total; pixel += kPixels) {
+    const int64_t pixels = min64(total - pixel, kPixels);
+    const Place tile_place = place;
+    find_windows<kBlockLanes>(plan, strip, block, place, pixels, windows, borders);
+    for (int64_t p = 0; summed && p < pixels; ++p) {
+      const int64_t border_class = (borders[p] - block.borders) / kBlockLanes;
+      const Border r = strip.rows[border_class / strip.column_classes];
+      const Border c = strip.columns[border_class % strip.column_classes];
+      const int64_t taps = int64_t{r.last - r.first} * (c.last - c.first);
+      valid[p] = static_cast<int32_t>(taps * plan.group_channels);
+      sums[p] = plan.epilogue.window ? 2 * set_bits(plan, strip, windows[p]) - valid[p] : 0;
     }
     int32_t* to = keep ? dots + pixel * block.lanes : dots;
     if constexpr (I::kPairs) {
       static_assert(kPixels % 2 == 0, "a tile is whole pairs");
       if (strip.pairs) {
+        const uint16_t* pairs[kPixels / 2];
+        find_pairs(plan, strip, tile_place, pixel, pixels, pairs);
+        borders[pixels] = borders[pixels - 1];  // where the last pair has one pixel
         pair_tile_of<I, kPixels / 2, J>((pixels + 1) / 2, pairs, borders, strip.pair_offsets,
                                         plan.depth, plan.group_channels <= 16, block.weights, to);
       } else {
@@ -441,54 +277,6 @@ BIPER_INLINE void conv_block_of(int64_t vectors, const ConvPlan& plan, const Uni
   }
 }
 
-// Fills offsets [depth] from a window's first word to each of its words.
-BIPER_INLINE void fill_offsets(const ConvGeometry& g, int64_t row_words, int64_t words,
-                               int32_t* offsets) {
-  for (int64_t ky = 0; ky < g.kernel_h; ++ky) {
-    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
-      const int64_t tap = ky * g.dilation_h * row_words + kx * g.dilation_w * words;
-      for (int64_t w = 0; w < words; ++w) *offsets++ = static_cast<int32_t>(tap + w);
-    }
-  }
-}
-
-// Prepares what the groups of a unit share: offsets and border classes.
-BIPER_INLINE Strip strip_of(const ConvPlan& plan, const Unit& unit, char* scratch) {
-  const ConvGeometry& g = plan.geometry;
-  int32_t* offsets = reinterpret_cast<int32_t*>(scratch + plan.scratch.offsets);
-  int32_t* row_class = reinterpret_cast<int32_t*>(scratch + plan.scratch.row_class);
-  int32_t* column_class = reinterpret_cast<int32_t*>(scratch + plan.scratch.column_class);
-  Border* rows = reinterpret_cast<Border*>(scratch + plan.scratch.rows);
-  Border* columns = reinterpret_cast<Border*>(scratch + plan.scratch.columns);
-  Strip strip;
-  strip.row_words = plan.strip_w * plan.group_words;
-  strip.words = reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip);
-  if (plan.direct) {
-    strip.row_words = plan.width * plan.group_words;
-    strip.words =
-        plan.bits + (unit.image * plan.height + unit.conv_first * g.stride_h) * strip.row_words;
-  }
-  fill_offsets(g, strip.row_words, plan.group_words, offsets);
-  strip.row_classes = classify(unit.conv_first, unit.conv_last, g.stride_h, g.pad_top, plan.height,
-                               g.kernel_h, g.dilation_h, row_class, rows);
-  strip.column_classes = classify(0, plan.conv_w, g.stride_w, g.pad_left, plan.width, g.kernel_w,
-                                  g.dilation_w, column_class, columns);
-  strip.pairs = nullptr;
-  if (plan.paired) {
-    int32_t* pair_offsets = reinterpret_cast<int32_t*>(scratch + plan.scratch.pair_offsets);
-    const int64_t row_words = plan.pair_w * plan.group_words;
-    fill_offsets(g, row_words, plan.group_words, pair_offsets);
-    strip.pairs = reinterpret_cast<const uint16_t*>(scratch + plan.scratch.pairs);
-    strip.pair_offsets = pair_offsets;
-  }
-  strip.offsets = offsets;
-  strip.row_class = row_class;
-  strip.column_class = column_class;
-  strip.rows = rows;
-  strip.columns = columns;
-  return strip;
-}
-
 template <class I>
 static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory) {
   static_assert(I::kLanes * I::kVectors % kWordBits == 0, "a chunk owns whole words of bits");
@@ -503,7 +291,11 @@ static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory)
     const int64_t first_vector = b % plan.group_blocks * I::kVectors;
     const int64_t vectors = min64(plan.group_vectors - first_vector, I::kVectors);
     if (group != filled_group && !plan.direct) {
-      fill_strip(plan, unit, group, reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip));
+      uint32_t* const words = reinterpret_cast<uint32_t*>(scratch + plan.scratch.strip);
+      fill_strip(plan, unit, group, words);
+      if (plan.fold > 1) {
+        fold_taps(plan, unit, words, reinterpret_cast<uint32_t*>(scratch + plan.scratch.folded));
+      }
     }
     if constexpr (I::kPairs) {
       if (plan.paired && group != filled_group) {
@@ -519,7 +311,7 @@ static void conv_unit(const ConvPlan& plan, int64_t index, void* scratch_memory)
     block.weights = plan.weights + vector * plan.depth * I::kParts * I::kPartWords;
     block.tap_counts = plan.tap_counts + vector * I::kLanes;
     block.borders = borders;
-    fill_borders(plan, strip, block, borders);
+    fill_borders<I>(plan, strip, block, borders);
     conv_block_of<I>(vectors, plan, unit, strip, block, scratch);
   }
 }

@@ -107,7 +107,9 @@ BIPER_INLINE typename I::Float factors_of(const ConvPlan& plan, const float* gat
 
 // Where the residual has what is added to `channel` of an output pixel.
 BIPER_INLINE int64_t residual_at(const ConvPlan& plan, int64_t pixel, int64_t channel) {
-  return pixel * plan.residual_channels + channel % plan.residual_channels;
+  // A division takes as long as the products of a pixel.
+  const bool first = channel < plan.residual_channels;
+  return pixel * plan.residual_channels + (first ? channel : channel % plan.residual_channels);
 }
 
 // Takes one vector of a tile, `count` <= kFloats channels from the tile's `offset` on, to the
@@ -173,24 +175,29 @@ BIPER_INLINE PlainChannels<I> plain_channels(const Epilogue& e, int64_t channel)
 }
 
 // Takes kFloats accumulators from `channel` on, as floats, to `out`; returns their bits. `gate` is
-// null or for the pixel. kSloped: with slope and shift, without clamp.
-template <class I, bool kSloped>
+// null or for the pixel. kClamped: without slope and shift. The others have no clamp, or an endless
+// one, which changes nothing.
+template <class I, bool kClamped>
 BIPER_INLINE uint32_t finish_plain(const ConvPlan& plan, const PlainChannels<I>& c,
                                    typename I::Float dot, const float* gate, int64_t channel,
                                    const float* residual, float* out) {
   typename I::Float v = I::fma(c.multiplier, dot, c.bias);
   if (gate) v = I::fma(v, factors_of<I, true>(plan, gate, channel, I::kFloats), c.offset);
   if (residual) v = I::add(v, I::load(residual));
-  if constexpr (kSloped) {
+  if constexpr (!kClamped) {
     v = I::add(I::where_negative(v, I::multiply(v, c.slope), v), c.shift);
-  } else {
-    v = I::at_most_or(I::at_least_or(v, c.low), c.high);
   }
+  v = I::at_most_or(I::at_least_or(v, c.low), c.high);
   if (out) I::store(out, v);
   return I::at_least(v, c.threshold);
 }
 
 BIPER_INLINE bool is_sloped(const Epilogue& e) { return e.slope || e.shift; }
+
+// Whether there is neither slope nor shift nor gate.
+BIPER_INLINE bool is_clamped(const ConvPlan& plan) {
+  return !is_sloped(plan.epilogue) && !plan.gate;
+}
 
 BIPER_INLINE bool is_plain(const ConvPlan& plan) {
   const Epilogue& e = plan.epilogue;
@@ -216,7 +223,7 @@ BIPER_INLINE void put_masks(const ConvPlan& plan, const Tile& tile, const uint64
   }
 }
 
-template <class I, bool kSloped>
+template <class I, bool kClamped>
 static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
   const float* const added = static_cast<const float*>(plan.residual);
   float* const out = static_cast<float*>(plan.out_float);
@@ -231,9 +238,9 @@ static void finish_plain_tile(const ConvPlan& plan, const Tile& tile) {
     for (int64_t p = 0; p < tile.pixels; ++p) {
       const typename I::Float dot = I::to_float(tile.dots + p * tile.stride + at);
       const uint64_t bits =
-          finish_plain<I, kSloped>(plan, constants, dot, gates.of_pixel[p], channel,
-                                   added ? added + residual + p * plan.residual_channels : nullptr,
-                                   out ? out + index + p * outputs : nullptr);
+          finish_plain<I, kClamped>(plan, constants, dot, gates.of_pixel[p], channel,
+                                    added ? added + residual + p * plan.residual_channels : nullptr,
+                                    out ? out + index + p * outputs : nullptr);
       masks[p] |= bits << at;
     }
   }
@@ -268,8 +275,8 @@ BIPER_INLINE void finish(const ConvPlan& plan, const Tile& tile) {
   static_assert(I::kLanes * I::kVectors <= 64, "the bits of a block fit a mask");
   if (plan.out_dots) return copy_dots(plan, tile);
   if (is_plain(plan) && tile.channels % I::kFloats == 0) {
-    return is_sloped(plan.epilogue) ? finish_plain_tile<I, true>(plan, tile)
-                                    : finish_plain_tile<I, false>(plan, tile);
+    return is_clamped(plan) ? finish_plain_tile<I, true>(plan, tile)
+                            : finish_plain_tile<I, false>(plan, tile);
   }
   finish_any_tile<I>(plan, tile);
 }

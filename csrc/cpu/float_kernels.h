@@ -1,5 +1,5 @@
-// Float maps: convolutions with what follows them, pools, sums. All maps are NHWC but for the input
-// of a network, which may be planar.
+// Float convolutions with what follows them. All maps are NHWC but for the input of a network,
+// which may be planar.
 //
 // A convolution works like the binary one: per unit of work (a strip of output rows of one image,
 // some blocks of output channels) the input rows are copied into a strip with their padding, and a
@@ -114,40 +114,24 @@ struct FloatBlock {
   const float *weights, *bias;
 };
 
-// Takes one vector of `count` results to the outputs; returns its bits.
-template <class I, bool kFull>
-BIPER_INLINE uint32_t finish_floats(const FloatConvPlan& plan, typename I::Float v, int64_t pixel,
-                                    int64_t channel, int64_t count) {
-  const typename I::Float low = I::broadcast(plan.clamp_min);
-  v = I::at_most_or(I::at_least_or(v, low), I::broadcast(plan.clamp_max));
-  if (plan.out_float) {
-    store_stream<I, kFull>(plan.out_float, FloatType::kFloat32, pixel * plan.out_channels + channel,
-                           count, v);
-  }
-  if (!plan.out_bits) return 0;
+// Takes one vector of P pixels, `count` results of each from `channel` on, to the outputs; puts
+// their bits into `masks` from bit `at` on. Pixels lie `step` vectors apart.
+template <class I, bool kFull, int P>
+BIPER_INLINE void finish_floats(const FloatConvPlan& plan, const typename I::Float* sums, int step,
+                                int64_t first_pixel, int64_t channel, int64_t count, int64_t at,
+                                uint64_t* masks) {
+  const typename I::Float low = I::broadcast(plan.clamp_min), high = I::broadcast(plan.clamp_max);
   const typename I::Float threshold =
       plan.threshold ? load_channels<I, kFull>(plan.threshold, channel, count) : I::broadcast(0.0f);
   const uint32_t inverted = plan.sense ? get_bits(plan.sense, channel, count) : 0;
-  return compare<I>(v, threshold, inverted) & low_bits(count);
-}
-
-// Finishes J vectors of a pixel; `value(j)` gives them.
-template <class I, int J, class Value>
-BIPER_INLINE void finish_pixel(const FloatConvPlan& plan, const FloatBlock& block, int64_t pixel,
-                               const Value& value) {
-  static_assert(J * I::kFloats <= 64, "the bits of a block fit a mask");
-  uint64_t mask = 0;
   BIPER_UNROLL
-  for (int j = 0; j < J; ++j) {
-    const int64_t at = j * I::kFloats, count = min64(block.channels - at, I::kFloats);
-    const int64_t channel = block.channel + at;
-    const uint64_t bits = count == I::kFloats
-                              ? finish_floats<I, true>(plan, value(j), pixel, channel, count)
-                              : finish_floats<I, false>(plan, value(j), pixel, channel, count);
-    mask |= bits << at;
-  }
-  if (plan.out_bits) {
-    put_mask(plan.out_bits + pixel * plan.out_words, block.channel, mask, block.channels);
+  for (int p = 0; p < P; ++p) {
+    const typename I::Float v = I::at_most_or(I::at_least_or(sums[p * step], low), high);
+    if (plan.out_float) {
+      store_stream<I, kFull>(plan.out_float, FloatType::kFloat32,
+                             (first_pixel + p) * plan.out_channels + channel, count, v);
+    }
+    masks[p] |= uint64_t{compare<I>(v, threshold, inverted) & low_bits(count)} << at;
   }
 }
 
@@ -173,15 +157,26 @@ static void float_tile(const FloatConvPlan& plan, const FloatBlock& block, const
     BIPER_UNROLL
     for (int i = 0; i < P * J; ++i) sums[i] = I::add(sums[i], chain[i]);
   }
+  if (keep) {
+    BIPER_UNROLL
+    for (int i = 0; i < P * J; ++i) I::store(keep + i * I::kFloats, sums[i]);
+    return;
+  }
+  static_assert(J * I::kFloats <= 64, "the bits of a block fit a mask");
+  uint64_t masks[P] = {};
   BIPER_UNROLL
-  for (int p = 0; p < P; ++p) {
-    if (keep) {
-      BIPER_UNROLL
-      for (int j = 0; j < J; ++j)
-        I::store(keep + p * block.lanes + j * I::kFloats, sums[p * J + j]);
+  for (int j = 0; j < J; ++j) {
+    const int64_t at = j * I::kFloats, count = min64(block.channels - at, I::kFloats);
+    const int64_t channel = block.channel + at;
+    if (count == I::kFloats) {
+      finish_floats<I, true, P>(plan, sums + j, J, first_pixel, channel, count, at, masks);
     } else {
-      finish_pixel<I, J>(plan, block, first_pixel + p, [&](int j) { return sums[p * J + j]; });
+      finish_floats<I, false, P>(plan, sums + j, J, first_pixel, channel, count, at, masks);
     }
+  }
+  for (int p = 0; plan.out_bits && p < P; ++p) {
+    put_mask(plan.out_bits + (first_pixel + p) * plan.out_words, block.channel, masks[p],
+             block.channels);
   }
 }
 
@@ -196,13 +191,20 @@ BIPER_INLINE void float_tile_of(int64_t pixels, const FloatConvPlan& plan, const
   }
 }
 
+// Pixels of a tile of J vectors: with one, a processor that multiplies two vectors in a clock waits
+// four clocks for each of fewer than eight sums.
+template <class I, int J>
+constexpr int float_pixels() {
+  return J == 1 && I::kFloatPixels >= 6 ? 8 : I::kFloatPixels;
+}
+
 // Runs `rows` rows of the convolution from row `row` of the unit on, tile after tile of consecutive
 // pixels.
 template <class I, int J>
 BIPER_INLINE void float_rows(const FloatConvPlan& plan, const FloatBlock& block,
                              const FloatStrip& strip, int64_t row, int64_t rows,
                              int64_t first_pixel, float* keep) {
-  constexpr int kPixels = I::kFloatPixels;
+  constexpr int kPixels = float_pixels<I, J>();
   const float* windows[kPixels];
   const int64_t total = rows * plan.conv_w;
   int64_t column = 0;
@@ -374,90 +376,6 @@ static void float_conv_unit(const FloatConvPlan& plan, int64_t index, void* scra
   for (int64_t b = unit.first_block; b < unit.last_block; ++b) {
     const FloatBlock block = float_block<I>(plan, b);
     float_block_of<I>(block.lanes / I::kFloats, plan, unit, block, strip, scratch);
-  }
-}
-
-// -- pools and sums -------------------------------------------------------------------------------
-
-// The rows or columns of a map that window `at` of a pool has, and how many it has with padding.
-struct PoolSpan {
-  int64_t first, last, padded;
-};
-
-BIPER_INLINE PoolSpan adaptive_span(int64_t at, int64_t size, int64_t count) {
-  const int64_t first = at * size / count, last = ((at + 1) * size + count - 1) / count;
-  return {first, last, last - first};
-}
-
-BIPER_INLINE PoolSpan pool_span(int64_t at, int64_t size, int64_t kernel, int64_t stride,
-                                int64_t pad) {
-  const int64_t first = at * stride - pad, last = min64(first + kernel, size + pad);
-  return {max64(first, 0), min64(last, size), last - first};
-}
-
-BIPER_INLINE PoolSpan pool_rows(const FloatPoolCall& call, int64_t y) {
-  if (call.adaptive) return adaptive_span(y, call.height, call.out_h);
-  const Window& w = call.window;
-  return pool_span(y, call.height, w.kernel_h, w.stride_h, w.pad_h);
-}
-
-BIPER_INLINE PoolSpan pool_columns(const FloatPoolCall& call, int64_t x) {
-  if (call.adaptive) return adaptive_span(x, call.width, call.out_w);
-  const Window& w = call.window;
-  return pool_span(x, call.width, w.kernel_w, w.stride_w, w.pad_w);
-}
-
-template <class I>
-static void average_row(const FloatPoolCall& call, int64_t row) {
-  const PoolSpan tall = pool_rows(call, row % call.out_h);
-  const float* image = call.x + row / call.out_h * call.height * call.width * call.channels;
-  float* out = call.out + row * call.out_w * call.out_channels;
-  for (int64_t x = 0; x < call.out_w; ++x, out += call.out_channels) {
-    const PoolSpan wide = pool_columns(call, x);
-    int64_t count = call.divisor;
-    if (count == 0) {
-      count = call.count_padding ? tall.padded * wide.padded
-                                 : (tall.last - tall.first) * (wide.last - wide.first);
-    }
-    const float divisor = static_cast<float>(count);
-    for (int64_t c = 0; c < call.first_channel; ++c) out[c] = 0.0f;
-    float* to = out + call.first_channel;
-    for (int64_t c = 0; c < call.channels; ++c) to[c] = 0.0f;
-    for (int64_t y = tall.first; y < tall.last; ++y) {
-      const float* from = image + (y * call.width + wide.first) * call.channels;
-      for (int64_t at = wide.first; at < wide.last; ++at, from += call.channels) {
-        for (int64_t c = 0; c < call.channels; ++c) to[c] += from[c];
-      }
-    }
-    for (int64_t c = 0; c < call.channels; ++c) to[c] /= divisor;
-    for (int64_t c = call.first_channel + call.channels; c < call.out_channels; ++c) out[c] = 0.0f;
-  }
-}
-
-template <class I>
-static void maximum_row(const FloatPoolCall& call, int64_t row) {
-  const PoolSpan tall = pool_rows(call, row % call.out_h);
-  const float* image = call.x + row / call.out_h * call.height * call.width * call.channels;
-  float* out = call.out + row * call.out_w * call.channels;
-  for (int64_t x = 0; x < call.out_w; ++x, out += call.channels) {
-    const PoolSpan wide = pool_columns(call, x);
-    for (int64_t c = 0; c < call.channels; ++c) out[c] = -__builtin_inff();
-    for (int64_t y = tall.first; y < tall.last; ++y) {
-      const float* from = image + (y * call.width + wide.first) * call.channels;
-      for (int64_t at = wide.first; at < wide.last; ++at, from += call.channels) {
-        for (int64_t c = 0; c < call.channels; ++c) out[c] = from[c] > out[c] ? from[c] : out[c];
-      }
-    }
-  }
-}
-
-template <class I>
-static void sum(const SumCall& call, int64_t first, int64_t last) {
-  const float low = call.clamp_min, high = call.clamp_max;
-  for (int64_t i = first; i < last; ++i) {
-    float v = call.b ? call.a[i] + call.b[i] : call.a[i];
-    v = v < low ? low : v;
-    call.out[i] = v > high ? high : v;
   }
 }
 

@@ -96,11 +96,12 @@ struct ConvPlan {
   int64_t group_outputs;         // output channels of a group
   int64_t group_vectors;         // ceil(group_outputs / lanes)
   int64_t in_words, out_words;   // words of a pixel in the packed maps
-  int64_t depth;                 // words of one output's receptive field: KH * KW * group_words
-  bool direct;                   // the input can be read in place, without a strip
-  bool paired;                   // pixels are counted two at a time
-  bool pointwise;                // pairs are of all pixels in order: no window has a second pixel
-  int64_t pair_w;                // pixels of a row of pairs, if they are not pointwise
+  int64_t fold;                  // taps that share a word: several where channels are few, else 1
+  int64_t depth;   // words of one output's receptive field: ceil(KH * KW / fold) * group_words
+  bool direct;     // the input can be read in place, without a strip
+  bool paired;     // pixels are counted two at a time
+  bool pointwise;  // pairs are of all pixels in order: no window has a second pixel
+  int64_t pair_w;  // pixels of a row of pairs, if they are not pointwise
 
   // A unit of work: strip_rows output rows x chunk_blocks blocks of one image.
   int64_t strip_rows, strips;
@@ -111,6 +112,7 @@ struct ConvPlan {
   // Scratch of a thread: offsets in bytes from a 64-byte aligned base.
   struct Scratch {
     int64_t strip;          // uint32 [input rows of a unit][strip_w][group_words]
+    int64_t folded;         // uint32 [depth][input rows of a unit][strip_w], if taps share words
     int64_t offsets;        // int32 [depth]
     int64_t pairs;          // uint16 [input rows of a unit][pair_w][group_words][8], or pointwise
     int64_t pair_offsets;   // int32 [depth]

@@ -35,6 +35,10 @@ STREAM_TYPES = {None: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 # Large enough for three threads, and for strips and chunks that end within the map.
 LARGE = {
     "3x3": (matrix.geometry(in_channels=128, out_channels=128, padding=(1, 1, 1, 1)), (14, 14)),
+    "3x3, 16 channels": (
+        matrix.geometry(in_channels=16, out_channels=16, padding=(1, 1, 1, 1)),
+        (70, 61),
+    ),
     "1x1 read in place": (
         Conv2dGeometry(in_channels=256, out_channels=144, kernel_size=(1, 1)),
         (21, 13),

@@ -52,6 +52,22 @@ CONVOLUTIONS = {
         (4, 5),
     ),
     "three groups of 40": (geometry(in_channels=120, out_channels=9, groups=3), (4, 5)),
+    "groups of 8": (
+        geometry(in_channels=24, out_channels=48, groups=3, padding=(1, 1, 1, 1)),
+        (5, 6),
+    ),
+    "16 channels, strided": (
+        geometry(in_channels=16, out_channels=16, stride=(2, 1), padding=(1, 1, 1, 1)),
+        (7, 11),
+    ),
+    "16 channels, long strides": (
+        geometry(in_channels=16, out_channels=16, stride=(3, 3), padding=(1, 1, 1, 1)),
+        (7, 11),
+    ),
+    "10 channels, dilated": (
+        geometry(in_channels=10, out_channels=17, dilation=(2, 3), padding=(2, 2, 3, 3)),
+        (9, 9),
+    ),
     "depthwise": (geometry(out_channels=33, groups=33, padding=(1, 1, 1, 1)), (4, 5)),
     "everything": (
         geometry(

@@ -341,8 +341,11 @@ AVERAGES = [
 ]
 
 
+@pytest.mark.parametrize("channels", [5, 75])  # 75: several vectors at once, one, and a rest
 @pytest.mark.parametrize("options", AVERAGES)
-def test_an_average_pool_in_a_graph_is_torchs(options: dict[str, Any]) -> None:
+def test_an_average_pool_in_a_graph_is_torchs(
+    options: dict[str, Any], channels: int, isas: Callable[[str], None]
+) -> None:
     g = GraphBuilder()
     x = g.input("x")
 
@@ -359,12 +362,17 @@ def test_an_average_pool_in_a_graph_is_torchs(options: dict[str, Any]) -> None:
     ]
     pool = g.call("pool", _aten.avg_pool2d.default, x, *args)
     pad = g.call("pad", _aten.constant_pad_nd.default, pool, [0, 0, 0, 0, 2, 3])
-    engine = engine_of(g.module(pad), signature({"x": (5, 9, 7)}, (0,), {}, 0))
-    images = noise(3, 5, 9, 7)
-    engine._device = torch.device("cpu")  # a network without tensors is on none
-    assert engine.execution == "one native program of 1 step"
+    images = noise(3, channels, 9, 7)
     wanted = F.pad(F.avg_pool2d(images, **options), (0, 0, 0, 0, 2, 3))
-    torch.testing.assert_close(engine(images), wanted, rtol=1e-6, atol=1e-6)
+    results = []
+    for isa in USABLE_ISAS:
+        isas(isa)
+        engine = engine_of(g.module(pad), signature({"x": (channels, 9, 7)}, (0,), {}, 0))
+        engine._device = torch.device("cpu")  # a network without tensors is on none
+        assert engine.execution == "one native program of 1 step"
+        results.append(engine(images))
+        torch.testing.assert_close(results[-1], wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(results[-1], results[0]), isa
 
 
 POOLS = [
