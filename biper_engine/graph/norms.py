@@ -22,7 +22,7 @@ from biper_engine.graph.arguments import (
 )
 from biper_engine.graph.operator import Numbers, Operator, Rule, passing
 from biper_engine.graph.sizes import Size, divided
-from biper_engine.graph.values import FLOATS, MAX_RANK, Value, require, require_dtype, same_dtype
+from biper_engine.graph.values import FLOATS, MAX_RANK, Value, require, require_dtype
 
 __all__ = ["OPERATORS"]
 
@@ -35,12 +35,19 @@ def _operator(
     return Operator(name=name, target=target, arguments=arguments, result=result, rows=batching)
 
 
-def _require_vectors(x: Value, size: Size, **vectors: Value | None) -> None:
-    """Require vectors of one element for each channel, of the dtype of `x`."""
-    for name, vector in vectors.items():
-        if vector is not None:
-            fits = vector.dtype == x.dtype and vector.shape == (size,)
-            require(fits, f"`{name}` must be {x.dtype} [{size}], but it is {vector}")
+def _require_parameters(x: Value, *shape: Size, **parameters: Value | None) -> torch.dtype:
+    """Require parameters of one dtype and shape; return the dtype.
+
+    It is that of `x`, or float32 for `x` in half precision, as under autocast.
+    """
+    given = {name: value for name, value in parameters.items() if value is not None}
+    dtype = next((value.dtype for value in given.values()), x.dtype)
+    if x.dtype.itemsize != 2 or dtype != torch.float32:
+        dtype = x.dtype
+    for name, value in given.items():
+        fits = value.dtype == dtype and value.shape == shape
+        require(fits, f"`{name}` must be {dtype} {[*shape]}, but it is {value}")
+    return dtype
 
 
 def _batch_norm(
@@ -54,7 +61,7 @@ def _batch_norm(
     require_dtype("input", input, FLOATS)
     require(input.rank >= 2, f"`input` (={input}) has no channels")
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean}
-    _require_vectors(input, input.shape[1], **vectors, running_var=running_var)
+    _require_parameters(input, input.shape[1], **vectors, running_var=running_var)
     return input.like(*input.shape)
 
 
@@ -65,7 +72,7 @@ def _batch_statistics(
     require(input.rank >= 2, f"`input` (={input}) has no channels")
     for size in input.shape:
         require(size >= 1, f"`input` (={input}) is empty")
-    _require_vectors(input, input.shape[1], weight=weight, bias=bias)
+    _require_parameters(input, input.shape[1], weight=weight, bias=bias)
     vector = input.like(input.shape[1])
     return input.like(*input.shape), vector, vector
 
@@ -73,15 +80,13 @@ def _batch_statistics(
 def _layer_norm(
     input: Value, normalized_shape: Any, weight: Value | None, bias: Value | None, **options: Any
 ) -> Value:
-    same_dtype(FLOATS, input=input, weight=weight, bias=bias)
+    require_dtype("input", input, FLOATS)
     normalized = tuple(normalized_shape)
     require(
         input.shape[input.rank - len(normalized) :] == normalized and len(normalized) <= input.rank,
         f"`normalized_shape` (={list(normalized)}) is not how `input` (={input}) ends",
     )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        fits = parameter is None or parameter.shape == normalized
-        require(fits, f"`{name}` must be {list(normalized)}, but it is {parameter}")
+    _require_parameters(input, *normalized, weight=weight, bias=bias)
     return input.like(*input.shape)
 
 
@@ -104,8 +109,8 @@ def _group_norm(
     fits = (input.shape[0], input.shape[1], pixels) == (N, C, HxW)
     require(fits, f"`N`, `C`, `HxW` (={N}, {C}, {HxW}) are not the sizes of `input` (={input})")
     divided(C, group)
-    _require_vectors(input, C, weight=weight, bias=bias)
-    statistics = input.like(N, group)
+    dtype = _require_parameters(input, C, weight=weight, bias=bias)
+    statistics = input.like(N, group, dtype=dtype)
     return input.like(*input.shape), statistics, statistics
 
 

@@ -22,6 +22,7 @@ __all__ = [
 # What `draws.stage_seed` has room for.
 _MOST_EPOCHS = 2**16
 _LARGEST_SEED = 2**45
+_LARGEST_PAD_PX = 1024  # more than any augmentation needs; an image has to fit in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,8 @@ class AugmentConfig:
         for name in ("pad_px", "max_shift_px", "max_rotation_deg"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` (={getattr(self, name)}) must be at least 0.")
+        if self.pad_px > _LARGEST_PAD_PX:
+            raise ValueError(f"`pad_px` (={self.pad_px}) must be at most {_LARGEST_PAD_PX}.")
         _require_finite(self)
 
 

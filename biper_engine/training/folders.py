@@ -18,10 +18,13 @@ def find_parts(folder: Path) -> tuple[Path, Path | None]:
     """Return the folders of the training and the test images.
 
     They are `train` and the first of `val`, `valid`, `validation` and `test` that is there, or
-    `folder` itself and None.
+    `folder` itself and None. A `train` without folders beside other names is a class: trains.
     """
     train = _child(folder, _TRAIN)
     if train is None:
+        return folder, None
+    others = {path.name for path in class_folders(folder)}.difference(_TRAIN, _TEST)
+    if others and not class_folders(train):
         return folder, None
     return train, _child(folder, _TEST)
 

@@ -4,11 +4,13 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string_view>
+#include <system_error>
 
 namespace {
 
@@ -182,7 +184,14 @@ void write_npy(const std::string& path, const std::vector<int64_t>& sizes,
   for (const int64_t size : sizes) shape += std::to_string(size) + ", ";
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + shape + "), }";
   header.append(63 - (10 + header.size()) % 64, ' ').append("\n");
-  std::ofstream file(path, std::ios::binary);
+  // A new file is written under another name first, so that no half of one is left.
+  std::error_code unknown;
+  const bool plain =
+      !std::filesystem::exists(path, unknown) || std::filesystem::is_regular_file(path, unknown);
+  const std::string to = plain ? path + ".part" : path;
+  errno = 0;
+  std::ofstream file(to, std::ios::binary);
+  const bool opened = file.is_open();
   const char length[] = {static_cast<char>(header.size() & 0xFF),
                          static_cast<char>(header.size() >> 8)};
   file.write("\x93NUMPY\x01\x00", 8).write(length, 2);
@@ -190,5 +199,8 @@ void write_npy(const std::string& path, const std::vector<int64_t>& sizes,
   file.write(reinterpret_cast<const char*>(values.data()),
              static_cast<std::streamsize>(values.size() * sizeof(float)));
   file.close();
-  if (!file) throw std::runtime_error("Cannot write '" + path + "'.");
+  if (file && (!plain || std::rename(to.c_str(), path.c_str()) == 0)) return;
+  const std::string reason = errno != 0 ? std::strerror(errno) : "the system says no reason";
+  if (plain && opened) std::remove(to.c_str());
+  throw std::runtime_error("Cannot write '" + path + "': " + reason + ".");
 }

@@ -304,6 +304,39 @@ def test_biper_run_names_no_class_where_an_output_is_not_finite(
     assert "nan.raw' has no class: an output of the network is NaN or infinite." in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("missing/out.npy", "No such file"), ("folder", "directory")]
+)
+def test_biper_run_says_why_it_cannot_write(
+    prefix: Path, classifier_file: Path, tmp_path: Path, name: str, reason: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    np.zeros(int(np.prod(load(classifier_file).input_shape)), np.float32).tofile(tmp_path / "x.raw")
+    output = tmp_path / name
+    done = run(prefix / "bin/biper-run", "--output", output, classifier_file, tmp_path / "x.raw")
+    assert done.returncode == 1
+    assert f"Cannot write '{output}': " in done.stderr
+    assert reason in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.raw"]
+
+
+def test_biper_run_keeps_an_output_that_it_cannot_replace(
+    prefix: Path, classifier_file: Path, tmp_path: Path
+) -> None:
+    np.zeros(int(np.prod(load(classifier_file).input_shape)), np.float32).tofile(tmp_path / "x.raw")
+    (tmp_path / "out.npy").write_bytes(b"earlier")
+    (tmp_path / "out.npy.part").mkdir()
+    done = run(
+        prefix / "bin/biper-run",
+        "--output",
+        tmp_path / "out.npy",
+        classifier_file,
+        tmp_path / "x.raw",
+    )
+    assert done.returncode == 1
+    assert (tmp_path / "out.npy").read_bytes() == b"earlier"
+
+
 def test_a_file_without_a_program_says_how_to_get_one(library: Library, tmp_path: Path) -> None:
     classifier().save(tmp_path / "net.biper", program=False)
     with pytest.raises(CError, match=r"has no native program: save it again") as error:

@@ -50,6 +50,7 @@ def x(*shape: Size, dtype: torch.dtype = F32, high: int = 2) -> Flowing:
 
 
 MAP, ROW, SEQUENCE, VOLUME = x(N, 4, 6, 8), x(N, 6), x(N, 4, 6), x(N, 4, 4, 5, 6)
+HALF_MAP = x(N, 4, 6, 8, dtype=torch.bfloat16)
 MASK, COUNTS = x(N, 4, 6, 8, dtype=BOOL), x(N, 3, dtype=I64, high=9)
 BITS = Flowing((N, 6, 8, 2), torch.int32, channels=40)
 OTHER_BITS = Flowing((N, 6, 5, 2), torch.int32, channels=40)
@@ -200,13 +201,16 @@ CALLS: Calls = [
         for layers, biases in ((1, True), (2, False))
     ),
     ("topk", {**AT, "k": 2}),
-    (
-        "batch_norm",
-        {
-            **{"input": MAP, "weight": torch.rand(4), "bias": None, "running_mean": torch.rand(4)},
-            **{"running_var": torch.rand(4), "training": False, "momentum": 0.1, "eps": 1e-5},
-            "cudnn_enabled": True,
-        },
+    *(
+        (
+            "batch_norm",
+            {
+                **{"input": map_, "weight": torch.rand(4), "bias": None},
+                **{"running_mean": torch.rand(4), "running_var": torch.rand(4)},
+                **{"training": False, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": True},
+            },
+        )
+        for map_ in (MAP, HALF_MAP)
     ),
     (
         "batch_statistics_norm",
@@ -215,13 +219,19 @@ CALLS: Calls = [
             "eps": 1e-5,
         },
     ),
-    ("layer_norm", {"input": MAP, "normalized_shape": [6, 8], "weight": torch.rand(6, 8)}),
-    (
-        "group_norm",
-        {
-            **{"input": MAP, "weight": torch.rand(4), "bias": None, "N": N, "C": 4, "HxW": 48},
-            **{"group": 2, "eps": 1e-5},
-        },
+    *(
+        ("layer_norm", {"input": map_, "normalized_shape": [6, 8], "weight": torch.rand(6, 8)})
+        for map_ in (MAP, HALF_MAP)
+    ),
+    *(
+        (
+            "group_norm",
+            {
+                **{"input": map_, "weight": torch.rand(4), "bias": None, "N": N, "C": 4},
+                **{"HxW": 48, "group": 2, "eps": 1e-5},
+            },
+        )
+        for map_ in (MAP, HALF_MAP)
     ),
     # moves
     ("reshape", {"self": MAP, "shape": [-1, 4, 48]}),

@@ -47,6 +47,7 @@ def test_run_settings_out_of_range_are_refused(key, value):
         ("max_zoom", 1.0),
         ("brightness", -0.1),
         ("pad_px", -1),
+        ("pad_px", 1_000_000),
         ("crop_area", (0.5, 1.5)),
         ("crop_area", (0.5,)),
         ("crop_ratio", (2, 1)),

@@ -227,6 +227,14 @@ class TestFolders:
         for path, image in zip(("cat/deep/a.jpg", "dog/b.bmp"), images, strict=True):
             assert torch.equal(image, image_to_tensor(tmp_path / "test" / path, found.metadata))
 
+    def test_a_class_may_be_called_train(self, tmp_path):
+        found = load(pictures(tmp_path, ("bus", "test", "train")))
+        assert found.metadata.class_names == ("bus", "test", "train")
+
+    def test_parts_without_classes_are_no_classes(self, tmp_path):
+        with pytest.raises(DataError, match="train' has no folder in it"):
+            load(pictures(tmp_path, ("test", "train")))
+
     def test_parts_of_images_are_read_from_the_files(self, tmp_path):
         pictures(tmp_path)
         found = load(tmp_path, augment=AugmentConfig(crop_area=(0.1, 1)))
