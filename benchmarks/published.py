@@ -42,8 +42,8 @@ def main() -> None:
         measured[name] = found = network(name, options.threads, options.seconds)
         times = {who: f"{taken['median_ms']:.2f} ms" for who, taken in found["contestants"].items()}
         print(name, found["file_bytes"], "bytes", times, found["checked"], flush=True)
-    facts = {"machine": machine_facts(), "threads": options.threads, "networks": measured}
-    record(facts, options.into / f"published-{options.machine}.json")
+        facts = {"machine": machine_facts(), "threads": options.threads, "networks": measured}
+        record(facts, options.into / f"published-{options.machine}.json")
 
 
 def others() -> list[str]:

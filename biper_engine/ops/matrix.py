@@ -11,9 +11,9 @@ where `rows` and `columns` are the sums of the elements of a pixel of `a` and of
 of other pairs of values add.
 
 A product with binary weights sums `sign * x` in float32, in this order, so that every backend gives
-the same bytes: four inputs are (s0 * x0 + s1 * x1) + (s2 * x2 + s3 * x3); a chain adds 64 of these
-sums to 0, in their order; the total adds the chains to 0, in their order. Missing inputs are 0 with
-the sign -1. Then
+the same bytes: five inputs are ((s0 * x0 + s1 * x1) + s2 * x2) + (s3 * x3 + s4 * x4); a chain adds
+48 of these sums to 0, in their order; the total adds the chains to 0, in their order. Missing
+inputs are 0 with the sign -1. Then
 
     base = bias, or fma(offset, sum of x, bias) with an offset; the sum has the same order
     v = fma(multiplier, total, base)
@@ -23,12 +23,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CHAIN_INPUTS", "MATRIX_OPERATORS", "MatrixScale", "MatrixShape"]
+__all__ = ["CHAIN_INPUTS", "MATRIX_OPERATORS", "TABLE_INPUTS", "MatrixScale", "MatrixShape"]
 
 MATRIX_OPERATORS = ("bmatmul", "bmatmul_float", "weight_linear")
 """The operators of this module, by name."""
 
-CHAIN_INPUTS = 256
+TABLE_INPUTS = 5
+"""Inputs that are added to each other before they are added to a chain."""
+
+CHAIN_INPUTS = 48 * TABLE_INPUTS
 """Inputs of one chain of float32 additions."""
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from biper_engine import bits as contract
-from biper_engine.ops.matrix import CHAIN_INPUTS, MatrixScale, MatrixShape
+from biper_engine.ops.matrix import CHAIN_INPUTS, TABLE_INPUTS, MatrixScale, MatrixShape
 from biper_engine.ops.precision import without_tf32
 from biper_engine.ops.rounding import fma
 
@@ -64,9 +64,9 @@ def weight_linear(
     """Return v of rows [..., K], in the dtype of `x`."""
     inputs = x.shape[-1]
     rows = x.float().reshape(-1, inputs)
-    signs = _nibbles(weight, inputs)
+    signs = _numbers(weight, inputs)
     if offset is not None:  # one more output, with all weights positive
-        signs = torch.cat([signs, torch.full_like(signs[:1], 15)])
+        signs = torch.cat([signs, torch.full_like(signs[:1], 2**TABLE_INPUTS - 1)])
     total = _ordered_sums(rows, signs)
     base = torch.zeros_like(multiplier) if bias is None else bias
     if offset is not None:
@@ -75,37 +75,37 @@ def weight_linear(
     return fma(multiplier, total, base).to(x.dtype).reshape(*x.shape[:-1], len(weight))
 
 
-def _nibbles(weight: Tensor, inputs: int) -> Tensor:
-    """Return the signs of four inputs each as int64 [O, ceil(inputs / 4)], bits of others 0."""
+def _numbers(weight: Tensor, inputs: int) -> Tensor:
+    """Return the signs of five inputs each as int64 [O, ceil(inputs / 5)], bits of others 0."""
     positive = contract.unpack_channels(weight[:, None, None], inputs)[:, 0, 0]
-    quads = _quads(positive.long())
-    places = torch.tensor([1, 2, 4, 8], device=weight.device)
-    return (quads * places).sum(2)
+    places = 2 ** torch.arange(TABLE_INPUTS, device=weight.device)
+    return (_fives(positive.long()) * places).sum(2)
 
 
 def _ordered_sums(rows: Tensor, signs: Tensor) -> Tensor:
     """Return the totals [R, O] in the order of the contract."""
-    tables = _tables(_quads(rows))
+    tables = _tables(_fives(rows))
     total = rows.new_zeros(len(rows), len(signs))
-    for start in range(0, tables.shape[1], CHAIN_INPUTS // 4):
+    of_chain = CHAIN_INPUTS // TABLE_INPUTS
+    for start in range(0, tables.shape[1], of_chain):
         chain = torch.zeros_like(total)
-        for at in range(start, min(start + CHAIN_INPUTS // 4, tables.shape[1])):
+        for at in range(start, min(start + of_chain, tables.shape[1])):
             chain = chain + tables[:, at].index_select(1, signs[:, at])
         total = total + chain
     return total
 
 
-def _quads(values: Tensor) -> Tensor:
-    """Return rows of values as [rows, ceil(K / 4), 4], missing ones 0."""
-    padded = F.pad(values, (0, -values.shape[1] % 4))
-    return padded.view(len(values), padded.shape[1] // 4, 4)
+def _fives(values: Tensor) -> Tensor:
+    """Return rows of values as [rows, ceil(K / 5), 5], missing ones 0."""
+    padded = F.pad(values, (0, -values.shape[1] % TABLE_INPUTS))
+    return padded.view(len(values), padded.shape[1] // TABLE_INPUTS, TABLE_INPUTS)
 
 
-def _tables(quads: Tensor) -> Tensor:
-    """Return the 16 signed sums of four inputs each, [R, quads, 16]."""
-    number = torch.arange(16, device=quads.device)
+def _tables(fives: Tensor) -> Tensor:
+    """Return the 32 signed sums of five inputs each, [R, fives, 32]."""
+    number = torch.arange(2**TABLE_INPUTS, device=fives.device)
     signed = [
-        quads[..., i, None] * torch.where((number >> i & 1).bool(), 1.0, -1.0).to(quads)
-        for i in range(4)
+        fives[..., i, None] * torch.where((number >> i & 1).bool(), 1.0, -1.0).to(fives)
+        for i in range(TABLE_INPUTS)
     ]
-    return (signed[0] + signed[1]) + (signed[2] + signed[3])
+    return ((signed[0] + signed[1]) + signed[2]) + (signed[3] + signed[4])

@@ -53,7 +53,7 @@ struct Avx2 {
   using Float = __m256;
   using Signs = __m256i;
   struct Table {
-    __m256 low, high;
+    __m256 three, two;
   };
 
   static constexpr int kLanes = 32;
@@ -72,8 +72,8 @@ struct Avx2 {
   // 8 sums, 4 weights, a table and two values in 16 registers.
   static constexpr int kSignVectors = 4;
   static constexpr int kSignRows = 2;
-  static constexpr int kTableFloats = 8;  // the signed sums of two inputs, and of two
-  static constexpr int kPeakPairs = 5;    // two registers each
+  static constexpr int kTableFloats = 12;  // the signed sums of three inputs, and of two
+  static constexpr int kPeakPairs = 5;     // two registers each
 
   BIPER_INLINE Sum zero() { return _mm256_setzero_si256(); }
   BIPER_INLINE Weights load_weights(const uint32_t* from) {
@@ -220,22 +220,29 @@ struct Avx2 {
   BIPER_INLINE Signs load_signs(const uint32_t* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
-  BIPER_INLINE Signs next_signs(Signs signs) { return _mm256_srli_epi32(signs, 4); }
+  BIPER_INLINE Signs next_signs(Signs signs) { return _mm256_srli_epi32(signs, 5); }
   BIPER_INLINE Table load_table(const float* from) {
-    return {_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)),
-            _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from + 4))};
+    return {_mm256_loadu_ps(from), _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from + 8))};
   }
-  // VPERMILPS reads the lowest two bits of a lane.
-  BIPER_INLINE Float look_up(const Table& table, Signs signs) {
-    return _mm256_add_ps(_mm256_permutevar_ps(table.low, signs),
-                         _mm256_permutevar_ps(table.high, _mm256_srli_epi32(signs, 2)));
+  // VPERMPS reads the lowest three bits of a lane, VPERMILPS two. A product with 1 and a sum are
+  // rounded once, as a sum is; Intel's port of permutations has no FMA but does add.
+  BIPER_INLINE Float add_look_up(Float sum, const Table& table, Signs signs) {
+    const __m256 three = _mm256_permutevar8x32_ps(table.three, signs);
+    const __m256 two = _mm256_permutevar_ps(table.two, _mm256_srli_epi32(signs, 3));
+    const __m256 one = _mm256_set1_ps(1.0f);
+    return _mm256_fmadd_ps(_mm256_fmadd_ps(three, one, two), one, sum);
   }
   BIPER_INLINE void make_table(const float* x, float* table) {
-    const __m256 first = _mm256_setr_ps(x[0], x[0], x[0], x[0], x[2], x[2], x[2], x[2]);
-    const __m256 second = _mm256_setr_ps(x[1], x[1], x[1], x[1], x[3], x[3], x[3], x[3]);
     const __m256 odd = _mm256_setr_ps(-0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f);
-    const __m256 upper = _mm256_setr_ps(-0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f);
-    _mm256_storeu_ps(table, _mm256_add_ps(_mm256_xor_ps(first, odd), _mm256_xor_ps(second, upper)));
+    const __m256 second = _mm256_setr_ps(-0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f);
+    const __m256 third = _mm256_setr_ps(-0.0f, -0.0f, -0.0f, -0.0f, 0.0f, 0.0f, 0.0f, 0.0f);
+    const auto input = [&](int i, __m256 sign) {
+      return _mm256_xor_ps(_mm256_set1_ps(x[i]), sign);
+    };
+    const __m256 pair = _mm256_add_ps(input(0, odd), input(1, second));
+    _mm256_storeu_ps(table, _mm256_add_ps(pair, input(2, third)));
+    const __m256 two = _mm256_add_ps(input(3, odd), input(4, second));
+    _mm_storeu_ps(table + 8, _mm256_castps256_ps128(two));
   }
 
   BIPER_INLINE Float broadcast(float x) { return _mm256_set1_ps(x); }

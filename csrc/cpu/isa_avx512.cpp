@@ -19,7 +19,9 @@ struct Avx512 {
   using Weights = __m512i;
   using Float = __m512;
   using Signs = __m512i;
-  using Table = __m512;
+  struct Table {
+    __m512 low, high;  // by the sign of the fifth input
+  };
 
   static constexpr int kLanes = 16;
   // 4 x 4 sums, 4 weights and a broadcast word leave room in 32 registers; with 4 vectors of
@@ -39,7 +41,7 @@ struct Avx512 {
   // 16 sums, 4 weights and a table in 32 registers.
   static constexpr int kSignVectors = 4;
   static constexpr int kSignRows = 4;
-  static constexpr int kTableFloats = 16;
+  static constexpr int kTableFloats = 32;
   static constexpr int kPeakSums = 16;
 
   BIPER_INLINE Sum zero() { return _mm512_setzero_si512(); }
@@ -73,23 +75,27 @@ struct Avx512 {
   BIPER_INLINE void opaque(__m512i& value) { asm volatile("" : "+v"(value)); }
 
   BIPER_INLINE Signs load_signs(const uint32_t* from) { return _mm512_loadu_si512(from); }
-  BIPER_INLINE Signs next_signs(Signs signs) { return _mm512_srli_epi32(signs, 4); }
-  BIPER_INLINE Table load_table(const float* from) { return _mm512_load_ps(from); }
-  // VPERMPS reads the lowest four bits of a lane.
-  BIPER_INLINE Float look_up(Table table, Signs signs) {
-    return _mm512_permutexvar_ps(signs, table);
+  BIPER_INLINE Signs next_signs(Signs signs) { return _mm512_srli_epi32(signs, 5); }
+  BIPER_INLINE Table load_table(const float* from) {
+    return {_mm512_load_ps(from), _mm512_load_ps(from + 16)};
+  }
+  // VPERMT2PS reads the lowest five bits of a lane.
+  BIPER_INLINE Float add_look_up(Float sum, const Table& table, Signs signs) {
+    return _mm512_add_ps(sum, _mm512_permutex2var_ps(table.low, signs, table.high));
   }
   BIPER_INLINE Float signed_value(Float x, uint16_t positive) {
     const __m512i flipped = _mm512_maskz_set1_epi32(static_cast<__mmask16>(~positive), INT32_MIN);
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), flipped));
   }
   BIPER_INLINE void make_table(const float* x, float* table) {
-    const __m512 quad = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
-    const __m512 low = _mm512_add_ps(signed_value(_mm512_permute_ps(quad, 0x00), 0xaaaa),
-                                     signed_value(_mm512_permute_ps(quad, 0x55), 0xcccc));
-    const __m512 high = _mm512_add_ps(signed_value(_mm512_permute_ps(quad, 0xaa), 0xf0f0),
-                                      signed_value(_mm512_permute_ps(quad, 0xff), 0xff00));
-    _mm512_store_ps(table, _mm512_add_ps(low, high));
+    const auto input = [&](int i, uint16_t positive) {
+      return signed_value(_mm512_set1_ps(x[i]), positive);
+    };
+    const __m512 three =
+        _mm512_add_ps(_mm512_add_ps(input(0, 0xaaaa), input(1, 0xcccc)), input(2, 0xf0f0));
+    const __m512 fourth = input(3, 0xff00);
+    _mm512_store_ps(table, _mm512_add_ps(three, _mm512_add_ps(fourth, input(4, 0))));
+    _mm512_store_ps(table + 16, _mm512_add_ps(three, _mm512_add_ps(fourth, input(4, 0xffff))));
   }
 
   BIPER_INLINE Float broadcast(float x) { return _mm512_set1_ps(x); }

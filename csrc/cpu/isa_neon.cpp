@@ -26,7 +26,8 @@ struct Neon {
   using Float = float32x4_t;
   using Signs = uint32x4_t;
   struct Table {
-    uint8x16_t low, high;
+    uint8x16x2_t three;
+    uint8x16_t two;
   };
 
   static constexpr int kLanes = 16;
@@ -44,7 +45,7 @@ struct Neon {
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kSignVectors = 4;
   static constexpr int kSignRows = 2;
-  static constexpr int kTableFloats = 8;  // the signed sums of two inputs, and of two
+  static constexpr int kTableFloats = 12;  // the signed sums of three inputs, and of two
   static constexpr int kPeakSums = 4;
 
   BIPER_INLINE Sum zero() {
@@ -83,24 +84,28 @@ struct Neon {
   }
 
   BIPER_INLINE Signs load_signs(const uint32_t* from) { return vld1q_u32(from); }
-  BIPER_INLINE Signs next_signs(Signs signs) { return vshrq_n_u32(signs, 4); }
+  BIPER_INLINE Signs next_signs(Signs signs) { return vshrq_n_u32(signs, 5); }
   BIPER_INLINE Table load_table(const float* from) {
-    return {vreinterpretq_u8_f32(vld1q_f32(from)), vreinterpretq_u8_f32(vld1q_f32(from + 4))};
+    const auto bytes = [&](int64_t i) { return vreinterpretq_u8_f32(vld1q_f32(from + i)); };
+    return {{{bytes(0), bytes(4)}}, bytes(8)};
   }
-  // The bytes of the float that the lowest two bits of a lane name.
-  BIPER_INLINE Float look_up_pair(uint8x16_t pair, Signs signs) {
-    const uint32x4_t number = vandq_u32(signs, vdupq_n_u32(3));
-    const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100u), number, vdupq_n_u32(0x04040404u));
-    return vreinterpretq_f32_u8(vqtbl1q_u8(pair, vreinterpretq_u8_u32(bytes)));
+  // The numbers of the four bytes of a float, whose number is in the `last` bits of a lane.
+  BIPER_INLINE uint8x16_t bytes_of(Signs signs, uint32_t last) {
+    const uint32x4_t number = vandq_u32(signs, vdupq_n_u32(last));
+    return vreinterpretq_u8_u32(
+        vmlaq_u32(vdupq_n_u32(0x03020100u), number, vdupq_n_u32(0x04040404u)));
   }
-  BIPER_INLINE Float look_up(const Table& table, Signs signs) {
-    return vaddq_f32(look_up_pair(table.low, signs),
-                     look_up_pair(table.high, vshrq_n_u32(signs, 2)));
+  BIPER_INLINE Float add_look_up(Float sum, const Table& table, Signs signs) {
+    const uint8x16_t three = vqtbl2q_u8(table.three, bytes_of(signs, 7));
+    const uint8x16_t two = vqtbl1q_u8(table.two, bytes_of(vshrq_n_u32(signs, 3), 3));
+    return vaddq_f32(sum, vaddq_f32(vreinterpretq_f32_u8(three), vreinterpretq_f32_u8(two)));
   }
   BIPER_INLINE void make_table(const float* x, float* table) {
-    for (int pair = 0; pair < 2; ++pair, x += 2, table += 4) {
-      for (int i = 0; i < 4; ++i) table[i] = (i & 1 ? x[0] : -x[0]) + (i & 2 ? x[1] : -x[1]);
+    for (int i = 0; i < 8; ++i) {
+      const float pair = (i & 1 ? x[0] : -x[0]) + (i & 2 ? x[1] : -x[1]);
+      table[i] = pair + (i & 4 ? x[2] : -x[2]);
     }
+    for (int i = 0; i < 4; ++i) table[8 + i] = (i & 1 ? x[3] : -x[3]) + (i & 2 ? x[4] : -x[4]);
   }
 
   BIPER_INLINE Float broadcast(float x) { return vdupq_n_f32(x); }

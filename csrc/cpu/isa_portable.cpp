@@ -34,7 +34,7 @@ struct Portable {
   static constexpr bool kSumsFitFloats = false;
   static constexpr int kSignVectors = 4;
   static constexpr int kSignRows = 2;
-  static constexpr int kTableFloats = 16;
+  static constexpr int kTableFloats = 32;
   static constexpr int kPeakSums = 1;
 
   BIPER_INLINE Sum zero() { return Sum{}; }
@@ -75,18 +75,17 @@ struct Portable {
     return signs;
   }
   BIPER_INLINE Signs next_signs(Signs signs) {
-    for (int l = 0; l < kFloats; ++l) signs.lane[l] >>= 4;
+    for (int l = 0; l < kFloats; ++l) signs.lane[l] >>= 5;
     return signs;
   }
   BIPER_INLINE Table load_table(const float* from) { return from; }
-  BIPER_INLINE Float look_up(Table table, Signs signs) {
-    return each([&](int l) { return table[signs.lane[l] & 15u]; });
+  BIPER_INLINE Float add_look_up(Float sum, Table table, Signs signs) {
+    return each([&](int l) { return sum.lane[l] + table[signs.lane[l] & 31u]; });
   }
   BIPER_INLINE void make_table(const float* x, float* table) {
-    for (int i = 0; i < 16; ++i) {
-      const float low = (i & 1 ? x[0] : -x[0]) + (i & 2 ? x[1] : -x[1]);
-      const float high = (i & 4 ? x[2] : -x[2]) + (i & 8 ? x[3] : -x[3]);
-      table[i] = low + high;
+    for (int i = 0; i < 32; ++i) {
+      const auto input = [&](int k) { return i >> k & 1 ? x[k] : -x[k]; };
+      table[i] = ((input(0) + input(1)) + input(2)) + (input(3) + input(4));
     }
   }
 

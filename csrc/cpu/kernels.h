@@ -221,9 +221,12 @@ struct FloatConvPlan {
   uint32_t* out_bits;  // [N, out_h, out_w, out_words] or null
 };
 
-// Words of the inputs that a chain of additions of a product with signs takes: CHAIN_INPUTS of
-// biper_engine/ops/matrix.py.
+// In products of rows with signs: inputs of a table, tables of a word of signs, and words of a
+// chain of additions. A chain takes CHAIN_INPUTS of biper_engine/ops/matrix.py.
+constexpr int64_t kTableInputs = 5;
+constexpr int64_t kWordTables = 6;
 constexpr int64_t kChainWords = 8;
+constexpr int64_t kSignWordInputs = kTableInputs * kWordTables;
 
 // Products of two packed maps, filled by matmul.cpp: for each of `matrices` rows of pixels and each
 // group of channels, out[w][v] = sum over the group of a[w] * b[v]. An element is 1 where its bit
@@ -258,7 +261,7 @@ struct MatmulPlan {
 // biper_engine/ops/matrix.py.
 struct SignLinearPlan {
   int64_t rows, inputs, outputs;
-  int64_t words, chains;       // of the inputs: 32 bits each, and 8 words each
+  int64_t words, chains;       // of the inputs: 30 signs each, and 8 words each
   int64_t blocks, lanes;       // of outputs, and outputs of a block
   int64_t group_rows, groups;  // rows that are multiplied together
   int64_t chunk_blocks, chunks, units;
@@ -459,7 +462,7 @@ struct Kernels {
 
   int64_t sign_lanes;    // outputs of a block of a product with signs
   int64_t sign_rows;     // most rows that it multiplies together
-  int64_t table_floats;  // of four inputs
+  int64_t table_floats;  // of five inputs
   void (*sign_linear_unit)(const SignLinearPlan& plan, int64_t unit, void* scratch);
 
   // The inner loop on registers alone, `rounds` times; each round does `macs_per_round`.

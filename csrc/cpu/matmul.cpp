@@ -153,10 +153,10 @@ SignLinear::SignLinear(int64_t inputs, int64_t outputs, Span<const uint32_t> wei
     : kernels_(&biper::kernels()), inputs_(inputs), outputs_(outputs) {
   require_range("inputs", inputs, 1, kMost);
   require_range("outputs", outputs, 0, kMost);
-  const int64_t words = ceil_div(inputs, kWordBits), lanes = kernels_->sign_lanes;
-  const int64_t blocks = ceil_div(outputs, lanes);
+  const int64_t given = ceil_div(inputs, kWordBits), words = ceil_div(inputs, kSignWordInputs);
+  const int64_t lanes = kernels_->sign_lanes, blocks = ceil_div(outputs, lanes);
   require_memory("weight", weight.data, weight.size,
-                 checked_product("The weight", {outputs, words}), 4);
+                 checked_product("The weight", {outputs, given}), 4);
   require_memory("multiplier", multiplier.data, multiplier.size, outputs, 4);
   if (bias.data != nullptr || bias.size != 0)
     require_memory("bias", bias.data, bias.size, outputs, 4);
@@ -166,15 +166,17 @@ SignLinear::SignLinear(int64_t inputs, int64_t outputs, Span<const uint32_t> wei
   bias_ = padded(bias, blocks * lanes);
   if (shifted) offset_ = padded(offset, blocks * lanes);
   weights_.assign(static_cast<size_t>(checked_product("The weight", {blocks, lanes, words})), 0);
-  const int64_t last = inputs - (words - 1) * kWordBits;
-  const uint32_t used = last == kWordBits ? ~0u : (1u << last) - 1;
   for (int64_t o = 0; o < outputs; ++o) {
     for (int64_t w = 0; w < words; ++w) {
       const int64_t chain = w / kChainWords, in_chain = w % kChainWords;
       const int64_t chain_words = std::min(kChainWords, words - chain * kChainWords);
       const int64_t row = chain * kChainWords * blocks + o / lanes * chain_words + in_chain;
+      const int64_t first = w * kSignWordInputs, count = std::min(kSignWordInputs, inputs - first);
+      const uint32_t* from = weight.data + o * given + first / kWordBits;
+      uint64_t bits = from[0];
+      if (first % kWordBits + count > kWordBits) bits |= uint64_t{from[1]} << kWordBits;
       weights_[static_cast<size_t>(row * lanes + o % lanes)] =
-          weight.data[o * words + w] & (w == words - 1 ? used : ~0u);
+          static_cast<uint32_t>(bits >> first % kWordBits & ((uint64_t{1} << count) - 1));
     }
   }
 }
@@ -185,14 +187,14 @@ SignLinearPlan SignLinear::plan_for(int64_t rows, int64_t threads) const {
   plan.rows = rows;
   plan.inputs = inputs_;
   plan.outputs = outputs_;
-  plan.words = ceil_div(inputs_, kWordBits);
+  plan.words = ceil_div(inputs_, kSignWordInputs);
   plan.chains = ceil_div(plan.words, kChainWords);
   plan.lanes = kernels_->sign_lanes;
   plan.blocks = ceil_div(outputs_, plan.lanes);
   plan.group_rows = kernels_->sign_rows;
   plan.groups = ceil_div(rows, plan.group_rows);
-  const double steps = double(rows) * double(inputs_) / 4 * double(plan.blocks * plan.lanes) /
-                       double(kernels_->float_vector);
+  const double steps = double(rows) * double(inputs_) / kTableInputs *
+                       double(plan.blocks * plan.lanes) / double(kernels_->float_vector);
   const int64_t useful = useful_threads(threads, steps);
   // Every chunk makes the tables of its rows again.
   const int64_t wanted = useful > 1 ? 2 * useful : 1;
@@ -202,7 +204,7 @@ SignLinearPlan SignLinear::plan_for(int64_t rows, int64_t threads) const {
   plan.units = checked_product("The batch", {plan.groups, plan.chunks});
   Layout layout;
   plan.scratch.tables =
-      layout.place({plan.group_rows, kChainWords * kWordBits / 4, kernels_->table_floats});
+      layout.place({plan.group_rows, kChainWords * kWordTables, kernels_->table_floats});
   plan.scratch.totals = layout.place({plan.group_rows, plan.chunk_blocks, plan.lanes});
   plan.scratch.bytes = layout.bytes();
   plan.weights = weights_.data();

@@ -1,7 +1,8 @@
 // Rows of floats times signs, without unpacking the signs.
 //
-// A table of four inputs has their 16 signed sums, so that four bits of a weight look one up: on
-// AVX-512, a shift, a permutation and an addition do 64 multiply-adds. Vectors are outputs. A unit
+// A table of five inputs has their 32 signed sums, so that five bits of a weight look one up: on
+// AVX-512, a shift, a permutation and an addition do 80 multiply-adds. Others add the sums of three
+// inputs, of which a table has 8, and of two. Vectors are outputs. A unit
 // takes some rows through all chains of a chunk of outputs: it makes a chain's tables, adds the
 // chain up for every block, and adds it to the block's totals.
 #pragma once
@@ -10,8 +11,11 @@
 
 namespace biper {
 
-constexpr int64_t kChainInputs = kChainWords * kWordBits;
-constexpr int64_t kWordTables = kWordBits / 4;
+// Words of weights that are fetched ahead of the sums: 16 KB, four pages, since processors do not
+// fetch across pages by themselves. Past the end nothing is read.
+constexpr int64_t kWordsAhead = 4096;
+
+constexpr int64_t kChainInputs = kChainWords * kSignWordInputs;
 
 // Fills the tables of `words` words of a row from input `first` on; inputs that are missing are 0.
 template <class I>
@@ -20,13 +24,13 @@ BIPER_INLINE void fill_tables(const float* x, int64_t first, int64_t inputs, int
   alignas(64) float padded[kChainInputs];
   const float* from = x + first;
   const int64_t left = inputs - first;
-  if (left < words * kWordBits) {
+  if (left < words * kSignWordInputs) {
     __builtin_memset(padded, 0, sizeof padded);
     __builtin_memcpy(padded, from, static_cast<size_t>(left) * sizeof(float));
     from = padded;
   }
   for (int64_t t = 0; t < words * kWordTables; ++t) {
-    I::make_table(from + 4 * t, tables + t * I::kTableFloats);
+    I::make_table(from + kTableInputs * t, tables + t * I::kTableFloats);
   }
 }
 
@@ -36,10 +40,9 @@ BIPER_INLINE float ordered_sum(const float* x, int64_t inputs) {
   for (int64_t first = 0; first < inputs; first += kChainInputs) {
     float chain = 0.0f;
     const int64_t last = min64(inputs, first + kChainInputs);
-    for (int64_t k = first; k < last; k += 4) {
-      const float b = k + 1 < last ? x[k + 1] : 0.0f;
-      const float c = k + 2 < last ? x[k + 2] : 0.0f, d = k + 3 < last ? x[k + 3] : 0.0f;
-      chain += (x[k] + b) + (c + d);
+    for (int64_t k = first; k < last; k += kTableInputs) {
+      const auto at = [&](int64_t i) { return k + i < last ? x[k + i] : 0.0f; };
+      chain += ((at(0) + at(1)) + at(2)) + (at(3) + at(4));
     }
     total += chain;
   }
@@ -57,14 +60,17 @@ static void add_chain(const uint32_t* weights, int64_t words, const float* table
   for (int64_t w = 0; w < words; ++w, weights += J * I::kFloats) {
     typename I::Signs signs[J];
     BIPER_UNROLL
-    for (int j = 0; j < J; ++j) signs[j] = I::load_signs(weights + j * I::kFloats);
+    for (int j = 0; j < J; ++j) {
+      signs[j] = I::load_signs(weights + j * I::kFloats);
+      __builtin_prefetch(weights + kWordsAhead + j * I::kFloats);
+    }
     for (int64_t t = 0; t < kWordTables; ++t, tables += I::kTableFloats) {
       BIPER_UNROLL
       for (int p = 0; p < P; ++p) {
         const typename I::Table table = I::load_table(tables + p * table_step);
         BIPER_UNROLL
         for (int j = 0; j < J; ++j) {
-          sums[p * J + j] = I::add(sums[p * J + j], I::look_up(table, signs[j]));
+          sums[p * J + j] = I::add_look_up(sums[p * J + j], table, signs[j]);
         }
       }
       BIPER_UNROLL
