@@ -262,8 +262,9 @@ def _read_weights(path: Path) -> dict[Any, Any]:
 def random_network(name: str, *, num_classes: int | None = None) -> nn.Module:
     """Return a network of the registry with seeded weights and statistics, as if trained.
 
-    An untrained network has BatchNorm biases of 0, and therefore exact zeros before its signs. No
-    trained network has these. Speed does not depend on the values.
+    An untrained network has biases and shifts of 0, and therefore exact zeros before its signs,
+    whose outputs cannot be told by one threshold. No trained network has these. Otherwise speed
+    does not depend on the values.
 
     Raises:
         ValueError: unknown name.
@@ -284,6 +285,9 @@ def random_network(name: str, *, num_classes: int | None = None) -> nn.Module:
                 module.running_var.uniform_(0.5, 2.0)
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
+        for parameter in network.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
     return network
 
 
