@@ -4,7 +4,7 @@
     python benchmarks/frontier.py --machine epyc-zen4
     python benchmarks/frontier_report.py
 
-BiPer's ImageNet networks with a reported accuracy, ReActNet-A and BNext-T run on the engine,
+BiPer's ImageNet networks with a reported accuracy, ReActNet-A and BNext-T to L run on the engine,
 MobileNetV3-Small and Large, EfficientNet-B0 and ResNet-50 on OpenVINO in float32, bfloat16 and
 int8; all are called in turn, in one run. Accuracies are the published ones of trained networks in
 float32; the weights here are random, since times do not depend on them. Before anything is timed,
@@ -50,6 +50,9 @@ BINARY = {
     "BiPer ResNet-34": "imagenet/resnet34_1w1a",
     "ReActNet-A": "imagenet/reactnet_a",
     "BNext-T": "imagenet/bnext_tiny",
+    "BNext-S": "imagenet/bnext_small",
+    "BNext-M": "imagenet/bnext_middle",
+    "BNext-L": "imagenet/bnext_large",
 }
 _MOBILENET = "Howard et al., Searching for MobileNetV3, 2019 (arXiv:1905.02244)"
 _EFFICIENTNET = "Tan and Le, EfficientNet, 2019 (arXiv:1905.11946), table 2"
