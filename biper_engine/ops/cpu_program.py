@@ -54,11 +54,13 @@ class Form:
         map: the map.
         sizes: the tensor's sizes for one image; the first one is multiplied by the batch.
         channels_last: whether its memory is channels_last, not contiguous.
+        integers: whether it holds integers: pixels of 32 or 64 bits of a packed map.
     """
 
     map: Map
     sizes: tuple[int, ...]
     channels_last: bool = False
+    integers: bool = False
 
     @classmethod
     def of(cls, x: Map | Form) -> Form:
@@ -72,18 +74,25 @@ class Form:
     @property
     def dtype(self) -> torch.dtype:
         """The tensor's dtype."""
-        return torch.int32 if self.map.packed else torch.float32
+        if self.map.packed:
+            return torch.int64 if self._wide else torch.int32
+        return torch.float32
+
+    @property
+    def _wide(self) -> bool:
+        return self.integers and self.map.channels == 64
 
     @property
     def layout(self) -> torch.memory_format:
         """The tensor's memory layout."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def takes(self, *, contiguous: bool) -> tuple[int, tuple[int, ...], bool, bool, bool]:
+    def takes(self, *, contiguous: bool) -> tuple[int, tuple[int, ...], bool, bool, bool, bool]:
         """Return the form as csrc/cpu has it; `contiguous` memory may do beside its own."""
         # The memory of 1x1 maps is the same in either layout.
         pixels = self.channels_last and self.sizes[2:] != (1, 1)
-        return self.sizes[0], self.sizes[1:], self.map.packed, contiguous or not pixels, pixels
+        kind = self.map.packed, self._wide
+        return self.sizes[0], self.sizes[1:], *kind, contiguous or not pixels, pixels
 
     def empty(self, batch: int) -> Tensor:
         """Return a tensor of this form without values."""
@@ -167,6 +176,7 @@ class CpuProgram:
         """Run the program on tensors on the CPU, each of the form of its input.
 
         Raises:
+            IndexError: an index into an embedding is none of its rows.
             ValueError: an input is no tensor of the map's shape and dtype on the CPU.
         """
         outputs = self.call_as_is(inputs)

@@ -45,6 +45,8 @@ class Placed:
         batch: the dimension that grows with the batch; None if the value is a constant.
         shape: sizes for one image, where the value is a reshape of `image` that is not copied yet.
         truth: whether the numbers, 1 and 0, stand for true and false.
+        integers: the dtype of integers, int32 or int64; a packed map has those of an input, which
+            `image` counts, other maps have them as floats.
     """
 
     source: Map | Tensor
@@ -52,6 +54,7 @@ class Placed:
     batch: int | None = 0
     shape: tuple[int, ...] | None = None
     truth: bool = False
+    integers: torch.dtype | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -60,7 +63,7 @@ class Placed:
 
     @property
     def packed(self) -> bool:
-        """Whether it is a packed map."""
+        """Whether it is a packed map, or integers of an input."""
         return isinstance(self.source, Map) and self.source.packed
 
     @property

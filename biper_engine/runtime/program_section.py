@@ -72,6 +72,8 @@ def program_section(
     program = plan.runs[0].program
     assert isinstance(program, RecordedProgram)
     writer = _Writer(constants, _unpacked(module), prefix)
+    if any(form.integers for form, _ in program.sources):
+        return _without("the C library takes no inputs of integers")
     entry = {
         "version": _VERSION,
         "steps": [writer.added(each) for each in program.added],

@@ -28,6 +28,9 @@ from biper_engine.runtime.placement import (
 __all__ = ["NativeRun", "NativeStep", "RunMaps", "Unsupported"]
 
 
+_INTEGERS = (torch.int32, torch.int64)
+
+
 class Unsupported(Exception):
     """A node without a step; the message says why, with the node as its subject."""
 
@@ -93,6 +96,7 @@ class RunMaps:
         self._computed: dict[fx.Node, Tensor] = {}  # values that come from constants alone
         self._expected: Any = None  # what the node at work returns for BATCH images, without data
         self._copies: dict[Any, Map] = {}  # maps that hold values in another order
+        self._floats: dict[int, Map] = {}  # integers of inputs, as floats
         self._kept: list[Tensor] = []  # constants whose copies are known by their identity
         self._roots: dict[int, int] = {}  # views, and the maps whose memory they share
         self._read: dict[int, set[str]] = {}  # maps, and the steps that read them
@@ -117,7 +121,8 @@ class RunMaps:
     def left_out(self, wanted: Sequence[fx.Node]) -> list[fx.Node]:
         """Return the nodes whose values are `wanted` that no program can return.
 
-        These are constants, bools, empty values, and views whose first dimension is not the batch.
+        These are constants, bools, integers, empty values, and views whose batch is not the first
+        dimension.
         """
         left: dict[fx.Node, None] = {}
         remaining = list(wanted)
@@ -129,7 +134,8 @@ class RunMaps:
                 remaining.extend(node.all_input_nodes)
             if node in left or value is None or node in self.inputs:
                 continue
-            if not isinstance(value, Placed) or value.truth or value.batch != 0 or 0 in value.sizes:
+            inside = not isinstance(value, Placed) or value.truth or value.integers
+            if inside or value.batch != 0 or 0 in value.sizes:
                 left[node] = None
                 remaining.extend(node.all_input_nodes)
         return list(left)
@@ -156,7 +162,8 @@ class RunMaps:
         return NativeRun(self._program, tuple(self.steps), tuple(self.inputs), positions)
 
     def _coming(self, x: Placed) -> Form:
-        return Form(_map_of(x), x.sizes, channels_last=not x.packed and len(x.sizes) == 4)
+        channels_last = not x.packed and len(x.sizes) == 4
+        return Form(_map_of(x), x.sizes, channels_last, integers=x.integers is not None)
 
     def _takes_planar(self, x: Placed) -> bool:
         """Whether every step that reads an input can also read it as [N, C, H, W]."""
@@ -198,6 +205,9 @@ class RunMaps:
         found = self._values.get(value) or self.inputs.get(value)
         if found is None and (value.op == "get_attr" or value in self._computed):
             return self.of_constant(self.tensor(value))
+        integers = None if value in self._values else self.integers(value)
+        if integers is not None:
+            return self._as_floats(integers)
         if found is None:
             found = self.inputs[value] = self._input(value, None)
         if not isinstance(found, Placed):
@@ -241,9 +251,35 @@ class RunMaps:
         found = self._values.get(value) or self.inputs.get(value)
         if found is None:
             found = self.inputs[value] = self._input(value, channels)
-        if not isinstance(found, Placed) or not found.packed:
+        if not isinstance(found, Placed) or not found.packed or found.integers:
             raise Unsupported(f"takes {value}, which is another kind of map")
         return _map_of(found)
+
+    def integers(self, value: Any) -> Placed | None:
+        """Return an input of integers, int32 or int64, or None if the value is something else."""
+        if not isinstance(value, fx.Node) or value.op == "get_attr":
+            return None
+        found = self.inputs.get(value)
+        if found is None and value not in self._values and value not in self._computed:
+            known = self._value_of(value)
+            if isinstance(known, Tensor) and known.dtype in _INTEGERS:
+                found = self.inputs[value] = self._integer_input(value, known)
+        return found if found is not None and found.integers else None
+
+    def _as_floats(self, x: Placed) -> Placed:
+        """Return the integers of an input as floats, rounded as PyTorch rounds them."""
+        source = _map_of(x)
+        if source.index not in self._floats:
+            (self._floats[source.index],) = self.emit("integers", x=source)
+        return replace(x, source=self._floats[source.index])
+
+    def _integer_input(self, node: fx.Node, value: Tensor) -> Placed:
+        sizes = tuple(value.shape)
+        if not sizes or sizes[0] % BATCH != 0 or 0 in sizes:
+            raise Unsupported(f"takes {node}, which is no batch")
+        image = dense_image((sizes[0] // BATCH, *sizes[1:]))
+        made = self._program.add_map(8 * value.dtype.itemsize, image.numel(), 1, packed=True)
+        return Placed(made, image, integers=value.dtype)
 
     def tensor(self, value: Any, *, any_dtype: bool = False) -> Tensor:
         """Return a constant.
@@ -411,6 +447,7 @@ def _without_data(value: Any) -> Any:
     if value is None:
         return None
     dtype = torch.bool if value.truth else torch.int32 if value.packed else torch.float32
+    dtype = value.integers or dtype
     return torch.empty(value.sizes_for(BATCH), dtype=dtype, device="meta")
 
 

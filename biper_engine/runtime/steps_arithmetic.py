@@ -134,7 +134,8 @@ def _to_dtype(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     x = run.numbers(named["self"])
     if named["dtype"] == torch.bool and not x.truth:
         x = apply(run, "not_equal", x, number(0.0))
-    run.set(node, replace(x, truth=named["dtype"] == torch.bool))
+    integers = x.integers if named["dtype"] in (None, x.integers) else None
+    run.set(node, replace(x, truth=named["dtype"] == torch.bool, integers=integers))
 
 
 # -- two operands ----------------------------------------------------------------------------------
@@ -209,10 +210,17 @@ def _divide_rounded(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
 def _compare(function: str, *, swapped: bool = False) -> Handler:
     def handler(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
         operands = [_operand(run, named["self"]), _operand(run, named["other"])]
+        if operands[0].integers and not _is_exact(named["other"]):
+            raise Unsupported("compares integers that floats may not hold")
         made = apply(run, function, *(reversed(operands) if swapped else operands))
         run.set(node, replace(made, truth=True))
 
     return handler
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether every integer that differs from a number also does as a float32, on the same side."""
+    return isinstance(value, int) and abs(value) < 2**24
 
 
 def _prelu(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:

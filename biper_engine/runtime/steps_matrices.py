@@ -1,4 +1,4 @@
-"""Native steps of products of matrices on bits, and with binary weights."""
+"""Native steps of products of matrices on bits, and with binary weights, and of embeddings."""
 
 from __future__ import annotations
 
@@ -47,8 +47,18 @@ def _weight_linear(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     run.set(node, Placed(made, dense_image((*front, made.channels))))
 
 
+def _embedding(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
+    indices, weight = run.integers(named["indices"]), run.tensor(named["weight"])
+    if indices is None:
+        raise Unsupported(f"takes {named['indices']}, which is no input")
+    rows, channels = weight.shape
+    (made,) = run.emit("embedding", x=indices.source, weight=weight, rows=rows)
+    run.set(node, Placed(made, dense_image((*indices.sizes, channels))))
+
+
 HANDLERS: dict[str, Handler] = {
     "biper.bmatmul_float": _bit_matmul,
     "biper.weight_linear": _weight_linear,
+    "embedding": _embedding,
 }
-"""The native steps of products of matrices on bits, by the names of their declarations."""
+"""The native steps of this module, by the names of their declarations."""

@@ -42,7 +42,8 @@ bool is_channels_last(const Tensor& x) {
 struct Form {
   int64_t rows;                // of the first dimension, for each image
   std::vector<int64_t> image;  // sizes behind the first dimension
-  bool packed;                 // int32, else float32
+  bool packed;                 // int32 or int64, else float32
+  bool wide;                   // int64
   bool contiguous;             // does
   bool channels_last;          // does
 
@@ -50,8 +51,9 @@ struct Form {
 
   // Returns whether `x` is that, with a batch of any size.
   bool fits(const Tensor& x) const {
-    if (x.device_type != kCpuDevice || x.type != (packed ? kIntType : kFloatType) || x.bits != 32 ||
-        x.lanes != 1 || x.dimensions != static_cast<int32_t>(image.size()) + 1) {
+    if (x.device_type != kCpuDevice || x.type != (packed ? kIntType : kFloatType) ||
+        x.bits != (wide ? 64 : 32) || x.lanes != 1 ||
+        x.dimensions != static_cast<int32_t>(image.size()) + 1) {
       return false;
     }
     for (size_t d = 0; d < image.size(); ++d) {
@@ -63,7 +65,7 @@ struct Form {
 };
 
 MapMemory map_memory(const Tensor& x, bool planar) {
-  int64_t values = 1;
+  int64_t values = x.bits / 32;
   for (int32_t d = 0; d < x.dimensions; ++d) values *= x.shape[d];
   return {x.start(), values, planar};
 }
@@ -127,12 +129,12 @@ class Result {
   int64_t batch_ = -1;
 };
 
-using FormValues = std::tuple<int64_t, std::vector<int64_t>, bool, bool, bool>;
+using FormValues = std::tuple<int64_t, std::vector<int64_t>, bool, bool, bool, bool>;
 
 Form form(const FormValues& values) {
-  const auto& [rows, image, packed, contiguous, channels_last] = values;
+  const auto& [rows, image, packed, wide, contiguous, channels_last] = values;
   if (rows < 1) fail("A tensor has at least one row for each image.");
-  return {rows, image, packed, contiguous, channels_last};
+  return {rows, image, packed, wide, contiguous, channels_last};
 }
 
 class Caller {

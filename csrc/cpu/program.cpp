@@ -371,6 +371,7 @@ void Program::run_part(const CallShape& shape, int64_t first, const std::vector<
   };
   run_job({walk, prepared.get(), shape.threads, prepared->scratch_bytes}, shape.threads);
   for (size_t s = 0; s < ends.size(); ++s) (*seconds)[s] += ends[s] - start;
+  for (const auto& step : prepared->steps) step->check();
   give_back(std::move(prepared));
 }
 

@@ -43,6 +43,9 @@ class PreparedStep {
   virtual ~PreparedStep() = default;
   virtual void bind(void* const* maps) = 0;
 
+  // Called when all steps are done: throws where the step cannot take a value of this call.
+  virtual void check() const {}
+
   Job job{};
 };
 

@@ -6,7 +6,8 @@ namespace biper {
 
 extern const StepKind kConvStep, kFloatConvStep, kBinarizeStep, kUnbinarizeStep, kBitPoolStep,
     kAverageStep, kMaximumStep, kSumStep, kElementwiseStep, kRowsStep, kMatmulStep, kDepthwiseStep,
-    kRearrangeStep, kJoinStep, kConstantStep, kBitMatmulStep, kWeightLinearStep;
+    kRearrangeStep, kJoinStep, kConstantStep, kBitMatmulStep, kWeightLinearStep, kEmbeddingStep,
+    kIntegersStep;
 
 namespace {
 
@@ -14,7 +15,7 @@ const StepKind* const kKinds[] = {
     &kConvStep,      &kFloatConvStep,    &kBinarizeStep,  &kUnbinarizeStep,  &kBitPoolStep,
     &kAverageStep,   &kMaximumStep,      &kSumStep,       &kElementwiseStep, &kRowsStep,
     &kMatmulStep,    &kDepthwiseStep,    &kRearrangeStep, &kJoinStep,        &kConstantStep,
-    &kBitMatmulStep, &kWeightLinearStep,
+    &kBitMatmulStep, &kWeightLinearStep, &kEmbeddingStep, &kIntegersStep,
 };
 
 // Values of work, some 10 us, below which a unit of its own costs more than it brings.
