@@ -1,14 +1,18 @@
-"""EfficientNet-B0: a float alternative to a binary network.
+"""EfficientNet-B0 and B3: float alternatives to binary networks.
 
 Written from table 1 of Tan and Le, "EfficientNet", 2019 (arXiv:1905.11946). Its blocks are those of
 MobileNetV2 with squeeze-and-excite, whose squeezed channels are a quarter of the block's input.
+B3 has 1.2 times the channels, rounded to multiples of 8, and 1.4 times the blocks, rounded up, as
+in the paper's TensorFlow code.
 """
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
-__all__ = ["EfficientNetB0", "efficientnet_b0"]
+__all__ = ["EfficientNet", "efficientnet_b0", "efficientnet_b3"]
 
 _STEM_CHANNELS, _FEATURES = 32, 1280
 # Of the paper's TensorFlow code.
@@ -80,27 +84,46 @@ class Block(nn.Module):
         return x + y if self.has_shortcut else y
 
 
-class EfficientNetB0(nn.Module):
-    """A stem, seven stages of blocks, and a linear classifier."""
+class EfficientNet(nn.Module):
+    """A stem, seven stages of blocks, and a linear classifier.
 
-    def __init__(self, num_classes: int = 1000) -> None:
+    Args:
+        width: factor of the channels of B0.
+        depth: factor of its blocks.
+        num_classes: outputs.
+    """
+
+    def __init__(self, width: float = 1.0, depth: float = 1.0, num_classes: int = 1000) -> None:
         super().__init__()
-        self.features = nn.Sequential(convolution(3, _STEM_CHANNELS, 3, stride=2), nn.SiLU())
-        in_channels = _STEM_CHANNELS
-        for factor, channels, count, stride, size in _STAGES:
-            for index in range(count):
+        in_channels, features = scaled(_STEM_CHANNELS, width), scaled(_FEATURES, width)
+        self.features = nn.Sequential(convolution(3, in_channels, 3, stride=2), nn.SiLU())
+        for factor, narrow, count, stride, size in _STAGES:
+            channels = scaled(narrow, width)
+            for index in range(math.ceil(depth * count)):
                 step = stride if index == 0 else 1
                 self.features.append(Block(in_channels, channels, factor, step, size))
                 in_channels = channels
-        self.features.extend([convolution(in_channels, _FEATURES, 1), nn.SiLU()])
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(_FEATURES, num_classes))
+        self.features.extend([convolution(in_channels, features, 1), nn.SiLU()])
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(features, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits [N, num_classes] for images [N, 3, 224, 224]."""
+        """Return logits [N, num_classes] for images [N, 3, H, W]."""
         logits: Tensor = self.classifier(self.features(x).mean((2, 3)))
         return logits
 
 
-def efficientnet_b0(num_classes: int = 1000) -> EfficientNetB0:
-    """Return the network with fresh weights, in training mode."""
-    return EfficientNetB0(num_classes)
+def scaled(channels: int, width: float) -> int:
+    """Return `width` times the channels, rounded to a multiple of 8 that is not 10 % below."""
+    wanted = width * channels
+    rounded = max(8, int(wanted + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * wanted else rounded + 8
+
+
+def efficientnet_b0() -> EfficientNet:
+    """Return the network with untrained weights, in training mode, for images of 224x224."""
+    return EfficientNet()
+
+
+def efficientnet_b3() -> EfficientNet:
+    """Return the network with untrained weights, in training mode, for images of 300x300."""
+    return EfficientNet(1.2, 1.4)

@@ -5,10 +5,10 @@
     python benchmarks/frontier_report.py
 
 BiPer's ImageNet networks with a reported accuracy, ReActNet-A and BNext-T to L run on the engine,
-MobileNetV3-Small and Large, EfficientNet-B0 and ResNet-50 on OpenVINO in float32, bfloat16 and
-int8; all are called in turn, in one run. Accuracies are the published ones of trained networks in
-float32; the weights here are random, since times do not depend on them. Before anything is timed,
-engines must give the bits of their float networks, and float32 must give PyTorch's logits.
+MobileNetV3-Small and Large, EfficientNet-B0 and B3 and ResNet-50 on OpenVINO in float32, bfloat16
+and int8; all are called in turn, in one run. Accuracies are the published ones of trained networks
+in float32; the weights here are random, since times do not depend on them. Before anything is
+timed, engines must give the bits of their float networks, and float32 must give PyTorch's logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from efficientnet import efficientnet_b0
+from efficientnet import efficientnet_b0, efficientnet_b3
 from mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
 from recording import RESULTS, least_disturbed, record, tries_told
 from resnet import resnet50
@@ -57,14 +57,14 @@ BINARY = {
 _MOBILENET = "Howard et al., Searching for MobileNetV3, 2019 (arXiv:1905.02244)"
 _EFFICIENTNET = "Tan and Le, EfficientNet, 2019 (arXiv:1905.11946), table 2"
 _RESNET = "github.com/KaimingHe/deep-residual-networks, one crop"
-# Top-1 on ImageNet in percent, and where it is published.
-FLOAT: dict[str, tuple[Callable[[], nn.Module], float, str]] = {
-    "MobileNetV3-Small": (mobilenet_v3_small, 67.4, _MOBILENET),
-    "MobileNetV3-Large": (mobilenet_v3_large, 75.2, _MOBILENET),
-    "EfficientNet-B0": (efficientnet_b0, 77.1, _EFFICIENTNET),
-    "ResNet-50": (resnet50, 75.3, _RESNET),
+# Height and width of the images, top-1 on ImageNet in percent, and where it is published.
+FLOAT: dict[str, tuple[Callable[[], nn.Module], int, float, str]] = {
+    "MobileNetV3-Small": (mobilenet_v3_small, 224, 67.4, _MOBILENET),
+    "MobileNetV3-Large": (mobilenet_v3_large, 224, 75.2, _MOBILENET),
+    "EfficientNet-B0": (efficientnet_b0, 224, 77.1, _EFFICIENTNET),
+    "EfficientNet-B3": (efficientnet_b3, 300, 81.6, _EFFICIENTNET),
+    "ResNet-50": (resnet50, 224, 75.3, _RESNET),
 }
-INPUT_SHAPE = (3, 224, 224)
 _STATISTICS_IMAGES = 8
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -102,10 +102,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class FloatNet:
-    """A float network in eval mode, and its graph with constants folded."""
+    """A float network in eval mode, its graph with constants folded, and the side of its images."""
 
     model: nn.Module
     graph: fx.GraphModule
+    side: int
 
 
 def binary_net(label: str) -> tuple[Entry, Engine]:
@@ -137,9 +138,9 @@ def binary_net(label: str) -> tuple[Entry, Engine]:
 
 def float_net(label: str) -> tuple[list[Entry], FloatNet]:
     """Build a network with random weights; return an entry per precision, and the network."""
-    build, top1, source = FLOAT[label]
-    model = as_if_trained(build)
-    images = torch.zeros(2, *INPUT_SHAPE)
+    build, side, top1, source = FLOAT[label]
+    model = as_if_trained(build, side)
+    images = torch.zeros(2, 3, side, side)
     with FlopCounterMode(display=False) as counter:
         model(images)
     entries = [
@@ -155,10 +156,10 @@ def float_net(label: str) -> tuple[list[Entry], FloatNet]:
         )
         for precision, size in FLOAT_BYTES.items()
     ]
-    return entries, FloatNet(model, folded_network(model, images))
+    return entries, FloatNet(model, folded_network(model, images), side)
 
 
-def as_if_trained(build: Callable[[], nn.Module]) -> nn.Module:
+def as_if_trained(build: Callable[[], nn.Module], side: int) -> nn.Module:
     """Return a network in eval mode with seeded weights and the BatchNorm statistics of its maps.
 
     With other statistics, maps grow from block to block; squeeze-and-excite is then a steep
@@ -170,8 +171,13 @@ def as_if_trained(build: Callable[[], nn.Module]) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # statistics of this batch only, without the old ones
-        model.train()(torch.randn(_STATISTICS_IMAGES, *INPUT_SHAPE))
+        model.train()(torch.randn(_STATISTICS_IMAGES, 3, side, side))
     return model.eval()
+
+
+def random_images(*shape: int) -> Tensor:
+    """Return seeded images of a shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def parameters(model: nn.Module) -> int:
@@ -181,16 +187,16 @@ def parameters(model: nn.Module) -> int:
 def contest(
     engines: Mapping[str, Engine],
     floats: Mapping[str, FloatNet],
-    images: Tensor,
+    batch: int,
     threads: int,
     budget: Budget,
 ) -> dict[str, Any]:
-    """Time all networks on one batch, in turn and alone.
+    """Time all networks at one batch size, in turn and alone.
 
     Args:
         engines: engines by name.
         floats: float networks by name; each name is combined with each of `FLOAT_BYTES`.
-        images: input of all networks.
+        batch: number of images.
         threads: number of threads of each network.
         budget: time for all together.
 
@@ -200,9 +206,13 @@ def contest(
     Raises:
         RuntimeError: a network does not run in float32, or its logits differ from PyTorch's.
     """
-    calls: dict[str, Any] = {name: partial(engine, images) for name, engine in engines.items()}
+    calls: dict[str, Any] = {
+        name: partial(engine, random_images(batch, *engine.input_shape))
+        for name, engine in engines.items()
+    }
     rest_ms, differences, agreed, reasons = {}, {}, {}, {}
     for network, net in floats.items():
+        images = random_images(batch, 3, net.side, net.side)
         rivals = openvino_float_rivals(net.graph, net.model, images, threads)
         for runs, rival in zip(FLOAT_BYTES, rivals, strict=True):
             name = f"{network}, {runs}"
@@ -217,7 +227,7 @@ def contest(
                 agreed[name] = list(rival.agreed)
     samples, alone_ms = in_turn_and_alone(calls, budget, rest_ms)
     return {
-        "batch": len(images),
+        "batch": batch,
         "contestants": {name: taken.to_dict() for name, taken in samples.items()},
         "largest_relative_difference": differences,
         "images_agreed": agreed,
@@ -244,14 +254,8 @@ def measure(batches: Sequence[int], threads: int, budget: Budget) -> dict[str, A
         for label in FLOAT:
             both, floats[label] = float_net(label)
             entries += both
-        generator = torch.Generator().manual_seed(0)
         with torch.inference_mode():
-            contests = [
-                contest(engines, floats, images, threads, budget)
-                for images in (
-                    torch.randn(batch, *INPUT_SHAPE, generator=generator) for batch in batches
-                )
-            ]
+            contests = [contest(engines, floats, batch, threads, budget) for batch in batches]
         return {
             "threads": threads,
             "networks": {entry.name: asdict(entry) for entry in entries},

@@ -22,7 +22,7 @@ def net() -> frontier.FloatNet:
     torch.manual_seed(1)
     layers = (nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(*layers, nn.Linear(8, 4)).eval().requires_grad_(False)
-    return frontier.FloatNet(model, folded_network(model, IMAGES))
+    return frontier.FloatNet(model, folded_network(model, IMAGES), side=8)
 
 
 def rivals(half: Rival) -> Callable[..., list[Rival]]:
@@ -40,7 +40,7 @@ def test_every_network_is_timed_in_turn_and_alone(monkeypatch: pytest.MonkeyPatc
     half = Rival(name="bf16", how="", call=lambda x: 1.5 * found.model(x))
     monkeypatch.setattr(frontier, "openvino_float_rivals", rivals(half))
     with torch.inference_mode():
-        values = frontier.contest({"B, bits": classifier()}, {"S": found}, IMAGES, 1, ONCE)
+        values = frontier.contest({"B, bits": classifier()}, {"S": found}, 2, 1, ONCE)
     values = json.loads(json.dumps(values))
     wanted = ["B, bits", "S, float32", "S, bfloat16", "S, int8"]
     assert values["batch"] == 2
@@ -58,7 +58,7 @@ def test_every_network_is_timed_in_turn_and_alone(monkeypatch: pytest.MonkeyPatc
 def test_without_bfloat16_the_rest_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     half = Rival(name="bf16", how="", reason="no such instructions")
     monkeypatch.setattr(frontier, "openvino_float_rivals", rivals(half))
-    values = frontier.contest({}, {"S": net()}, IMAGES, 1, ONCE)
+    values = frontier.contest({}, {"S": net()}, 2, 1, ONCE)
     assert list(values["contestants"]) == ["S, float32", "S, int8"]
     assert values["did_not_run"] == {"S, bfloat16": "no such instructions"}
 
@@ -67,7 +67,7 @@ def test_nothing_is_timed_where_float32_does_not_agree(monkeypatch: pytest.Monke
     wrong = Rival(name="f32", how="", reason="it agrees on 0 of 8 images only")
     monkeypatch.setattr(frontier, "openvino_float_rivals", lambda *_: [wrong, wrong, wrong])
     with pytest.raises(RuntimeError, match=r"Nothing was timed\. S, float32: it agrees on 0"):
-        frontier.contest({"B, bits": classifier()}, {"S": net()}, IMAGES, 1, ONCE)
+        frontier.contest({"B, bits": classifier()}, {"S": net()}, 2, 1, ONCE)
 
 
 @pytest.mark.deep
@@ -76,9 +76,8 @@ def test_small_on_openvino_gives_pytorchs_logits() -> None:
     if absent:
         pytest.skip(f'{", ".join(absent)} not installed: pip install "biper-engine[bench]"')
     entries, small = frontier.float_net("MobileNetV3-Small")
-    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        values = frontier.contest({}, {"S": small}, images, 1, ONCE)
+        values = frontier.contest({}, {"S": small}, 1, 1, ONCE)
     assert values["images_agreed"] == {"S, float32": [8, 8]}
     assert values["largest_relative_difference"]["S, float32"] < 1e-4
     assert [(one.runs, one.bytes) for one in entries] == [
@@ -94,7 +93,7 @@ def test_networks_have_the_statistics_of_what_they_see_and_leave_the_generator_a
         return nn.Sequential(nn.Conv2d(3, 4, 3, stride=16), nn.BatchNorm2d(4))
 
     before = torch.get_rng_state()
-    model = frontier.as_if_trained(build)
+    model = frontier.as_if_trained(build, 224)
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
     images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(4))
@@ -104,7 +103,7 @@ def test_networks_have_the_statistics_of_what_they_see_and_leave_the_generator_a
     torch.testing.assert_close(outputs.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.1)
 
 
-def test_the_networks_on_bits_are_those_of_biper_and_two_more_with_a_reported_accuracy() -> None:
+def test_the_networks_on_bits_are_those_of_biper_and_of_two_other_papers() -> None:
     from biper_engine.models import registry
     from tests.golden.networks import BIPER
 
@@ -113,21 +112,27 @@ def test_the_networks_on_bits_are_those_of_biper_and_two_more_with_a_reported_ac
         for name in BIPER
         if name.startswith("imagenet/") and registry.architecture(name).reported_top1 is not None
     }
-    others = {"imagenet/reactnet_a", "imagenet/bnext_tiny"}
+    sizes = ("tiny", "small", "middle", "large")
+    others = {"imagenet/reactnet_a", *(f"imagenet/bnext_{size}" for size in sizes)}
     assert all(registry.architecture(name).reported_top1 is not None for name in others)
     assert set(frontier.BINARY.values()) == reported | others
 
 
 @pytest.mark.parametrize(
     ("label", "parameters", "macs"),
-    [("EfficientNet-B0", 5_288_548, 0.39e9), ("ResNet-50", 25_557_032, 4.1e9)],
+    [
+        ("EfficientNet-B0", 5_288_548, 0.39e9),
+        ("EfficientNet-B3", 12_233_232, 1.8e9),
+        ("ResNet-50", 25_557_032, 4.1e9),
+    ],
 )
 def test_float_networks_have_the_published_parameters_and_work(
     label: str, parameters: int, macs: float
 ) -> None:
-    network = frontier.FLOAT[label][0]().eval()
+    build, side, _, _ = frontier.FLOAT[label]
+    network = build().eval()
     assert frontier.parameters(network) == parameters  # of the usual PyTorch model
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        logits = network(torch.zeros(1, *frontier.INPUT_SHAPE))
+        logits = network(torch.zeros(1, 3, side, side))
     assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=0.03)  # of the papers
     assert logits.shape == (1, 1000)
