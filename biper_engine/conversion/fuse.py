@@ -99,7 +99,7 @@ def _absorb(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if fused is None and flattened is None and residual is None:
         fused = _pool(user, conv)
     other = None if fused else _residual(graph_module, user, value, conv)
-    if other is not None and _takes_residual(node, user, other):
+    if other is not None and _takes_residual(graph_module, node, user, other):
         residual = residual or _as_map(graph_module, user, other, node)
         fused = conv
     if fused is None:
@@ -123,15 +123,18 @@ def _partners(node: fx.Node) -> list[fx.Node] | None:
     return partners
 
 
-def _takes_residual(node: fx.Node, user: fx.Node, other: fx.Node) -> bool:
+def _takes_residual(
+    graph_module: fx.GraphModule, node: fx.Node, user: fx.Node, other: fx.Node
+) -> bool:
     """Whether `node` or the last of its partners can add `other`; the partner then does."""
     partners = _partners(node)
     if partners is None or other in partners:
         return False
-    for partner in reversed(partners):  # after `other`, before each other
+    added = _as_map(graph_module, user, other, partners[-1]) if partners else other
+    for partner in reversed(partners):  # after `added`, before each other
         user.prepend(partner)
     if partners:
-        partners[-1].args = (partners[-1].args[0], other)
+        partners[-1].args = (partners[-1].args[0], added)
     for partner in partners:
         partner.meta.pop("source", None)  # no value of the float graph any more
     return True

@@ -29,6 +29,8 @@ from biper_engine.graph.structure import flatten_structure
 
 __all__ = ["FailedCallError", "Observation", "Observed", "first_difference"]
 
+# Packages whose objects hold no state of a model. A logger leads to all others of the program.
+_OPAQUE = ("torch", "builtins", "logging")
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _MAX_DEPTH = 6
 _OF_MODULES = frozenset(nn.Module().__dict__)
@@ -316,7 +318,7 @@ def _collect(
             _collect(f"{name}[{index}]", item, found, seen, depth + 1)
     elif hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "__path__"):
         seen[id(value)] = name
-        if type(value).__module__.partition(".")[0] not in ("torch", "builtins"):
+        if type(value).__module__.partition(".")[0] not in _OPAQUE:
             for key, item in vars(value).items():
                 _collect(f"{name}.{key}", item, found, seen, depth + 1)
 

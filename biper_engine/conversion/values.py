@@ -461,4 +461,7 @@ def _rests_at_zero(node: fx.Node) -> bool:
     if is_call(node, aten.add.Tensor):
         parents = node.all_input_nodes
         return len(parents) == 2 and all(_rests_at_zero(operand) for operand in parents)
+    if is_call(node, torch.ops.biper.bmatmul_float.default):  # a scaled sum of integers
+        named = arguments(node)
+        return not any(named[name] for name in ("row_multiplier", "column_multiplier", "bias"))
     return False

@@ -20,6 +20,7 @@ from biper_engine.ops.cpu_program import Map
 
 __all__ = [
     "CHANNELS_LAST",
+    "INTEGERS",
     "Placed",
     "constant_of",
     "dense_image",
@@ -30,6 +31,9 @@ __all__ = [
     "reshaped",
     "without_gaps",
 ]
+
+INTEGERS = (torch.int32, torch.int64)
+"""The dtypes of integers that flow."""
 
 CHANNELS_LAST = (0, 2, 3, 1)
 """The dimensions of a map [N, C, H, W] from the outermost to the innermost in memory."""
@@ -132,7 +136,10 @@ def constant_of(tensor: Tensor) -> Placed:
     # In memory of its own, where strides count from the first number.
     numbers = tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
     image = dense_image(tuple(tensor.shape))
-    return Placed(numbers.flatten(), image, None, truth=tensor.dtype == torch.bool)
+    integers = tensor.dtype if tensor.dtype in INTEGERS else None
+    return Placed(
+        numbers.flatten(), image, None, truth=tensor.dtype == torch.bool, integers=integers
+    )
 
 
 def place_map(x: Map, images: int = 1) -> Placed:

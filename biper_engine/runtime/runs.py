@@ -15,6 +15,7 @@ from biper_engine.graph.shapes import BATCH
 from biper_engine.ops.cpu_program import CpuProgram, Form, Map
 from biper_engine.runtime.placement import (
     CHANNELS_LAST,
+    INTEGERS,
     Placed,
     constant_of,
     dense_image,
@@ -26,9 +27,6 @@ from biper_engine.runtime.placement import (
 )
 
 __all__ = ["NativeRun", "NativeStep", "RunMaps", "Unsupported"]
-
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 class Unsupported(Exception):
@@ -262,7 +260,7 @@ class RunMaps:
         found = self.inputs.get(value)
         if found is None and value not in self._values and value not in self._computed:
             known = self._value_of(value)
-            if isinstance(known, Tensor) and known.dtype in _INTEGERS:
+            if isinstance(known, Tensor) and known.dtype in INTEGERS:
                 found = self.inputs[value] = self._integer_input(value, known)
         return found if found is not None and found.integers else None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from biper_engine.runtime.placement import Placed, dense_image, place_map
+from biper_engine.runtime.placement import Placed, constant_of, dense_image, place_map
 from biper_engine.runtime.runs import RunMaps, Unsupported, count_of
 
 __all__ = ["HANDLERS"]
@@ -47,10 +48,19 @@ def _weight_linear(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     run.set(node, Placed(made, dense_image((*front, made.channels))))
 
 
+def _constant_rows(weight: Tensor, x: Placed) -> Placed:
+    """Return the rows with the numbers of a constant, which may be repeated for each image."""
+    if not isinstance(x.source, Tensor):
+        raise Unsupported("takes integers that it computes")
+    image = x.source.as_strided(x.image.shape, x.image.stride(), x.image.storage_offset())
+    return replace(constant_of(weight[image.long()]), batch=x.batch)
+
+
 def _embedding(run: RunMaps, node: fx.Node, named: dict[str, Any]) -> None:
     indices, weight = run.integers(named["indices"]), run.tensor(named["weight"])
     if indices is None:
-        raise Unsupported(f"takes {named['indices']}, which is no input")
+        run.set(node, _constant_rows(weight, run.settled(run.placed(named["indices"]))))
+        return
     rows, channels = weight.shape
     (made,) = run.emit("embedding", x=indices.source, weight=weight, rows=rows)
     run.set(node, Placed(made, dense_image((*indices.sizes, channels))))

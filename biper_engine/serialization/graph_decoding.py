@@ -278,7 +278,8 @@ def _is_tensor_name(key: str) -> bool:
 def _is_attribute(part: str) -> bool:
     """Whether a module may have a tensor or a module with this name."""
     written = part.isprintable() and bool(part) and not set(part) & set("\"'\\")
-    return written and not _reserved(part) and part not in _TAKEN and not part.startswith("__")
+    free = not keyword.iskeyword(part) and part not in _TAKEN and not part.startswith("__")
+    return written and free
 
 
 def _node_name(name: Any) -> str:

@@ -165,13 +165,6 @@ BIPER_INLINE double error_function(double x) {
   return z < 0.25 ? small : x < 0.0 ? -tail : tail;
 }
 
-// The normal distribution's function at x; 0 where x times it is less than any float.
-BIPER_INLINE double gaussian_gate(double x) {
-  const double tail = 0.5 * complementary_error((x < 0.0 ? -x : x) * 0.7071067811865476);
-  const double gate = x > 0.0 ? 1.0 - tail : tail;
-  return x < -30.0 ? 0.0 : gate;
-}
-
 // tanh(x), by its own Taylor series to x^9 below 1/8, where the quotient would cancel.
 BIPER_INLINE double hyperbolic_tangent(double x, double most) {
   const double square = x * x;
@@ -202,7 +195,19 @@ BIPER_INLINE double logistic_gate(double x, double most) {
   return x < -most ? 0.0 : logistic(x, most);
 }
 
-BIPER_INLINE float gelu_of(double x) { return static_cast<float>(x * gaussian_gate(x)); }
+// The normal distribution's function at x.
+BIPER_INLINE double gaussian_gate(double x) {
+  const double tail = 0.5 * complementary_error((x < 0.0 ? -x : x) * 0.7071067811865476);
+  return x > 0.0 ? 1.0 - tail : tail;
+}
+
+// x times a gate, and 0 where twice the gate is 1 + s in floats for an s that rounds to -1: there
+// PyTorch's GELU is 0, which a sign behind it tells from any other value.
+BIPER_INLINE float gelu_gated(double x, double gate) {
+  return static_cast<float>(x * (gate <= 0x1p-26 ? 0.0 : gate));
+}
+
+BIPER_INLINE float gelu_of(double x) { return gelu_gated(x, gaussian_gate(x)); }
 
 BIPER_INLINE float silu_of(double x, double most) {
   return static_cast<float>(x * logistic_gate(x, most));
@@ -211,7 +216,7 @@ BIPER_INLINE float silu_of(double x, double most) {
 // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 BIPER_INLINE float tanh_gelu_of(double x, double most) {
   const double twice = 1.5957691216057308 * (x + 0.044715 * x * x * x);
-  return static_cast<float>(x * logistic_gate(twice, most));
+  return gelu_gated(x, logistic_gate(twice, most));
 }
 
 // x tanh(ln(1 + exp(x))) = x n / (n + 2) with n = exp(x) (exp(x) + 2); x from 40 on.
