@@ -19,6 +19,7 @@ from tables import row
 __all__ = ["PICTURE", "rounding", "sentence", "table", "verdict", "weights"]
 
 PICTURE = ROOT / "docs" / "accuracy-latency.png"
+_MACS = ("MACs on bits", "MACs in float")
 _RUNS_ON = {BITS: "bits, this engine"}
 
 
@@ -26,13 +27,14 @@ def table(result: Result) -> str:
     """Return a row for each network and precision."""
     batches = [f"batch {batch}" for batch in result.batches]
     lines = [
-        row("network", "runs on", "top-1 as published", *batches, "weights"),
-        row("---", "---", *["--:"] * (len(batches) + 2)),
+        row("network", "runs on", "top-1 as published", *batches, "weights", *_MACS),
+        row("---", "---", *["--:"] * (len(batches) + 4)),
     ]
     for one in result.networks:
         taken = (f"{one.ms[b]:.2f} ms" if b in one.ms else "did not run" for b in result.batches)
         runs_on = _RUNS_ON.get(one.runs, f"{one.runs}, OpenVINO")
-        lines.append(row(one.network, runs_on, f"{one.top1:.1f} %", *taken, one.megabytes))
+        macs = (_millions(one.binary_macs) if one.runs == BITS else "-", _millions(one.float_macs))
+        lines.append(row(one.network, runs_on, f"{one.top1:.1f} %", *taken, one.megabytes, *macs))
     return "\n".join(lines)
 
 
@@ -58,44 +60,27 @@ def verdict(result: Result) -> str:
 def _beside_float(result: Result, bits: Network) -> str:
     """Return the time of a network on bits relative to the next more accurate float one."""
     above = result.next_above(bits)
-    times = [
-        f"{_joined(f'{bits.ms[batch] / one.ms[batch]:.1f}' for batch in one.ms)} times as long as "
-        f"{one}"
-        for one in above
-        if one.ms
-    ]
+    times = []
+    for batch in result.batches:
+        fastest = min((one for one in above if batch in one.ms), key=lambda one: one.ms[batch])
+        ratio = bits.ms[batch] / fastest.ms[batch]
+        times.append(f"{ratio:.1f} times as long as in {fastest.runs} at batch {batch}")
     return (
-        f"{bits.network} takes {', '.join(times)} (batch {_joined(map(str, result.batches))}), and "
-        f"has {above[0].top1 - bits.top1:.1f} points less."
+        f"{bits.network} has {above[0].top1 - bits.top1:.1f} points less than {above[0].network}, "
+        f"and takes {_joined(times)}."
     )
 
 
 def weights(result: Result) -> str:
-    """Return the reason, in multiply-accumulates, and the savings of bits, in bytes."""
-    on_bits, above = result.on_bits, result.next_above(result.on_bits[0])
-    plain = above[0]
-    work = [
-        f"{one.network} takes {_millions(one.float_macs)} in float and "
-        f"{_millions(one.binary_macs)} on bits"
-        for one in on_bits
-    ]
+    """Return the savings of bits, in bytes."""
     held = [
-        f"{one.network} ({_millions(one.parameters)} parameters) is a file of {one.megabytes}"
-        for one in on_bits
+        f"{one.network} has {_millions(one.parameters)} parameters in a file of {one.megabytes}"
+        for one in result.on_bits
     ]
-    rivals = [f"{one.megabytes} in {one.runs}" for one in above]
     smallest = min(result.networks, key=lambda one: one.bytes)
-    untimed = (
-        ""
-        if any(one.runs == "int8" for one in above)
-        else f"; {plain.network} in int8, which is not measured here, would take "
-        f"{plain.parameters / 1e6:.1f} MB"
-    )
     return (
-        f"{plain.network} takes {_millions(plain.float_macs)} multiply-accumulates per image; "
-        f"{', '.join(work)}. What bits bring is few bytes for many weights: {_joined(held)}; "
-        f"{plain.network} ({_millions(plain.parameters)}) takes {_joined(rivals)}. The smallest "
-        f"here is {smallest}{untimed}."
+        f"What bits bring is few bytes for many weights: {_joined(held)}. The smallest here is "
+        f"{smallest}, with {_millions(smallest.parameters)} parameters in {smallest.megabytes}."
     )
 
 

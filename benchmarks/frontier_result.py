@@ -11,7 +11,7 @@ from recording import RESULTS
 
 __all__ = ["BITS", "RESULT", "Network", "Result"]
 
-RESULT = RESULTS / "frontier-epyc-zen4.json"
+RESULT = RESULTS / "frontier-xeon.json"
 BITS = "bits"
 
 

@@ -20,8 +20,9 @@ from biper_engine.errors import ConversionError
 __all__ = ["BatchSizes"]
 
 _ADVICE = (
-    "a converted network must work for every batch size. Use x.shape[0] or -1 in its reshapes, "
-    "and do not branch on the batch size."
+    "a converted network must work for every batch size. Use x.shape[0] or -1 in its reshapes, do "
+    "not branch on the batch size, and compute numbers with it, such as "
+    "1 / math.sqrt(x.numel()), in training only."
 )
 _SYMBOLS = uninteresting_files()
 """Files of PyTorch that only forward a question."""
