@@ -25,10 +25,11 @@ from biper_engine.conversion.cones import (
     to_key,
 )
 from biper_engine.conversion.ir import StepRule
-from biper_engine.conversion.ranges import nonnegative
+from biper_engine.conversion.ranges import created_number, is_move, nonnegative
 from biper_engine.graph.patterns import clamp_limits
 from biper_engine.graph.reading import (
     arguments,
+    constant,
     is_call,
     parent,
     same_shape,
@@ -46,10 +47,7 @@ _PASS_THROUGH = (
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
     aten._adaptive_avg_pool2d.default,
-    aten.reshape.default,
-    aten.permute.default,
     aten.mean.dim,
-    aten.slice.Tensor,
     aten.constant_pad_nd.default,
 )
 _SCALES = (
@@ -447,6 +445,13 @@ def _third_values(cone: Cone, rule: StepRule, probes: Tensor) -> Tensor | None:
 
 def _rests_at_zero(node: fx.Node) -> bool:
     """Whether a map is exactly 0 in many places, for any input."""
+    module = node.graph.owning_module
+    assert module is not None
+    held = constant(module, node)
+    if held is not None:
+        return bool((held == 0).any())
+    if created_number(node) == 0:
+        return True
     if is_call(node, aten.round.default, aten.trunc.default):
         return True
     limits = clamp_limits(node)
@@ -454,7 +459,7 @@ def _rests_at_zero(node: fx.Node) -> bool:
         return 0 in limits
     if is_call(node, aten.constant_pad_nd.default) and arguments(node)["value"] == 0:
         return True
-    if is_call(node, *_PASS_THROUGH):
+    if is_call(node, *_PASS_THROUGH) or is_move(node):
         return _rests_at_zero(parent(node))
     if is_call(node, aten.cat.default, aten.mul.Tensor):
         return any(_rests_at_zero(operand) for operand in node.all_input_nodes)

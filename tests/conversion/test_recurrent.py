@@ -48,3 +48,40 @@ def test_recurrent_layers_are_equal_after_loading(layer: Any, tmp_path: Path) ->
             (wanted, *_), (got, *_), (again, *_) = model(x), engine(x), loaded(x)
         assert torch.equal(got, again)
         torch.testing.assert_close(got, wanted)
+
+
+STATES: dict[str, Any] = {
+    "new": lambda self, x: x.new_zeros(x.shape[0], 32),
+    "expanded": lambda self, x: self.start.expand(x.shape[0], -1),
+    "repeated": lambda self, x: self.start.repeat(x.shape[0], 1),
+    "multiplied": lambda self, x: x[:, 0] * 0,
+}
+
+
+class BinaryCell(nn.Module):
+    """A recurrent cell whose first state is 0: its sign is 0, too."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__()
+        self.state = STATES[state]
+        self.weights = nn.ParameterList(torch.randn(32, 32) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(32))
+        self.register_buffer("start", torch.zeros(1, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.state(self, x)
+        for step in range(2):
+            pairs = zip((x[:, step], hidden), self.weights, strict=True)
+            parts = [F.linear(torch.sign(y), torch.sign(weight)) for y, weight in pairs]
+            hidden = torch.tanh(0.1 * (parts[0] + parts[1] + self.bias))
+        return hidden
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_first_state_of_zeros_has_no_sign(state: str) -> None:
+    torch.manual_seed(0)
+    model, x = BinaryCell(state).eval(), torch.randn(3, 2, 32)
+    engine = biper_engine.convert(model, x)
+    report = biper_engine.verify(engine, model, x)
+    assert report.ok
+    assert "end to end: no bit differs" in report.summary()
