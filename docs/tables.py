@@ -16,6 +16,7 @@ from biper_engine.models import registry
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks/results"
 FOOTPRINT = RESULTS / "footprint-epyc-zen4.json"
+PUBLISHED = RESULTS / "published-xeon.json"
 
 
 def row(*cells: str) -> str:
@@ -59,6 +60,36 @@ def networks() -> str:
     names = biper_engine.models.available()
     biper = [name for name in names if registry.architecture(name).frequency is not None]
     return "\n".join([*lines, *map(network, biper)])
+
+
+def published() -> str:
+    """Return the table of the networks of other papers, measured by benchmarks/published.py."""
+    columns = (
+        "layers on bits",
+        "MACs on bits",
+        "MACs in float",
+        "float bytes",
+        "file",
+        "one image",
+    )
+    lines = head("network", *columns, "faster than `torch.compile` by", "published top-1", "source")
+    measured = json.loads(PUBLISHED.read_text(encoding="utf-8"))["networks"]
+    for name, found in measured.items():
+        entry, times = registry.architecture(name), found["contestants"]
+        top1 = entry.reported_top1
+        lines.append(
+            row(
+                f"`{name}`",
+                str(found["packed"]),
+                *(f"{found[macs] / 1e6:,.1f} M" for macs in ("binary_macs", "float_macs")),
+                *(f"{found[size]:,}" for size in ("float_bytes", "file_bytes")),
+                f"{times['engine']['median_ms']:.2f} ms",
+                f"{found['engine_times_as_fast']['float, torch.compile']:.1f}x",
+                "not reported" if top1 is None else f"{top1:.1f} %",
+                entry.source,
+            )
+        )
+    return "\n".join(lines)
 
 
 def footprint() -> str:
@@ -156,7 +187,7 @@ def steps(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(networks(), footprint(), cards(), sep="\n\n")
+    print(networks(), published(), footprint(), cards(), sep="\n\n")
     for path in sorted(RESULTS.glob("training-*.json")):
         name = path.name.removeprefix("training-").rpartition("-")[0]
         print("", name, (errors if name == "frequency" else accuracies)(name), sep="\n")

@@ -20,6 +20,10 @@ def test_the_footprint_is_that_of_the_recorded_result() -> None:
     assert runpy.run_path(str(DOCS / "tables.py"))["footprint"]() in NETWORKS.read_text("utf-8")
 
 
+def test_the_table_of_other_papers_is_that_of_the_recorded_result() -> None:
+    assert runpy.run_path(str(DOCS / "tables.py"))["published"]() in NETWORKS.read_text("utf-8")
+
+
 def test_a_row_of_the_networks_is_what_converting_finds() -> None:
     tables = runpy.run_path(str(DOCS / "tables.py"))
     assert tables["network"]("cifar10/resnet20_1w1a") in NETWORKS.read_text("utf-8")
