@@ -13,6 +13,7 @@ from which docs/tables.py makes a table of docs/networks.md.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,18 @@ def main() -> None:
     )
     parser.add_argument("--machine", required=True, help="name for the recorded file")
     parser.add_argument("--threads", type=int, default=2, help="of every contestant")
-    parser.add_argument("--network", action="append", help="repeatable; all of other papers")
+    parser.add_argument("--network", action="append", help="measure this again; repeatable")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing each network")
     parser.add_argument("--into", type=Path, default=RESULTS)
     options = parser.parse_args()
-    measured = {}
+    path = options.into / f"published-{options.machine}.json"
+    measured = json.loads(path.read_text("utf-8"))["networks"] if options.network else {}
     for name in options.network or others():
         measured[name] = found = network(name, options.threads, options.seconds)
         times = {who: f"{taken['median_ms']:.2f} ms" for who, taken in found["contestants"].items()}
         print(name, found["file_bytes"], "bytes", times, found["checked"], flush=True)
         facts = {"machine": machine_facts(), "threads": options.threads, "networks": measured}
-        record(facts, options.into / f"published-{options.machine}.json")
+        record(facts, path)
 
 
 def others() -> list[str]:
