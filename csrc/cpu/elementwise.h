@@ -182,11 +182,41 @@ BIPER_INLINE void elementwise_run(const ElementwiseCall& call, const float* cons
   }
 }
 
+// Rows of the innermost dimension that make one run: 1 unless they are short, and each operand has
+// those of the dimension before it side by side or, as numbers of channels are, repeated.
+BIPER_INLINE int64_t rows_of_run(const ElementwiseCall& call) {
+  const int inner = call.dims - 1;
+  const int64_t rows = kGathered / max64(call.sizes[inner], 1);
+  if (inner < 1 || rows < 2) return 1;
+  for (int o = 0; o < call.operands; ++o) {
+    const int64_t step = call.strides[o][inner - 1];
+    const bool joins = step == 0 || step == call.sizes[inner];
+    if (call.strides[o][inner] != 1 || !joins) return 1;
+  }
+  return rows;
+}
+
+// Returns the numbers of whole rows that begin at `from`: those there, or in `tile` copies of one
+// row, which are made unless `tiled` says that they are.
+BIPER_INLINE const float* whole_rows(const float* from, int64_t step, int64_t length, float* tile,
+                                     const float** tiled) {
+  if (step != 0) return from;
+  if (*tiled != from) {
+    for (int64_t at = 0; at + length <= kGathered; at += length) {
+      __builtin_memcpy(tile + at, from, static_cast<size_t>(length) * sizeof(float));
+    }
+    *tiled = from;
+  }
+  return tile;
+}
+
 // Computes the places [first, last) of the output.
 template <class I>
 static void elementwise(const ElementwiseCall& call, int64_t first, int64_t last) {
   const int inner = call.dims - 1;
-  const int64_t length = call.sizes[inner];
+  const int64_t length = call.sizes[inner], most_rows = rows_of_run(call);
+  alignas(64) float tiles[kMostOperands][kGathered];
+  const float* tiled[kMostOperands] = {nullptr, nullptr, nullptr};
   int64_t column = first % length, rest = first / length;
   int64_t index[kMostDims], offset[kMostOperands] = {0, 0, 0};
   for (int d = inner - 1; d >= 0; --d) {
@@ -195,19 +225,36 @@ static void elementwise(const ElementwiseCall& call, int64_t first, int64_t last
     for (int o = 0; o < call.operands; ++o) offset[o] += index[d] * call.strides[o][d];
   }
   while (first < last) {
-    const int64_t count = min64(length - column, last - first);
-    const float* x[kMostOperands];
-    for (int o = 0; o < call.operands; ++o) {
-      x[o] = call.x[o] + offset[o] + column * call.strides[o][inner];
+    int64_t rows = 1;
+    if (most_rows > 1 && column == 0) {
+      rows = min64(min64(call.sizes[inner - 1] - index[inner - 1], most_rows),
+                   (last - first) / length);
     }
-    elementwise_run<I>(call, x, call.out + first, count);
-    first += count;
-    column = 0;
+    const float* x[kMostOperands];
+    if (rows > 1) {
+      const int64_t count = rows * length;
+      for (int o = 0; o < call.operands; ++o) {
+        x[o] = whole_rows(call.x[o] + offset[o], call.strides[o][inner - 1], length, tiles[o],
+                          &tiled[o]);
+      }
+      elementwise_run<I>(call, x, call.out + first, count);
+      first += count;
+    } else {
+      rows = 1;
+      const int64_t count = min64(length - column, last - first);
+      for (int o = 0; o < call.operands; ++o) {
+        x[o] = call.x[o] + offset[o] + column * call.strides[o][inner];
+      }
+      elementwise_run<I>(call, x, call.out + first, count);
+      first += count;
+      column = 0;
+    }
     for (int d = inner - 1; d >= 0; --d) {
-      for (int o = 0; o < call.operands; ++o) offset[o] += call.strides[o][d];
-      if (++index[d] < call.sizes[d]) break;
+      for (int o = 0; o < call.operands; ++o) offset[o] += rows * call.strides[o][d];
+      if ((index[d] += rows) < call.sizes[d]) break;
       index[d] = 0;
       for (int o = 0; o < call.operands; ++o) offset[o] -= call.sizes[d] * call.strides[o][d];
+      rows = 1;
     }
   }
 }
